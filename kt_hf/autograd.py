@@ -1,0 +1,289 @@
+"""The autograd function of an expert layer, and the tickets that tie a forward to its backward.
+
+An operator keeps one saved forward, and any later forward or change of LoRA on it spoils that one. So each forward that
+may see a backward gets a ticket: the saved forward, and the LoRA values it was computed with. Backward uses the saved
+forward if nothing has happened since; else it puts the ticket's LoRA values back, computes the forward again from the
+inputs autograd saved, and goes on. Any order of forwards, LoRA changes and backwards is right; the usual one is fast.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
+from .errors import KTAMXBackwardError, KTAMXForwardError
+
+logger = logging.getLogger(__name__)
+_ticket_numbers = itertools.count(1)
+
+
+def in_backward() -> bool:
+    """Whether this is called inside a backward pass: a forward then is the recompute of gradient checkpointing."""
+    task = getattr(torch._C, "_current_graph_task_id", None)  # private; without it every forward counts as a first one
+    return task is not None and task() != -1
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to keep its graph (retain_graph), for a second backward."""
+    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keep is None else bool(keep())
+
+
+class LoraValues:
+    """LoRA values that a backend holds or held. `kept` is a copy, made when they leave the backend while still needed."""
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.kept: tuple[Tensor, ...] | None = None
+        self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+
+
+class Ticket:
+    """One forward: what the backend saved of it, with which LoRA values, and its inputs and output where kept."""
+
+    def __init__(self, values: LoraValues, saved: Saved | None) -> None:
+        self.number = next(_ticket_numbers)
+        self.saved = saved
+        self.values: LoraValues | None = values
+        self.retained: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # x, ids, weights, output as the backend's
+        values.tickets.add(self)
+
+    def release(self) -> None:
+        """After the only backward: nothing needs the LoRA values or the saved tensors any more."""
+        if self.values is not None:
+            self.values.tickets.discard(self)
+        self.values = self.saved = self.retained = None
+
+
+class ExpertsRunner:
+    """Calls one layer's backend in any order and keeps the tickets.
+
+    Args:
+        backend: What computes.
+        label: The layer's name, for messages.
+        retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
+    """
+
+    def __init__(self, backend: ExpertsBackend, label: str, retain: bool) -> None:
+        self.backend = backend
+        self.label = label
+        self.retain = retain
+        self._values = LoraValues(None)
+        self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+        self._latest: Ticket | None = None
+
+    @property
+    def lora_key(self) -> Hashable:
+        """The key of the LoRA values the backend holds."""
+        return self._values.key
+
+    def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
+        """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
+        with CALL_LOCK, torch.no_grad():
+            self._swap(LoraValues(key), tensors())
+
+    def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
+        if len(self._values.tickets):
+            self._values.kept = self.backend.lora_copy()
+        self._values = LoraValues(object())  # if the copy is interrupted, no key fits and the next call copies again
+        self.backend.set_lora(tensors)
+        self._values = values
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Ticket | None]:
+        """Output [T, H] in the backend's dtype and on its device; with `save`, the ticket for the backward.
+
+        x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
+        """
+        with CALL_LOCK, torch.no_grad(), _no_autocast(self.backend.device):
+            x, ids, weights = self._inputs(x, ids, weights)
+            if save and in_backward() and self.retain:
+                known = self._recognise(x, ids, weights)
+                if known is not None and known.retained is not None:
+                    return known.retained[3], known
+            keep = save and (self.retain or in_backward())
+            out, saved = self._compute(x, ids, weights, keep)
+            self._check_finite(out, x)
+            if not save:
+                return out, None
+            ticket = Ticket(self._values, saved)
+            if keep and self.retain:
+                ticket.retained = (x, ids, weights, out)
+            self._live[ticket.number] = ticket
+            # A strong reference, for a recompute's own graph dies before the backward it was made for. The operators
+            # hold one saved forward a layer anyway.
+            self._latest = ticket if in_backward() else None
+            return out, ticket
+
+    def backward(
+        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
+    ) -> Gradients:
+        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it."""
+        with CALL_LOCK, torch.no_grad(), _no_autocast(self.backend.device):
+            if number != ticket.number and self._latest is not None and self._latest.number == number:
+                ticket, self._latest = self._latest, None
+            grad_output = grad_output.to(self.backend.device, self.backend.dtype).contiguous()
+            if x.shape[0] == 0:
+                return self._filled(0, ids.shape[1], 0.0)
+            if not _is_finite(grad_output):  # a gradient scaler's overflow: it skips the step when it sees it
+                return self._filled(x.shape[0], ids.shape[1], float("nan"))
+            values = ticket.values
+            if values is None:
+                raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
+            usable = ticket.saved is not None and values is self._values and self.backend.can_backward(ticket.saved)
+            if usable and ticket.saved is not None:
+                gradients = self.backend.backward(ticket.saved, grad_output)
+            else:
+                gradients = self._recompute(values, *self._inputs(x, ids, weights), grad_output)
+            self._check_gradients(gradients)
+            if not _graph_is_kept():
+                ticket.release()
+            return gradients
+
+    def _recompute(self, values: LoraValues, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> Gradients:
+        if values is not self._values:
+            if values.kept is None:
+                raise KTAMXBackwardError(f"{self.label}: the LoRA values of this forward are lost. Please report this.")
+            self._swap(values, values.kept)
+        most = self.backend.max_len or max(x.shape[0], 1)
+        if x.shape[0] <= most:
+            _, saved = self.backend.forward(x, ids, weights, save=True)
+            assert saved is not None
+            return self.backend.backward(saved, grad)
+        # Longer than the operators take: piece by piece, the LoRA gradients summed in fp32.
+        parts: list[tuple[Tensor, Tensor]] = []
+        lora: tuple[Tensor, ...] = ()
+        for piece in zip(x.split(most), ids.split(most), weights.split(most), grad.split(most), strict=True):
+            _, saved = self.backend.forward(*piece[:3], save=True)
+            assert saved is not None
+            part = self.backend.backward(saved, piece[3])
+            parts.append((part.hidden_states, part.top_k_weights))
+            lora = tuple(
+                total.add_(new) for total, new in zip(lora, part.lora, strict=True)
+            ) if lora else tuple(new.to(torch.float32, copy=True) for new in part.lora)  # fmt: skip
+        return Gradients(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), lora)
+
+    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        most = self.backend.max_len
+        if x.shape[0] == 0:
+            return x.new_zeros(x.shape), None
+        if most is None or x.shape[0] <= most:
+            return self.backend.forward(x, ids, weights, save)
+        pieces = zip(x.split(most), ids.split(most), weights.split(most), strict=True)
+        return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
+
+    def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs as the backend wants them. Ids of no local expert become -1, missing columns of K are filled."""
+        backend, shape = self.backend, self.backend.shape
+        x = x.detach().to(backend.device, backend.dtype).contiguous()
+        ids = ids.detach().to(backend.device, torch.int64)
+        weights = weights.detach().to(backend.device, torch.float32)
+        ids = ids - shape.expert_offset if shape.expert_offset else ids
+        ids = torch.where((ids >= 0) & (ids < shape.num_experts), ids, -1).contiguous()
+        missing = shape.top_k - ids.shape[1]
+        if missing > 0:
+            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+            weights = torch.nn.functional.pad(weights, (0, missing))
+        return x, ids, weights.contiguous()
+
+    def _recognise(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        for ticket in sorted(self._live.values(), key=lambda t: -t.number):
+            kept = ticket.retained
+            if kept is not None and kept[0].shape == x.shape and torch.equal(kept[1], ids):
+                if torch.equal(kept[2], weights) and torch.equal(kept[0], x):
+                    return ticket
+        return None
+
+    def _check_finite(self, out: Tensor, x: Tensor) -> None:
+        if _is_finite(out):
+            return
+        where = "its input was finite" if _is_finite(x) else "its input already was not"
+        raise KTAMXForwardError(f"{self.label}: the output of the experts is not finite (NaN or infinity); {where}.")
+
+    def _check_gradients(self, gradients: Gradients) -> None:
+        for name, tensor in [("hidden_states", gradients.hidden_states), ("top_k_weights", gradients.top_k_weights)] + [
+            (f"LoRA tensor {i}", tensor) for i, tensor in enumerate(gradients.lora)
+        ]:
+            if not _is_finite(tensor):
+                raise KTAMXBackwardError(
+                    f"{self.label}: the gradient of {name} is not finite, though the gradient that came in was. A gate "
+                    "pre-activation below -88 can cause it in kt-kernel's operators; kt_backend=torch has no such limit."
+                )
+
+    def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
+        shape = self.backend.shape
+        sizes = shape.lora_shapes(self.backend.rank) if self.backend.rank else ()
+        return Gradients(
+            torch.full((tokens, shape.hidden_size), value),
+            torch.full((tokens, top_k), value),
+            tuple(torch.full(size, value) for size in sizes),
+        )
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """Experts as one differentiable function: hidden states, routing weights and the LoRA parameters have gradients.
+
+    Args of `apply`:
+        x: [T, H], any floating dtype and device.
+        ids: [T, K] integers.
+        weights: [T, K], floating.
+        runner: The layer's `ExpertsRunner`, which holds the LoRA values already.
+        to_parameters: Turns the backend's six LoRA gradients into those of `lora`, fp32.
+        *lora: The LoRA parameters that the values were made of.
+
+    Returns [T, H] in x's dtype and on its device.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        runner: ExpertsRunner,
+        to_parameters: Callable[[tuple[Tensor, ...]], list[Tensor]],
+        *lora: Tensor,
+    ) -> Tensor:
+        out, ticket = runner.forward(x, ids, weights, save=True)
+        assert ticket is not None
+        ctx.runner, ctx.ticket, ctx.to_parameters = runner, ticket, to_parameters
+        # The number travels as a saved tensor: under non-reentrant checkpointing the one that arrives in backward is the
+        # recompute's, and touching the saved tensors is what sets the recompute off.
+        ctx.save_for_backward(x, ids, weights, torch.tensor(ticket.number))
+        ctx.like = [(p.dtype, p.device) for p in lora]
+        # A retained output must not be the tensor a caller may write to.
+        return out.to(x.device, x.dtype, copy=ticket.retained is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, ids, weights, number = ctx.saved_tensors
+        gradients = ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0])
+        wanted = ctx.needs_input_grad
+        grad_x = gradients.hidden_states.to(x.device, x.dtype) if wanted[0] else None
+        grad_weights = None
+        if wanted[2]:
+            grad_weights = gradients.top_k_weights[:, : weights.shape[1]].to(weights.device, weights.dtype)
+        lora: list[Tensor | None] = [None] * len(ctx.like)
+        if any(wanted[5:]):
+            made = ctx.to_parameters(gradients.lora)
+            lora = [
+                grad.to(device, dtype) if want else None
+                for grad, (dtype, device), want in zip(made, ctx.like, wanted[5:], strict=True)
+            ]
+        return grad_x, None, grad_weights, None, None, *lora
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is one pass and carries any NaN or infinity; only a sum that overflowed needs the second look.
+    total = tensor.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)

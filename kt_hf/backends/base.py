@@ -1,0 +1,123 @@
+"""What a backend is: experts of one layer, computed forward and backward, knowing nothing of autograd, PEFT or Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# The order in which LoRA tensors are passed everywhere.
+LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of one layer's experts.
+
+    Attributes:
+        num_experts: Experts this backend holds, E.
+        top_k: Experts a token is sent to, K.
+        hidden_size: H.
+        intermediate_size: I.
+        num_global_experts: Experts of the whole layer; None means E. Ids are counted in these.
+        expert_offset: The id of the first expert held.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    num_global_experts: int | None = None
+    expert_offset: int = 0
+
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, int, int], ...]:
+        """Shapes of the six LoRA tensors in the order of `LORA_NAMES`: A is [E, r, in], B is [E, out, r]."""
+        E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
+        return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
+
+    def with_top_k(self, top_k: int) -> ExpertShape:
+        return replace(self, top_k=top_k)
+
+
+@dataclass
+class ExpertWeights:
+    """The frozen weights of a layer's experts as transformers holds them: fused and stacked.
+
+    Attributes:
+        gate_up: [E, 2I, H], the gate's rows before the up-projection's.
+        down: [E, H, I], of the same dtype and device.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+
+
+class Saved:
+    """A forward kept for its backward. Backends add what they need; it is opaque to everybody else."""
+
+
+@dataclass
+class Gradients:
+    """What a backward gives.
+
+    Attributes:
+        hidden_states: [T, H], in the backend's dtype and on its device.
+        top_k_weights: [T, K], fp32.
+        lora: Six tensors in the order and shape of the backend's LoRA, or () at rank 0. They may be the backend's own
+            buffers, overwritten by its next backward: use or copy them before.
+    """
+
+    hidden_states: Tensor
+    top_k_weights: Tensor
+    lora: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Availability:
+    """Whether a backend runs here, and in words why or why not."""
+
+    ok: bool
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class ExpertsBackend(Protocol):
+    """Experts of one layer. Calls are not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
+
+    Inputs of `forward` and `backward` are contiguous tensors on `device`: hidden states in `dtype`, ids int64 (each in
+    [0, E) or -1 for no expert), routing weights fp32.
+    """
+
+    name: str
+    shape: ExpertShape
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """The LoRA rank held, 0 without LoRA."""
+
+    @property
+    def max_rank(self) -> int | None:
+        """The largest rank `set_lora` takes; None if there is no limit."""
+
+    @property
+    def max_len(self) -> int | None:
+        """Most tokens in a call; None if there is no limit."""
+
+    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        """Copy in six LoRA tensors of one rank, scalings folded into B. () switches LoRA off. Spoils saved forwards."""
+
+    def lora_copy(self) -> tuple[Tensor, ...]:
+        """A copy of what `set_lora` last took."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        """Output [T, H] in `dtype`, and with `save` what `backward` needs."""
+
+    def can_backward(self, saved: Saved) -> bool:
+        """Whether `saved` is still what the backend would compute a backward of."""
+
+    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        """Gradients for the forward that gave `saved`; grad_output is [T, H] in `dtype`."""

@@ -1,0 +1,328 @@
+"""Experts by kt-kernel's bf16 SFT operators (Intel AMX or AVX512-BF16).
+
+The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends the
+process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
+established by experiment on kt-kernel 0.7.2; tests/kernel_contract pins those this module relies on.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu import ThreadPlan, cpu_features
+from ..errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
+from ._native_output import native_output_to_log
+from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
+
+logger = logging.getLogger(__name__)
+
+# H and I of the bf16 operators (I after the split over pools) are multiples of this; BF16 does not check, it crashes.
+_MULTIPLE = 32
+# The operators key a process-wide pool by layer_idx: drawn once, never given again.
+_layer_keys = itertools.count()
+
+
+@functools.cache
+def availability() -> Availability:
+    """Whether the bf16 SFT operators run here: the package, its variant, and the CPU's instructions."""
+    features = cpu_features()
+    try:
+        with native_output_to_log(logger):
+            import kt_kernel
+            from kt_kernel import kt_kernel_ext
+    except ImportError as error:
+        return Availability(
+            False, f"kt-kernel cannot be imported ({error}); install it with: pip install kt-kernel==0.7.2"
+        )
+    variant = kt_kernel.__cpu_variant__
+    details = {"variant": variant, "version": kt_kernel.__version__, "cpu": features.name}
+    if not hasattr(kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
+        return Availability(
+            False, f"kt-kernel's {variant} variant has no SFT operators (they need AMX or AVX512-BF16)", details
+        )
+    # The variant can be forced by KT_KERNEL_CPU_VARIANT; instructions the CPU lacks would end the process.
+    needed = features.amx if variant == "amx" else features.avx512_bf16
+    if not needed:
+        return Availability(False, f"kt-kernel's {variant} variant needs instructions this CPU lacks", details)
+    return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
+
+
+def shape_problem(shape: ExpertShape, pools: int = 1) -> str | None:
+    """Why the operators cannot compute experts of this shape, or None."""
+    for name, size in (("hidden size", shape.hidden_size), ("expert intermediate size", shape.intermediate_size)):
+        if size < 1 or size % _MULTIPLE:
+            return f"the {name} {size} is not a multiple of {_MULTIPLE}"
+    if shape.intermediate_size % (_MULTIPLE * pools):
+        return (
+            f"the expert intermediate size {shape.intermediate_size} does not split into {pools} pools of {_MULTIPLE}"
+        )
+    if not 1 <= shape.top_k <= shape.num_experts:
+        return f"{shape.top_k} experts a token of {shape.num_experts} make no sense"
+    return None
+
+
+class _Cache:
+    """What the operators keep for backward: one forward a layer, or one for all layers that share the pool."""
+
+    def __init__(self) -> None:
+        self.holds = 0  # generation of the saved forward, 0 for none
+        self.generations = itertools.count(1)
+
+
+class _Engine:
+    """kt-kernel's worker pools. One at a time in a process, alive as long as a layer is."""
+
+    _current: weakref.ref[_Engine] | None = None
+
+    def __init__(self, plan: ThreadPlan) -> None:
+        from kt_kernel import kt_kernel_ext
+
+        self.plan = plan
+        self.shared_cache = _Cache()
+        config = kt_kernel_ext.WorkerPoolConfig()
+        config.subpool_count = len(plan.pools)
+        config.subpool_numa_map = [node for node, _ in plan.pools]
+        config.subpool_thread_count = [threads for _, threads in plan.pools]
+        with native_output_to_log(logger):
+            self.cpu_infer = kt_kernel_ext.CPUInfer(config)
+
+    @classmethod
+    def get(cls, plan: ThreadPlan) -> _Engine:
+        engine = cls._current() if cls._current else None
+        if engine is None:
+            engine = cls(plan)
+            cls._current = weakref.ref(engine)
+        elif engine.plan != plan:
+            logger.warning("Another patched model of this process runs on %s: this one uses the same.", engine.plan)
+        return engine
+
+
+@dataclass
+class _KernelSaved(Saved):
+    generation: int
+    tokens: int
+
+
+class KTKernelBackend:
+    """Experts of one layer, packed for the bf16 operators.
+
+    Args:
+        weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied.
+        shape: Sizes; H and I multiples of 32.
+        rank: LoRA rank the operator is built for; smaller ones are padded with zeros. 0 packs for inference.
+        plan: Worker threads.
+        max_len: Most tokens in a call. Costs virtual memory only.
+        share_backward: One buffer of backward weights for all layers instead of one a layer.
+        share_cache: One saved forward for all layers (little memory) instead of one a layer.
+        label: The layer's name, for messages.
+
+    Raises:
+        KTAMXNotAvailableError: The operators do not run here.
+        KTAMXConfigError: A shape, rank or length the operators cannot take.
+    """
+
+    name = "AMXBF16"
+    dtype = torch.bfloat16
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        shape: ExpertShape,
+        rank: int,
+        plan: ThreadPlan,
+        max_len: int,
+        share_backward: bool,
+        share_cache: bool,
+        label: str,
+    ) -> None:
+        available = availability()
+        if not available.ok:
+            raise KTAMXNotAvailableError(f"kt_backend=AMXBF16: {available.reason}.")
+        problem = shape_problem(shape, len(plan.pools))
+        if problem:
+            raise KTAMXConfigError(f"{label}: {problem}; kt_backend=torch takes any shape.")
+        if rank < 0 or max_len < 1:
+            raise KTAMXConfigError(f"{label}: LoRA rank {rank} and length {max_len} cannot be negative or empty.")
+        _check_weights(weights, shape, label)
+        self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
+        self._lora_on = False
+        self._lora = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes(rank) if rank)
+        self._grads: tuple[Tensor, ...] = ()
+        self._engine = _Engine.get(plan)
+        self._cache = self._engine.shared_cache if share_cache else _Cache()
+        self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64)
+        self._moe = self._load(weights, share_backward, share_cache)
+
+    def _load(self, weights: ExpertWeights, share_backward: bool, share_cache: bool) -> Any:
+        from kt_kernel import kt_kernel_ext
+
+        shape, inner = self.shape, self.shape.intermediate_size
+        gate = weights.gate_up[:, :inner].to("cpu", torch.bfloat16, copy=True).contiguous()
+        up = weights.gate_up[:, inner:].to("cpu", torch.bfloat16, copy=True).contiguous()
+        weights.gate_up = torch.empty(0)  # released before the packed copy is made
+        down = weights.down.to("cpu", torch.bfloat16).contiguous()
+        config = kt_kernel_ext.moe.MOESFTConfig()
+        config.expert_num = shape.num_experts
+        config.num_experts_per_tok = shape.top_k
+        config.hidden_size = shape.hidden_size
+        config.intermediate_size = inner
+        config.lora_rank = self.max_rank
+        config.lora_alpha = float(self.max_rank)  # alpha / rank = 1: scalings are folded into B
+        config.lora_dropout = 0.0
+        config.max_cache_depth = 1
+        config.max_len = self.max_len
+        config.layer_idx = next(_layer_keys)
+        config.share_backward_bb = share_backward
+        config.share_cache_pool = share_cache
+        config.full_weight_grad = False
+        config.authoritative_optimizer_grads = bool(self.max_rank)
+        config.physical_to_logical_map = self._expert_map.data_ptr()
+        config.swiglu_limit = 0.0
+        config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), up.data_ptr(), down.data_ptr()
+        for name, tensor in zip(LORA_NAMES, self._lora, strict=False):
+            setattr(config, name, tensor.data_ptr())
+        cpu_infer = self._engine.cpu_infer
+        config.pool = cpu_infer.backend_
+        with native_output_to_log(logger):
+            moe = kt_kernel_ext.moe.AMXBF16_SFT_MOE(config)
+            cpu_infer.submit(moe.load_weights_task())
+            cpu_infer.sync()
+            if self._lora:
+                moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        weights.down = torch.empty(0)
+        return moe
+
+    @property
+    def cpu_infer(self) -> Any:
+        """kt-kernel's worker pools, one object for all layers of the process."""
+        return self._engine.cpu_infer
+
+    @property
+    def rank(self) -> int:
+        return self.max_rank if self._lora_on else 0
+
+    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        """Copy six tensors of one rank up to `max_rank` into the operator's buffers; () makes LoRA contribute zeros.
+
+        Raises:
+            KTAMXConfigError: The rank is larger than the operator was built for, or a shape does not fit.
+        """
+        if tensors:
+            rank = tensors[0].shape[1]
+            if rank > self.max_rank:
+                raise KTAMXConfigError(
+                    f"{self.label}: the adapter has LoRA rank {rank}, the experts were packed for {self.max_rank}. "
+                    f"Patch with KTConfig(kt_lora_rank={rank}) or more."
+                )
+            for name, tensor, size in zip(LORA_NAMES, tensors, self.shape.lora_shapes(rank), strict=True):
+                if tuple(tensor.shape) != size:
+                    raise KTAMXConfigError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, not {size}.")
+        elif not self._lora_on:
+            return
+        self._cache.holds = 0  # before the copies: an interruption must not leave a stale forward looking valid
+        if tensors:
+            for buffer, tensor, axis in zip(self._lora, tensors, (1, 2) * 3, strict=True):
+                buffer.narrow(axis, 0, rank).copy_(tensor)
+                if rank < self.max_rank:
+                    buffer.narrow(axis, rank, self.max_rank - rank).zero_()
+        else:
+            for buffer in self._lora[1::2]:  # B alone: zero times anything finite is zero
+                buffer.zero_()
+        self._lora_on = bool(tensors)
+        self._moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+
+    def lora_copy(self) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in self._lora) if self._lora_on else ()
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        T, K = self._check_inputs(x, ids, weights)
+        out = torch.empty(T, self.shape.hidden_size, dtype=torch.bfloat16)
+        length = torch.tensor([T], dtype=torch.int32)
+        # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
+        self._cache.holds = 0
+        self._moe.forward_sft(
+            length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), save
+        )
+        if not save:
+            return out, None
+        self._cache.holds = next(self._cache.generations)
+        return out, _KernelSaved(self._cache.holds, T)
+
+    def can_backward(self, saved: Saved) -> bool:
+        return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
+
+    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        if not self.can_backward(saved):
+            raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
+        assert isinstance(saved, _KernelSaved)
+        T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
+        _check(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
+        if self.max_rank and not self._grads:
+            self._grads = _gradient_buffers(self.shape, self.max_rank)
+        grad_input = torch.empty(T, H, dtype=torch.bfloat16)
+        grad_weights = torch.empty(T, K, dtype=torch.float32)
+        pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
+        self._cache.holds = 0  # one backward a saved forward
+        self._moe.backward(
+            grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
+        )
+        return Gradients(grad_input, grad_weights, self._grads)
+
+    def _check_inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[int, int]:
+        T, K = x.shape[0] if x.dim() == 2 else -1, self.shape.top_k
+        _check(x, "hidden_states", (T, self.shape.hidden_size), torch.bfloat16, self.label, KTAMXForwardError)
+        _check(ids, "top_k_index", (T, K), torch.int64, self.label, KTAMXForwardError)
+        _check(weights, "top_k_weights", (T, K), torch.float32, self.label, KTAMXForwardError)
+        if T > self.max_len:
+            raise KTAMXForwardError(f"{self.label}: {T} tokens in a call, at most kt_max_len={self.max_len}.")
+        if T and not (int(ids.min()) >= -1 and int(ids.max()) < self.shape.num_experts):
+            raise KTAMXForwardError(
+                f"{self.label}: top_k_index has ids from {int(ids.min())} to {int(ids.max())}; "
+                f"allowed are -1 (no expert) and 0 to {self.shape.num_experts - 1}."
+            )
+        return T, K
+
+
+def _check(
+    tensor: Tensor, name: str, size: tuple[int, ...], dtype: torch.dtype, label: str, error: type[Exception]
+) -> None:
+    ok = (
+        tuple(tensor.shape) == size and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+    )
+    if not ok:
+        raise error(
+            f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}; "
+            f"the operators need {dtype}, {size}, contiguous, on the CPU."
+        )
+
+
+def _check_weights(weights: ExpertWeights, shape: ExpertShape, label: str) -> None:
+    E, H, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    for name, tensor, size in (
+        ("gate_up_proj", weights.gate_up, (E, 2 * inner, H)),
+        ("down_proj", weights.down, (E, H, inner)),
+    ):
+        if tuple(tensor.shape) != size or not tensor.is_floating_point():
+            raise KTAMXConfigError(
+                f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; it must be {size}, floating."
+            )
+
+
+_shared_grads: dict[tuple[ExpertShape, int], tuple[Tensor, ...]] = {}
+
+
+def _gradient_buffers(shape: ExpertShape, rank: int) -> tuple[Tensor, ...]:
+    """Six bf16 buffers shared by all layers of a shape: a backward overwrites them all, and its caller copies at once."""
+    key = (shape, rank)
+    if key not in _shared_grads:
+        _shared_grads[key] = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes(rank))
+    return _shared_grads[key]

@@ -1,0 +1,196 @@
+"""Experts by grouped matrix products of PyTorch, LoRA not merged: any device, any floating dtype.
+
+The mathematics, for a token x sent to expert e with routing weight w (LoRA scalings are folded into the B tensors):
+
+    g = Wg x + Bg Ag x        u = Wu x + Bu Au x        h = silu(g) * u        y = w (Wd h + Bd Ad h)
+
+and in backward, with d = dL/dy before the weighting and q = Wd^T d + Ad^T Bd^T d:
+
+    dL/dw = <q, h>            dg = w q * u * silu'(g)   du = w q * silu(g)
+    dx = Wg^T dg + Ag^T Bg^T dg + (the same of up)      dBg = dg (Ag x)^T      dAg = (Bg^T dg) x^T
+
+Rows are sorted by expert once, in forward; backward uses the same permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import ExpertShape, ExpertWeights, Gradients, Saved
+
+# Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
+# forward (in backward, where the weight's rows are the sum's, always).
+_WIDEN_FROM_ROWS = 4
+
+
+@dataclass
+class _Groups:
+    """Rows of [T*K] sorted by expert: sorted row i is flat row `order[i]`; rows of no expert are left out."""
+
+    order: Tensor
+    tokens: Tensor
+    spans: list[tuple[int, int, int]]  # expert, first row, row after the last
+    offsets: Tensor  # [E] int32, row after each expert's last
+    T: int
+    K: int
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        return ((e, slice(i, j)) for e, i, j in self.spans)
+
+
+@dataclass
+class _TorchSaved(Saved):
+    groups: _Groups
+    weights: Tensor  # [S, 1] in the dtype of computation, sorted
+    x: Tensor  # [S, H], sorted
+    gu: Tensor  # [S, 2I], before the activation
+    xa: Tensor  # [S, 2r], x through the A of gate and of up
+    lora: tuple[Tensor, ...]
+
+
+class TorchBackend:
+    """Experts computed by PyTorch on the device of their weights, in their dtype.
+
+    16-bit weights on a CPU without 16-bit matrix products are computed in fp32, widened an expert at a time.
+
+    Args:
+        weights: Taken over, not copied.
+        shape: Sizes.
+    """
+
+    name = "torch"
+    max_rank: int | None = None
+    max_len: int | None = None
+
+    def __init__(self, weights: ExpertWeights, shape: ExpertShape) -> None:
+        self.shape = shape
+        self.weights = weights
+        self.dtype = weights.gate_up.dtype
+        self.device = weights.gate_up.device
+        narrow = self.dtype in (torch.bfloat16, torch.float16)
+        self._widen = self.device.type == "cpu" and narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._grouped_mm = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        self._math = torch.float32 if self._widen else self.dtype
+        self._lora: tuple[Tensor, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self._lora[0].shape[1] if self._lora else 0
+
+    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        # New tensors, never the old ones changed: saved forwards keep reading theirs.
+        self._lora = tuple(t.detach().to(self.device, self._math, copy=True) for t in tensors)
+
+    def lora_copy(self) -> tuple[Tensor, ...]:
+        return self._lora
+
+    def can_backward(self, saved: Saved) -> bool:
+        return isinstance(saved, _TorchSaved)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        groups = self._group(ids)
+        I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
+        xs = x.index_select(0, groups.tokens).to(self._math)
+        ws = weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1)
+        gu = self._products(xs, self.weights.gate_up, groups, transpose=True)
+        xa = xs.new_empty(xs.shape[0], 2 * r)
+        if lora:
+            for e, rows in groups:
+                xa[rows, :r] = xs[rows] @ lora[0][e].t()
+                xa[rows, r:] = xs[rows] @ lora[2][e].t()
+                gu[rows, :I].addmm_(xa[rows, :r], lora[1][e].t())
+                gu[rows, I:].addmm_(xa[rows, r:], lora[3][e].t())
+        h = F.silu(gu[:, :I]).mul_(gu[:, I:])
+        y = self._products(h, self.weights.down, groups, transpose=True)
+        if lora:
+            for e, rows in groups:
+                y[rows].addmm_(h[rows] @ lora[4][e].t(), lora[5][e].t())
+        out = self._sum_by_token(y.mul_(ws), groups)
+        return out, _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
+
+    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _TorchSaved)
+        groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
+        I = self.shape.intermediate_size  # noqa: E741
+        r = lora[0].shape[1] if lora else 0
+        g, u = saved.gu[:, :I], saved.gu[:, I:]
+        s = torch.sigmoid(g)
+        silu = g * s
+        h = silu * u
+        d = grad_output.index_select(0, groups.tokens).to(self._math)
+        grads = tuple(
+            torch.zeros(n, dtype=torch.float32, device=self.device) for n in self.shape.lora_shapes(r) if lora
+        )
+
+        q = self._products(d, self.weights.down, groups, transpose=False)
+        for e, rows in groups if lora else ():
+            db = d[rows] @ lora[5][e]
+            q[rows].addmm_(db, lora[4][e])
+            grads[4][e] = (db * ws[rows]).t() @ h[rows]
+            grads[5][e] = (d[rows] * ws[rows]).t() @ (h[rows] @ lora[4][e].t())
+        grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
+        grad_weights.index_copy_(0, groups.order, (q * h).sum(1, dtype=torch.float32))
+
+        q.mul_(ws)
+        dgu = torch.empty_like(saved.gu)
+        # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+        torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
+        torch.mul(q, silu, out=dgu[:, I:])
+        dx = self._products(dgu, self.weights.gate_up, groups, transpose=False)
+        for e, rows in groups if lora else ():
+            dg, du = dgu[rows, :I], dgu[rows, I:]
+            dga, dua = dg @ lora[1][e], du @ lora[3][e]
+            dx[rows].addmm_(dga, lora[0][e]).addmm_(dua, lora[2][e])
+            grads[0][e] = dga.t() @ xs[rows]
+            grads[1][e] = dg.t() @ saved.xa[rows, :r]
+            grads[2][e] = dua.t() @ xs[rows]
+            grads[3][e] = du.t() @ saved.xa[rows, r:]
+        return Gradients(self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads)
+
+    def _group(self, ids: Tensor) -> _Groups:
+        T, K = ids.shape
+        flat = ids.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat + 1, minlength=self.shape.num_experts + 1)  # [0] counts the rows of no expert
+        edges = counts.cumsum(0)
+        ends = edges.tolist()
+        order = order[ends[0] :]
+        spans = [
+            (e, ends[e] - ends[0], ends[e + 1] - ends[0])
+            for e in range(self.shape.num_experts)
+            if ends[e + 1] > ends[e]
+        ]
+        tokens = order.div(K, rounding_mode="floor")
+        return _Groups(order, tokens, spans, (edges[1:] - ends[0]).to(torch.int32), T, K)
+
+    def _products(self, x: Tensor, weight: Tensor, groups: _Groups, transpose: bool) -> Tensor:
+        """x[rows of e] @ weight[e] (its transpose with `transpose`) for every expert, [S, out]."""
+        w = weight.transpose(1, 2) if transpose else weight
+        if self._grouped_mm and x.shape[0]:
+            return torch._grouped_mm(x, w, offs=groups.offsets)
+        out = x.new_empty(x.shape[0], w.shape[2])
+        scratch = torch.empty(weight.shape[1:], dtype=torch.float32) if self._widen else None
+        for e, rows in groups:
+            if scratch is None:
+                torch.mm(x[rows], w[e], out=out[rows])
+            elif transpose and rows.stop - rows.start < _WIDEN_FROM_ROWS:
+                out[rows] = x[rows].to(weight.dtype) @ w[e]
+            else:
+                scratch.copy_(weight[e])
+                torch.mm(x[rows], scratch.t() if transpose else scratch, out=out[rows])
+        return out
+
+    def _sum_by_token(self, rows: Tensor, groups: _Groups) -> Tensor:
+        """Sum over each token's experts, in fp32 and in a fixed order: [S, H] -> [T, H] in the backend's dtype."""
+        spread = torch.zeros(groups.T * groups.K, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        spread.index_copy_(0, groups.order, rows)
+        return (
+            spread.view(groups.T, groups.K, -1)
+            .sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+            .to(self.dtype)
+        )

@@ -1,0 +1,118 @@
+"""`KTMoECallback`: what a stock Trainer needs told about experts on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import KTAMXConfigError, KTAMXError
+from .experts import PROJECTIONS, KTExperts, kt_layers
+
+logger = logging.getLogger(__name__)
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class KTMoECallback(TrainerCallback):
+    """Add it to the callbacks of a Trainer, SFTTrainer or DPOTrainer whose model `apply_kt_moe` has patched.
+
+    Refuses a run that cannot work before its first step, refreshes the operators' copies of the LoRA tensors after each
+    optimizer step, and checks that every checkpoint holds every expert tensor.
+
+    Raises (from the Trainer's calls):
+        KTAMXConfigError: An unpatched model, several processes or DataParallel, or nothing to train that would be saved.
+        KTAMXError: A checkpoint that lacks expert tensors.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        layers = _layers(model)
+        _refuse_parallel(args, model)
+        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
+            raise KTAMXConfigError(
+                "Nothing of this run would be saved: no LoRA adapter is trained, and the experts of a patched model are "
+                "not in its checkpoint. Give the trainer a peft_config (kt_lora_config(model)), or call get_peft_model."
+            )
+        if not self._told and not any(_trained(layer) for layer in layers):
+            self._told = True
+            logger.warning(
+                "The experts are not trained: no LoRA on them. target_modules (or lora_target) %s would reach them.",
+                ", ".join(PROJECTIONS),
+            )
+        self._refresh(layers)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._refresh(kt_layers(kwargs["model"]))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._refresh(kt_layers(kwargs["model"]))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (folder / _ADAPTER_FILE).exists():
+            check_saved_experts(kwargs["model"], folder / _ADAPTER_FILE)
+
+    @staticmethod
+    def _refresh(layers: list[KTExperts]) -> None:
+        for layer in layers:
+            layer.update_lora_pointers()
+
+
+def check_saved_experts(model: nn.Module, file: Path) -> None:
+    """Compare names and shapes of an adapter file with the LoRA tensors of the model's experts.
+
+    Raises:
+        KTAMXError: Tensors are missing or have another shape.
+    """
+    wanted = {}
+    for name, parameter in model.named_parameters():
+        holder, _, adapter = name.removesuffix(".weight").rpartition(".")
+        if ".experts." in name and holder.rsplit(".", 1)[-1] in ("lora_A", "lora_B") and adapter == "default":
+            wanted[f"{holder}.weight"] = tuple(parameter.shape)
+    with safe_open(file, framework="pt") as saved:
+        there = {key: tuple(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118
+    wrong = [
+        f"{key}: {there.get(key, 'missing')}, not {shape}" for key, shape in wanted.items() if there.get(key) != shape
+    ]
+    if wrong:
+        raise KTAMXError(
+            f"{file} does not hold the experts' LoRA: {'; '.join(wrong[:3])} ({len(wrong)} tensors in all)."
+        )
+
+
+def _layers(model: nn.Module) -> list[KTExperts]:
+    layers = kt_layers(model)
+    if not layers:
+        raise KTAMXConfigError("KTMoECallback: the trainer's model is not patched. Call apply_kt_moe(model) before.")
+    return layers
+
+
+def _refuse_parallel(args: TrainingArguments, model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel) or args.n_gpu > 1:
+        raise KTAMXConfigError(
+            f"The trainer sees {max(args.n_gpu, torch.cuda.device_count())} GPUs and would use nn.DataParallel, which cannot "
+            "hold experts on the CPU. Show it one: CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.world_size > 1:
+        raise KTAMXConfigError(
+            f"world size {args.world_size} (WORLD_SIZE={os.environ.get('WORLD_SIZE')}): experts on the CPU cannot be "
+            "shared by several processes yet. Start one process."
+        )
+
+
+def _trained(layer: KTExperts) -> bool:
+    return any(parameter.requires_grad for parameter in layer.lora_params.values())

@@ -1,0 +1,126 @@
+"""`KTConfig`: what a user may set, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import KTAMXConfigError
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "torch")
+
+# Keys of older integrations, with what took their place.
+_REMOVED = {
+    "kt_optimize_rule": "nothing: apply_kt_moe finds the experts by itself, rule files are not used",
+    "cpu_infer": "kt_num_threads",
+    "chunk_size": "kt_max_len",
+}
+
+
+@dataclass(frozen=True)
+class KTConfig:
+    """Settings of `apply_kt_moe`.
+
+    Args:
+        kt_backend: What computes the experts: `auto` (AMX, then AVX512-BF16, then torch), `AMXBF16` (kt-kernel's
+            bf16 operators, on AMX or AVX512-BF16), `AMXInt8`, `AMXInt4` or `torch` (PyTorch, any device and dtype).
+        kt_num_threads: Worker threads of the operators. None plans them from the machine (`kt_hf.cpu`); more than
+            the machine has are clamped with a warning.
+        kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
+        kt_num_gpu_experts: Experts a layer that are computed on the GPU. None means 0.
+        kt_weight_path: Folder of quantised expert weights saved beforehand (AMXInt8, AMXInt4).
+        kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, `cpu` or `gpu`.
+        kt_expert_activations: Under gradient checkpointing, `retain` keeps what the first forward computed, so that
+            the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again.
+        kt_share_backward_weights: Keep one buffer of backward weights for all layers (half the memory, slower
+            backward) instead of one a layer. None decides by the free memory.
+        kt_max_len: Most tokens in one operator call; longer batches are computed in pieces. None means 32,768.
+        kt_lora_rank: LoRA rank the operators are built for. None takes the first adapter's; 0 packs for inference.
+        kt_max_cache_depth: Accepted from older configurations and ignored.
+
+    Raises:
+        KTAMXConfigError: An unknown field, or a value that is out of range, naming the field, the value and the fix.
+    """
+
+    kt_backend: str = "auto"
+    kt_num_threads: int | None = None
+    kt_tp_enabled: bool = True
+    kt_num_gpu_experts: int | None = 0
+    kt_weight_path: str | Path | None = None
+    kt_moe_lora_device: str = "cpu"
+    kt_expert_activations: str = "retain"
+    kt_share_backward_weights: bool | None = None
+    kt_max_len: int | None = None
+    kt_lora_rank: int | None = None
+    kt_max_cache_depth: InitVar[int | None] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> KTConfig:
+        # Before __init__, whose TypeError for an unknown name would not say what to write instead.
+        _check_names(kwargs)
+        return super().__new__(cls)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> KTConfig:
+        """A config from a mapping, of a YAML file for instance, with the checks of the constructor."""
+        return cls(**values)
+
+    def __post_init__(self, kt_max_cache_depth: int | None) -> None:
+        if kt_max_cache_depth is not None:
+            logger.warning(
+                "kt_max_cache_depth=%s is ignored: the operators keep one forward a layer.", kt_max_cache_depth
+            )
+        if self.kt_num_gpu_experts is None:
+            object.__setattr__(self, "kt_num_gpu_experts", 0)
+        _choice("kt_backend", self.kt_backend, BACKENDS)
+        _choice("kt_moe_lora_device", self.kt_moe_lora_device, ("cpu", "gpu"))
+        _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
+        _integer("kt_num_threads", self.kt_num_threads, 1, "leave it out (None) to have it planned")
+        _integer("kt_num_gpu_experts", self.kt_num_gpu_experts, 0, "use 0 to compute every expert on the CPU")
+        _integer("kt_max_len", self.kt_max_len, 1, "leave it out (None) for the default")
+        _integer("kt_lora_rank", self.kt_lora_rank, 0, "leave it out (None) to take the adapter's rank")
+        _boolean("kt_tp_enabled", self.kt_tp_enabled)
+        if self.kt_share_backward_weights is not None:
+            _boolean("kt_share_backward_weights", self.kt_share_backward_weights)
+        if self.kt_weight_path is not None and not isinstance(self.kt_weight_path, (str, Path)):
+            raise KTAMXConfigError(
+                f"kt_weight_path={self.kt_weight_path!r} is not a path. Give a folder, or leave it out."
+            )
+        if self.kt_lora_rank is not None and self.kt_lora_rank > 1024:
+            raise KTAMXConfigError(f"kt_lora_rank={self.kt_lora_rank} is too large: at most 1024.")
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(KTConfig)] + ["kt_max_cache_depth"]
+    for name in values:
+        if name in _REMOVED:
+            raise KTAMXConfigError(f"{name} is no setting of kt_hf. In its place: {_REMOVED[name]}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."
+            raise KTAMXConfigError(f"{name} is no setting of kt_hf.{hint}")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise KTAMXConfigError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def _integer(name: str, value: Any, least: int, fix: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise KTAMXConfigError(f"{name}={value!r} is not an integer of {least} or more: {fix}.")
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise KTAMXConfigError(f"{name}={value!r} is neither true nor false.")

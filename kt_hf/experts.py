@@ -1,0 +1,410 @@
+"""`KTExperts`, the module that stands in a patched model's `experts`, and its three PEFT layers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.lora import LoraConfig, LoraLayer
+from torch import Tensor, nn
+
+from .autograd import ExpertsFunction, ExpertsRunner
+from .backends import ExpertShape, ExpertWeights, TorchBackend
+from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
+from .packing import Packer
+
+logger = logging.getLogger(__name__)
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_optimizer_steps = itertools.count(1)
+_optimizer_epoch = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_epoch
+    _optimizer_epoch = next(_optimizer_steps)
+
+
+def watch_optimizers() -> None:
+    """Count the steps of all optimizers, once a process: fused ones change tensors without raising their `_version`."""
+    if not getattr(watch_optimizers, "handle", None):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        watch_optimizers.handle = register_optimizer_step_post_hook(_count_optimizer_step)  # type: ignore[attr-defined]
+
+
+class PackedWeight(nn.Module):
+    """Stands where PEFT expects a base layer: the size of a stacked projection, its weights being in the backend."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, held by the backend"
+
+
+class ExpertLora(nn.Module):
+    """Holder of one LoRA tensor of all experts, `weight` [E, r, in] or [E, out, r].
+
+    A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`, `.cuda()`
+    and the like leave the tensor where and what it is: it is the master of what the backend holds (on the CPU, or with
+    `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
+    """
+
+    def __init__(self, weight: Tensor, follow_to_gpu: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.follow_to_gpu = follow_to_gpu
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExpertLora:
+        # On the leaf: PEFT calls child.to(), which would by-pass an override further up.
+        if self.weight.is_meta:
+            return super()._apply(fn, recurse)
+        moved = fn(self.weight.detach().new_empty(1)).device
+        if moved.type == "cuda" and self.follow_to_gpu and moved != self.weight.device:
+            self.weight.data = self.weight.data.to(moved)
+            if self.weight.grad is not None:
+                self.weight.grad = self.weight.grad.to(moved)
+        return self
+
+
+class ExpertProjection(nn.Module, LoraLayer):
+    """The gate, up or down projection of all experts of a layer, as PEFT sees it.
+
+    Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts` computes
+    with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is refused.
+    """
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, owner: KTExperts) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, PackedWeight(in_features, out_features))
+        self.num_experts = num_experts
+        self.in_features = in_features
+        self.out_features = out_features
+        self._owner = [owner]  # in a list, or it would register as a child and make a cycle
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features  # type: ignore[return-value]
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Called by PEFT for each adapter that targets this projection."""
+        owner = self._owner[0]
+        where = f"{owner.label}.{kwargs.get('target_name', '').rsplit('.', 1)[-1] or 'projection'}"
+        _refuse_variants(config, where)
+        owner.check_rank(r, where)
+        if config.lora_dropout and not getattr(owner.packer, "told_dropout", False):
+            owner.packer.told_dropout = True
+            logger.warning(
+                "lora_dropout=%s applies to linear layers only: experts train without it.", config.lora_dropout
+            )
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = False
+        self.lora_bias[adapter_name] = False
+        self.lora_dropout[adapter_name] = nn.Identity()
+        dtype, gpu = owner.lora_dtype, owner.packer.config.kt_moe_lora_device == "gpu"
+        shape_a, shape_b = (self.num_experts, r, self.in_features), (self.num_experts, self.out_features, r)
+        self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype), gpu)
+        self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype), gpu)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """A as PEFT draws a Linear's, expert by expert: uniform in ±1/sqrt(in). B zero (drawn too with False)."""
+        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if a.is_meta:
+            return
+        with torch.no_grad():
+            if init_lora_weights == "gaussian":
+                a.normal_(std=1 / self.r[adapter_name])
+            else:
+                bound = 1 / math.sqrt(self.in_features)
+                a.uniform_(-bound, bound)
+            if init_lora_weights is False:  # as nn.Linear's own start, which is what PEFT leaves then
+                bound = 1 / math.sqrt(self.r[adapter_name])
+                b.uniform_(-bound, bound)
+            else:
+                b.zero_()
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise KTAMXError("An expert projection is not called by itself: KTExperts computes the three together.")
+
+    def _no_merge(self, *_: Any, **__: Any) -> NoReturn:
+        raise KTAMXError(
+            "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the "
+            "adapter cannot be unloaded from them. Save the adapter with save_pretrained, load the base model anew "
+            "without apply_kt_moe, and merge there."
+        )
+
+    merge = _no_merge
+    unmerge = _no_merge
+    get_delta_weight = _no_merge
+    unload_and_optionally_merge_module = _no_merge
+
+
+def _refuse_variants(config: LoraConfig, where: str) -> None:
+    """What changes a LoRA layer's mathematics and is not implemented for experts, by the name of its setting."""
+    settings = ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config",
+                "layer_replication", "velora_config", "monteclora_config", "use_bdlora")  # fmt: skip
+    for name in settings:
+        if getattr(config, name, None):
+            raise KTAMXConfigError(
+                f"{where}: {name}={getattr(config, name)!r} is not supported on experts. Leave it out, or take "
+                "gate_proj, up_proj and down_proj out of target_modules."
+            )
+    init = config.init_lora_weights
+    if init not in (True, False, "gaussian"):
+        raise KTAMXConfigError(
+            f"{where}: init_lora_weights={init!r} is not supported on experts; use True or 'gaussian'."
+        )
+
+
+class KTExperts(nn.Module):
+    """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
+
+    Args:
+        weights: Taken over.
+        shape: Sizes.
+        layer_idx: Position among the model's layers.
+        label: Full name in the model, for messages.
+        packer: Shared by the layers of a model: the backend to build, and how.
+    """
+
+    def __init__(self, weights: ExpertWeights, shape: ExpertShape, layer_idx: int, label: str, packer: Packer) -> None:
+        super().__init__()
+        self.shape = shape
+        self.layer_idx = layer_idx
+        self.label = label
+        self.packer = packer
+        self.lora_dtype = weights.gate_up.dtype
+        sizes = {
+            "gate_proj": (shape.hidden_size, shape.intermediate_size),
+            "up_proj": (shape.hidden_size, shape.intermediate_size),
+            "down_proj": (shape.intermediate_size, shape.hidden_size),
+        }
+        for name, (inside, outside) in sizes.items():
+            self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
+        self._unpacked: ExpertWeights | None = weights
+        # Until the LoRA rank is known: PyTorch on the weights as they are.
+        self._runner = ExpertsRunner(TorchBackend(weights, shape), label, packer.retain)
+
+    @property
+    def projections(self) -> list[ExpertProjection]:
+        return [getattr(self, name) for name in PROJECTIONS]
+
+    @property
+    def backend_name(self) -> str:
+        """What computes now: `AMXBF16`, `torch`, or `torch` for the time before packing."""
+        return self._runner.backend.name
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are where they will stay."""
+        return self._unpacked is None
+
+    @property
+    def lora_params(self) -> dict[str, nn.Parameter]:
+        """The active adapter's parameters, gate_lora_a … down_lora_b; {} without one, fewer if it has fewer."""
+        found: dict[str, nn.Parameter] = {}
+        for projection, name in zip(self.projections, ("gate", "up", "down"), strict=True):
+            for adapter in _active(projection):
+                found[f"{name}_lora_a"] = projection.lora_A[adapter].weight
+                found[f"{name}_lora_b"] = projection.lora_B[adapter].weight
+        return found
+
+    def check_rank(self, rank: int, where: str) -> None:
+        """Refuse an adapter the packed operators have no room for."""
+        most = self.packer.config.kt_lora_rank if not self.packed else self._runner.backend.max_rank
+        if self.packer.backend != "torch" and most is not None and rank > most:
+            raise KTAMXConfigError(
+                f"{where}: LoRA rank {rank} is larger than the {most} the experts are packed for. "
+                f"Patch with KTConfig(kt_lora_rank={rank}) or more."
+            )
+
+    def pack(self) -> None:
+        """Build the backend, if the LoRA rank is known (by `kt_lora_rank` or an adapter) and it is not built yet."""
+        if self._unpacked is None:
+            return
+        rank = self.packer.config.kt_lora_rank
+        if rank is None:
+            rank = max((r for projection in self.projections for r in projection.r.values()), default=0)
+            if rank == 0:
+                return
+        weights, self._unpacked = self._unpacked, None
+        self._runner = ExpertsRunner(
+            self.packer.pack(weights, self.shape, rank, self.label), self.label, self.packer.retain
+        )
+
+    def update_lora_pointers(self) -> None:
+        """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data` edit."""
+        self.pack()
+        self._runner.load_lora(self._lora_key(), self._lora_tensors)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the experts' outputs.
+
+        Args:
+            hidden_states: [T, H], any floating dtype and device.
+            top_k_index: [T, K] integers. Ids outside [0, E) mean no expert.
+            top_k_weights: [T, K], floating.
+
+        Returns:
+            [T, H], in hidden_states' dtype and on its device. The inputs are never written to.
+
+        Raises:
+            KTAMXForwardError: A wrong shape or dtype, or an output that is not finite.
+        """
+        self._check(hidden_states, top_k_index, top_k_weights)
+        self.pack()
+        key = self._lora_key()
+        if key != self._runner.lora_key:
+            self._runner.load_lora(key, self._lora_tensors)
+        parts = self._lora_parts()
+        lora = [tensor for part in parts for tensor in part[:2]]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *lora)):
+            made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
+
+            def to_parameters(gradients: tuple[Tensor, ...]) -> list[Tensor]:
+                return _parameter_gradients(gradients, made)
+
+            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
+        out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
+        return out.to(hidden_states.device, hidden_states.dtype)
+
+    def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        problem = None
+        if x.dim() != 2 or x.shape[1] != self.shape.hidden_size or not x.is_floating_point():
+            problem = (
+                f"hidden_states is {x.dtype}, {tuple(x.shape)}; it must be floating, [T, {self.shape.hidden_size}]"
+            )
+        elif ids.shape != weights.shape or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+            problem = (
+                f"top_k_index is {tuple(ids.shape)} and top_k_weights {tuple(weights.shape)}; both must be "
+                f"[{x.shape[0]}, K]"
+            )
+        elif ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not weights.is_floating_point():
+            problem = f"top_k_index is {ids.dtype}, top_k_weights {weights.dtype}; they must be integer and floating"
+        elif ids.shape[1] > self.shape.top_k:
+            problem = (
+                f"top_k_index sends a token to {ids.shape[1]} experts, but the model's config says {self.shape.top_k} "
+                "(num_experts_per_tok): set it before apply_kt_moe"
+            )
+        if problem:
+            raise KTAMXForwardError(f"{self.label}: {problem}.")
+
+    def _lora_parts(self) -> list[tuple[Tensor, Tensor, int, int, int, float]]:
+        """Of each projection and active adapter: A, B, index of A among the six, first row, rank, scaling."""
+        parts = []
+        for index, projection in enumerate(self.projections):
+            offset = 0
+            for adapter in _active(projection):
+                rank = projection.r[adapter]
+                a, b = projection.lora_A[adapter].weight, projection.lora_B[adapter].weight
+                parts.append((a, b, 2 * index, offset, rank, float(projection.scaling[adapter])))
+                offset += rank
+        return parts
+
+    def _lora_key(self) -> Hashable:
+        """Changes whenever the LoRA values may have: parameters replaced, written to, or an optimizer's step."""
+        parts = self._lora_parts()
+        if not parts:
+            return ()
+        tensors = tuple((id(t), t.data_ptr(), t.dtype, _version(t)) for part in parts for t in part[:2])
+        return _optimizer_epoch, tensors, tuple(part[2:] for part in parts)
+
+    def _lora_tensors(self) -> tuple[Tensor, ...]:
+        """The six tensors a backend takes: active adapters side by side along the rank, zero-padded, scaling in B."""
+        parts = self._lora_parts()
+        rank = max((offset + r for _, _, _, offset, r, _ in parts), default=0)
+        if rank == 0:
+            return ()
+        if len(parts) == 3 and all(part[4] == rank for part in parts):  # one adapter, one rank: no copies
+            return tuple(t for a, b, _, _, _, s in parts for t in (a.detach(), b.detach() * s))
+        tensors = tuple(torch.zeros(size, dtype=torch.float32) for size in self.shape.lora_shapes(rank))
+        for a, b, index, offset, r, scaling in parts:
+            tensors[index][:, offset : offset + r].copy_(a.detach())
+            tensors[index + 1][:, :, offset : offset + r].copy_(b.detach() * scaling)
+        return tensors
+
+    def extra_repr(self) -> str:
+        s = self.shape
+        return (
+            f"layer_idx={self.layer_idx}, experts={s.num_experts}, top_k={s.top_k}, hidden={s.hidden_size}, "
+            f"intermediate={s.intermediate_size}, backend={self.backend_name}"
+        )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise KTAMXError(
+            "A patched model cannot be deep-copied: its experts are packed for the CPU operators. For DPO's reference use "
+            "the adapter switched off (ref_model=None), else load and patch the model a second time."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise KTAMXError(
+            "A patched model cannot be pickled: its experts are packed for the CPU operators. Save the adapter with "
+            "save_pretrained, and load and patch the base model in the other process."
+        )
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise KTAMXConfigError(
+            "nn.DataParallel cannot replicate experts that live on the CPU. Show the process one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _active(projection: ExpertProjection) -> list[str]:
+    if projection.disable_adapters:
+        return []
+    return [name for name in projection.active_adapters if name in projection.r]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _parameter_gradients(gradients: tuple[Tensor, ...], parts: list[tuple[int, int, int, float]]) -> list[Tensor]:
+    """Gradients of A and B of each part, fp32 and its own memory, from the six of the padded backend tensors."""
+    made = []
+    for index, offset, rank, scaling in parts:
+        made.append(gradients[index][:, offset : offset + rank].to(torch.float32, copy=True))
+        made.append(gradients[index + 1][:, :, offset : offset + rank].to(torch.float32, copy=True).mul_(scaling))
+    return made
+
+
+def kt_layers(model: nn.Module) -> list[KTExperts]:
+    """All `KTExperts` of a model (or a wrapper of one), in layer order."""
+    return [module for module in model.modules() if isinstance(module, KTExperts)]
+
+
+class LoraParamsView(Mapping[int, dict[str, nn.Parameter]]):
+    """`model._kt_moe_lora_params`: layer index -> name -> Parameter, following the adapters; {} before the first."""
+
+    def __init__(self, layers: list[KTExperts]) -> None:
+        self._layers = layers
+
+    def _current(self) -> dict[int, dict[str, nn.Parameter]]:
+        return {layer.layer_idx: params for layer in self._layers if (params := layer.lora_params)}
+
+    def __getitem__(self, layer: int) -> dict[str, nn.Parameter]:
+        return self._current()[layer]
+
+    def __iter__(self) -> Any:
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def __repr__(self) -> str:
+        return repr(self._current())
+
+    def __eq__(self, other: object) -> bool:
+        return self._current() == other
+
+    __hash__ = None  # type: ignore[assignment]
