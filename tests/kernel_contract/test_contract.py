@@ -1,0 +1,190 @@
+"""What kt_hf relies on in kt-kernel's operators. A failure here means that a kernel upgrade changed the ground under us.
+
+Numbers in names are those of the rules in docs/kernel-contract.md.
+"""
+
+import pytest
+import torch
+
+from tests.conftest import KERNEL_MARKS
+
+from .operator import Operator, error
+
+pytestmark = list(KERNEL_MARKS)
+
+
+def check_backward(op, batch, got, limit=0.02):
+    _, grad_input, grad_weights, lora = op.reference(*batch)
+    assert error(got[0], grad_input) < limit
+    assert error(got[1], grad_weights) < limit
+    for ours, reference in zip(got[2], lora, strict=True):
+        assert error(ours, reference) < limit
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, 8, 16, 32, 64, 128, 256])
+def test_numbers_at_every_rank(rank):
+    op = Operator(rank=rank)
+    batch = op.batch(64)
+    assert error(op.forward(*batch[:3]), op.reference(*batch)[0]) < 0.01
+    check_backward(op, batch, op.backward(batch[3]))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 512])
+def test_rule_3_any_number_of_tokens_up_to_max_len(tokens):
+    op = Operator(max_len=512)
+    batch = op.batch(tokens)
+    out = op.forward(*batch[:3])
+    assert out.shape == (tokens, op.H)
+    if tokens:
+        assert error(out, op.reference(*batch)[0]) < 0.01
+        check_backward(op, batch, op.backward(batch[3]))
+
+
+def test_rule_4_minus_one_means_no_expert():
+    op = Operator()
+    x, ids, weights, grad = op.batch(32)
+    ids[::3, 1] = -1
+    ids[5] = -1
+    out = op.forward(x, ids, weights)
+    assert torch.equal(out[5], torch.zeros(op.H, dtype=torch.bfloat16))
+    grad_input, grad_weights, _ = op.backward(grad)
+    assert torch.equal(grad_input[5], torch.zeros(op.H, dtype=torch.bfloat16))
+    assert not grad_weights[ids == -1].any()
+    check_backward(op, (x, ids, weights, grad), (grad_input, grad_weights, op.grads))
+
+
+def test_rule_4_repeated_ids_in_a_row_are_added():
+    op = Operator()
+    x, ids, weights, grad = op.batch(16)
+    ids[:, 1] = ids[:, 0]
+    out = op.forward(x, ids, weights)
+    assert error(out, op.reference(x, ids, weights, grad)[0]) < 0.01
+    check_backward(op, (x, ids, weights, grad), op.backward(grad))
+
+
+def test_rule_6_one_saved_forward_the_second_overwrites_the_first():
+    op = Operator()
+    first, second = op.batch(64, seed=1), op.batch(64, seed=2)
+    op.forward(*first[:3])
+    op.forward(*second[:3])
+    check_backward(op, second, op.backward(second[3]))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_rule_7_a_small_forward_in_between_spoils_grad_input_only(tokens):
+    op = Operator(E=16)
+    batch = op.batch(64)
+    op.forward(*batch[:3])
+    between = op.batch(tokens, seed=3, experts=range(0, 3))
+    op.forward(*between[:3], save=False)
+    grad_input, _, lora = op.backward(batch[3])
+    _, reference, _, lora_reference = op.reference(*batch)
+    assert error(grad_input, reference) > 0.05, "the operators keep the list of active experts now: tickets can be simpler"
+    assert error(lora[5], lora_reference[5]) < 0.02  # which is why a test of LoRA gradients alone does not see it
+
+
+def test_rule_7_a_lora_change_in_between_spoils_it_even_if_restored():
+    op = Operator()
+    batch = op.batch(64)
+    op.forward(*batch[:3])
+    before = [t.clone() for t in op.lora]
+    for tensor in op.lora:
+        tensor.normal_(std=0.5)
+    op.update_lora()
+    for tensor, old in zip(op.lora, before, strict=True):
+        tensor.copy_(old)
+    op.update_lora()
+    spoiled = op.backward(batch[3])[0]
+    assert error(spoiled, op.reference(*batch)[1]) > 0.02, "repacking is not lazy any more: tickets can be simpler"
+
+
+def test_rule_7_a_forward_over_all_experts_after_restoring_makes_it_right_again():
+    op = Operator(E=8, K=2)
+    batch = op.batch(64)
+    op.forward(*batch[:3])
+    op.update_lora()
+    x, _, weights, _ = op.batch(4, seed=5)
+    op.forward(x, torch.arange(8).view(4, 2).contiguous(), weights, save=False)
+    check_backward(op, batch, op.backward(batch[3]))
+
+
+def test_rule_8_backward_on_an_empty_cache_raises_and_leaves_the_layer_usable():
+    op = Operator()
+    batch = op.batch(16)
+    with pytest.raises(RuntimeError):
+        op.backward(batch[3])
+    op.forward(*batch[:3])
+    check_backward(op, batch, op.backward(batch[3]))
+
+
+def test_rule_10_changed_lora_needs_an_update():
+    op = Operator()
+    batch = op.batch(32)
+    before = op.forward(*batch[:3], save=False)
+    op.lora[5].mul_(3.0)
+    assert torch.equal(op.forward(*batch[:3], save=False), before), "down's B is read live now"
+    op.update_lora()
+    assert error(op.forward(*batch[:3], save=False), op.reference(*batch)[0]) < 0.01
+
+
+def test_rule_11_authoritative_gradients_overwrite_and_zero_the_untouched():
+    op = Operator(E=8)
+    batch = op.batch(32, experts=range(0, 4))
+    op.forward(*batch[:3])
+    for tensor in op.grads:
+        tensor.fill_(7.0)
+    check_backward(op, batch, op.backward(batch[3]))
+    assert all(not tensor[4:].any() for tensor in op.grads)
+
+
+def test_rule_15_dropout_drops_in_forwards_without_backward_too():
+    op = Operator(lora_dropout=0.5)
+    batch = op.batch(64)
+    outputs = [op.forward(*batch[:3], save=False) for _ in range(4)]
+    assert any(not torch.equal(out, outputs[0]) for out in outputs[1:]) or (
+        error(outputs[0], op.reference(*batch)[0]) > 0.01
+    ), "dropout is off without save now: it could be offered"
+
+
+def test_rule_18_a_shared_cache_pool_keeps_one_forward_for_all_layers():
+    first, second = (Operator(seed=seed, share_cache_pool=True) for seed in (0, 1))
+    batch = first.batch(64)
+    first.forward(*batch[:3])
+    other = second.batch(64, seed=9)
+    second.forward(*other[:3])
+    try:
+        spoiled = first.backward(batch[3])[0]
+    except RuntimeError:
+        return
+    assert error(spoiled, first.reference(*batch)[1]) > 0.05, "the pool keeps one forward a layer now"
+
+
+def test_rank_padding_with_zeros_is_exact():
+    small, large = Operator(rank=8), Operator(rank=32)
+    for a, b, axis in zip(small.lora, large.lora, (1, 2) * 3, strict=True):
+        b.zero_()
+        b.narrow(axis, 0, 8).copy_(a)
+    large.update_lora()
+    for mine, other in ((small.gate, large.gate), (small.up, large.up), (small.down, large.down)):
+        assert torch.equal(mine, other)
+    batch = small.batch(64)
+    assert torch.equal(small.forward(*batch[:3]), large.forward(*batch[:3]))
+    assert torch.equal(small.backward(batch[3])[0], large.backward(batch[3])[0])
+
+
+def test_inputs_are_only_read():
+    op = Operator()
+    batch = op.batch(32)
+    kept = [t.clone() for t in batch]
+    op.forward(*batch[:3])
+    op.backward(batch[3])
+    assert all(torch.equal(a, b) for a, b in zip(batch, kept, strict=True))
+
+
+def test_zero_lora_b_equals_rank_zero_to_the_bit():
+    with_lora, without = Operator(rank=8), Operator(rank=0)
+    for tensor in with_lora.lora[1::2]:
+        tensor.zero_()
+    with_lora.update_lora()
+    batch = without.batch(64)
+    assert torch.equal(with_lora.forward(*batch[:3]), without.forward(*batch[:3]))
