@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -42,3 +44,22 @@ def native_output_to_log(logger: logging.Logger) -> Iterator[None]:
 def _flush_c() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).fflush(None)
+
+
+@functools.cache
+def silence_native_exit() -> None:
+    """Have what native code prints while the process ends go nowhere; what Python prints still arrives. Once a process."""
+    atexit.register(_leave_stdout_to_python)
+
+
+def _leave_stdout_to_python() -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stdout.fileno() != 1:
+            return
+        sys.stdout.flush()
+        _flush_c()
+        own = os.dup(1)
+        sys.stdout = sys.__stdout__ = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1)
+        os.close(sink)

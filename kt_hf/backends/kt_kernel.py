@@ -7,9 +7,11 @@ established by experiment on kt-kernel 0.7.2; tests/kernel_contract pins those t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
+import os
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ..cpu import ThreadPlan, cpu_features
 from ..errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
-from ._native_output import native_output_to_log
+from ._native_output import native_output_to_log, silence_native_exit
 from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class _Engine:
         from kt_kernel import kt_kernel_ext
 
         self.plan = plan
+        self.pid = os.getpid()
         self.shared_cache = _Cache()
         config = kt_kernel_ext.WorkerPoolConfig()
         config.subpool_count = len(plan.pools)
@@ -93,6 +96,12 @@ class _Engine:
         config.subpool_thread_count = [threads for _, threads in plan.pools]
         with native_output_to_log(logger):
             self.cpu_infer = kt_kernel_ext.CPUInfer(config)
+
+        silence_native_exit()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception), native_output_to_log(logger):
+            self.cpu_infer = None
 
     @classmethod
     def get(cls, plan: ThreadPlan) -> _Engine:
@@ -109,6 +118,7 @@ class _Engine:
 class _KernelSaved(Saved):
     generation: int
     tokens: int
+    untouched: Tensor  # ids of the experts that no token was sent to
 
 
 class KTKernelBackend:
@@ -201,6 +211,9 @@ class KTKernelBackend:
         weights.down = torch.empty(0)
         return moe
 
+    def __del__(self) -> None:
+        self._moe = None  # before the worker pools it uses, which go with the last layer
+
     @property
     def cpu_infer(self) -> Any:
         """kt-kernel's worker pools, one object for all layers of the process."""
@@ -255,12 +268,14 @@ class KTKernelBackend:
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
-        return out, _KernelSaved(self._cache.holds, T)
+        counts = torch.bincount(ids.view(-1) + 1, minlength=self.shape.num_experts + 1)[1:]
+        return out, _KernelSaved(self._cache.holds, T, (counts == 0).nonzero().view(-1))
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        self._check_process()
         if not self.can_backward(saved):
             raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
         assert isinstance(saved, _KernelSaved)
@@ -275,9 +290,22 @@ class KTKernelBackend:
         self._moe.backward(
             grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
         )
+        # The operator clears experts without tokens only where it remembers having written to them itself, and the
+        # buffers are shared between layers.
+        if len(saved.untouched):
+            for buffer in self._grads:
+                buffer.index_fill_(0, saved.untouched, 0.0)
         return Gradients(grad_input, grad_weights, self._grads)
 
+    def _check_process(self) -> None:
+        if self._engine.pid != os.getpid():
+            raise KTAMXForwardError(
+                f"{self.label}: this process is a fork of the one that packed the experts, and the operators' threads did not "
+                "come along. Compute in the parent, or start workers by spawn."
+            )
+
     def _check_inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[int, int]:
+        self._check_process()
         T, K = x.shape[0] if x.dim() == 2 else -1, self.shape.top_k
         _check(x, "hidden_states", (T, self.shape.hidden_size), torch.bfloat16, self.label, KTAMXForwardError)
         _check(ids, "top_k_index", (T, K), torch.int64, self.label, KTAMXForwardError)

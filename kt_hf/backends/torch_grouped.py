@@ -134,7 +134,7 @@ class TorchBackend:
             grads[4][e] = (db * ws[rows]).t() @ h[rows]
             grads[5][e] = (d[rows] * ws[rows]).t() @ (h[rows] @ lora[4][e].t())
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
-        grad_weights.index_copy_(0, groups.order, (q * h).sum(1, dtype=torch.float32))
+        grad_weights.index_copy_(0, groups.order, (q.float() * h).sum(1))
 
         q.mul_(ws)
         dgu = torch.empty_like(saved.gu)

