@@ -8,10 +8,11 @@ inputs autograd saved, and goes on. Any order of forwards, LoRA changes and back
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,25 @@ class LoraValues:
         self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
 
 
+class Retained:
+    """Inputs and output of a forward as the backend had them, to answer a recompute of the same."""
+
+    def __init__(self, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
+        self.x, self.ids, self.weights = x, ids, weights
+        # An alias, for the output itself leads back to the ticket. It shares the version: a write to it is noticed.
+        self.output = output.detach()
+        self._version = output._version
+
+    def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
+        return (
+            self.output._version == self._version
+            and self.x.shape == x.shape
+            and torch.equal(self.ids, ids)
+            and torch.equal(self.weights, weights)
+            and torch.equal(self.x, x)
+        )
+
+
 class Ticket:
     """One forward: what the backend saved of it, with which LoRA values, and its inputs and output where kept."""
 
@@ -52,7 +72,7 @@ class Ticket:
         self.number = next(_ticket_numbers)
         self.saved = saved
         self.values: LoraValues | None = values
-        self.retained: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # x, ids, weights, output as the backend's
+        self.retained: Retained | None = None
         values.tickets.add(self)
 
     def release(self) -> None:
@@ -79,6 +99,13 @@ class ExpertsRunner:
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
 
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No autocast, and no threads of PyTorch's beside a backend that has its own."""
+        threads = _one_thread() if self.backend.own_threads else contextlib.nullcontext()
+        with threads, torch.autocast(self.backend.device.type, enabled=False):
+            yield
+
     @property
     def lora_key(self) -> Hashable:
         """The key of the LoRA values the backend holds."""
@@ -86,7 +113,7 @@ class ExpertsRunner:
 
     def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
         """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
-        with CALL_LOCK, torch.no_grad():
+        with CALL_LOCK, torch.no_grad(), self.quiet():
             self._swap(LoraValues(key), tensors())
 
     def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
@@ -101,12 +128,12 @@ class ExpertsRunner:
 
         x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
         """
-        with CALL_LOCK, torch.no_grad(), _no_autocast(self.backend.device):
+        with CALL_LOCK, torch.no_grad(), self.quiet():
             x, ids, weights = self._inputs(x, ids, weights)
             if save and in_backward() and self.retain:
                 known = self._recognise(x, ids, weights)
                 if known is not None and known.retained is not None:
-                    return known.retained[3], known
+                    return known.retained.output, known
             keep = save and (self.retain or in_backward())
             out, saved = self._compute(x, ids, weights, keep)
             self._check_finite(out, x)
@@ -114,7 +141,7 @@ class ExpertsRunner:
                 return out, None
             ticket = Ticket(self._values, saved)
             if keep and self.retain:
-                ticket.retained = (x, ids, weights, out)
+                ticket.retained = Retained(x, ids, weights, out)
             self._live[ticket.number] = ticket
             # A strong reference, for a recompute's own graph dies before the backward it was made for. The operators
             # hold one saved forward a layer anyway.
@@ -125,7 +152,7 @@ class ExpertsRunner:
         self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
     ) -> Gradients:
         """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it."""
-        with CALL_LOCK, torch.no_grad(), _no_autocast(self.backend.device):
+        with CALL_LOCK, torch.no_grad(), self.quiet():
             if number != ticket.number and self._latest is not None and self._latest.number == number:
                 ticket, self._latest = self._latest, None
             grad_output = grad_output.to(self.backend.device, self.backend.dtype).contiguous()
@@ -194,10 +221,8 @@ class ExpertsRunner:
 
     def _recognise(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
         for ticket in sorted(self._live.values(), key=lambda t: -t.number):
-            kept = ticket.retained
-            if kept is not None and kept[0].shape == x.shape and torch.equal(kept[1], ids):
-                if torch.equal(kept[2], weights) and torch.equal(kept[0], x):
-                    return ticket
+            if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
+                return ticket
         return None
 
     def _check_finite(self, out: Tensor, x: Tensor) -> None:
@@ -257,8 +282,7 @@ class ExpertsFunction(torch.autograd.Function):
         # recompute's, and touching the saved tensors is what sets the recompute off.
         ctx.save_for_backward(x, ids, weights, torch.tensor(ticket.number))
         ctx.like = [(p.dtype, p.device) for p in lora]
-        # A retained output must not be the tensor a caller may write to.
-        return out.to(x.device, x.dtype, copy=ticket.retained is not None)
+        return out.to(x.device, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,11 +295,12 @@ class ExpertsFunction(torch.autograd.Function):
             grad_weights = gradients.top_k_weights[:, : weights.shape[1]].to(weights.device, weights.dtype)
         lora: list[Tensor | None] = [None] * len(ctx.like)
         if any(wanted[5:]):
-            made = ctx.to_parameters(gradients.lora)
-            lora = [
-                grad.to(device, dtype) if want else None
-                for grad, (dtype, device), want in zip(made, ctx.like, wanted[5:], strict=True)
-            ]
+            with ctx.runner.quiet():
+                made = ctx.to_parameters(gradients.lora)
+                lora = [
+                    grad.to(device, dtype) if want else None
+                    for grad, (dtype, device), want in zip(made, ctx.like, wanted[5:], strict=True)
+                ]
         return grad_x, None, grad_weights, None, None, *lora
 
 
@@ -285,5 +310,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread: the operators' idle workers spin for 50 ms, and each parallel loop would wait for a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

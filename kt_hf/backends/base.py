@@ -91,6 +91,7 @@ class ExpertsBackend(Protocol):
     """
 
     name: str
+    own_threads: bool  # whether it computes on threads that are not PyTorch's
     shape: ExpertShape
     dtype: torch.dtype
     device: torch.device

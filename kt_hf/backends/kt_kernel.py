@@ -118,7 +118,6 @@ class _Engine:
 class _KernelSaved(Saved):
     generation: int
     tokens: int
-    untouched: Tensor  # ids of the experts that no token was sent to
 
 
 class KTKernelBackend:
@@ -140,6 +139,7 @@ class KTKernelBackend:
     """
 
     name = "AMXBF16"
+    own_threads = True
     dtype = torch.bfloat16
     device = torch.device("cpu")
 
@@ -268,8 +268,7 @@ class KTKernelBackend:
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
-        counts = torch.bincount(ids.view(-1) + 1, minlength=self.shape.num_experts + 1)[1:]
-        return out, _KernelSaved(self._cache.holds, T, (counts == 0).nonzero().view(-1))
+        return out, _KernelSaved(self._cache.holds, T)
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
@@ -282,7 +281,10 @@ class KTKernelBackend:
         T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
         _check(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
         if self.max_rank and not self._grads:
-            self._grads = _gradient_buffers(self.shape, self.max_rank)
+            # The layer's own, written by nobody else: the operator adds into experts that it has not written to before, and
+            # clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
+            sizes = self.shape.lora_shapes(self.max_rank)
+            self._grads = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in sizes)
         grad_input = torch.empty(T, H, dtype=torch.bfloat16)
         grad_weights = torch.empty(T, K, dtype=torch.float32)
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
@@ -290,11 +292,6 @@ class KTKernelBackend:
         self._moe.backward(
             grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
         )
-        # The operator clears experts without tokens only where it remembers having written to them itself, and the
-        # buffers are shared between layers.
-        if len(saved.untouched):
-            for buffer in self._grads:
-                buffer.index_fill_(0, saved.untouched, 0.0)
         return Gradients(grad_input, grad_weights, self._grads)
 
     def _check_process(self) -> None:
@@ -343,14 +340,3 @@ def _check_weights(weights: ExpertWeights, shape: ExpertShape, label: str) -> No
             raise KTAMXConfigError(
                 f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; it must be {size}, floating."
             )
-
-
-_shared_grads: dict[tuple[ExpertShape, int], tuple[Tensor, ...]] = {}
-
-
-def _gradient_buffers(shape: ExpertShape, rank: int) -> tuple[Tensor, ...]:
-    """Six bf16 buffers shared by all layers of a shape: a backward overwrites them all, and its caller copies at once."""
-    key = (shape, rank)
-    if key not in _shared_grads:
-        _shared_grads[key] = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes(rank))
-    return _shared_grads[key]

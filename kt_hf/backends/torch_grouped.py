@@ -64,6 +64,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    own_threads = False
     max_rank: int | None = None
     max_len: int | None = None
 

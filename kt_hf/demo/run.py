@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from kt_hf.demo import DemoError
+from kt_hf.demo.machine import Memory, versions
 from kt_hf.demo.settings import DemoSettings, OutputFolder
 
 PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
@@ -39,29 +40,20 @@ def check_packages() -> None:
 
 
 class Stages:
-    """Announces each stage and keeps how long it took: `seconds[name]`."""
+    """Announces each stage, turns a spinner on terminals, and keeps how long it took: `seconds[name]`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str, title: str) -> Iterator[None]:
+    def __call__(self, name: str, title: str, spinner: bool = True) -> Iterator[None]:
         self.console.print(f"[bold]{len(self.seconds) + 1}. {title}[/bold]")
         start = time.perf_counter()
-        yield
+        with self.console.status("") if spinner and self.console.is_terminal else nullcontext():
+            yield
         self.seconds[name] = round(time.perf_counter() - start, 1)
         self.console.print(f"  [dim]{self.seconds[name]:.0f} s[/dim]")
-
-
-def peak_memory_gb() -> float | None:
-    """The most memory this process has held, in GB (10^9 bytes); None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict[str, Any]:
@@ -86,8 +78,44 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
             title_align="left",
         )
     )
+    summary, answers, device = _train(settings, folder, stages, console)
+    gc.collect()  # before another process needs as much
+
+    with stages("reload", "Load the adapter in a new process and ask again"):
+        memory = Memory()
+        reloaded = _ask_in_new_process(folder, device)
+        same = [answer["token_ids"] for answer in reloaded] == answers
+        if same:
+            console.print("  The same answers, token by token.")
+        else:
+            _show(console, summary["questions"], [answer["answer"] for answer in reloaded])
+
+    problems = []
+    fall = summary["held_out_loss"]["fall"]
+    if not fall >= settings.least_fall:  # also when it is not a number
+        problems.append(f"The held-out loss fell by {fall:.1%}, less than the {settings.least_fall:.0%} expected.")
+    if not same:
+        problems.append("The adapter answers differently in a new process.")
+    summary |= {
+        "status": "failed" if problems else "passed",
+        "problems": problems,
+        "same_answers_after_reload": same,
+        "seconds": stages.seconds,
+        "seconds_total": round(time.perf_counter() - started, 1),
+        "peak_memory_gb": memory.peak_gb(),
+    }
+    folder.write(summary)
+    _show_summary(console, summary, folder)
+    if problems:
+        raise DemoError(" ".join(problems))
+    return summary
+
+
+def _train(
+    settings: DemoSettings, folder: OutputFolder, stages: Stages, console: Console
+) -> tuple[dict[str, Any], list[list[int]], str]:
+    """(summary, the token ids of the answers after training, device type). Leaves the adapter in the folder."""
     with stages("load_libraries", "Load PyTorch, transformers, PEFT and TRL"):
-        summary = _versions()
         from transformers import set_seed
 
         from kt_hf import kt_lora_config
@@ -104,34 +132,36 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
         lora = kt_lora_config(  # here, so that a wrong target is told at once
             model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_target=settings.lora_target
         )
-        layers, packer = model._kt_wrappers, model._kt_wrappers[0].packer
+        packer = model._kt_wrappers[0].packer
         console.print(
-            f"  {len(layers)} layers of {settings.num_experts} experts, two a token, in {settings.dtype}. "
+            f"  {len(model._kt_wrappers)} layers of {settings.num_experts} experts, two a token, in {settings.dtype}. "
             f"Experts are computed by backend [cyan]{packer.backend}[/cyan]: {escape(packer.reason)}."
         )
 
     with stages("make_data", "Collect questions and answers from the standard library's docstrings"):
         modules, missing = import_modules()
         train, held_out = split(collect(modules))
-        questions = training.choose_questions(held_out)
-        if len(train) < settings.steps * settings.batch or len(held_out) < settings.held_out:
+        used = settings.steps * settings.batch
+        if len(train) < used or len(held_out) < settings.held_out:
             raise DemoError(
                 f"Too few docstrings for {settings.steps} steps: {len(train)} to train on, {len(held_out)} held out. "
                 "Use fewer --steps; Python must not run with -OO, which leaves docstrings out.",
                 exit_code=2,
             )
         console.print(
-            f"  {len(modules)} modules: {len(train)} to train on (this run: {settings.steps * settings.batch}), "
+            f"  {len(modules)} modules: {len(train)} to train on (this run: {used}), "
             f"{len(held_out)} held out (measured on {settings.held_out})."
         )
         if missing:
             console.print(f"  Not in this Python: {', '.join(missing)}.")
+        train, held_out = train[:used], held_out[: settings.held_out]
+        questions = training.choose_questions(held_out)
 
     with stages("answers_before", "Ask before training"):
-        before = ask(model, tokenizer, questions, settings.new_tokens)
-        _show(console, questions, as_text(tokenizer, before))
+        before = as_text(tokenizer, ask(model, tokenizer, questions, settings.new_tokens))
+        _show(console, questions, before)
 
-    with stages("train", f"Train LoRA, rank {settings.lora_rank}, on target {escape(settings.lora_target)!r}"):
+    with stages("train", f"Train LoRA, rank {settings.lora_rank}, on target {settings.lora_target!r}", spinner=False):
         set_seed(settings.seed)
         progress = training.ShowProgress(console, settings.steps)
         trainer = training.make_trainer(model, tokenizer, train, held_out, lora, settings, folder.adapter, progress)
@@ -142,13 +172,9 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
         history = trainer.state.log_history
         losses, evaluations = loss_points(history)
         first, last = evaluations[0][1], evaluations[-1][1]
-        fall = 1 - last / first
         mean_step = sum(progress.step_seconds) / len(progress.step_seconds)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        console.print(
-            f"  {trainable / 1e6:.1f} million trainable parameters, {mean_step:.1f} s a step. "
-            f"Held-out loss {first:.3f} -> {last:.3f} ([bold]{-fall:+.0%}[/bold])."
-        )
+        console.print(f"  {trainable / 1e6:.1f} million trainable parameters, {mean_step:.1f} s a step.")
 
     with stages("answers_after", "Ask the same after training"):
         after = ask(trainer.model, tokenizer, questions, settings.new_tokens)
@@ -156,60 +182,23 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
 
     with stages("save", "Save the adapter and draw the losses"):
         trainer.save_model(str(folder.adapter))
-        plot_losses(
-            history, folder.plot_file, f"SmolLM2 as {settings.num_experts} experts, LoRA on {settings.lora_target}"
-        )
-        summary |= {
+        title = f"SmolLM2-135M as {settings.num_experts} experts, LoRA target {settings.lora_target}"
+        plot_losses(history, folder.plot_file, title)
+        summary = versions() | {
             "status": "trained",
             "settings": asdict(settings),
             "backend": packer.backend,
-            "held_out_loss": {"before": first, "after": last, "fall": fall, "points": evaluations},
-            "training_loss": losses,
-            "examples": {"train": settings.steps * settings.batch, "held_out": settings.held_out},
+            "held_out_loss": {"before": first, "after": last, "fall": 1 - last / first, "by_step": dict(evaluations)},
+            "training_loss_by_step": dict(losses),
+            "examples": {"train": len(train), "held_out": len(held_out)},
             "trainable_parameters": trainable,
             "seconds_per_step": round(mean_step, 3),
             "questions": questions,
-            "answers_before": as_text(tokenizer, before),
+            "answers_before": before,
             "answers_after": as_text(tokenizer, after),
         }
         folder.write(summary)
-
-    with stages("reload", "Load the adapter in a new process and ask again"):
-        reloaded = _ask_in_new_process(folder, trainer.model.device.type)
-        same = [answer["token_ids"] for answer in reloaded] == after
-        if same:
-            console.print("  The same answers, token by token.")
-        else:
-            _show(console, questions, [answer["answer"] for answer in reloaded])
-
-    problems = []
-    if not fall >= settings.least_fall:  # also when it is not a number
-        problems.append(f"The held-out loss fell by {fall:.1%}, less than the {settings.least_fall:.0%} expected.")
-    if not same:
-        problems.append("The adapter answers differently in a new process.")
-    summary |= {
-        "status": "failed" if problems else "passed",
-        "problems": problems,
-        "same_answers_after_reload": same,
-        "seconds": stages.seconds,
-        "seconds_total": round(time.perf_counter() - started, 1),
-        "peak_memory_gb": peak_memory_gb(),
-    }
-    folder.write(summary)
-    _show_summary(console, summary, folder)
-    if problems:
-        raise DemoError(" ".join(problems))
-    return summary
-
-
-def _versions() -> dict[str, Any]:
-    import peft
-    import torch
-    import transformers
-    import trl
-
-    packages = {module.__name__: str(module.__version__) for module in (torch, transformers, peft, trl)}
-    return {"python": platform.python_version(), "packages": packages, "threads": torch.get_num_threads()}
+    return summary, after, trainer.model.device.type
 
 
 def _ask_in_new_process(folder: OutputFolder, device: str) -> list[dict[str, Any]]:

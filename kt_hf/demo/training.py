@@ -22,7 +22,7 @@ from kt_hf.demo.settings import DemoSettings
 
 # Asked before and after where they were held out, which is so unless a docstring has changed.
 PREFERRED = ("math.isnan", "textwrap.indent", "str.strip", "sorted", "statistics.fmean", "inspect.getsource")
-GENERAL_QUESTION = "What is the capital of France?"
+GENERAL_QUESTION = "Name the three primary colors."
 
 
 def choose_questions(held_out: Sequence[Item], count: int = 3) -> list[str]:
@@ -43,8 +43,7 @@ def make_trainer(
     output_dir: Path,
     callback: TrainerCallback,
 ) -> SFTTrainer:
-    """TRL's own SFTTrainer on the patched model. It trains on as many items as the steps need, each once."""
-    needed = settings.steps * settings.batch
+    """TRL's own SFTTrainer on the patched model."""
     # A few hundred tokens need no checkpointing. Newer releases of transformers have renamed the option.
     names = {field.name for field in fields(SFTConfig)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -72,8 +71,8 @@ def make_trainer(
             seed=settings.seed,
             **{checkpointing: False},
         ),
-        train_dataset=Dataset.from_list([item.row() for item in train[:needed]]),
-        eval_dataset=Dataset.from_list([item.row() for item in held_out[: settings.held_out]]),
+        train_dataset=Dataset.from_list([item.row() for item in train]),
+        eval_dataset=Dataset.from_list([item.row() for item in held_out]),
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=[KTMoECallback(), callback],

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import os
 import shutil
-import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +82,8 @@ def _dequantise() -> dict[str, Any]:
 
 def _save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save into `folder` so that an interruption never leaves half a model there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    temporary.mkdir(parents=True)
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -28,7 +28,8 @@ def test_without_adapter(family: Family, case: Case, rank: int | None) -> None:
             actual, expected = forward_backward(layer, x), experts_forward_backward(*x, base)
             assert actual.output.dtype is case.dtype
             assert_close(actual.output, expected.output, case.forward, f"output, layer {layer.layer_idx}, T={tokens}")
-            assert_all_close(actual.grads, expected.grads, case.grad)
+            # A single token's routing gradient is two numbers, each a sum that may cancel.
+            assert_all_close(actual.grads, expected.grads, case.grad if tokens > 1 else 2 * case.grad)
 
 
 def test_with_random_lora(family: Family, case: Case) -> None:
