@@ -57,10 +57,16 @@ def adapted(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def step(experts: nn.Module, parameters: list[nn.Parameter], batch: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
-    """Forward and backward of a layer as training does them, gradients starting from None."""
+def step(
+    experts: nn.Module, parameters: list[nn.Parameter], batch: dict[str, Tensor], threads: int
+) -> Callable[[], dict[str, float]]:
+    """Forward and backward of a layer as training does them, gradients starting from None.
+
+    threads: PyTorch's. One beside the operators, whose own threads they would compete with.
+    """
 
     def run() -> dict[str, float]:
+        torch.set_num_threads(threads)
         for parameter in parameters:
             parameter.grad = None
         x = batch["x"].clone().requires_grad_()
@@ -82,6 +88,7 @@ def bare(backend: Any, batch: dict[str, Tensor]) -> Callable[[], dict[str, float
     grads = [torch.empty(size, dtype=torch.bfloat16) for size in backend.shape.lora_shapes(backend.max_rank)]
 
     def run() -> dict[str, float]:
+        torch.set_num_threads(1)
         forward = timed(lambda: moe.forward_sft(
             length.data_ptr(), K, batch["ids"].data_ptr(), weights.data_ptr(), batch["x"].data_ptr(), out.data_ptr(), True
         ))  # fmt: skip
@@ -134,7 +141,9 @@ def main() -> None:
     for tokens in given.tokens:
         batch = make_batch(given.shape, tokens)
         runs = {
-            name: step(experts, [p for p in model.parameters() if p.requires_grad], batch)
+            name: step(
+                experts, [p for p in model.parameters() if p.requires_grad], batch, 1 if name == "kt" else threads
+            )
             for name, (experts, model) in cases.items()
         }
         if "kt" in cases:

@@ -168,7 +168,8 @@ class ExpertsRunner:
                 gradients = self.backend.backward(ticket.saved, grad_output)
             else:
                 gradients = self._recompute(values, *self._inputs(x, ids, weights), grad_output)
-            self._check_gradients(gradients)
+            self.check_finite("hidden_states", gradients.hidden_states)
+            self.check_finite("top_k_weights", gradients.top_k_weights)
             if not _graph_is_kept():
                 ticket.release()
             return gradients
@@ -231,24 +232,21 @@ class ExpertsRunner:
         where = "its input was finite" if _is_finite(x) else "its input already was not"
         raise KTAMXForwardError(f"{self.label}: the output of the experts is not finite (NaN or infinity); {where}.")
 
-    def _check_gradients(self, gradients: Gradients) -> None:
-        for name, tensor in [("hidden_states", gradients.hidden_states), ("top_k_weights", gradients.top_k_weights)] + [
-            (f"LoRA tensor {i}", tensor) for i, tensor in enumerate(gradients.lora)
-        ]:
-            if not _is_finite(tensor):
-                raise KTAMXBackwardError(
-                    f"{self.label}: the gradient of {name} is not finite, though the gradient that came in was. A gate "
-                    "pre-activation below -88 can cause it in kt-kernel's operators; kt_backend=torch has no such limit."
-                )
+    def check_finite(self, name: str, gradient: Tensor) -> None:
+        """Refuse a gradient that is not finite.
+
+        Raises:
+            KTAMXBackwardError: It holds NaN or infinity.
+        """
+        if not _is_finite(gradient):
+            raise KTAMXBackwardError(
+                f"{self.label}: the gradient of {name} is not finite, though the gradient that came in was. A gate "
+                "pre-activation below -87 can cause it in kt-kernel's operators; kt_backend=torch has no such limit."
+            )
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
-        shape = self.backend.shape
-        sizes = shape.lora_shapes(self.backend.rank) if self.backend.rank else ()
-        return Gradients(
-            torch.full((tokens, shape.hidden_size), value),
-            torch.full((tokens, top_k), value),
-            tuple(torch.full(size, value) for size in sizes),
-        )
+        hidden = torch.full((tokens, self.backend.shape.hidden_size), value)
+        return Gradients(hidden, torch.full((tokens, top_k), value))
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -281,7 +279,7 @@ class ExpertsFunction(torch.autograd.Function):
         # The number travels as a saved tensor: under non-reentrant checkpointing the one that arrives in backward is the
         # recompute's, and touching the saved tensors is what sets the recompute off.
         ctx.save_for_backward(x, ids, weights, torch.tensor(ticket.number))
-        ctx.like = [(p.dtype, p.device) for p in lora]
+        ctx.like = [(p.shape, p.dtype, p.device) for p in lora]
         return out.to(x.device, x.dtype)
 
     @staticmethod
@@ -296,12 +294,19 @@ class ExpertsFunction(torch.autograd.Function):
         lora: list[Tensor | None] = [None] * len(ctx.like)
         if any(wanted[5:]):
             with ctx.runner.quiet():
-                made = ctx.to_parameters(gradients.lora)
-                lora = [
-                    grad.to(device, dtype) if want else None
-                    for grad, (dtype, device), want in zip(made, ctx.like, wanted[5:], strict=True)
-                ]
+                made = ctx.to_parameters(gradients.lora) if gradients.lora else _like(gradients, ctx.like)
+                for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):
+                    if wanted[5 + i]:
+                        if gradients.lora:
+                            ctx.runner.check_finite("an expert LoRA tensor", grad)
+                        lora[i] = grad.to(device, dtype)
         return grad_x, None, grad_weights, None, None, *lora
+
+
+def _like(gradients: Gradients, like: list[tuple[torch.Size, torch.dtype, torch.device]]) -> list[Tensor]:
+    """LoRA gradients of a backward that computed nothing: zero for no tokens, else NaN as the gradient that came in."""
+    value = float("nan") if len(gradients.hidden_states) else 0.0
+    return [torch.full(shape, value) for shape, _, _ in like]
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import KTAMXBackwardError
 from .base import ExpertShape, ExpertWeights, Gradients, Saved
 
 # Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
@@ -116,6 +117,8 @@ class TorchBackend:
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _TorchSaved)
+        if self.weights.down.numel() == 0:
+            raise KTAMXBackwardError("The experts were packed between this forward and its backward: forward again.")
         groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
         I = self.shape.intermediate_size  # noqa: E741
         r = lora[0].shape[1] if lora else 0

@@ -34,13 +34,13 @@ def as_text(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
     return [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
 
-def build(settings: DemoSettings, dense: Path) -> tuple[Any, Any]:
-    """(the up-cycled model with its experts taken over by kt_hf, the tokenizer). `dense` keeps the dense model."""
+def build(settings: DemoSettings) -> tuple[Any, Any]:
+    """(the up-cycled model with its experts taken over by kt_hf, the tokenizer)."""
     from kt_hf import KTConfig, apply_kt_moe
     from kt_hf.demo.upcycle import upcycle
 
     model, tokenizer = upcycle(
-        settings.num_experts, seed=settings.seed, num_layers=settings.num_layers, dtype=settings.dtype, cache=dense
+        settings.num_experts, seed=settings.seed, num_layers=settings.num_layers, dtype=settings.dtype
     )
     return apply_kt_moe(model, KTConfig(kt_backend=settings.backend)), tokenizer
 
@@ -53,7 +53,7 @@ def reload_and_ask(folder: OutputFolder, device: str) -> tuple[list[str], list[l
     if not (folder.adapter / "adapter_config.json").is_file():
         raise DemoError(f"{folder.adapter} holds no adapter: the demo has not got as far as saving it.", exit_code=2)
     settings = DemoSettings.from_dict(summary["settings"])
-    model, tokenizer = build(settings, folder.dense)
+    model, tokenizer = build(settings)
     model = PeftModel.from_pretrained(model, str(folder.adapter)).to(device)
     questions = summary["questions"]
     answers = ask(model, tokenizer, questions, settings.new_tokens)

@@ -128,7 +128,7 @@ def _train(
 
     with stages("build_model", "Up-cycle SmolLM2-135M-Instruct and hand its experts to kt_hf"):
         settings = settings.with_dtype()
-        model, tokenizer = build(settings, folder.dense)
+        model, tokenizer = build(settings)
         lora = kt_lora_config(  # here, so that a wrong target is told at once
             model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_target=settings.lora_target
         )
@@ -154,8 +154,8 @@ def _train(
         )
         if missing:
             console.print(f"  Not in this Python: {', '.join(missing)}.")
-        train, held_out = train[:used], held_out[: settings.held_out]
         questions = training.choose_questions(held_out)
+        train, held_out = train[:used], held_out[: settings.held_out]
 
     with stages("answers_before", "Ask before training"):
         before = as_text(tokenizer, ask(model, tokenizer, questions, settings.new_tokens))

@@ -12,7 +12,6 @@ from kt_hf.demo import DemoError
 SUMMARY = "demo.json"  # also marks a folder as the demo's own
 PLOT = "loss.png"
 ADAPTER = "adapter"
-DENSE = "dense-model"
 RELOADED = "reloaded-answers.json"
 
 
@@ -40,12 +39,12 @@ class DemoSettings:
         """The same with a few layers and steps: checks the machinery in half a minute, its answers mean nothing."""
         return replace(
             self,
-            steps=min(self.steps, 8),
+            steps=min(self.steps, 6),
             batch=2,
-            num_layers=4,
-            held_out=8,
-            eval_every=4,
-            new_tokens=12,
+            num_layers=2,
+            held_out=6,
+            eval_every=3,
+            new_tokens=8,
             least_fall=0.01,
         )
 
@@ -73,7 +72,6 @@ class OutputFolder:
         self.summary_file = path / SUMMARY
         self.plot_file = path / PLOT
         self.adapter = path / ADAPTER
-        self.dense = path / DENSE
         self.reloaded_file = path / RELOADED
 
     def claim(self, settings: DemoSettings) -> None:

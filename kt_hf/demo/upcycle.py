@@ -6,11 +6,12 @@ whatever the router chooses. The noise makes experts differ, so that a mistaken 
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import io
-import os
-import shutil
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,36 +41,33 @@ def find_gguf() -> Path:
     return path
 
 
-def load_dense(cache: Path | None = None) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct (a LlamaForCausalLM, bf16, CPU) and its tokenizer with the chat template.
-
-    Reading a GGUF file takes about 20 s, all of it Python. With `cache` (a folder; made when missing) the de-quantised
-    model, 270 MB, is kept there and read from there the next time.
-    """
+def load_dense() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct (a LlamaForCausalLM, bf16, CPU, eval mode) and its tokenizer with the chat template."""
+    path = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise DemoError("Reading the demo's model needs the package gguf. Install: pip install gguf", exit_code=2)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if cache is not None and (cache / "config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.bfloat16, local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(cache, local_files_only=True)
-
-    path = find_gguf()
-    if importlib.util.find_spec("gguf") is None:
-        raise DemoError(
-            "Reading the demo's model needs the package gguf. Install it with: pip install gguf", exit_code=2
-        )
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+    with _file_read_once(), redirect_stderr(io.StringIO()):  # the second for a progress bar that no setting turns off
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **_dequantise(), **source)
-    model.eval()
-    # What is left of the GGUF in the configuration would make the saved model look quantised.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    if cache is not None:
-        _save_whole(model, tokenizer, cache)
-    return model, tokenizer
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _file_read_once() -> Iterator[None]:
+    """Let transformers reuse what it has read: else it parses the file's header three times, and builds the table of
+    tensor names for every module anew, which takes 20 s in place of 8.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(reader), functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def _dequantise() -> dict[str, Any]:
@@ -78,20 +76,6 @@ def _dequantise() -> dict[str, Any]:
 
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save into `folder` so that an interruption never leaves half a model there."""
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def upcycle_model(
@@ -197,8 +181,7 @@ def upcycle(
     seed: int = 0,
     num_layers: int | None = None,
     dtype: str = "bfloat16",
-    cache: Path | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer): SmolLM2-135M-Instruct as a Mixtral. `cache` is explained at `load_dense`, the rest above."""
-    dense, tokenizer = load_dense(cache)
+    """(model, tokenizer): SmolLM2-135M-Instruct as a Mixtral. Arguments as above."""
+    dense, tokenizer = load_dense()
     return upcycle_model(dense, num_experts, noise, seed, num_layers, dtype), tokenizer

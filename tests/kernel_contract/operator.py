@@ -99,7 +99,9 @@ class Operator:
         grad = torch.randn(tokens, self.H, generator=generator).bfloat16()
         return x, ids, torch.rand(tokens, self.K, generator=generator), grad
 
-    def reference(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def reference(
+        self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Output, grad_input, grad_weights and LoRA gradients by autograd in fp32, a loop over tokens' experts."""
         x = x.float().requires_grad_()
         weights = weights.clone().requires_grad_()
