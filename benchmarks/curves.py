@@ -3,9 +3,10 @@
     python benchmarks/curves.py [--steps 20] [--tokens 256] [--layers N] [--cases stock auto] [--out FOLDER]
 
 The model is the demo's (SmolLM2-135M-Instruct up-cycled to eight experts), the data the standard library's docstrings.
-Stock is PEFT's `target_parameters` on the fused experts, whose gate and up share one A: both sides start from that A and
-B = 0. Writes curves.csv and curves.png and ends with status 1 if a step's losses differ by more than 0.02 or the loss falls
-by less than 0.3.
+Stock is PEFT's `target_parameters` on the fused experts. There gate and up share one A, which is another model than one
+A each; so the fused adapter gets twice the rank, A = [gate's; up's], and a gradient mask keeps its B block-diagonal:
+the same function with the same freedom. Both sides start from the same A, and B = 0. Writes curves.csv and curves.png
+and ends with status 1 if a step's losses differ by more than 0.02 or the loss falls by less than 0.3.
 """
 
 from __future__ import annotations
@@ -40,7 +41,21 @@ def batches(tokenizer: Any, tokens: int, count: int) -> list[torch.Tensor]:
 def stock(model: Any) -> Any:
     model.set_experts_implementation("grouped_mm")
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_parameters=names))
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_parameters=names,
+        rank_pattern={r".*\.gate_up_proj": 2 * RANK}, alpha_pattern={r".*\.gate_up_proj": 2 * ALPHA},
+    )  # fmt: skip
+    model = get_peft_model(model, config)
+    for layer in model.base_model.model.model.layers:
+        wrapper = layer.mlp.experts
+        while wrapper.parameter_name != "gate_up_proj":
+            wrapper = wrapper.base_layer
+        b = wrapper.lora_B["default"].weight  # [2I, 2r·E], columns count the rank first
+        mask = torch.zeros(b.shape[0], 2 * RANK, b.shape[1] // (2 * RANK))
+        mask[: b.shape[0] // 2, :RANK] = 1
+        mask[b.shape[0] // 2 :, RANK:] = 1
+        b.register_hook(mask.view_as(b).mul)
+    return model
 
 
 def patched(model: Any, backend: str) -> Any:
@@ -57,16 +72,17 @@ def same_start(model: Any) -> None:
     for index, layer in enumerate(layers):
         experts = layer.mlp.experts
         generator = torch.Generator().manual_seed(index)
-        sizes = [(8, RANK, model.config.hidden_size), (8, RANK, model.config.intermediate_size)]
-        first, second = ((torch.rand(s, generator=generator) * 2 - 1) * s[2] ** -0.5 for s in sizes)
+        H, inner = model.config.hidden_size, model.config.intermediate_size
+        gate, up, down = (
+            (torch.rand(8, RANK, size, generator=generator) * 2 - 1) * size**-0.5 for size in (H, H, inner)
+        )
         if hasattr(experts, "gate_proj"):
-            experts.gate_proj.lora_A["default"].weight.copy_(first)
-            experts.up_proj.lora_A["default"].weight.copy_(first)
-            experts.down_proj.lora_A["default"].weight.copy_(second)
+            for name, a in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                getattr(experts, name).lora_A["default"].weight.copy_(a)
             continue
         wrapper = experts
         while hasattr(wrapper, "parameter_name"):
-            a = first if wrapper.parameter_name == "gate_up_proj" else second
+            a = torch.cat([gate, up], dim=1) if wrapper.parameter_name == "gate_up_proj" else down
             wrapper.lora_A["default"].weight.copy_(a.reshape(-1, a.shape[2]))
             wrapper = wrapper.base_layer
 

@@ -2,9 +2,9 @@
 
     python benchmarks/layer.py [--tokens 512 2048] [--rank 8] [--runs 7] [--threads N] [--shape deepseek-v2-lite]
 
-Prints milliseconds and ratios of one run, and appends to results.csv. `bare` are kt-kernel's calls and nothing else; `kt`
-is KTExperts as a training step calls it, gradients in fp32 included; `torch` the torch backend the same way; `stock` is
-grouped_mm with PEFT's LoRA on fused experts (target_parameters).
+Prints milliseconds and ratios of one run, and appends to results.csv. `bare` are kt-kernel's calls and nothing else;
+`kt` is KTExperts as a training step calls it, gradients in fp32 included; `torch` the torch backend the same way;
+`stock` is grouped_mm with PEFT's LoRA on fused experts (target_parameters).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def bare(backend: Any, batch: dict[str, Tensor]) -> Callable[[], dict[str, float
     """kt-kernel's two calls with pointers made ready before: what no wrapper can be faster than."""
     moe, K = backend._moe, backend.shape.top_k
     T, H = batch["x"].shape
-    length = torch.tensor([T], dtype=torch.int32)
+    length, x, ids = torch.tensor([T], dtype=torch.int32), batch["x"], batch["ids"]
     out, grad_input = torch.empty(T, H, dtype=torch.bfloat16), torch.empty(T, H, dtype=torch.bfloat16)
     weights, grad_weights = batch["weights"].float().contiguous(), torch.empty(T, K)
     grads = [torch.empty(size, dtype=torch.bfloat16) for size in backend.shape.lora_shapes(backend.max_rank)]
@@ -90,7 +90,7 @@ def bare(backend: Any, batch: dict[str, Tensor]) -> Callable[[], dict[str, float
     def run() -> dict[str, float]:
         torch.set_num_threads(1)
         forward = timed(lambda: moe.forward_sft(
-            length.data_ptr(), K, batch["ids"].data_ptr(), weights.data_ptr(), batch["x"].data_ptr(), out.data_ptr(), True
+            length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), True
         ))  # fmt: skip
         backward = timed(lambda: moe.backward(
             batch["grad"].data_ptr(), grad_input.data_ptr(), *(g.data_ptr() for g in grads), grad_weights.data_ptr(),

@@ -38,7 +38,8 @@ def _graph_is_kept() -> bool:
 
 
 class LoraValues:
-    """LoRA values that a backend holds or held. `kept` is a copy, made when they leave the backend while still needed."""
+    """LoRA values that a backend holds or held. `kept` is a copy, made when they leave the backend while still
+    needed."""
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
@@ -276,8 +277,8 @@ class ExpertsFunction(torch.autograd.Function):
         out, ticket = runner.forward(x, ids, weights, save=True)
         assert ticket is not None
         ctx.runner, ctx.ticket, ctx.to_parameters = runner, ticket, to_parameters
-        # The number travels as a saved tensor: under non-reentrant checkpointing the one that arrives in backward is the
-        # recompute's, and touching the saved tensors is what sets the recompute off.
+        # The number travels as a saved tensor: under non-reentrant checkpointing the one that arrives in backward is
+        # the recompute's, and touching the saved tensors is what sets the recompute off.
         ctx.save_for_backward(x, ids, weights, torch.tensor(ticket.number))
         ctx.like = [(p.shape, p.dtype, p.device) for p in lora]
         return out.to(x.device, x.dtype)
@@ -317,7 +318,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: the operators' idle workers spin for 50 ms, and each parallel loop would wait for a core."""
+    """PyTorch on one thread: the operators' idle workers spin for 50 ms, and each parallel loop would wait for a
+    core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

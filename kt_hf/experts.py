@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -52,9 +52,9 @@ class PackedWeight(nn.Module):
 class ExpertLora(nn.Module):
     """Holder of one LoRA tensor of all experts, `weight` [E, r, in] or [E, out, r].
 
-    A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`, `.cuda()`
-    and the like leave the tensor where and what it is: it is the master of what the backend holds (on the CPU, or with
-    `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
+    A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`,
+    `.cuda()` and the like leave the tensor where and what it is: it is the master of what the backend holds (on the
+    CPU, or with `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
     """
 
     def __init__(self, weight: Tensor, follow_to_gpu: bool) -> None:
@@ -77,9 +77,24 @@ class ExpertLora(nn.Module):
 class ExpertProjection(nn.Module, LoraLayer):
     """The gate, up or down projection of all experts of a layer, as PEFT sees it.
 
-    Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts` computes
-    with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is refused.
+    Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts`
+    computes with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is
+    refused.
     """
+
+    # Set by LoraLayer; declared because nn.Module's attributes have no types of their own.
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_dropout: nn.ModuleDict
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, owner: KTExperts) -> None:
         nn.Module.__init__(self)
@@ -117,9 +132,16 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def tensors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [E, r, in] and B [E, out, r] of an adapter."""
+        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        assert isinstance(a, nn.Parameter)
+        assert isinstance(b, nn.Parameter)
+        return a, b
+
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """A as PEFT draws a Linear's, expert by expert: uniform in ±1/sqrt(in). B zero (drawn too with False)."""
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        a, b = self.tensors(adapter_name)
         if a.is_meta:
             return
         with torch.no_grad():
@@ -216,8 +238,7 @@ class KTExperts(nn.Module):
         found: dict[str, nn.Parameter] = {}
         for projection, name in zip(self.projections, ("gate", "up", "down"), strict=True):
             for adapter in _active(projection):
-                found[f"{name}_lora_a"] = projection.lora_A[adapter].weight
-                found[f"{name}_lora_b"] = projection.lora_B[adapter].weight
+                found[f"{name}_lora_a"], found[f"{name}_lora_b"] = projection.tensors(adapter)
         return found
 
     def check_rank(self, rank: int, where: str) -> None:
@@ -244,7 +265,8 @@ class KTExperts(nn.Module):
         )
 
     def update_lora_pointers(self) -> None:
-        """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data` edit."""
+        """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data`
+        edit."""
         self.pack()
         self._runner.load_lora(self._lora_key(), self._lora_tensors)
 
@@ -300,14 +322,14 @@ class KTExperts(nn.Module):
         if problem:
             raise KTAMXForwardError(f"{self.label}: {problem}.")
 
-    def _lora_parts(self) -> list[tuple[Tensor, Tensor, int, int, int, float]]:
+    def _lora_parts(self) -> list[tuple[nn.Parameter, nn.Parameter, int, int, int, float]]:
         """Of each projection and active adapter: A, B, index of A among the six, first row, rank, scaling."""
         parts = []
         for index, projection in enumerate(self.projections):
             offset = 0
             for adapter in _active(projection):
                 rank = projection.r[adapter]
-                a, b = projection.lora_A[adapter].weight, projection.lora_B[adapter].weight
+                a, b = projection.tensors(adapter)
                 parts.append((a, b, 2 * index, offset, rank, float(projection.scaling[adapter])))
                 offset += rank
         return parts
@@ -343,8 +365,8 @@ class KTExperts(nn.Module):
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise KTAMXError(
-            "A patched model cannot be deep-copied: its experts are packed for the CPU operators. For DPO's reference use "
-            "the adapter switched off (ref_model=None), else load and patch the model a second time."
+            "A patched model cannot be deep-copied: its experts are packed for the CPU operators. For DPO's reference "
+            "use the adapter switched off (ref_model=None), else load and patch the model a second time."
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -355,7 +377,8 @@ class KTExperts(nn.Module):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise KTAMXConfigError(
-            "nn.DataParallel cannot replicate experts that live on the CPU. Show the process one GPU: CUDA_VISIBLE_DEVICES=0."
+            "nn.DataParallel cannot replicate experts that live on the CPU. "
+            "Show the process one GPU: CUDA_VISIBLE_DEVICES=0."
         )
 
 

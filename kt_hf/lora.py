@@ -35,7 +35,8 @@ def kt_lora_config(
         lora_rank: LoRA rank r.
         lora_alpha: Scaling is lora_alpha / r.
         lora_dropout: Of the linear layers; experts train without dropout.
-        lora_target: `all` (every linear layer but router and head, and every expert), `all_attention`, or names, as a list
+        lora_target: `all` (every linear layer but router and head, and every expert), `all_attention`, or names, as a
+        list
             or separated by commas: `q_proj,gate_proj,up_proj,down_proj`. w1, w2 and w3 mean the experts' projections.
         **kwargs: Passed on to `LoraConfig`.
 
@@ -56,7 +57,7 @@ def expert_targets(model: nn.Module) -> list[str]:
     return list(PROJECTIONS) if kt_layers(model) else []
 
 
-def _targets(model: nn.Module, wanted: str | Iterable[str]) -> set[str]:
+def _targets(model: Any, wanted: str | Iterable[str]) -> set[str]:
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {name for name, module in model.named_modules() if head is not None and module is head}

@@ -23,11 +23,11 @@ _SILU = ("SiLU", "SiLUActivation")
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
-def apply_kt_moe(model: nn.Module, cfg: KTConfig | None = None) -> nn.Module:
+def apply_kt_moe(model: Any, cfg: KTConfig | None = None) -> Any:
     """Patch a transformers MoE model in place: its routed experts are computed by a CPU backend from now on.
 
-    Only the `experts` modules are replaced; router, shared experts and auxiliary losses stay the model's own. Their weights
-    are taken over, not copied, and packed when the LoRA rank is known: at the first adapter, or at once with
+    Only the `experts` modules are replaced; router, shared experts and auxiliary losses stay the model's own. Their
+    weights are taken over, not copied, and packed when the LoRA rank is known: at the first adapter, or at once with
     `kt_lora_rank`. The remaining parameters are frozen, for PEFT leaves that out when it meets layers of its own kind.
     Works before and after `get_peft_model`. A second call with the same settings changes nothing.
 
@@ -114,11 +114,11 @@ def _refuse_parallel(model: nn.Module) -> None:
         )
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _already_patched(model: nn.Module, base: nn.Module, cfg: KTConfig) -> nn.Module:
+def _already_patched(model: Any, base: Any, cfg: KTConfig) -> Any:
     before = getattr(base, "_kt_config", None)
     if before != cfg:
         raise KTAMXConfigError(f"The model is patched already, with {before}. Load it anew to patch it with {cfg}.")
@@ -132,8 +132,7 @@ def _find_experts(model: nn.Module) -> list[list[Any]]:
     Raises:
         KTAMXModelNotSupportedError: None, or one that is not plain.
     """
-    config = getattr(_base_model(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text_config(_base_model(model))
     found: list[list[Any]] = []
     strange: list[str] = []
     modules = dict(model.named_modules())
@@ -155,8 +154,8 @@ def _find_experts(model: nn.Module) -> list[list[Any]]:
     if strange:
         raise KTAMXModelNotSupportedError(
             f"{kind} has experts of a form that is not supported: {', '.join(strange[:3])}. Supported are the fused "
-            "experts of transformers 5 (gate_up_proj and down_proj); with trust_remote_code=True leave that out, so that "
-            "transformers' own class is used."
+            "experts of transformers 5 (gate_up_proj and down_proj); with trust_remote_code=True leave that out, so "
+            "that transformers' own class is used."
         )
     raise KTAMXModelNotSupportedError(
         f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"
@@ -199,14 +198,13 @@ def _problem(experts: nn.Module, text_config: Any) -> str | None:
     return None
 
 
-def _shape(model: nn.Module, parent: nn.Module, experts: nn.Module, name: str) -> ExpertShape:
+def _shape(model: Any, parent: nn.Module, experts: Any, name: str) -> ExpertShape:
     E, H, I = experts.down_proj.shape  # noqa: E741
     return ExpertShape(E, _top_k(model, parent, E, name), H, I)
 
 
-def _top_k(model: nn.Module, parent: nn.Module, experts: int, name: str) -> int:
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+def _top_k(model: Any, parent: nn.Module, experts: int, name: str) -> int:
+    text = _text_config(model)
     for source in (parent, getattr(parent, "gate", None), getattr(parent, "router", None), text):
         for field in _TOP_K_NAMES:
             value = getattr(source, field, None)
@@ -217,12 +215,17 @@ def _top_k(model: nn.Module, parent: nn.Module, experts: int, name: str) -> int:
     )
 
 
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _layer_index(name: str, fallback: int) -> int:
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if len(numbers) == 1 else fallback
 
 
-def _guard_save(base: nn.Module) -> None:
+def _guard_save(base: Any) -> None:
     """`save_pretrained` of a patched model would write a checkpoint without expert weights and say nothing."""
     original = getattr(base, "save_pretrained", None)
     if original is None:

@@ -1,9 +1,9 @@
 """The one place that touches PEFT's internals. tests/test_peft_compat.py fails when PEFT changes what it relies on.
 
 transformers 5 fuses experts into 3-D parameters, so PEFT (since 0.19) rewrites the targets `gate_proj`, `up_proj` and
-`down_proj` of such models into `target_parameters`, and the keys of adapters on loading, both keyed on the model type. On a
-patched model the projections are modules of those very names again: the rewrite would find nothing, and take shared experts
-and dense MLPs with it. Both rewrites stand aside for patched models here, and for no other.
+`down_proj` of such models into `target_parameters`, and the keys of adapters on loading, both keyed on the model type.
+On a patched model the projections are modules of those very names again: the rewrite would find nothing, and take
+shared experts and dense MLPs with it. Both rewrites stand aside for patched models here, and for no other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Make PEFT's fused-expert conversions stand aside for patched models, and pack after an adapter. Once a process."""
+    """Make PEFT's fused-expert conversions stand aside for patched models, and pack after an adapter. Once a
+    process."""
     from peft.tuners.lora import LoraModel
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -58,8 +59,8 @@ def _keep_config(original: Callable[..., Any], peft_config: Any, model: nn.Modul
         from .errors import KTAMXConfigError
 
         raise KTAMXConfigError(
-            f"target_parameters={parameters} name fused experts, which a patched model has no more. Put gate_proj, up_proj "
-            "and down_proj into target_modules (kt_lora_config does)."
+            f"target_parameters={parameters} name fused experts, which a patched model has no more. Put gate_proj, "
+            "up_proj and down_proj into target_modules (kt_lora_config does)."
         )
     return None
 
@@ -88,10 +89,11 @@ def _pack_after(original: Callable[..., Any], tuner: Any, model: nn.Module, *arg
 class Unwrapped:
     """LoRA that stock PEFT had put on fused experts (`target_parameters`), to be put on the patched ones.
 
-    `layers[i]` is the i-th expert layer's adapters: adapter name -> parameter name -> (A [E, r, in], B [E, out, r], alpha).
+    `layers[i]` is the i-th expert layer's adapters: adapter name -> parameter name -> (A [E, r, in], B [E, out, r],
+    alpha).
     """
 
-    model: nn.Module
+    model: Any
     layers: list[dict[str, dict[str, tuple[Tensor, Tensor, float]]]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -138,12 +140,12 @@ def _restore_layer(
             projection = getattr(layer, projection_name)
             rank, weight = (config.r, config.lora_alpha) if fresh else (a.shape[1], alpha)
             projection.update_layer(adapter, rank, weight, config=config, target_name=f"experts.{projection_name}")
-            for holder in (projection.lora_A[adapter], projection.lora_B[adapter]):
-                holder.weight.data = holder.weight.data.to(a.dtype)
+            for parameter in projection.tensors(adapter):
+                parameter.data = parameter.data.to(a.dtype)
             if not fresh:
                 with torch.no_grad():
-                    projection.lora_A[adapter].weight.copy_(a)
-                    projection.lora_B[adapter].weight.copy_(half)
+                    for parameter, value in zip(projection.tensors(adapter), (a, half), strict=True):
+                        parameter.copy_(value)
                 config.rank_pattern[rf".*experts\.{projection_name}"] = rank
                 config.alpha_pattern[rf".*experts\.{projection_name}"] = alpha
             targets.add(f"experts.{projection_name}")

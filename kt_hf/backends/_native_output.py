@@ -17,8 +17,8 @@ from collections.abc import Iterator
 def native_output_to_log(logger: logging.Logger) -> Iterator[None]:
     """While inside, file descriptor 1 is a temporary file; what was written there is then logged at DEBUG.
 
-    kt-kernel reports by C's printf. Python's own sys.stdout is flushed before, so its text is not caught. Where there is
-    no descriptor 1 (a daemon, some notebooks), nothing is done.
+    kt-kernel reports by C's printf. Python's own sys.stdout is flushed before, so its text is not caught. Where there
+    is no descriptor 1 (a daemon, some notebooks), nothing is done.
     """
     try:
         sys.stdout.flush()
@@ -48,7 +48,8 @@ def _flush_c() -> None:
 
 @functools.cache
 def silence_native_exit() -> None:
-    """Have what native code prints while the process ends go nowhere; what Python prints still arrives. Once a process."""
+    """Have what native code prints while the process ends go nowhere; what Python prints still arrives. Once a
+    process."""
     atexit.register(_leave_stdout_to_python)
 
 
@@ -59,7 +60,7 @@ def _leave_stdout_to_python() -> None:
         sys.stdout.flush()
         _flush_c()
         own = os.dup(1)
-        sys.stdout = sys.__stdout__ = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
         os.close(sink)

@@ -1,4 +1,5 @@
-"""What a backend is: experts of one layer, computed forward and backward, knowing nothing of autograd, PEFT or Trainer."""
+"""What a backend is: experts of one layer, computed forward and backward, knowing nothing of autograd, PEFT or
+Trainer."""
 
 from __future__ import annotations
 

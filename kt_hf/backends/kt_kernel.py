@@ -1,7 +1,7 @@
 """Experts by kt-kernel's bf16 SFT operators (Intel AMX or AVX512-BF16).
 
-The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends the
-process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
+The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends
+the process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
 established by experiment on kt-kernel 0.7.2; tests/kernel_contract pins those this module relies on.
 """
 
@@ -281,8 +281,8 @@ class KTKernelBackend:
         T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
         _check(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
         if self.max_rank and not self._grads:
-            # The layer's own, written by nobody else: the operator adds into experts that it has not written to before, and
-            # clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
+            # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
+            # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
             self._grads = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in sizes)
         grad_input = torch.empty(T, H, dtype=torch.bfloat16)
@@ -297,8 +297,8 @@ class KTKernelBackend:
     def _check_process(self) -> None:
         if self._engine.pid != os.getpid():
             raise KTAMXForwardError(
-                f"{self.label}: this process is a fork of the one that packed the experts, and the operators' threads did not "
-                "come along. Compute in the parent, or start workers by spawn."
+                f"{self.label}: this process is a fork of the one that packed the experts, and the operators' threads "
+                "did not come along. Compute in the parent, or start workers by spawn."
             )
 
     def _check_inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[int, int]:
@@ -307,7 +307,7 @@ class KTKernelBackend:
         _check(x, "hidden_states", (T, self.shape.hidden_size), torch.bfloat16, self.label, KTAMXForwardError)
         _check(ids, "top_k_index", (T, K), torch.int64, self.label, KTAMXForwardError)
         _check(weights, "top_k_weights", (T, K), torch.float32, self.label, KTAMXForwardError)
-        if T > self.max_len:
+        if self.max_len < T:
             raise KTAMXForwardError(f"{self.label}: {T} tokens in a call, at most kt_max_len={self.max_len}.")
         if T and not (int(ids.min()) >= -1 and int(ids.max()) < self.shape.num_experts):
             raise KTAMXForwardError(

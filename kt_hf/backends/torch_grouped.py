@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
 from .base import ExpertShape, ExpertWeights, Gradients, Saved
@@ -107,7 +107,7 @@ class TorchBackend:
                 xa[rows, r:] = xs[rows] @ lora[2][e].t()
                 gu[rows, :I].addmm_(xa[rows, :r], lora[1][e].t())
                 gu[rows, I:].addmm_(xa[rows, r:], lora[3][e].t())
-        h = F.silu(gu[:, :I]).mul_(gu[:, I:])
+        h = _silu(gu[:, :I]).mul_(gu[:, I:])
         y = self._products(h, self.weights.down, groups, transpose=True)
         if lora:
             for e, rows in groups:

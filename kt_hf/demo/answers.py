@@ -61,13 +61,18 @@ def reload_and_ask(folder: OutputFolder, device: str) -> tuple[list[str], list[l
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the demo: no progress bars and advice of the libraries; their errors still show."""
+    """Leave the terminal to the demo: no progress bars and advice of the libraries; their errors still show.
+
+    And no usage statistics: the demo needs no network, so it uses none.
+    """
     import logging
     import warnings
 
     import datasets
+    import huggingface_hub.constants
     import transformers
 
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT takes the experts' LoRA layers, which wait for their adapter, for an adapter of an earlier call.
     warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")

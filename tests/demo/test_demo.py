@@ -29,9 +29,26 @@ needs_smollm2 = pytest.mark.skipif(
 )
 
 
-def demo(cwd: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`kt-hf demo OPTIONS` in a new process, with nothing but the source tree and `cwd` to write to."""
-    source = str(Path(run.__file__).parents[2])
+Fast = tuple[subprocess.CompletedProcess[str], Path, str]
+SPY = """
+import sys
+
+def note(line):
+    with open({log!r}, "a") as file:
+        file.write(line + "\\n")
+
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        note(event + " " + repr(arguments))
+
+note("began")
+sys.addaudithook(watch)
+"""
+
+
+def demo(cwd: Path, *options: str, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`kt-hf demo OPTIONS` in a new process, from the source tree; `path` comes before it on Python's path."""
+    source = os.pathsep.join(filter(None, [path, str(Path(run.__file__).parents[2])]))
     return subprocess.run(
         [sys.executable, "-m", "kt_hf.cli", "demo", *options],
         cwd=cwd,
@@ -43,10 +60,18 @@ def demo(cwd: Path, *options: str, **environment: str) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """(the finished process, its output folder) of a fast run; one thread, for tests often share their cores."""
-    cwd = tmp_path_factory.mktemp("demo")
-    return demo(cwd, "--fast", "--output-dir", "out", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), cwd / "out"
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Fast:
+    """(the finished process, its output folder, its log of the network) of a fast run.
+
+    One thread, for tests often share their cores. The hub is not switched off, and every attempt to use the network, in
+    any process that the demo starts, is written down.
+    """
+    cwd, spy = tmp_path_factory.mktemp("demo"), tmp_path_factory.mktemp("spy")
+    (spy / "sitecustomize.py").write_text(SPY.format(log=str(spy / "network.log")))
+    environment = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "0")
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "0", "OMP_NUM_THREADS": "1"}
+    done = demo(cwd, "--fast", "--output-dir", "out", path=str(spy), **environment)
+    return done, cwd / "out", (spy / "network.log").read_text()
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -55,8 +80,8 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 @needs_smollm2
-def test_a_fast_run_passes_and_prints_nothing_but_its_story(fast: tuple[Any, Path]) -> None:
-    done, folder = fast
+def test_a_fast_run_passes_and_prints_nothing_but_its_story(fast: Fast) -> None:
+    done, folder, _ = fast
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
@@ -72,7 +97,7 @@ def test_a_fast_run_passes_and_prints_nothing_but_its_story(fast: tuple[Any, Pat
 
 
 @needs_smollm2
-def test_a_fast_run_learns_and_measures_it(fast: tuple[Any, Path]) -> None:
+def test_a_fast_run_learns_and_measures_it(fast: Fast) -> None:
     summary = summary_of(fast[1])
     loss = summary["held_out_loss"]
     assert list(loss["by_step"]) == ["0", "3", "6"]
@@ -86,7 +111,7 @@ def test_a_fast_run_learns_and_measures_it(fast: tuple[Any, Path]) -> None:
 
 
 @needs_smollm2
-def test_the_reloaded_adapter_is_what_answers(fast: tuple[Any, Path]) -> None:
+def test_the_reloaded_adapter_is_what_answers(fast: Fast) -> None:
     summary = summary_of(fast[1])
     reloaded = json.loads((fast[1] / "reloaded-answers.json").read_text(encoding="utf-8"))
     assert [answer["answer"] for answer in reloaded] == summary["answers_after"]
@@ -95,7 +120,7 @@ def test_the_reloaded_adapter_is_what_answers(fast: tuple[Any, Path]) -> None:
 
 
 @needs_smollm2
-def test_the_adapter_holds_every_expert_and_has_learnt(fast: tuple[Any, Path]) -> None:
+def test_the_adapter_holds_every_expert_and_has_learnt(fast: Fast) -> None:
     with safe_open(fast[1] / "adapter" / "adapter_model.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for layer in range(2):
@@ -108,12 +133,20 @@ def test_the_adapter_holds_every_expert_and_has_learnt(fast: tuple[Any, Path]) -
 
 
 @needs_smollm2
-def test_the_plot_is_a_picture(fast: tuple[Any, Path]) -> None:
+def test_no_process_asks_for_the_network(fast: Fast) -> None:
+    lines = fast[2].splitlines()
+    assert len(lines) >= 2  # the demo and the one that loads the adapter were watched
+    assert set(lines) == {"began"}
+
+
+@needs_smollm2
+def test_the_plot_is_a_picture(fast: Fast) -> None:
     assert (fast[1] / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @needs_smollm2
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("target", "steps", "least"), [("all", 30, 0.15), ("gate_proj,up_proj,down_proj", 20, 0.15)])
 def test_the_full_demo(target: str, steps: int, least: float, tmp_path: Path) -> None:
     done = demo(tmp_path, "--lora-target", target, "--steps", str(steps), "-o", "out")

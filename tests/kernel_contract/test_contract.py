@@ -1,4 +1,4 @@
-"""What kt_hf relies on in kt-kernel's operators. A failure here means that a kernel upgrade changed the ground under us.
+"""What kt_hf relies on in kt-kernel's operators. A failure here means that an upgrade changed the ground under us.
 
 Numbers in names are those of the rules in docs/kernel-contract.md.
 """

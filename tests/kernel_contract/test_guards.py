@@ -1,7 +1,7 @@
 """Each rule whose violation would crash the process or be silently wrong is a Python error of kt_hf instead.
 
-Every case runs in a process of its own: were the guard missing, that process would die of a signal, and the test fail with
-its exit status, not take the suite with it.
+Every case runs in a process of its own: were the guard missing, that process would die of a signal, and the test fail
+with its exit status, not take the suite with it.
 """
 
 import subprocess
@@ -95,7 +95,8 @@ CASES = {
     """,
     "5 hidden states not contiguous": """
         x, ids, w = batch()
-        with expect(KTAMXForwardError, "hidden_states", "strides"): build().forward(x.t().contiguous().t(), ids, w, True)
+        x = x.t().contiguous().t()
+        with expect(KTAMXForwardError, "hidden_states", "strides"): build().forward(x, ids, w, True)
     """,
     "5 hidden states of another width": """
         x, ids, w = batch(H=96)
