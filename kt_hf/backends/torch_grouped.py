@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,21 @@ class _TorchSaved(Saved):
     x: Tensor  # [S, H], sorted
     gu: Tensor  # [S, 2I], before the activation
     xa: Tensor  # [S, 2r], x through the A of gate and of up
-    lora: tuple[Tensor, ...]
+    lora: _Lora | None
+
+
+class _Lora(NamedTuple):
+    """LoRA tensors as they are multiplied: gate's A above up's, so that x goes through both at once."""
+
+    a: Tensor  # [E, 2r, H]
+    gate_b: Tensor
+    up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down_a.shape[1]
 
 
 class TorchBackend:
@@ -78,18 +93,24 @@ class TorchBackend:
         self._widen = self.device.type == "cpu" and narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._grouped_mm = self.device.type == "cuda" and self.dtype == torch.bfloat16
         self._math = torch.float32 if self._widen else self.dtype
-        self._lora: tuple[Tensor, ...] = ()
+        self._lora: _Lora | None = None
 
     @property
     def rank(self) -> int:
-        return self._lora[0].shape[1] if self._lora else 0
+        return self._lora.rank if self._lora else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
         # New tensors, never the old ones changed: saved forwards keep reading theirs.
-        self._lora = tuple(t.detach().to(self.device, self._math, copy=True) for t in tensors)
+        self._lora = None
+        if tensors:
+            gate_a, gate_b, up_a, up_b, down_a, down_b = (t.detach().to(self.device, self._math) for t in tensors)
+            self._lora = _Lora(torch.cat([gate_a, up_a], 1), *(t.clone() for t in (gate_b, up_b, down_a, down_b)))
 
     def lora_copy(self) -> tuple[Tensor, ...]:
-        return self._lora
+        if self._lora is None:
+            return ()
+        a, gate_b, up_b, down_a, down_b = self._lora
+        return a[:, : self.rank], gate_b, a[:, self.rank :], up_b, down_a, down_b
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _TorchSaved)
@@ -103,15 +124,14 @@ class TorchBackend:
         xa = xs.new_empty(xs.shape[0], 2 * r)
         if lora:
             for e, rows in groups:
-                xa[rows, :r] = xs[rows] @ lora[0][e].t()
-                xa[rows, r:] = xs[rows] @ lora[2][e].t()
-                gu[rows, :I].addmm_(xa[rows, :r], lora[1][e].t())
-                gu[rows, I:].addmm_(xa[rows, r:], lora[3][e].t())
+                torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
+                gu[rows, :I].addmm_(xa[rows, :r], lora.gate_b[e].t())
+                gu[rows, I:].addmm_(xa[rows, r:], lora.up_b[e].t())
         h = _silu(gu[:, :I]).mul_(gu[:, I:])
         y = self._products(h, self.weights.down, groups, transpose=True)
         if lora:
             for e, rows in groups:
-                y[rows].addmm_(h[rows] @ lora[4][e].t(), lora[5][e].t())
+                y[rows].addmm_(h[rows] @ lora.down_a[e].t(), lora.down_b[e].t())
         out = self._sum_by_token(y.mul_(ws), groups)
         return out, _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
 
@@ -121,7 +141,7 @@ class TorchBackend:
             raise KTAMXBackwardError("The experts were packed between this forward and its backward: forward again.")
         groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
         I = self.shape.intermediate_size  # noqa: E741
-        r = lora[0].shape[1] if lora else 0
+        r = lora.rank if lora else 0
         g, u = saved.gu[:, :I], saved.gu[:, I:]
         s = torch.sigmoid(g)
         silu = g * s
@@ -132,11 +152,12 @@ class TorchBackend:
         )
 
         q = self._products(d, self.weights.down, groups, transpose=False)
-        for e, rows in groups if lora else ():
-            db = d[rows] @ lora[5][e]
-            q[rows].addmm_(db, lora[4][e])
-            grads[4][e] = (db * ws[rows]).t() @ h[rows]
-            grads[5][e] = (d[rows] * ws[rows]).t() @ (h[rows] @ lora[4][e].t())
+        if lora:
+            for e, rows in groups:
+                db = d[rows] @ lora.down_b[e]
+                q[rows].addmm_(db, lora.down_a[e])
+                grads[4][e] = db.mul_(ws[rows]).t() @ h[rows]
+                grads[5][e] = d[rows].t() @ (h[rows] @ lora.down_a[e].t()).mul_(ws[rows])
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
         grad_weights.index_copy_(0, groups.order, (q.float() * h).sum(1))
 
@@ -146,14 +167,17 @@ class TorchBackend:
         torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
         torch.mul(q, silu, out=dgu[:, I:])
         dx = self._products(dgu, self.weights.gate_up, groups, transpose=False)
-        for e, rows in groups if lora else ():
-            dg, du = dgu[rows, :I], dgu[rows, I:]
-            dga, dua = dg @ lora[1][e], du @ lora[3][e]
-            dx[rows].addmm_(dga, lora[0][e]).addmm_(dua, lora[2][e])
-            grads[0][e] = dga.t() @ xs[rows]
-            grads[1][e] = dg.t() @ saved.xa[rows, :r]
-            grads[2][e] = dua.t() @ xs[rows]
-            grads[3][e] = du.t() @ saved.xa[rows, r:]
+        if lora:
+            da = d.new_empty(d.shape[0], 2 * r)
+            for e, rows in groups:
+                dg, du = dgu[rows, :I], dgu[rows, I:]
+                torch.mm(dg, lora.gate_b[e], out=da[rows, :r])
+                torch.mm(du, lora.up_b[e], out=da[rows, r:])
+                dx[rows].addmm_(da[rows], lora.a[e])
+                both = da[rows].t() @ xs[rows]
+                grads[0][e], grads[2][e] = both[:r], both[r:]
+                grads[1][e] = dg.t() @ saved.xa[rows, :r]
+                grads[3][e] = du.t() @ saved.xa[rows, r:]
         return Gradients(self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads)
 
     def _group(self, ids: Tensor) -> _Groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import subprocess
@@ -20,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from kt_hf.demo import DemoError
-from kt_hf.demo.machine import Memory, versions
+from kt_hf.demo.machine import Memory, release_memory, versions
 from kt_hf.demo.settings import DemoSettings, OutputFolder
 
 PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
@@ -79,7 +78,7 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
         )
     )
     summary, answers, device = _train(settings, folder, stages, console)
-    gc.collect()  # before another process needs as much
+    release_memory()  # before another process needs as much
 
     with stages("reload", "Load the adapter in a new process and ask again"):
         memory = Memory()

@@ -1,0 +1,69 @@
+"""Packages that are missing or too old are refused at import, with the command that mends it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import kt_hf
+from kt_hf import KTAMXNotAvailableError, _versions
+from kt_hf._versions import FLOORS, check_versions
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_this_installation_is_new_enough() -> None:
+    check_versions()
+
+
+def test_floors_are_those_of_the_package() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    written = dict(match.groups() for text in dependencies if (match := re.match(r"([\w-]+)>=([\d.]+)$", text)))
+    assert {name: written[name] for name in FLOORS} == FLOORS
+
+
+@pytest.mark.parametrize("installed", ["2.9", "2.9.0", "2.9.1+cu128", "2.9.0a0+git1234", "2.10", "3.0"])
+def test_new_enough(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
+    monkeypatch.setattr(_versions, "version", lambda name: installed)
+    check_versions({"torch": "2.9"})
+
+
+@pytest.mark.parametrize("installed", ["2.8.1", "2.8.1+cu128", "1.13", "2.8.99"])
+def test_too_old(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
+    monkeypatch.setattr(_versions, "version", lambda name: installed)
+    with pytest.raises(KTAMXNotAvailableError) as error:
+        check_versions({"torch": "2.9"})
+    assert f"torch 2.9 or later (version {installed})" in str(error.value)
+    assert "pip install -U 'torch>=2.9'" in str(error.value)
+    assert isinstance(error.value, ImportError)
+
+
+def test_all_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"one": "1.0", "two": "2.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(_versions, "version", version)
+    with pytest.raises(KTAMXNotAvailableError) as error:
+        check_versions({"one": "1.5", "two": "1.5", "three": "3.5"})
+    assert "one 1.5 or later (version 1.0), three 3.5 or later (not installed)" in str(error.value)
+    assert str(error.value).endswith("pip install -U 'one>=1.5' 'three>=3.5'")
+
+
+def test_checked_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FLOORS, "peft", "99")
+    with pytest.raises(KTAMXNotAvailableError, match="peft 99 or later"):
+        importlib.reload(kt_hf)
+
+
+def test_public_names_are_there() -> None:
+    assert all(hasattr(kt_hf, name) for name in kt_hf.__all__)
+    assert kt_hf.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
