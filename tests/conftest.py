@@ -50,6 +50,10 @@ _MISSING = _kernel_missing()
 KERNEL_MARKS = (pytest.mark.kernel, pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)))
 
 
+def pytest_report_header() -> str:
+    return f"kt-kernel's operators: {'tested' if _MISSING is None else 'their tests are skipped, ' + _MISSING}"
+
+
 @dataclass(frozen=True)
 class Case:
     """A backend, the dtype of the model given to it, and how close to the fp32 reference a layer must then be.

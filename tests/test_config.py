@@ -84,8 +84,9 @@ def test_unlike_name_lists_them_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"), [("kt_optimize_rule", "apply_kt_moe"), ("cpu_infer", "kt_num_threads"), ("chunk_size", "kt_max_len")]
-)  # fmt: skip
+    ("name", "instead"),
+    [("kt_optimize_rule", "apply_kt_moe"), ("cpu_infer", "kt_num_threads"), ("chunk_size", "kt_max_len")],
+)
 def test_removed_name_says_what_took_its_place(name: str, instead: str) -> None:
     with pytest.raises(KTAMXConfigError, match=rf"{name} is no setting.*{instead}"):
         KTConfig(**{name: 8})

@@ -93,7 +93,11 @@ GROUPS: dict[str, tuple[dict[str, object], float | None]] = {
     "v2 without a limit": ({"proc/self/cgroup": "0::/job", f"{V2}/job/cpu.max": "max 100000"}, None),
     "v2 in a namespace": ({"proc/self/cgroup": "0::/", f"{V2}/cpu.max": "300000 100000"}, 3),
     "v2 limit of the parent": (
-        {"proc/self/cgroup": "0::/pod/box", f"{V2}/pod/cpu.max": "400000 100000", f"{V2}/pod/box/cpu.max": "max 100000"},
+        {
+            "proc/self/cgroup": "0::/pod/box",
+            f"{V2}/pod/cpu.max": "400000 100000",
+            f"{V2}/pod/box/cpu.max": "max 100000",
+        },
         4,
     ),
     "v2 smallest of all": (
@@ -157,8 +161,14 @@ def test_cgroup_limit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("cores", "cpus", "workers"),
-    [(EIGHT, set(range(8)), 7), (FOUR_SMT, set(range(8)), 3), (FOUR_SMT, {0, 4}, 1), (EIGHT, {3}, 1), (EIGHT, {3, 5, 6}, 2)],
-)  # fmt: skip
+    [
+        (EIGHT, set(range(8)), 7),
+        (FOUR_SMT, set(range(8)), 3),
+        (FOUR_SMT, {0, 4}, 1),
+        (EIGHT, {3}, 1),
+        (EIGHT, {3, 5, 6}, 2),
+    ],
+)
 def test_plan_is_the_physical_cores_less_one(
     tmp_path: Path, cores: list[tuple[int, int]], cpus: set[int], workers: int
 ) -> None:

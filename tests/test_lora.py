@@ -41,7 +41,8 @@ def test_all_reaches_everything_but_router_and_head(family: Family) -> None:
     model = get_peft_model(model, kt_lora_config(model))
     names = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in trainable(model)}
     assert not [name for name in names if name.endswith(("mlp.gate", "router", "shared_expert_gate", "lm_head"))]
-    modules = [f"model.layers.{i}.self_attn.{name}" for i in range(len(model.model.model.layers)) for name in family.attention]
+    layers = range(len(model.model.model.layers))
+    modules = [f"model.layers.{index}.self_attn.{name}" for index in layers for name in family.attention]
     for index in family.moe_layers:
         modules += [f"model.layers.{index}.mlp.experts.{name}" for name in EXPERT_PROJECTIONS]
         modules += [f"model.layers.{index}.mlp.{family.shared}.{name}" for name in EXPERT_PROJECTIONS if family.shared]

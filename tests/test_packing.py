@@ -43,7 +43,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize(("expert_gib", "free_gib", "share"), [(10, 20, False), (10, 12.6, False), (10, 12.4, True), (10, 1, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("expert_gib", "free_gib", "share"), [(10, 20, False), (10, 12.6, False), (10, 12.4, True), (10, 1, True)]
+)
 def test_backward_weights_are_shared_by_need(
     monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]], expert_gib: float, free_gib: float, share: bool
 ) -> None:
