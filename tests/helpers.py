@@ -39,9 +39,9 @@ def count_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Calls:
     def watch(index: int, backend: object, name: str) -> None:
         original, counts = getattr(backend, name), getattr(calls, name)
 
-        def counted(*args: object) -> object:
+        def counted(*args: object, **kwargs: object) -> object:
             counts[index] += 1
-            return original(*args)
+            return original(*args, **kwargs)
 
         monkeypatch.setattr(backend, name, counted)
 
