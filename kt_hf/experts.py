@@ -20,6 +20,11 @@ from .packing import Packer
 logger = logging.getLogger(__name__)
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+NO_MERGE = (
+    "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the adapter "
+    "cannot be unloaded from them. Save the adapter with save_pretrained, load the base model anew without "
+    "apply_kt_moe, and merge there."
+)
 _optimizer_steps = itertools.count(1)
 _optimizer_epoch = 0
 
@@ -132,6 +137,12 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after it has replaced the tensors, by some of the GPU's perhaps: back to where they live."""
+        for holder in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            if not holder.follow_to_gpu and not holder.weight.is_meta:
+                holder.weight.data = holder.weight.data.cpu()
+
     def tensors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [E, r, in] and B [E, out, r] of an adapter."""
         a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
@@ -160,11 +171,7 @@ class ExpertProjection(nn.Module, LoraLayer):
         raise KTAMXError("An expert projection is not called by itself: KTExperts computes the three together.")
 
     def _no_merge(self, *_: Any, **__: Any) -> NoReturn:
-        raise KTAMXError(
-            "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the "
-            "adapter cannot be unloaded from them. Save the adapter with save_pretrained, load the base model anew "
-            "without apply_kt_moe, and merge there."
-        )
+        raise KTAMXError(NO_MERGE)
 
     merge = _no_merge
     unmerge = _no_merge

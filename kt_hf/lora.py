@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .errors import KTAMXConfigError
@@ -58,10 +59,16 @@ def expert_targets(model: nn.Module) -> list[str]:
 
 
 def _targets(model: Any, wanted: str | Iterable[str]) -> set[str]:
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = {name for name, module in model.named_modules() if head is not None and module is head}
-    usable = {name for name in linear - heads if not _NOT_TARGETS.search(name)}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    usable = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, LoraLayer))
+        and module is not head
+        and not _NOT_TARGETS.search(name)
+        and not any(name.startswith(f"{parent}.") for parent in adapted)  # the inside of an adapted layer
+    }
     attention = {name for name in usable if re.search(r"(^|\.)\w*(attn|attention)\w*\.", name)}
     if wanted == "all":
         return {name.rsplit(".", 1)[-1] for name in usable} | set(expert_targets(model))

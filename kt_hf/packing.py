@@ -88,12 +88,18 @@ def available_memory(root: Path = Path("/")) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         group = (root / "proc/self/cgroup").read_text().split("::", 1)[1].split("\n", 1)[0].lstrip("/")
-        folder = root / "sys/fs/cgroup" / group
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-    except (OSError, IndexError, ValueError):
+    except (OSError, IndexError):
         return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
+    for part in [Path(group), *Path(group).parents]:
+        folder = root / "sys/fs/cgroup" / part
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            free = min(free, max(0, int(limit) - used))
+    return free
 
 
 def _return_freed_memory() -> None:

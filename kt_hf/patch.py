@@ -75,7 +75,7 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None) -> Any:
         _replace(place, shape, index, packer) for index, (place, shape) in enumerate(zip(found, shapes, strict=True))
     ]
     watch_optimizers()
-    packer.on_pack = lambda built: setattr(base, "_kt_cpu_infer", getattr(built, "cpu_infer", None))
+    packer.on_pack = lambda built: setattr(base, "_kt_cpu_infer", getattr(built, "engine", None))
     base._kt_cpu_infer = None
     base._kt_wrappers = layers
     base._kt_moe_lora_params = LoraParamsView(layers)

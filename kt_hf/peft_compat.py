@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import PROJECTIONS, KTExperts, kt_layers
+from .errors import KTAMXConfigError, KTAMXError
+from .experts import NO_MERGE, PROJECTIONS, KTExperts, kt_layers
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,16 @@ def install() -> None:
     """Make PEFT's fused-expert conversions stand aside for patched models, and pack after an adapter. Once a
     process."""
     from peft.tuners.lora import LoraModel
+    from peft.utils import hotswap
     from peft.utils import transformers_weight_conversion as conversion
 
     _wrap(conversion, "convert_peft_config_for_transformers", _keep_config)
     _wrap(conversion, "convert_peft_adapter_state_dict_for_transformers", _keep_state_dict)
     _wrap(LoraModel, "inject_adapter", _pack_after)
+    # These take or merge the other layers first and meet the experts in the middle: refused before they begin.
+    for name in ("merge_adapter", "_unload_and_optionally_merge"):
+        _wrap(LoraModel, name, _refuse_merge)
+    _wrap(hotswap, "hotswap_adapter_from_state_dict", _refresh_after)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -56,8 +62,6 @@ def _keep_config(original: Callable[..., Any], peft_config: Any, model: nn.Modul
         name for name in getattr(peft_config, "target_parameters", None) or [] if "gate_up" in name or "down_" in name
     ]
     if parameters:
-        from .errors import KTAMXConfigError
-
         raise KTAMXConfigError(
             f"target_parameters={parameters} name fused experts, which a patched model has no more. Put gate_proj, "
             "up_proj and down_proj into target_modules (kt_lora_config does)."
@@ -82,6 +86,19 @@ def _pack_after(original: Callable[..., Any], tuner: Any, model: nn.Module, *arg
     result = original(tuner, model, *args, **kwargs)
     for layer in kt_layers(model):
         layer.pack()
+    return result
+
+
+def _refuse_merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    if kt_layers(tuner.model):
+        raise KTAMXError(NO_MERGE)
+    return original(tuner, *args, **kwargs)
+
+
+def _refresh_after(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    result = original(model, *args, **kwargs)  # writes to `.data`, which nothing else would notice
+    for layer in kt_layers(model):
+        layer.update_lora_pointers()
     return result
 
 
@@ -176,7 +193,7 @@ def unwrap_expert_parameters(model: nn.Module) -> Unwrapped:
                 saved.setdefault(adapter, {})[wrapper.parameter_name] = (
                     a.view(experts, rank, -1),
                     b.view(b.shape[0], rank, experts).permute(2, 0, 1),
-                    float(wrapper.scaling[adapter] * rank),
+                    float(wrapper.lora_alpha[adapter]),
                 )
             wrapper = wrapper.base_layer
         if module is not inside:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kt_hf import KTExperts
 from tests.conftest import Case
-from tests.families.layers import ALPHA, RANK, LayerInputs, make_inputs
-from tests.families.patched import fill_lora, lora_config, patched_model
+from tests.families.layers import ALPHA, RANK, SCALING, LayerInputs, make_inputs, random_lora, set_lora
+from tests.families.patched import adapted_layers, fill_lora, lora_config, patched_model
 from tests.helpers import MIXTRAL
 from tests.models import EXPERT_PROJECTIONS, base_weights
-from tests.reference import assert_all_close, assert_close, experts_forward_backward
+from tests.reference import BaseWeights, assert_all_close, assert_close, experts_forward_backward
 
 TOKENS = 37
 
@@ -78,3 +78,15 @@ def constant(value: float) -> Callable[[str], float]:
 
 
 DEFAULT = {"default": constant(ALPHA / RANK)}
+
+
+def layer_with(case: Case, seed: int = 0) -> tuple[KTExperts, BaseWeights, dict[str, Tensor]]:
+    """A layer with one adapter whose values are random_lora's, and what the reference needs of it."""
+    layer, base = adapted_layers(MIXTRAL, case)[0]
+    lora = random_lora(MIXTRAL, seed)
+    set_lora(layer, lora)
+    return layer, base, lora
+
+
+def expected_grads(x: LayerInputs, base: BaseWeights, lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    return experts_forward_backward(*x, base, lora, SCALING).grads

@@ -54,13 +54,20 @@ def replace(layer: KTExperts) -> None:
             holder.weight = nn.Parameter(drawn(holder.weight))
 
 
-def replace_twice(layer: KTExperts) -> None:
-    """The second often has the first's identity and memory."""
+def replace_by_a_double(layer: KTExperts) -> None:
+    """By one that has the first's identity, memory and version, which the memory just freed makes likely."""
     holder = layer.down_proj.lora_B["default"]
-    for _ in range(2):
+
+    def looks() -> tuple[int, int, int]:
+        return id(holder.weight), holder.weight.data_ptr(), holder.weight._version
+
+    first = looks()
+    for _ in range(100):
         like = holder.weight.shape
         del holder.weight
         holder.weight = nn.Parameter(torch.randn(like))
+        if looks() == first:
+            break
 
 
 def swap(layer: KTExperts) -> None:
@@ -78,7 +85,10 @@ CHANGES = {
     "adamw_fused": step_of(fused=True),
     "adamw_foreach": step_of(foreach=True),
     "adamw_plain": step_of(foreach=False, fused=False),
-    **{change.__name__: change for change in (copy, part_of_one, foreach_by_hand, replace, replace_twice, swap, load)},
+    **{
+        change.__name__: change
+        for change in (copy, part_of_one, foreach_by_hand, replace, replace_by_a_double, swap, load)
+    },
 }
 
 

@@ -215,9 +215,9 @@ class KTKernelBackend:
         self._moe = None  # before the worker pools it uses, which go with the last layer
 
     @property
-    def cpu_infer(self) -> Any:
-        """kt-kernel's worker pools, one object for all layers of the process."""
-        return self._engine.cpu_infer
+    def engine(self) -> _Engine:
+        """kt-kernel's worker pools (`.cpu_infer`), one object for all layers of the process."""
+        return self._engine
 
     @property
     def rank(self) -> int:

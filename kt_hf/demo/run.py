@@ -166,6 +166,8 @@ def _train(
         trainer = training.make_trainer(model, tokenizer, train, held_out, lora, settings, folder.adapter, progress)
         try:
             trainer.train()
+            if settings.steps % settings.eval_every:
+                trainer.evaluate()  # else the last step has been measured already
         finally:
             progress.close()
         history = trainer.state.log_history

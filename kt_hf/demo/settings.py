@@ -21,7 +21,7 @@ class DemoSettings:
 
     backend: str = "auto"
     lora_target: str = "all"
-    steps: int = 30
+    steps: int = 24
     batch: int = 5  # examples a step; one is about 90 tokens
     learning_rate: float = 1e-3
     lora_rank: int = 8
@@ -29,8 +29,8 @@ class DemoSettings:
     dtype: str = "auto"  # of the model: auto, bfloat16 or float32
     num_experts: int = 8
     num_layers: int | None = None  # None: all 30
-    held_out: int = 40  # examples in each evaluation
-    eval_every: int = 10  # steps
+    held_out: int = 32  # examples in each evaluation
+    eval_every: int = 8  # steps; and after the last
     new_tokens: int = 48  # longest answer
     least_fall: float = 0.15  # of the held-out loss, else the run has failed
     seed: int = 0

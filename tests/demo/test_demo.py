@@ -70,7 +70,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Fast:
     (spy / "sitecustomize.py").write_text(SPY.format(log=str(spy / "network.log")))
     environment = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "0")
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "0", "OMP_NUM_THREADS": "1"}
-    done = demo(cwd, "--fast", "--output-dir", "out", path=str(spy), **environment)
+    done = demo(cwd, "--fast", "--steps", "5", "--output-dir", "out", path=str(spy), **environment)
     return done, cwd / "out", (spy / "network.log").read_text()
 
 
@@ -100,10 +100,10 @@ def test_a_fast_run_passes_and_prints_nothing_but_its_story(fast: Fast) -> None:
 def test_a_fast_run_learns_and_measures_it(fast: Fast) -> None:
     summary = summary_of(fast[1])
     loss = summary["held_out_loss"]
-    assert list(loss["by_step"]) == ["0", "3", "6"]
+    assert list(loss["by_step"]) == ["0", "3", "5"]  # the last step is measured too
     assert loss["after"] < 0.99 * loss["before"]
     assert loss["fall"] == pytest.approx(1 - loss["after"] / loss["before"])
-    assert list(summary["training_loss_by_step"]) == [str(step) for step in range(1, 7)]
+    assert list(summary["training_loss_by_step"]) == [str(step) for step in range(1, 6)]
     assert summary["seconds_total"] >= sum(summary["seconds"].values()) - 1
     assert 0.5 < summary["peak_memory_gb"] < 10
     assert summary["status"] == "passed"
@@ -147,7 +147,7 @@ def test_the_plot_is_a_picture(fast: Fast) -> None:
 @needs_smollm2
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("target", "steps", "least"), [("all", 30, 0.15), ("gate_proj,up_proj,down_proj", 20, 0.15)])
+@pytest.mark.parametrize(("target", "steps", "least"), [("all", 24, 0.15), ("gate_proj,up_proj,down_proj", 16, 0.15)])
 def test_the_full_demo(target: str, steps: int, least: float, tmp_path: Path) -> None:
     done = demo(tmp_path, "--lora-target", target, "--steps", str(steps), "-o", "out")
     assert done.returncode == 0, done.stdout + done.stderr

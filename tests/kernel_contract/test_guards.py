@@ -165,7 +165,7 @@ CASES = {
     """,
     "13 one engine for two plans": """
         a = build(); b = build(plan=ThreadPlan(((0, 2),)))
-        assert a.cpu_infer is b.cpu_infer
+        assert a.engine is b.engine
         print("REFUSED")
     """,
     "14 weights may go once loaded": """

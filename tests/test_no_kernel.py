@@ -1,0 +1,154 @@
+"""Where kt-kernel's operators cannot run, `auto` takes torch and says why, and AMXBF16 is refused in words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from kt_hf import KTAMXConfigError, KTAMXNotAvailableError, apply_kt_moe, backends
+from kt_hf.backends import Availability, ExpertShape, choose_backend
+from kt_hf.backends import kt_kernel as kernel_module
+from tests.conftest import KERNEL_MARKS, make_config
+from tests.helpers import MIXTRAL
+from tests.test_cpu import features
+
+SHAPE = ExpertShape(8, 2, 64, 96)
+
+SCRIPT = """
+import logging, os, sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "kt_kernel":
+            raise ImportError("No module named 'kt_kernel', for the test")
+
+if sys.argv[1] == "hidden":
+    sys.meta_path.insert(0, Hide())
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(levelname)s %(name)s %(message)s")
+import torch
+from kt_hf import KTAMXNotAvailableError, KTConfig, apply_kt_moe
+from tests.models import FAMILIES
+
+family = FAMILIES["mixtral"]
+model = family()
+modules = dict(model.named_modules())
+try:
+    apply_kt_moe(model, KTConfig(kt_backend="AMXBF16"))
+except KTAMXNotAvailableError as error:
+    print("REFUSED", error)
+    assert isinstance(error, ImportError)
+assert dict(model.named_modules()) == modules
+with torch.no_grad():
+    expected = model(family.inputs()).logits
+    patched = apply_kt_moe(model, KTConfig(kt_lora_rank=0))
+    assert patched._kt_wrappers[0].backend_name == "torch"
+    torch.testing.assert_close(patched(family.inputs()).logits, expected, rtol=1e-3, atol=1e-3)
+print("DONE")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("avx2", "avx2 variant has no SFT operators"), ("hidden", "No module named 'kt_kernel', for the test")],
+)
+def test_in_a_process_without_operators(how: str, why: str) -> None:
+    environment = {**os.environ, "KT_KERNEL_CPU_VARIANT": "avx2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", SCRIPT, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "DONE"
+    (refusal,) = [line for line in lines if line.startswith("REFUSED")]
+    assert "kt_backend=AMXBF16" in refusal
+    assert "kt_backend=torch" in refusal
+    (warning,) = [line for line in lines if line.startswith("WARNING kt_hf")]
+    assert "backend torch" in warning
+    assert why in refusal
+    assert why in warning
+    assert how != "hidden" or "pip install kt-kernel==" in warning
+
+
+@pytest.fixture
+def available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_module, "availability", lambda: Availability(True, "kt-kernel 0.7.2, amx variant"))
+
+
+@pytest.mark.usefixtures("available")
+def test_auto_takes_the_operators_where_they_run() -> None:
+    assert choose_backend("auto", SHAPE) == ("AMXBF16", "kt-kernel 0.7.2, amx variant")
+    assert choose_backend("AMXBF16", SHAPE)[0] == "AMXBF16"
+    assert choose_backend("torch", SHAPE) == ("torch", "asked for")
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (ExpertShape(8, 2, 72, 96), "hidden size 72 is not a multiple of 32"),
+        (ExpertShape(8, 2, 64, 40), "intermediate size 40 is not a multiple of 32"),
+        (ExpertShape(8, 9, 64, 96), "9 experts a token of 8"),
+    ],
+)
+def test_shapes_that_the_operators_cannot_compute(shape: ExpertShape, words: str) -> None:
+    name, reason = choose_backend("auto", shape)
+    assert name == "torch"
+    assert words in reason
+    with pytest.raises(KTAMXConfigError, match=rf"kt_backend=AMXBF16: .*{words}.*kt_backend=torch takes any shape"):
+        choose_backend("AMXBF16", shape)
+
+
+@pytest.mark.parametrize("name", ["AMXInt8", "AMXInt4"])
+def test_quantised_operators_are_refused_by_name(name: str) -> None:
+    with pytest.raises(KTAMXNotAvailableError, match=rf"kt_backend={name} is not available yet: use AMXBF16"):
+        apply_kt_moe(MIXTRAL(), make_config(name))
+
+
+@pytest.mark.parametrize(
+    ("variant", "cpu", "ok"),
+    [
+        ("amx", features(amx=True, avx512_bf16=True), True),
+        ("amx", features(avx512_bf16=True), False),
+        ("avx512_bf16", features(avx512_bf16=True), True),
+        ("avx512_bf16", features(), False),
+    ],
+)
+def test_forced_variant_needs_the_cpus_instructions(
+    monkeypatch: pytest.MonkeyPatch, variant: str, cpu: Any, ok: bool
+) -> None:
+    """A variant that the environment forces would otherwise end the process by an illegal instruction."""
+    module = type(sys)("kt_kernel")
+    module.__cpu_variant__, module.__version__ = variant, "0.7.2"
+    module.kt_kernel_ext = type(sys)("kt_kernel.kt_kernel_ext")
+    module.kt_kernel_ext.moe = type(sys)("moe")
+    module.kt_kernel_ext.moe.AMXBF16_SFT_MOE = object
+    monkeypatch.setitem(sys.modules, "kt_kernel", module)
+    monkeypatch.setattr(kernel_module, "cpu_features", lambda: cpu)
+    found = kernel_module.availability.__wrapped__()
+    assert found.ok is ok
+    assert variant in found.reason
+    assert ok or "instructions this CPU lacks" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("cpu", "words"),
+    [
+        (features(amx=True, avx512_bf16=True), "Some CPU (AMX, AVX512-BF16)"),
+        (features(avx512_bf16=True), "Some CPU (AVX512-BF16)"),
+        (features(), "Some CPU (AVX2 only)"),
+        (features(avx2=False), "Some CPU (no AVX2)"),
+    ],
+)
+def test_cpu_in_words(monkeypatch: pytest.MonkeyPatch, cpu: Any, words: str) -> None:
+    monkeypatch.setattr(backends, "cpu_features", lambda: cpu)
+    assert backends.describe_cpu() == words
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=KERNEL_MARKS, id="kernel")])
+def test_operators_that_run_here_are_available(mark: None) -> None:
+    """Asked of the package; the mark asked the CPU and kt-kernel."""
+    assert backends.kernel_availability().ok
+    assert choose_backend("auto", SHAPE)[0] == "AMXBF16"
