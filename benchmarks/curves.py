@@ -5,10 +5,10 @@
 The model is the demo's (SmolLM2-135M-Instruct up-cycled to eight experts), the data the standard library's docstrings.
 Stock is PEFT's `target_parameters` on the fused experts. There gate and up share one A, which is another model than one
 A each; so the fused adapter gets twice the rank, A = [gate's; up's], and a gradient mask keeps its B block-diagonal:
-the same function with the same freedom. Both sides start from the same A, and B = 0. Stock runs in fp32, on the same bf16 values:
-PEFT adds the LoRA of fused experts into a copy of their weights, and in bf16 that rounds most of a small one away (add
-`stock-bf16` to the cases to see it). Writes curves.csv and curves.png
-and ends with status 1 if a step's losses differ by more than 0.02 or the loss falls by less than 0.3.
+the same function with the same freedom. Both sides start from the same A, and B = 0. Stock runs in fp32, on the same
+bf16 values: PEFT adds the LoRA of fused experts into a copy of their weights, and in bf16 that rounds most of a small
+one away (add `stock-bf16` to the cases to see it). Writes curves.csv and curves.png and ends with status 1 if a step's
+losses differ by more than 0.02 or the loss falls by less than 0.3.
 """
 
 from __future__ import annotations

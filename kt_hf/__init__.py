@@ -17,6 +17,9 @@ from .errors import (  # noqa: E402
 from .experts import KTExperts  # noqa: E402
 from .lora import kt_lora_config  # noqa: E402
 from .patch import apply_kt_moe  # noqa: E402
+from .peft_compat import install  # noqa: E402
+
+install()  # at import, so that an adapter of ours loaded before the patch is refused, not dropped
 
 __version__ = "0.1.0"
 

@@ -134,7 +134,8 @@ class ExpertsRunner:
             if save and in_backward() and self.retain:
                 known = self._recognise(x, ids, weights)
                 if known is not None and known.retained is not None:
-                    return known.retained.output, known
+                    # Another alias: this one becomes the output of a graph that leads back to the ticket.
+                    return known.retained.output.detach(), known
             keep = save and (self.retain or in_backward())
             out, saved = self._compute(x, ids, weights, keep)
             self._check_finite(out, x)
@@ -285,6 +286,10 @@ class ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise KTAMXBackwardError(
+                f"{ctx.runner.label}: create_graph=True is not supported, experts have no second derivatives."
+            )
         x, ids, weights, number = ctx.saved_tensors
         gradients = ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0])
         wanted = ctx.needs_input_grad

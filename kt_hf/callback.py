@@ -76,8 +76,12 @@ class KTMoECallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and (folder / _ADAPTER_FILE).exists():
-            check_saved_experts(kwargs["model"], folder / _ADAPTER_FILE)
+        if not state.is_world_process_zero:
+            return
+        # PEFT saves the adapter "default" in the folder, others in a folder of their name.
+        for file in [folder / _ADAPTER_FILE, *folder.glob(f"*/{_ADAPTER_FILE}")]:
+            if file.exists():
+                check_saved_experts(kwargs["model"], file)
 
     @staticmethod
     def _refresh(layers: list[KTExperts]) -> None:
@@ -92,9 +96,11 @@ def check_saved_experts(model: nn.Module, file: Path) -> None:
         KTAMXError: Tensors are missing or have another shape.
     """
     wanted = {}
+    adapters = {holder for layer in kt_layers(model) for projection in layer.projections for holder in projection.r}
+    saved_as = file.parent.name if file.parent.name in adapters else "default"
     for name, parameter in model.named_parameters():
         holder, _, adapter = name.removesuffix(".weight").rpartition(".")
-        if ".experts." in name and holder.rsplit(".", 1)[-1] in ("lora_A", "lora_B") and adapter == "default":
+        if ".experts." in name and holder.rsplit(".", 1)[-1] in ("lora_A", "lora_B") and adapter == saved_as:
             wanted[f"{holder}.weight"] = tuple(parameter.shape)
     with safe_open(file, framework="pt") as saved:
         there = {key: tuple(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118

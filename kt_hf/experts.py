@@ -26,6 +26,7 @@ NO_MERGE = (
     "apply_kt_moe, and merge there."
 )
 _optimizer_steps = itertools.count(1)
+_serials = itertools.count(1)
 _optimizer_epoch = 0
 
 
@@ -221,6 +222,7 @@ class KTExperts(nn.Module):
         }
         for name, (inside, outside) in sizes.items():
             self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
+        self._told_of_changes = 0  # calls of update_lora_pointers
         self._unpacked: ExpertWeights | None = weights
         # Until the LoRA rank is known: PyTorch on the weights as they are.
         self._runner = ExpertsRunner(TorchBackend(weights, shape), label, packer.retain)
@@ -275,6 +277,7 @@ class KTExperts(nn.Module):
         """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data`
         edit."""
         self.pack()
+        self._told_of_changes += 1
         self._runner.load_lora(self._lora_key(), self._lora_tensors)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -346,8 +349,8 @@ class KTExperts(nn.Module):
         parts = self._lora_parts()
         if not parts:
             return ()
-        tensors = tuple((id(t), t.data_ptr(), t.dtype, _version(t)) for part in parts for t in part[:2])
-        return _optimizer_epoch, tensors, tuple(part[2:] for part in parts)
+        tensors = tuple((_serial(t), t.data_ptr(), t.dtype, _version(t)) for part in parts for t in part[:2])
+        return _optimizer_epoch, self._told_of_changes, tensors, tuple(part[2:] for part in parts)
 
     def _lora_tensors(self) -> tuple[Tensor, ...]:
         """The six tensors a backend takes: active adapters side by side along the rank, zero-padded, scaling in B."""
@@ -393,6 +396,13 @@ def _active(projection: ExpertProjection) -> list[str]:
     if projection.disable_adapters:
         return []
     return [name for name in projection.active_adapters if name in projection.r]
+
+
+def _serial(parameter: nn.Parameter) -> int:
+    """A number of the parameter's own: `id` and address are given again to the next one when it is replaced."""
+    if not hasattr(parameter, "_kt_serial"):
+        parameter._kt_serial = next(_serials)  # type: ignore[attr-defined]
+    return int(parameter._kt_serial)  # type: ignore[attr-defined]
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from .errors import KTAMXConfigError, KTAMXError
 from .experts import NO_MERGE, PROJECTIONS, KTExperts, kt_layers
 
 logger = logging.getLogger(__name__)
+_EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
 
 
 def install() -> None:
@@ -79,6 +81,12 @@ def _keep_state_dict(
 ) -> Any:
     if kt_layers(model):
         return adapter_state_dict
+    ours = [key for key, value in adapter_state_dict.items() if _EXPERT_KEY.search(key) and value.dim() == 3]
+    if ours:
+        raise KTAMXConfigError(
+            f"The adapter holds LoRA of experts as kt_hf trains it ({ours[0]}), for which this model has no place: "
+            "PEFT would drop it. Patch the model first (apply_kt_moe), then load the adapter."
+        )
     return original(model, peft_config, adapter_state_dict, *args, **kwargs)
 
 

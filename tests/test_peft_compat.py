@@ -219,7 +219,7 @@ def test_state_dict_loading(case: Case, saved: tuple[Path, torch.Tensor]) -> Non
 
 def test_adapter_of_other_sizes_does_not_load(case: Case, saved: tuple[Path, torch.Tensor]) -> None:
     file = saved[0] / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
     key = "base_model.model.model.layers.1.mlp.experts.up_proj.lora_A.weight"
     save_file({**tensors, key: tensors[key][:4].contiguous()}, file)
     with pytest.raises(RuntimeError, match=r"size mismatch[\s\S]*up_proj\.lora_A"):

@@ -56,18 +56,6 @@ def test_accumulated_batches_are_one_large_batch(case: Case, tmp_path: Path, acc
         assert (large - small).norm() < 3 * case.grad * large.norm(), name
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("activations", ["retain", "recompute"])
-def test_checkpointing_trains_the_same(case: Case, tmp_path: Path, reentrant: bool, activations: str) -> None:
-    plain = trainer_for(model_to_train(case), tmp_path, max_steps=4)
-    plain.train()
-    model = model_to_train(case, kt_expert_activations=activations)
-    mode = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    trainer = trainer_for(model, tmp_path, max_steps=4, **mode)
-    trainer.train()
-    assert result(trainer).losses == pytest.approx(result(plain).losses, rel=10 * case.same)
-
-
 def test_resumed_run_is_the_uninterrupted_one(case: Case, tmp_path: Path) -> None:
     whole = trainer_for(model_to_train(case), tmp_path, max_steps=8, save_strategy="steps", save_steps=4)
     whole.train()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
-from kt_hf import KTAMXBackwardError, KTAMXForwardError
-from tests.conftest import TORCH_FP32, Case
+from kt_hf import KTAMXBackwardError, KTAMXForwardError, apply_kt_moe
+from tests.conftest import KERNEL_BF16, TORCH_FP32, Case, make_config
 from tests.families.layers import SCALING, forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import (
     adapted_layers,
@@ -23,9 +24,9 @@ from tests.families.patched import (
     loss_of,
 )
 from tests.helpers import MIXTRAL
-from tests.models import FAMILIES, Family
+from tests.models import FAMILIES, Family, base_weights, expert_modules
 from tests.one_layer import expected_grads, inputs, layer_with
-from tests.reference import BaseWeights, assert_all_close, assert_close, experts_forward_backward
+from tests.reference import LayerResult, assert_all_close, assert_close, experts_forward_backward
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -63,48 +64,45 @@ def test_stale_active_experts(case: Case, tokens: int, switch: bool) -> None:
 GATES = (-1e4, -1e3, -100.0, -88.5, -87.0, -50.0, -1.0, 0.0, 50.0, 88.5, 1e3, 1e4)
 
 
-def with_gate(layer: Any, base: BaseWeights, value: float, case: Case) -> BaseWeights:
-    """Make every gate pre-activation `value` for hidden states whose first entry is 1."""
-    gate = torch.zeros_like(base.gate)
-    gate[:, :, 0] = value
-    layer._unpacked.gate_up[:, : gate.shape[1]].copy_(gate)
-    return base._replace(gate=gate.to(case.dtype).float())
-
-
 @pytest.mark.parametrize("value", GATES)
 def test_bf16_range(case: Case, value: float) -> None:
-    """Gate pre-activations of any size: right, or an error that names the layer."""
-    from peft import get_peft_model
-
-    from tests.families.patched import patched_model
-    from tests.models import base_weights
-
-    base = base_weights(MIXTRAL(case.dtype))[0]
-    model = patched_model(MIXTRAL, case)
-    base = with_gate(model._kt_wrappers[0], base, value, case)
-    model = get_peft_model(model, lora_config(MIXTRAL, target_modules=["up_proj", "down_proj"]))
-    layer = model._kt_wrappers[0]
+    """Gate pre-activations of any size: right, or an error that names the layer. Here each token's are `value`."""
+    model = MIXTRAL(case.dtype)
+    experts = next(iter(expert_modules(model).values()))
+    with torch.no_grad():
+        experts.gate_up_proj[:, : MIXTRAL.intermediate].zero_()
+        experts.gate_up_proj[:, : MIXTRAL.intermediate, 0] = value
+    base = base_weights(model)[0]
+    model = apply_kt_moe(model, make_config(case.backend))
+    layer = get_peft_model(model, lora_config(MIXTRAL))._kt_wrappers[0]
+    lora = random_lora(MIXTRAL)
+    lora["gate_lora_b"].zero_()
+    set_lora(layer, lora)
     x = inputs(case)
     x.hidden[:, 0] = 1
     try:
         actual = forward_backward(layer, x)
     except (KTAMXForwardError, KTAMXBackwardError) as error:
-        assert case.backend != "torch", "PyTorch has no such limit"
-        assert str(error).startswith("model.layers.0.mlp.experts: ")
+        words = str(error)
+    else:
+        expected = experts_forward_backward(*x, base, lora, SCALING)
+        check_finite_and_right(actual, expected, case)
         return
-    lora = {
-        name: torch.zeros(shape) for name, shape in zip(random_lora(MIXTRAL), layer.shape.lora_shapes(8), strict=True)
-    }
-    lora |= {name: parameter.detach() for name, parameter in layer.lora_params.items()}
-    expected = experts_forward_backward(*x, base, lora, SCALING)
-    limit = {"output": case.forward, "grads": case.grad}
-    if abs(expected.output).max() < 1e-30:  # nothing is left to be relative to
-        assert actual.output.abs().max() < 1e-30
-        assert all(torch.isfinite(grad).all() for grad in actual.grads.values())
-        return
-    assert_close(actual.output, expected.output, limit["output"], "output")
-    wanted = {name: expected.grads[name] for name in actual.grads}
-    assert_all_close(actual.grads, wanted, limit["grads"])
+    assert case.backend != "torch", "PyTorch has no such limit"
+    assert words.startswith("model.layers.0.mlp.experts: ")
+
+
+def check_finite_and_right(actual: LayerResult, expected: LayerResult, case: Case) -> None:
+    """What the gate shuts to less than bf16 can add up to is only finite and small."""
+    for name, result, wanted, limit in (
+        ("output", actual.output, expected.output, case.forward),
+        *((name, actual.grads[name], wanted, case.grad) for name, wanted in expected.grads.items()),
+    ):
+        assert torch.isfinite(result).all(), name
+        if wanted.abs().max() > 1e-30:
+            assert_close(result, wanted, limit, name)
+        else:
+            assert result.abs().max() < 1e-30, name
 
 
 def test_cache_underflow(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +150,9 @@ def test_cache_underflow(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not overlaps
 
 
-def test_cuda_graph_breaks_where_the_experts_are(case: Case) -> None:
+def test_cuda_graph(backend: str) -> None:
     """torch.compile leaves the layer out of its graphs: no stale LoRA, no constant output, gradients as ever."""
+    case = TORCH_FP32 if backend == "torch" else KERNEL_BF16
     layer, base, _ = layer_with(case)
     compiled = torch.compile(layer, backend="eager")
     for seed in range(3):
@@ -166,4 +165,3 @@ def test_cuda_graph_breaks_where_the_experts_are(case: Case) -> None:
         grads = dict(zip(names, torch.autograd.grad(output, leaves, x.grad_output), strict=True))
         assert_all_close(grads, expected_grads(x, base, lora), case.grad)
     torch._dynamo.reset()
-    assert TORCH_FP32
