@@ -280,6 +280,9 @@ class KTExperts(nn.Module):
         self._told_of_changes += 1
         self._runner.load_lora(self._lora_key(), self._lora_tensors)
 
+    # torch.compile must not look inside: it would hand pointers of its own buffers to the operators, which crashes. The
+    # graph breaks here.
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the experts' outputs.
 
@@ -329,6 +332,8 @@ class KTExperts(nn.Module):
                 f"top_k_index sends a token to {ids.shape[1]} experts, but the model's config says {self.shape.top_k} "
                 "(num_experts_per_tok): set it before apply_kt_moe"
             )
+        elif x.is_cuda and torch.cuda.is_current_stream_capturing():
+            problem = "experts on the CPU cannot be captured in a CUDA graph: switch CUDA graphs off"
         if problem:
             raise KTAMXForwardError(f"{self.label}: {problem}.")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kt_hf import KTExperts
 from tests.conftest import Case
 from tests.families.layers import ALPHA, RANK, SCALING, LayerInputs, make_inputs, random_lora, set_lora
-from tests.families.patched import adapted_layers, fill_lora, lora_config, patched_model
+from tests.families.patched import adapted_model, fill_lora, lora_config, patched_model
 from tests.helpers import MIXTRAL
 from tests.models import EXPERT_PROJECTIONS, base_weights
 from tests.reference import BaseWeights, assert_all_close, assert_close, experts_forward_backward
@@ -80,10 +80,10 @@ def constant(value: float) -> Callable[[str], float]:
 DEFAULT = {"default": constant(ALPHA / RANK)}
 
 
-def layer_with(case: Case, seed: int = 0) -> tuple[KTExperts, BaseWeights, dict[str, Tensor]]:
+def layer_with(case: Case, **config: Any) -> tuple[KTExperts, BaseWeights, dict[str, Tensor]]:
     """A layer with one adapter whose values are random_lora's, and what the reference needs of it."""
-    layer, base = adapted_layers(MIXTRAL, case)[0]
-    lora = random_lora(MIXTRAL, seed)
+    layer = adapted_model(MIXTRAL, case, **config)._kt_wrappers[0]
+    base, lora = base_weights(MIXTRAL(case.dtype))[0], random_lora(MIXTRAL)
     set_lora(layer, lora)
     return layer, base, lora
 

@@ -36,10 +36,14 @@ def test_second_backward_after_retain_graph(case: Case) -> None:
         torch.autograd.grad(output, tensors, x.grad_output)
 
 
+ACTIVATIONS = pytest.mark.parametrize("activations", ["retain", "recompute"])
+
+
+@ACTIVATIONS
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_backwards_in_any_order(case: Case, order: tuple[int, ...]) -> None:
+def test_backwards_in_any_order(case: Case, order: tuple[int, ...], activations: str) -> None:
     """Three forwards, each with LoRA values of its own, then their backwards."""
-    layer, base, _ = layer_with(case)
+    layer, base, _ = layer_with(case, kt_expert_activations=activations)
     runs = []
     for seed in range(3):
         x, lora = make_inputs(MIXTRAL, 20 + 9 * seed, case.dtype, seed), random_lora(MIXTRAL, seed)
@@ -75,13 +79,14 @@ def evaluation(layer: KTExperts) -> None:
         layer(*make_inputs(MIXTRAL, 2, seed=3, experts=range(2))[:3])
 
 
+@ACTIVATIONS
 @pytest.mark.parametrize("then", [None, evaluation], ids=["at once", "after a forward"])
 @pytest.mark.parametrize("change", [fused_step, assignment, bare_data], ids=lambda change: change.__name__)
 def test_lora_changed_between_forward_and_backward(
-    case: Case, change: Callable[[KTExperts], None], then: Callable[[KTExperts], None] | None
+    case: Case, change: Callable[[KTExperts], None], then: Callable[[KTExperts], None] | None, activations: str
 ) -> None:
     """The gradients are those of the values in forward, and the next forward has the new ones."""
-    layer, base, lora = layer_with(case)
+    layer, base, lora = layer_with(case, kt_expert_activations=activations)
     x = inputs(case)
     output, leaves = forward(layer, x)
     change(layer)
