@@ -146,6 +146,15 @@ def test_installed_once() -> None:
     assert not any(hasattr(function.__wrapped__, "_kt_hf") for function in before)
 
 
+def test_patched_model_keeps_its_targets() -> None:
+    model = get_peft_model(patched_model(QWEN3, TORCH_FP32), lora_config(QWEN3))
+    config = model.peft_config["default"]
+    assert config.target_modules == set(QWEN3.target_modules)
+    assert not config.target_parameters
+    assert not config.rank_pattern
+    assert len([name for name in trainable(model) if ".experts." in name]) == 12
+
+
 def test_unpatched_model_is_converted_as_ever() -> None:
     patched_model(QWEN3, TORCH_FP32)
     model = stock_model()
