@@ -4,6 +4,7 @@ from ._versions import check_versions
 
 check_versions()
 
+from .adapters import verify_adapter  # noqa: E402
 from .callback import KTMoECallback  # noqa: E402
 from .config import KTConfig  # noqa: E402
 from .errors import (  # noqa: E402
@@ -35,4 +36,5 @@ __all__ = [
     "KTMoECallback",
     "apply_kt_moe",
     "kt_lora_config",
+    "verify_adapter",
 ]

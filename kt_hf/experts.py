@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from peft.tuners.lora import LoraConfig, LoraLayer
 from torch import Tensor, nn
 
 from .autograd import ExpertsFunction, ExpertsRunner
-from .backends import ExpertShape, ExpertWeights, TorchBackend
+from .backends import CALL_LOCK, ExpertShape, ExpertWeights, TorchBackend
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
+from .gradients import GradientMemory, parameter_gradients
 from .packing import Packer
+from .projections import NO_COPY, NO_PICKLE, PROJECTIONS, ExpertProjection
 
 logger = logging.getLogger(__name__)
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-NO_MERGE = (
-    "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the adapter "
-    "cannot be unloaded from them. Save the adapter with save_pretrained, load the base model anew without "
-    "apply_kt_moe, and merge there."
-)
 _optimizer_steps = itertools.count(1)
 _serials = itertools.count(1)
 _optimizer_epoch = 0
@@ -41,160 +35,6 @@ def watch_optimizers() -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         watch_optimizers.handle = register_optimizer_step_post_hook(_count_optimizer_step)  # type: ignore[attr-defined]
-
-
-class PackedWeight(nn.Module):
-    """Stands where PEFT expects a base layer: the size of a stacked projection, its weights being in the backend."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, held by the backend"
-
-
-class ExpertLora(nn.Module):
-    """Holder of one LoRA tensor of all experts, `weight` [E, r, in] or [E, out, r].
-
-    A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`,
-    `.cuda()` and the like leave the tensor where and what it is: it is the master of what the backend holds (on the
-    CPU, or with `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
-    """
-
-    def __init__(self, weight: Tensor, follow_to_gpu: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.follow_to_gpu = follow_to_gpu
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ExpertLora:
-        # On the leaf: PEFT calls child.to(), which would by-pass an override further up.
-        if self.weight.is_meta:
-            return super()._apply(fn, recurse)
-        moved = fn(self.weight.detach().new_empty(1)).device
-        if moved.type == "cuda" and self.follow_to_gpu and moved != self.weight.device:
-            self.weight.data = self.weight.data.to(moved)
-            if self.weight.grad is not None:
-                self.weight.grad = self.weight.grad.to(moved)
-        return self
-
-
-class ExpertProjection(nn.Module, LoraLayer):
-    """The gate, up or down projection of all experts of a layer, as PEFT sees it.
-
-    Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts`
-    computes with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is
-    refused.
-    """
-
-    # Set by LoraLayer; declared because nn.Module's attributes have no types of their own.
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    scaling: dict[str, float]
-    use_rslora: dict[str, bool]
-    use_dora: dict[str, bool]
-    lora_bias: dict[str, bool]
-    lora_dropout: nn.ModuleDict
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
-    active_adapters: list[str]
-    disable_adapters: bool
-    set_adapter: Callable[..., None]
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int, owner: KTExperts) -> None:
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, PackedWeight(in_features, out_features))
-        self.num_experts = num_experts
-        self.in_features = in_features
-        self.out_features = out_features
-        self._owner = [owner]  # in a list, or it would register as a child and make a cycle
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.in_features, module.out_features  # type: ignore[return-value]
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Called by PEFT for each adapter that targets this projection."""
-        owner = self._owner[0]
-        where = f"{owner.label}.{kwargs.get('target_name', '').rsplit('.', 1)[-1] or 'projection'}"
-        _refuse_variants(config, where)
-        owner.check_rank(r, where)
-        if config.lora_dropout and not getattr(owner.packer, "told_dropout", False):
-            owner.packer.told_dropout = True
-            logger.warning(
-                "lora_dropout=%s applies to linear layers only: experts train without it.", config.lora_dropout
-            )
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.use_dora[adapter_name] = False
-        self.lora_bias[adapter_name] = False
-        self.lora_dropout[adapter_name] = nn.Identity()
-        dtype, gpu = owner.lora_dtype, owner.packer.config.kt_moe_lora_device == "gpu"
-        shape_a, shape_b = (self.num_experts, r, self.in_features), (self.num_experts, self.out_features, r)
-        self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype), gpu)
-        self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype), gpu)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT calls this after it has replaced the tensors, by some of the GPU's perhaps: back to where they live."""
-        for holder in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
-            if not holder.follow_to_gpu and not holder.weight.is_meta:
-                holder.weight.data = holder.weight.data.cpu()
-
-    def tensors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A [E, r, in] and B [E, out, r] of an adapter."""
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        assert isinstance(a, nn.Parameter)
-        assert isinstance(b, nn.Parameter)
-        return a, b
-
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """A as PEFT draws a Linear's, expert by expert: uniform in ±1/sqrt(in). B zero (drawn too with False)."""
-        a, b = self.tensors(adapter_name)
-        if a.is_meta:
-            return
-        with torch.no_grad():
-            if init_lora_weights == "gaussian":
-                a.normal_(std=1 / self.r[adapter_name])
-            else:
-                bound = 1 / math.sqrt(self.in_features)
-                a.uniform_(-bound, bound)
-            if init_lora_weights is False:  # as nn.Linear's own start, which is what PEFT leaves then
-                bound = 1 / math.sqrt(self.r[adapter_name])
-                b.uniform_(-bound, bound)
-            else:
-                b.zero_()
-
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise KTAMXError("An expert projection is not called by itself: KTExperts computes the three together.")
-
-    def _no_merge(self, *_: Any, **__: Any) -> NoReturn:
-        raise KTAMXError(NO_MERGE)
-
-    merge = _no_merge
-    unmerge = _no_merge
-    get_delta_weight = _no_merge
-    unload_and_optionally_merge_module = _no_merge
-
-
-def _refuse_variants(config: LoraConfig, where: str) -> None:
-    """What changes a LoRA layer's mathematics and is not implemented for experts, by the name of its setting."""
-    settings = ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config",
-                "layer_replication", "velora_config", "monteclora_config", "use_bdlora")  # fmt: skip
-    for name in settings:
-        if getattr(config, name, None):
-            raise KTAMXConfigError(
-                f"{where}: {name}={getattr(config, name)!r} is not supported on experts. Leave it out, or take "
-                "gate_proj, up_proj and down_proj out of target_modules."
-            )
-    init = config.init_lora_weights
-    if init not in (True, False, "gaussian"):
-        raise KTAMXConfigError(
-            f"{where}: init_lora_weights={init!r} is not supported on experts; use True or 'gaussian'."
-        )
 
 
 class KTExperts(nn.Module):
@@ -222,6 +62,7 @@ class KTExperts(nn.Module):
         }
         for name, (inside, outside) in sizes.items():
             self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
+        self._gradient_memory = GradientMemory()
         self._told_of_changes = 0  # calls of update_lora_pointers
         self._unpacked: ExpertWeights | None = weights
         # Until the LoRA rank is known: PyTorch on the weights as they are.
@@ -268,10 +109,22 @@ class KTExperts(nn.Module):
             rank = max((r for projection in self.projections for r in projection.r.values()), default=0)
             if rank == 0:
                 return
-        weights, self._unpacked = self._unpacked, None
-        self._runner = ExpertsRunner(
-            self.packer.pack(weights, self.shape, rank, self.label), self.label, self.packer.retain
-        )
+        with CALL_LOCK:
+            if self._unpacked is None:  # another thread was faster
+                return
+            if not self._unpacked.gate_up.numel():
+                raise KTAMXError(f"{self.label}: packing was interrupted at its end: load and patch the model anew.")
+            # An interruption of the loading leaves the layer unpacked, to be packed at the next call.
+            backend = self.packer.pack(self._unpacked, self.shape, rank, self.label)
+            self._runner, self._unpacked = ExpertsRunner(backend, self.label, self.packer.retain), None
+
+    def take_load(self) -> tuple[int, Tensor]:
+        """Tokens that gradients were computed for since the last call, and how many each expert got, [E] int64, CPU."""
+        runner = self._runner
+        tokens, load = runner.tokens, runner.load.cpu().clone()
+        runner.tokens = 0
+        runner.load.zero_()
+        return tokens, load
 
     def update_lora_pointers(self) -> None:
         """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data`
@@ -308,7 +161,7 @@ class KTExperts(nn.Module):
             made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
 
             def to_parameters(gradients: tuple[Tensor, ...]) -> list[Tensor]:
-                return _parameter_gradients(gradients, made)
+                return parameter_gradients(gradients, made, self._gradient_memory)
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
@@ -365,7 +218,7 @@ class KTExperts(nn.Module):
             return ()
         if len(parts) == 3 and all(part[4] == rank for part in parts):  # one adapter, one rank: no copies
             return tuple(t for a, b, _, _, _, s in parts for t in (a.detach(), b.detach() * s))
-        tensors = tuple(torch.zeros(size, dtype=torch.float32) for size in self.shape.lora_shapes(rank))
+        tensors = tuple(torch.zeros(size, dtype=torch.float32, device="cpu") for size in self.shape.lora_shapes(rank))
         for a, b, index, offset, r, scaling in parts:
             tensors[index][:, offset : offset + r].copy_(a.detach())
             tensors[index + 1][:, :, offset : offset + r].copy_(b.detach() * scaling)
@@ -379,16 +232,10 @@ class KTExperts(nn.Module):
         )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise KTAMXError(
-            "A patched model cannot be deep-copied: its experts are packed for the CPU operators. For DPO's reference "
-            "use the adapter switched off (ref_model=None), else load and patch the model a second time."
-        )
+        raise KTAMXError(NO_COPY)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise KTAMXError(
-            "A patched model cannot be pickled: its experts are packed for the CPU operators. Save the adapter with "
-            "save_pretrained, and load and patch the base model in the other process."
-        )
+        raise KTAMXError(NO_PICKLE)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise KTAMXConfigError(
@@ -412,15 +259,6 @@ def _serial(parameter: nn.Parameter) -> int:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _parameter_gradients(gradients: tuple[Tensor, ...], parts: list[tuple[int, int, int, float]]) -> list[Tensor]:
-    """Gradients of A and B of each part, fp32 and its own memory, from the six of the padded backend tensors."""
-    made = []
-    for index, offset, rank, scaling in parts:
-        made.append(gradients[index][:, offset : offset + rank].to(torch.float32, copy=True))
-        made.append(gradients[index + 1][:, :, offset : offset + rank].to(torch.float32, copy=True).mul_(scaling))
-    return made
 
 
 def kt_layers(model: nn.Module) -> list[KTExperts]:

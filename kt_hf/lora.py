@@ -12,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .errors import KTAMXConfigError
-from .experts import PROJECTIONS, kt_layers
+from .experts import kt_layers
+from .projections import PROJECTIONS
 
 logger = logging.getLogger(__name__)
 

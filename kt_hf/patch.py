@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapters import load_adapter, open_adapter
+from .adapters.save import save_native_verified
 from .backends import ExpertShape, ExpertWeights, choose_backend, describe_cpu
 from .config import KTConfig
 from .cpu import plan_threads
@@ -23,7 +28,7 @@ _SILU = ("SiLU", "SiLUActivation")
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
-def apply_kt_moe(model: Any, cfg: KTConfig | None = None) -> Any:
+def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | None = None) -> Any:
     """Patch a transformers MoE model in place: its routed experts are computed by a CPU backend from now on.
 
     Only the `experts` modules are replaced; router, shared experts and auxiliary losses stay the model's own. Their
@@ -34,6 +39,8 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None) -> Any:
     Args:
         model: A transformers model, or a PeftModel around one.
         cfg: Settings; the defaults without.
+        adapter: Folder or safetensors file of an adapter to train on, of any format that `kt_hf.adapters` reads; the
+            model then comes back as a PeftModel that has it.
 
     Returns:
         The same model, with `_kt_wrappers` (its `KTExperts` in layer order), `_kt_cpu_infer` and `_kt_moe_lora_params`.
@@ -42,7 +49,12 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None) -> Any:
         KTAMXModelNotSupportedError: No experts that can be computed, naming what was found and why not.
         KTAMXConfigError: Settings that do not fit the model or the run (several processes, DataParallel).
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
+        KTAMXError: The adapter is damaged, or another base model's.
     """
+    if adapter is not None:
+        with open_adapter(adapter):  # a damaged one is refused before the model is touched
+            pass
+        return load_adapter(apply_kt_moe(model, cfg), adapter)
     cfg = cfg or KTConfig()
     _refuse_parallel(model)
     base = _base_model(model)
@@ -75,7 +87,7 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None) -> Any:
         _replace(place, shape, index, packer) for index, (place, shape) in enumerate(zip(found, shapes, strict=True))
     ]
     watch_optimizers()
-    packer.on_pack = lambda built: setattr(base, "_kt_cpu_infer", getattr(built, "engine", None))
+    packer.on_pack = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None
     base._kt_wrappers = layers
     base._kt_moe_lora_params = LoraParamsView(layers)
@@ -225,15 +237,22 @@ def _layer_index(name: str, fallback: int) -> int:
     return numbers[0] if len(numbers) == 1 else fallback
 
 
+def _show_engine(base: weakref.ref[Any], built: Any) -> None:
+    model = base()
+    if model is not None:
+        model._kt_cpu_infer = getattr(built, "engine", None)
+
+
 def _guard_save(base: Any) -> None:
     """`save_pretrained` of a patched model would write a checkpoint without expert weights and say nothing."""
-    original = getattr(base, "save_pretrained", None)
-    if original is None:
+    if not hasattr(base, "save_pretrained"):
         return
+    itself = weakref.ref(base)  # a strong one would keep the weights of a deleted model until garbage is collected
 
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        if getattr(base, "_hf_peft_config_loaded", False):  # model.add_adapter: what is saved is the adapter
-            return original(*args, **kwargs)
+        model: Any = itself()
+        if getattr(model, "_hf_peft_config_loaded", False):  # model.add_adapter: what is saved is the adapter
+            return save_native_verified(type(model).save_pretrained, model, *args, **kwargs)
         raise KTAMXError(
             "A patched model without an adapter cannot be saved: its experts are packed and would be missing from the "
             "checkpoint. Train with a LoRA adapter (get_peft_model or the trainer's peft_config, from kt_lora_config) "

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import peft_verbs, peft_weighted
 from .errors import KTAMXConfigError, KTAMXError
-from .experts import NO_MERGE, PROJECTIONS, KTExperts, kt_layers
+from .experts import KTExperts, kt_layers
+from .projections import NO_MERGE, PROJECTIONS
 
 logger = logging.getLogger(__name__)
 _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
@@ -28,17 +30,33 @@ _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
 def install() -> None:
     """Make PEFT's fused-expert conversions stand aside for patched models, and pack after an adapter. Once a
     process."""
+    from peft import PeftModel
+    from peft.tuners import tuners_utils
     from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import hotswap
     from peft.utils import transformers_weight_conversion as conversion
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    from .adapters.save import load_native_verified, load_verified, save_verified, weights_verified
 
     _wrap(conversion, "convert_peft_config_for_transformers", _keep_config)
     _wrap(conversion, "convert_peft_adapter_state_dict_for_transformers", _keep_state_dict)
-    _wrap(LoraModel, "inject_adapter", _pack_after)
+    _wrap(BaseTuner, "inject_adapter", _check_and_pack)
+    _wrap(tuners_utils, "_maybe_include_all_linear_layers", peft_verbs.include_experts)
+    _wrap(LoraModel, "_enable_peft_forward_hooks", peft_verbs.refuse_mixed_batches)
+    _wrap(LoraModel, "add_weighted_adapter", peft_weighted.add_weighted_adapter)
+    _wrap(LoraModel, "subtract_mutated_init", peft_verbs.refuse_converted_init)
+    _wrap(hotswap, "_convert_scalings_to_tensor", peft_verbs.refuse_compiled_hotswap)
     # These take or merge the other layers first and meet the experts in the middle: refused before they begin.
-    for name in ("merge_adapter", "_unload_and_optionally_merge"):
-        _wrap(LoraModel, name, _refuse_merge)
+    for name in ("merge_adapter", "merge_and_unload", "unload"):
+        _wrap(BaseTuner, name, _refuse_merge)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", _refresh_after)
+    # Checkpoints: verified, with their manifest, before a Trainer pushes or deletes; refused when they are not whole.
+    _wrap(PeftModel, "save_pretrained", save_verified)
+    _wrap(PeftModel, "load_adapter", load_verified)
+    _wrap(hotswap, "load_peft_weights", weights_verified)
+    _wrap(PeftAdapterMixin, "load_adapter", load_native_verified)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -90,8 +108,11 @@ def _keep_state_dict(
     return original(model, peft_config, adapter_state_dict, *args, **kwargs)
 
 
-def _pack_after(original: Callable[..., Any], tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    result = original(tuner, model, *args, **kwargs)
+def _check_and_pack(
+    original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    peft_verbs.check_adapter(tuner, model, adapter_name)
+    result = original(tuner, model, adapter_name, *args, **kwargs)
     for layer in kt_layers(model):
         layer.pack()
     return result

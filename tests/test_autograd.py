@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kt_hf import KTAMXBackwardError, KTExperts
 from tests.conftest import Case
-from tests.families.layers import forward, forward_backward, gradients, make_inputs, random_lora, set_lora
+from tests.families.layers import LayerInputs, forward, forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model, fill_lora, gradients_of, logits_of, lora_config, loss_of
 from tests.helpers import MIXTRAL
 from tests.helpers import one_torch_thread as one_torch_thread
@@ -178,3 +178,53 @@ def test_autocast_of_a_model(case: Case) -> None:
     actual = gradients_of(model, loss)
     assert {grad.dtype for grad in actual.values()} == {torch.float32}
     assert_all_close(actual, expected, 0.15)
+
+
+def run(layer: KTExperts, x: LayerInputs) -> None:
+    """A forward and its backward, the gradients in `grad`."""
+    output = layer(x.hidden, x.ids, x.weights)
+    output.backward(x.grad_output)
+
+
+def test_memory_of_gradients_is_used_again_and_never_while_held(case: Case) -> None:
+    layer, base, lora = layer_with(case)
+    parameters = layer.lora_params
+
+    def backward(seed: int) -> dict[str, int]:
+        x = inputs(case, seed)
+        run(layer, x)
+        return {name: parameter.grad.data_ptr() for name, parameter in parameters.items()}
+
+    first = backward(1)
+    layer.zero_grad()
+    assert backward(2) == first
+    held = {name: parameter.grad for name, parameter in parameters.items()}
+    before = {name: grad.clone() for name, grad in held.items()}
+    layer.zero_grad()
+    third = backward(3)
+    assert not set(third.values()) & set(first.values())
+    assert all(torch.equal(held[name], before[name]) for name in held)
+    x = inputs(case, 3)
+    assert_all_close({name: parameter.grad for name, parameter in parameters.items()},
+                     {name: grad for name, grad in expected_grads(x, base, lora).items() if name in parameters},
+                     case.grad)  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["the gradient", "a NumPy view of it"])
+def test_accumulated_gradients_keep_their_memory(case: Case, views: bool) -> None:
+    """Micro-batches are added in the first one's memory, and what a view holds is not written to."""
+    layer, base, lora = layer_with(case)
+    total: dict[str, Tensor] = {}
+    kept = []
+    for seed in range(4):
+        x = inputs(case, seed)
+        run(layer, x)
+        if views:
+            kept.append([(p.grad.numpy(), p.grad.clone().numpy()) for p in layer.lora_params.values()])
+            layer.zero_grad()
+            continue
+        for name, grad in expected_grads(x, base, lora).items():
+            total[name] = total.get(name, 0) + grad
+        wanted = {name: total[name] for name in layer.lora_params}
+        assert_all_close({name: p.grad for name, p in layer.lora_params.items()}, wanted, case.grad)
+    assert all((view == copy).all() for pairs in kept for view, copy in pairs)

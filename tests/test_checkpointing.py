@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import TORCH_FP32, Case
 from tests.families.layers import SCALING, forward, forward_backward, gradients, make_inputs, random_lora, set_lora
@@ -75,6 +77,35 @@ def test_checkpointing_with_forwards_in_between(case: Case, mode: str, activatio
         actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert_all_close(actual, wanted, case.same)
         model.zero_grad()
+
+
+def squared(layer: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return layer(hidden, ids, weights).square()
+
+
+def doubled_in_place(layer: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return layer(hidden, ids, weights).mul_(2).square()
+
+
+@pytest.mark.parametrize("function", [squared, doubled_in_place], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_recompute_finds_its_own_forward(case: Case, function: Callable[..., Tensor], reentrant: bool) -> None:
+    """What follows the experts uses their output again, here: that of the same inputs, as they computed it."""
+    layer, _, _ = layer_with(case)
+    runs, expected = [], []
+    for seed in range(3):
+        x = inputs(case, seed)
+        leaves = [x.hidden.clone().requires_grad_(), x.weights.clone().requires_grad_(), *layer.lora_params.values()]
+        plain = function(layer, leaves[0], x.ids, leaves[1])
+        expected.append(torch.autograd.grad(plain, leaves, x.grad_output))
+        again = checkpoint(function, layer, leaves[0], x.ids, leaves[1], use_reentrant=reentrant)
+        runs.append((again, leaves, x.grad_output))
+    for (output, leaves, grad), wanted in zip(runs, expected, strict=True):
+        for leaf in leaves:
+            leaf.grad = None
+        output.backward(grad)
+        actual = {str(i): leaf.grad for i, leaf in enumerate(leaves)}
+        assert_all_close(actual, {str(i): value for i, value in enumerate(wanted)}, case.same)
 
 
 @pytest.mark.parametrize("mode", ["non-reentrant", "plain"])

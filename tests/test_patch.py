@@ -113,11 +113,13 @@ with torch.device("meta"):
 model.to_empty(device="cpu")
 for tensor in [*model.parameters(), *model.buffers()]:
     tensor.data.fill_(0.01)
-get_peft_model(MixtralForCausalLM(MixtralConfig(**{**sizes, "hidden_size": 32, "num_hidden_layers": 1}, vocab_size=8,
-    num_attention_heads=4, num_key_value_heads=2)), kt_lora_config(model))  # what it imports is not counted
+settings = dict(kt_backend=sys.argv[1], kt_num_threads=1, kt_share_backward_weights=True)
+small = MixtralForCausalLM(MixtralConfig(**{**sizes, "hidden_size": 32, "num_hidden_layers": 1}, vocab_size=8,
+    num_attention_heads=4, num_key_value_heads=2)).bfloat16()
+small = apply_kt_moe(small, KTConfig(**settings))
+small = get_peft_model(small, kt_lora_config(small, lora_rank=4))  # what is imported and started is not counted
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-settings = dict(kt_backend=sys.argv[1], kt_num_threads=1, kt_share_backward_weights=True)
 model = apply_kt_moe(model, KTConfig(**settings))
 model = get_peft_model(model, kt_lora_config(model, lora_rank=4))
 assert all(layer.packed and layer.backend_name == sys.argv[1] for layer in model._kt_wrappers)

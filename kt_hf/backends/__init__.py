@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 
 from ..cpu import ThreadPlan, cpu_features
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 # The operators' scratch memory is global to the process: one call at a time, whatever the layer.
 CALL_LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork made while another thread computes: nobody would ever give the child's copy of the lock back.
+    os.register_at_fork(after_in_child=CALL_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
 __all__ = [
     "CALL_LOCK",

@@ -1,4 +1,4 @@
-"""Keep what native code prints on file descriptor 1 out of the user's stdout."""
+"""Keep what native code prints out of the user's stdout, and its destructors out of the process's end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -28,13 +30,15 @@ def native_output_to_log(logger: logging.Logger) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 1)
         try:
+            os.dup2(sink.fileno(), 1)
             yield
         finally:
-            _flush_c()
-            os.dup2(kept, 1)
-            os.close(kept)
+            try:
+                _flush_c()
+            finally:  # an interruption must not leave the user without an output
+                os.dup2(kept, 1)
+                os.close(kept)
             sink.seek(0)
             for line in sink.read().decode(errors="replace").splitlines():
                 if line.strip():
@@ -46,21 +50,28 @@ def _flush_c() -> None:
         ctypes.CDLL(None).fflush(None)
 
 
+def outlive_python(owner: Any) -> None:
+    """What `owner.natives()` gives is never destroyed once the interpreter ends, nor in a fork of this process.
+
+    kt-kernel's destructors print, and join their threads: after a fork those are not there and the child hangs; at exit
+    the text would stand in the user's output. The system takes all of it back anyway.
+    """
+    _watch_the_end()
+    _owners.add(owner)
+
+
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 @functools.cache
-def silence_native_exit() -> None:
-    """Have what native code prints while the process ends go nowhere; what Python prints still arrives. Once a
-    process."""
-    atexit.register(_leave_stdout_to_python)
+def _watch_the_end() -> None:
+    atexit.register(_keep_natives)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_keep_natives)
 
 
-def _leave_stdout_to_python() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if sys.stdout.fileno() != 1:
-            return
-        sys.stdout.flush()
-        _flush_c()
-        own = os.dup(1)
-        sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.close(sink)
+def _keep_natives() -> None:
+    for owner in list(_owners):
+        owner.kept = True
+        for native in owner.natives():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))

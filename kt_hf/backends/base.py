@@ -123,3 +123,9 @@ class ExpertsBackend(Protocol):
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         """Gradients for the forward that gave `saved`; grad_output is [T, H] in `dtype`."""
+
+    def careful_backward(
+        self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor
+    ) -> Gradients | None:
+        """Gradients by a slower way, where `backward` gave some that are not finite for the tokens `bad` [T] (bool);
+        None if there is no other way."""

@@ -7,12 +7,10 @@ established by experiment on kt-kernel 0.7.2; tests/kernel_contract pins those t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
 import os
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +19,10 @@ from torch import Tensor
 
 from ..cpu import ThreadPlan, cpu_features
 from ..errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
-from ._native_output import native_output_to_log, silence_native_exit
+from ._engine import Cache, Engine
+from ._native_output import native_output_to_log, outlive_python
 from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
+from .gate_overflow import careful_backward
 
 logger = logging.getLogger(__name__)
 
@@ -69,49 +69,6 @@ def shape_problem(shape: ExpertShape, pools: int = 1) -> str | None:
     if not 1 <= shape.top_k <= shape.num_experts:
         return f"{shape.top_k} experts a token of {shape.num_experts} make no sense"
     return None
-
-
-class _Cache:
-    """What the operators keep for backward: one forward a layer, or one for all layers that share the pool."""
-
-    def __init__(self) -> None:
-        self.holds = 0  # generation of the saved forward, 0 for none
-        self.generations = itertools.count(1)
-
-
-class _Engine:
-    """kt-kernel's worker pools. One at a time in a process, alive as long as a layer is."""
-
-    _current: weakref.ref[_Engine] | None = None
-
-    def __init__(self, plan: ThreadPlan) -> None:
-        from kt_kernel import kt_kernel_ext
-
-        self.plan = plan
-        self.pid = os.getpid()
-        self.shared_cache = _Cache()
-        config = kt_kernel_ext.WorkerPoolConfig()
-        config.subpool_count = len(plan.pools)
-        config.subpool_numa_map = [node for node, _ in plan.pools]
-        config.subpool_thread_count = [threads for _, threads in plan.pools]
-        with native_output_to_log(logger):
-            self.cpu_infer = kt_kernel_ext.CPUInfer(config)
-
-        silence_native_exit()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception), native_output_to_log(logger):
-            self.cpu_infer = None
-
-    @classmethod
-    def get(cls, plan: ThreadPlan) -> _Engine:
-        engine = cls._current() if cls._current else None
-        if engine is None:
-            engine = cls(plan)
-            cls._current = weakref.ref(engine)
-        elif engine.plan != plan:
-            logger.warning("Another patched model of this process runs on %s: this one uses the same.", engine.plan)
-        return engine
 
 
 @dataclass
@@ -165,12 +122,13 @@ class KTKernelBackend:
         _check_weights(weights, shape, label)
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
         self._lora_on = False
-        self._lora = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes(rank) if rank)
+        self._lora = tuple(_zeros(size) for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
-        self._engine = _Engine.get(plan)
-        self._cache = self._engine.shared_cache if share_cache else _Cache()
-        self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64)
+        self._engine = Engine.get(plan)
+        self._cache = self._engine.shared_cache if share_cache else Cache()
+        self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe = self._load(weights, share_backward, share_cache)
+        outlive_python(self)
 
     def _load(self, weights: ExpertWeights, share_backward: bool, share_cache: bool) -> Any:
         from kt_kernel import kt_kernel_ext
@@ -178,7 +136,6 @@ class KTKernelBackend:
         shape, inner = self.shape, self.shape.intermediate_size
         gate = weights.gate_up[:, :inner].to("cpu", torch.bfloat16, copy=True).contiguous()
         up = weights.gate_up[:, inner:].to("cpu", torch.bfloat16, copy=True).contiguous()
-        weights.gate_up = torch.empty(0)  # released before the packed copy is made
         down = weights.down.to("cpu", torch.bfloat16).contiguous()
         config = kt_kernel_ext.moe.MOESFTConfig()
         config.expert_num = shape.num_experts
@@ -202,20 +159,32 @@ class KTKernelBackend:
             setattr(config, name, tensor.data_ptr())
         cpu_infer = self._engine.cpu_infer
         config.pool = cpu_infer.backend_
-        with native_output_to_log(logger):
-            moe = kt_kernel_ext.moe.AMXBF16_SFT_MOE(config)
-            cpu_infer.submit(moe.load_weights_task())
-            cpu_infer.sync()
-            if self._lora:
-                moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        like = weights.gate_up.new_empty(0)
+        try:
+            weights.gate_up = torch.empty(0)  # released before the packed copy is made
+            with native_output_to_log(logger):
+                moe = kt_kernel_ext.moe.AMXBF16_SFT_MOE(config)
+                cpu_infer.submit(moe.load_weights_task())
+                cpu_infer.sync()
+                if self._lora:
+                    moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        except BaseException:  # KeyboardInterrupt among them
+            cpu_infer.sync()  # the task may still read the tensors that go now
+            weights.gate_up = torch.cat((gate, up), 1).to(like)  # so that the layer can be packed again
+            raise
         weights.down = torch.empty(0)
         return moe
+
+    kept = False
+
+    def natives(self) -> list[Any]:
+        return [self._moe]
 
     def __del__(self) -> None:
         self._moe = None  # before the worker pools it uses, which go with the last layer
 
     @property
-    def engine(self) -> _Engine:
+    def engine(self) -> Engine:
         """kt-kernel's worker pools (`.cpu_infer`), one object for all layers of the process."""
         return self._engine
 
@@ -242,6 +211,7 @@ class KTKernelBackend:
         elif not self._lora_on:
             return
         self._cache.holds = 0  # before the copies: an interruption must not leave a stale forward looking valid
+        self._lora_on = True  # nor half of the copies pass for none
         if tensors:
             for buffer, tensor, axis in zip(self._lora, tensors, (1, 2) * 3, strict=True):
                 buffer.narrow(axis, 0, rank).copy_(tensor)
@@ -250,16 +220,16 @@ class KTKernelBackend:
         else:
             for buffer in self._lora[1::2]:  # B alone: zero times anything finite is zero
                 buffer.zero_()
-        self._lora_on = bool(tensors)
         self._moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        self._lora_on = bool(tensors)
 
     def lora_copy(self) -> tuple[Tensor, ...]:
         return tuple(t.clone() for t in self._lora) if self._lora_on else ()
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         T, K = self._check_inputs(x, ids, weights)
-        out = torch.empty(T, self.shape.hidden_size, dtype=torch.bfloat16)
-        length = torch.tensor([T], dtype=torch.int32)
+        out = torch.empty(T, self.shape.hidden_size, dtype=torch.bfloat16, device="cpu")
+        length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
         self._moe.forward_sft(
@@ -284,15 +254,18 @@ class KTKernelBackend:
             # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
-            self._grads = tuple(torch.zeros(size, dtype=torch.bfloat16) for size in sizes)
-        grad_input = torch.empty(T, H, dtype=torch.bfloat16)
-        grad_weights = torch.empty(T, K, dtype=torch.float32)
+            self._grads = tuple(_zeros(size) for size in sizes)
+        grad_input = torch.empty(T, H, dtype=torch.bfloat16, device="cpu")
+        grad_weights = torch.empty(T, K, dtype=torch.float32, device="cpu")
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
         self._cache.holds = 0  # one backward a saved forward
         self._moe.backward(
             grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
         )
         return Gradients(grad_input, grad_weights, self._grads)
+
+    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
+        return careful_backward(self, x, ids, weights, grad_output, bad)
 
     def _check_process(self) -> None:
         if self._engine.pid != os.getpid():
@@ -315,6 +288,11 @@ class KTKernelBackend:
                 f"allowed are -1 (no expert) and 0 to {self.shape.num_experts - 1}."
             )
         return T, K
+
+
+def _zeros(size: tuple[int, ...]) -> Tensor:
+    """Memory for the operators: on the CPU whatever torch.set_default_device says, or their pointers are the GPU's."""
+    return torch.zeros(size, dtype=torch.bfloat16, device="cpu")
 
 
 def _check(

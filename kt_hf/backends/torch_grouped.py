@@ -135,6 +135,9 @@ class TorchBackend:
         out = self._sum_by_token(y.mul_(ws), groups)
         return out, _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
 
+    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
+        return None  # what is not finite here is not finite
+
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _TorchSaved)
         if self.weights.down.numel() == 0:
@@ -202,7 +205,7 @@ class TorchBackend:
         if self._grouped_mm and x.shape[0]:
             return torch._grouped_mm(x, w, offs=groups.offsets)
         out = x.new_empty(x.shape[0], w.shape[2])
-        scratch = torch.empty(weight.shape[1:], dtype=torch.float32) if self._widen else None
+        scratch = torch.empty(weight.shape[1:], dtype=torch.float32, device=self.device) if self._widen else None
         for e, rows in groups:
             if scratch is None:
                 torch.mm(x[rows], w[e], out=out[rows])

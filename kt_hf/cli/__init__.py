@@ -1,6 +1,6 @@
 """The command `kt-hf`. One module a verb; a module imports heavy libraries only when its verb runs.
 
-A verb's module has a function `main` with typer's annotations, and its name is listed in VERBS.
+A verb's module has a function `main` with typer's annotations; VERBS names it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("demo",)
+VERBS = {
+    "train": "train",
+    "estimate": "estimate",
+    "export": "export",
+    "import": "import_adapter",  # a module cannot be called import
+    "doctor": "doctor",
+    "bench": "bench",
+    "demo": "demo",
+}
 
 app = typer.Typer(
     name="kt-hf",
@@ -41,5 +49,5 @@ def _options(
     pass
 
 
-for _verb in VERBS:
-    app.command(_verb)(importlib.import_module(f"kt_hf.cli.{_verb}").main)
+for _verb, _module in VERBS.items():
+    app.command(_verb)(importlib.import_module(f"kt_hf.cli.{_module}").main)

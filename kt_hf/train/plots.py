@@ -1,8 +1,8 @@
-"""The loss curve of a Trainer run as a PNG."""
+"""Pictures of a run: the losses, and the load of the experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,36 @@ def plot_losses(log_history: Iterable[Mapping[str, Any]], path: Path, title: str
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def plot_expert_load(shares: Mapping[int, Sequence[float]], path: Path, title: str = "") -> Path:
+    """Draw how the tokens were spread over each layer's experts into the PNG `path`, and return it.
+
+    Args:
+        shares: Layer -> each expert's load; 1 is even.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    width = max(map(len, shares.values()))
+    # Layers may have different counts.
+    rows = [[*row, *[float("nan")] * (width - len(row))] for row in shares.values()]
+    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(rows, aspect="auto", cmap="magma", vmin=0, interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layers = list(shares)
+    step = max(1, -(-len(layers) // 16))
+    axes.set_yticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
+    axes.set_title(title)
+    figure.colorbar(image, label="load (1 = even)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 
+from kt_hf import apply_kt_moe, kt_lora_config
 from kt_hf.cpu import cpu_features
+from kt_hf.demo.upcycle import load_dense, upcycle_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,3 +31,31 @@ def test_losses_of_twenty_steps_are_stocks(tmp_path):
     assert max(abs(row["auto"] - row["stock"]) for row in rows) <= 0.02
     assert rows[0]["stock"] - min(row["stock"] for row in rows[-4:]) >= 0.3
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_experts_lora_takes_part(tmp_path: Path) -> None:
+    """Trained and frozen, with LoRA on attention in both: two curves."""
+    dense, tokenizer = load_dense()
+    ids = tokenizer("Experts are computed on the CPU, all the rest wherever it likes. " * 8, return_tensors="pt")
+
+    def losses(frozen: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = apply_kt_moe(upcycle_model(dense, num_layers=4, dtype="bfloat16"))
+        model = get_peft_model(model, kt_lora_config(model))
+        for name, parameter in model.named_parameters():
+            if frozen and ".experts." in name:
+                parameter.requires_grad_(False)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        found = []
+        for _ in range(6):
+            loss = model(**ids, labels=ids.input_ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    trained, frozen = losses(False), losses(True)
+    assert trained[0] == pytest.approx(frozen[0], abs=1e-6)
+    assert trained[-1] < frozen[-1] - 0.05 < frozen[0] - 0.05

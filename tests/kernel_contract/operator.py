@@ -16,11 +16,11 @@ def engine() -> Any:
     """One CPUInfer for all tests: two at a time compute wrong results."""
     global _engine
     if _engine is None:
-        from kt_hf.backends.kt_kernel import _Engine
+        from kt_hf.backends._engine import Engine
         from kt_hf.cpu import ThreadPlan
 
         # kt_hf's own, for there must be one a process; the driver uses nothing else of kt_hf.
-        _engine = _Engine.get(ThreadPlan(((0, 1),)))
+        _engine = Engine.get(ThreadPlan(((0, 1),)))
     return _engine.cpu_infer
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from kt_hf import KTAMXBackwardError, KTAMXForwardError, apply_kt_moe
+from kt_hf import apply_kt_moe
 from tests.conftest import KERNEL_BF16, TORCH_FP32, Case, make_config
 from tests.families.layers import SCALING, forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import (
@@ -66,7 +66,7 @@ GATES = (-1e4, -1e3, -100.0, -88.5, -87.0, -50.0, -1.0, 0.0, 50.0, 88.5, 1e3, 1e
 
 @pytest.mark.parametrize("value", GATES)
 def test_bf16_range(case: Case, value: float) -> None:
-    """Gate pre-activations of any size: right, or an error that names the layer. Here each token's are `value`."""
+    """Gate pre-activations of any size are right. Here each token's are `value`."""
     model = MIXTRAL(case.dtype)
     experts = next(iter(expert_modules(model).values()))
     with torch.no_grad():
@@ -80,16 +80,8 @@ def test_bf16_range(case: Case, value: float) -> None:
     set_lora(layer, lora)
     x = inputs(case)
     x.hidden[:, 0] = 1
-    try:
-        actual = forward_backward(layer, x)
-    except (KTAMXForwardError, KTAMXBackwardError) as error:
-        words = str(error)
-    else:
-        expected = experts_forward_backward(*x, base, lora, SCALING)
-        check_finite_and_right(actual, expected, case)
-        return
-    assert case.backend != "torch", "PyTorch has no such limit"
-    assert words.startswith("model.layers.0.mlp.experts: ")
+    expected = experts_forward_backward(*x, base, lora, SCALING)
+    check_finite_and_right(forward_backward(layer, x), expected, case)
 
 
 def check_finite_and_right(actual: LayerResult, expected: LayerResult, case: Case) -> None:

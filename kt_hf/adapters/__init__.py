@@ -1,0 +1,24 @@
+"""Adapters: conversion between formats, and the manifest that tells a whole save from a part of one."""
+
+from .convert import FORMATS, convert, open_adapter
+from .core import Adapter, Projection
+from .manifest import MANIFEST, publish, seal
+from .start import load_adapter, start_from
+from .verify import check_checkpoint, last_complete, tell_interrupted, verify_adapter
+
+__all__ = [
+    "FORMATS",
+    "MANIFEST",
+    "Adapter",
+    "Projection",
+    "check_checkpoint",
+    "convert",
+    "last_complete",
+    "load_adapter",
+    "open_adapter",
+    "publish",
+    "seal",
+    "start_from",
+    "tell_interrupted",
+    "verify_adapter",
+]

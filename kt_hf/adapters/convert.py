@@ -1,0 +1,222 @@
+"""Reading an adapter of any format, and writing it in another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import KTAMXConfigError, KTAMXError
+from . import fused, kt, merge, peft, per_expert
+from .core import ADAPTER, CONFIG, Adapter, nothing, read_config
+from .files import Lazy, open_safetensors, sync, write_json, write_safetensors
+from .manifest import MANIFEST, check_files, read_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
+FORMATS = ("kt", "peft", "per-expert", "fused", "sglang", "merged")
+_MIXTRAL = ("mixtral", "minimax", "minimax_m2")  # model types whose hub names are w1, w2, w3
+
+
+@contextmanager
+def open_adapter(path: str | Path, config: str | Path | None = None) -> Iterator[Adapter]:
+    """An adapter of any readable format, its tensors unread. They can be loaded as long as the context lasts.
+
+    Args:
+        path: The adapter's folder, or its safetensors file.
+        config: adapter_config.json, where it is not beside the file.
+
+    Raises:
+        KTAMXError: A file is missing, damaged, changed since its manifest was written, or its tensors do not go
+            together. KTAMXConfigError where the file is of a kind that is not read.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise KTAMXError(f"{path} does not exist.")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise KTAMXConfigError(f"{path}: {path.suffix or 'a file without extension'} is not read, only .safetensors.")
+    if path.is_dir():
+        pickled = sorted(folder.glob("adapter_model.bin"))
+        if pickled and not (folder / ADAPTER).exists():
+            raise KTAMXConfigError(
+                f"{pickled[0]} is a pickle, which is not read. Save it with safe_serialization=True."
+            )
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            check_files(folder, manifest)
+    settings = read_config(Path(config) if config else folder / CONFIG)
+    fused_file = folder / fused.FILE if path.is_dir() else path
+    is_fused = fused_file.name == fused.FILE and fused_file.exists()
+    main = folder / ADAPTER if path.is_dir() or is_fused else path
+    beside = open_safetensors(main) if main.exists() or not is_fused else nothing()
+    with beside as tensors, open_safetensors(fused_file) if is_fused else nothing() as experts:
+        tensors = {_with_prefix(key): value for key, value in tensors.items()}
+        adapter = Adapter(path, "fused" if is_fused else _format(path, tensors), settings)
+        if is_fused:
+            if any(_formats(tensors).values()):
+                raise KTAMXError(f"{folder}: the experts' LoRA is both in {fused.FILE} and in {ADAPTER}.")
+            fused.read(adapter, experts, tensors)
+        else:
+            {"kt": kt, "peft": peft, "per-expert": per_expert}[adapter.format].read(adapter, tensors)
+        adapter.check()
+        yield adapter
+
+
+def _with_prefix(key: str) -> str:
+    key = key.replace(".orig_module", "")  # of torch's checkpoint wrappers
+    return key if key.startswith("base_model.") else f"base_model.model.{key}"
+
+
+def _formats(tensors: Mapping[str, Lazy]) -> dict[str, str | None]:
+    kinds = {"kt": kt.matches, "peft": peft.matches, "per-expert": per_expert.matches}
+    return {
+        name: next((key for key, tensor in tensors.items() if matches(key, tensor)), None)
+        for name, matches in kinds.items()
+    }
+
+
+def _format(path: Path, tensors: Mapping[str, Lazy]) -> str:
+    found = {name: key for name, key in _formats(tensors).items() if key}
+    if len(found) > 1:
+        raise KTAMXError(f"{path} mixes formats: {'; '.join(f'{name}: {key}' for name, key in found.items())}.")
+    return next(iter(found), "kt")
+
+
+def convert(
+    input: str | Path,
+    output: str | Path,
+    to: str | None = None,
+    base: str | Path | None = None,
+    config: str | Path | None = None,
+) -> Path:
+    """Write an adapter in another format. Exact: tensors keep their dtype and, but for their layout, their values.
+
+    Args:
+        input: Folder or safetensors file of an adapter: kt, peft, per-expert or fused; which, is told by its keys.
+        output: A new folder; or a file, `….pt` for sglang and `fused_expert_lora.safetensors` for fused.
+        to: `kt`, `peft`, `per-expert`, `fused`, `sglang` or `merged`. Without it the output's extension decides.
+        base: Folder of the base model; needed for merged, and told apart by it are Mixtral's names (per-expert).
+        config: adapter_config.json of the input, where it is not beside it.
+
+    Returns:
+        The output's path.
+
+    Raises:
+        KTAMXConfigError: Format and extension do not fit, the output exists, or lies in an adapter's folder where a
+            loader would take it for something else.
+        KTAMXError: The adapter is damaged, or holds what the format cannot say.
+    """
+    output = Path(output)
+    target = _target(output, to)
+    _check_output(output, target)
+    if target == "merged" and base is None:
+        raise KTAMXConfigError("to='merged' needs base, the folder of the base model.")
+    with open_adapter(input, config) as adapter:
+        if target == "merged":
+            merge.merge(adapter, Path(str(base)), output)
+        elif target == "sglang":
+            _tell_left_out(adapter, output)
+            fused.write_sglang(adapter, output)
+        elif output.name == fused.FILE:
+            _tell_left_out(adapter, output)
+            write_safetensors(output, fused.parts(adapter))
+        else:
+            with new_folder(output) as folder:
+                write_folder(adapter, folder, target, _is_mixtral(adapter, base))
+    return output
+
+
+def write_folder(adapter: Adapter, folder: Path, to: str, mixtral: bool = False) -> None:
+    """An adapter's folder in one of the formats that are folders; kt with its manifest."""
+    if to == "fused":
+        write_safetensors(folder / fused.FILE, fused.parts(adapter))
+        write_safetensors(folder / ADAPTER, fused.other_parts(adapter))
+        write_json(folder / CONFIG, fused.config(adapter))
+    elif to == "per-expert":
+        write_safetensors(folder / ADAPTER, per_expert.parts(adapter, mixtral))
+        write_json(folder / CONFIG, per_expert.config(adapter, mixtral))
+    else:
+        module: Any = {"kt": kt, "peft": peft}[to]
+        write_safetensors(folder / ADAPTER, module.parts(adapter))
+        write_json(folder / CONFIG, module.config(adapter))
+    if to == "kt":
+        write_manifest(folder, None)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all: filled under another name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync(temporary)
+        if path.is_dir():
+            path.rmdir()  # empty, as was checked
+        os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _target(output: Path, to: str | None) -> str:
+    by_extension = {".pt": "sglang", ".safetensors": "fused"}.get(output.suffix)
+    if to is None:
+        if by_extension is None:
+            raise KTAMXConfigError(
+                f"output={str(output)!r}: the extension does not tell a format. Give to, one of {', '.join(FORMATS)}."
+            )
+        to = by_extension
+    if to not in FORMATS:
+        raise KTAMXConfigError(f"to={to!r} is not one of {', '.join(FORMATS)}.")
+    # A folder's name may have a dot in it (qwen3-30b-a3b-v1.5); only what names a file is refused.
+    is_folder = output.suffix not in (".pt", ".safetensors", ".bin", ".pth", ".json", ".gguf")
+    fits = {"sglang": output.suffix == ".pt", "fused": is_folder or output.name == fused.FILE}
+    if not fits.get(to, is_folder):
+        wanted = {"sglang": "a file ending in .pt", "fused": f"a folder, or a file called {fused.FILE}"}
+        raise KTAMXConfigError(f"output={str(output)!r} does not fit to={to!r}, which is {wanted.get(to, 'a folder')}.")
+    return to
+
+
+def _check_output(output: Path, to: str) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise KTAMXConfigError(f"output={str(output)!r} exists already. Name another, or remove it.")
+    loaded = [
+        folder for folder in output.resolve().parents if (folder / CONFIG).exists() or (folder / ADAPTER).exists()
+    ]
+    if loaded and not (to == "fused" and output.name == fused.FILE and loaded[0] == output.resolve().parent):
+        raise KTAMXConfigError(
+            f"output={str(output)!r} lies inside {loaded[0]}, an adapter's folder: loaders take any weights there for "
+            "the adapter's. Write it elsewhere."
+        )
+
+
+def _tell_left_out(adapter: Adapter, output: Path) -> None:
+    if adapter.others:
+        logger.warning(
+            "%s holds the experts' LoRA alone; %d tensors of attention and other layers stay in %s.",
+            output, len(adapter.others), adapter.where,
+        )  # fmt: skip
+
+
+def _is_mixtral(adapter: Adapter, base: str | Path | None) -> bool:
+    """Whether the base is Mixtral, or named like it: by base's config.json, else the manifest's or adapter's."""
+    if base is not None:
+        file = Path(base) if Path(base).is_file() else Path(base) / "config.json"
+        try:
+            return json.loads(file.read_text()).get("model_type") in _MIXTRAL
+        except (OSError, ValueError) as error:
+            raise KTAMXConfigError(f"base={str(base)!r}: {file} cannot be read ({error}).") from error
+    folder = adapter.where if adapter.where.is_dir() else adapter.where.parent
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    if manifest and manifest.get("base"):
+        return manifest["base"]["architecture"].get("model_type") in _MIXTRAL
+    return "mixtral" in str(adapter.config.get("base_model_name_or_path") or "").lower()

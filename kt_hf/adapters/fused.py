@@ -1,0 +1,135 @@
+"""fused: kt-kernel's own names (`fused_expert_lora.safetensors`, of ktransformers), and SGLang's `.pt` for kt experts.
+
+    layers.{L}.experts.{gate,up,down}_lora_a     A [E, r, in]        of fused_expert_lora.safetensors
+    layers.{L}.experts.{gate,up,down}_lora_b     B [E, out, r]
+
+The tensors are those of kt under other names. In an adapter's folder the file lies beside adapter_model.safetensors,
+which then holds the LoRA of everything but the experts; r and lora_alpha are those of adapter_config.json.
+
+The `.pt` is a pickled dict of the experts alone, as SGLang's kt experts load it (format of kt-kernel's
+convert_moe_lora.py). It has one rank and one alpha for all:
+
+    {"metadata": {lora_rank, lora_alpha, num_layers (with experts), num_experts, hidden_size, intermediate_size},
+     "layer_{L}": {gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b}}
+
+A projection of smaller rank is padded with zeros, a missing one is all zeros, and where s differs from lora_alpha /
+lora_rank, B takes up the ratio: B·A stays what it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KTAMXError
+from .core import PREFIX, PROJECTIONS, Adapter, Projection, alpha_for
+from .files import Lazy, Part, part, replacing
+from .kt import add_pair
+
+FILE = "fused_expert_lora.safetensors"
+KEY = re.compile(r"layers\.(\d+)\.experts\.(gate|up|down)_lora_([ab])$")
+
+
+def read(adapter: Adapter, fused: dict[str, Lazy], others: dict[str, Lazy]) -> None:
+    """Fill an adapter from the tensors of a fused file, and of adapter_model.safetensors beside it.
+
+    Raises:
+        KTAMXError: A key of another form; A or B is missing.
+    """
+    adapter.others.update(others)
+    # What stands before "layers." is not in the keys: that of the other tensors, or what most models have.
+    roots = {match[1] for key in others if (match := re.match(rf"{re.escape(PREFIX)}(.*?)layers\.\d+\.", key))}
+    root = roots.pop() if len(roots) == 1 else "model."
+    pairs: dict[tuple[str, str], dict[str, Lazy]] = {}
+    for key, tensor in fused.items():
+        match = KEY.match(key)
+        if match is None or len(tensor.shape) != 3:
+            raise KTAMXError(
+                f"{adapter.where}: {key} {tensor.shape} is not layers.<L>.experts.<gate|up|down>_lora_<a|b> of 3 dims."
+            )
+        place = f"{root}layers.{match[1]}.mlp.experts", f"{match[2]}_proj"
+        pairs.setdefault(place, {})[match[3].upper()] = tensor
+    for (experts, name), pair in pairs.items():
+        add_pair(adapter, experts, name, pair)
+
+
+def parts(adapter: Adapter) -> Iterator[Part]:
+    """The tensors of fused_expert_lora.safetensors."""
+    for one in adapter.experts.values():
+        stem = f"layers.{one.layer}.experts.{one.name.removesuffix('_proj')}_lora"
+        yield part(f"{stem}_a", one.a)
+        yield part(f"{stem}_b", one.b)
+
+
+def other_parts(adapter: Adapter) -> Iterator[Part]:
+    """The tensors of adapter_model.safetensors beside it."""
+    for key, tensor in adapter.others.items():
+        yield part(key, tensor)
+
+
+def config(adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json, the experts named as kt names them."""
+    from . import kt
+
+    return kt.config(adapter)
+
+
+def write_sglang(adapter: Adapter, path: Path) -> None:
+    """Write SGLang's `.pt`. A pickle is made in one go, so the experts' LoRA is in memory as a whole.
+
+    Raises:
+        KTAMXError: There is no expert LoRA, or two towers of the model have layers of the same number.
+    """
+    layers = adapter.layers()
+    if not layers:
+        raise KTAMXError(f"{adapter.where} holds no LoRA of experts.")
+    found = list(adapter.experts.values())
+    rank = max(one.rank for one in found)
+    scaling = next((one.scaling for one in found if one.rank == rank), found[0].scaling)
+    same = {one.scaling for one in found} == {scaling}
+    # The factor is read as lora_alpha / lora_rank, whatever the adapter's config said (rsLoRA, patterns).
+    alpha = alpha_for({}, rank, scaling)
+    experts, hidden, inner = _sizes(found)
+    content: dict[str, Any] = {
+        "metadata": {
+            "lora_rank": rank,
+            "lora_alpha": alpha,
+            "num_layers": len(layers),
+            "num_experts": experts,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+        }
+    }
+    dtype = found[0].a.dtype
+    for name, projections in layers.items():
+        key = f"layer_{next(iter(projections.values())).layer}"
+        if key in content:
+            raise KTAMXError(f"{adapter.where}: two modules would be {key}, the second is {name}.")
+        content[key] = {}
+        for projection in PROJECTIONS:
+            into, out = (inner, hidden) if projection == "down_proj" else (hidden, inner)
+            a, b = torch.zeros(experts, rank, into, dtype=dtype), torch.zeros(experts, out, rank, dtype=dtype)
+            one = projections.get(projection)
+            if one is not None:
+                a[:, : one.rank] = one.a.load()
+                b[:, :, : one.rank] = _scaled(one.b.load(), 1.0 if same else one.scaling / scaling)
+            stem = projection.removesuffix("_proj")
+            content[key] |= {f"{stem}_lora_a": a, f"{stem}_lora_b": b}
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _scaled(b: Tensor, factor: float) -> Tensor:
+    return b if factor == 1.0 else (b.double() * factor).to(b.dtype)
+
+
+def _sizes(found: list[Projection]) -> tuple[int, int, int]:
+    """Experts, hidden size, intermediate size."""
+    one = found[0]
+    into, out = one.a.shape[2], one.b.shape[1]
+    return (one.a.shape[0], out, into) if one.name == "down_proj" else (one.a.shape[0], into, out)

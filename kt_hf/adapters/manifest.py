@@ -1,0 +1,250 @@
+"""`kt_adapter_manifest.json`: what a saved adapter consists of, written last, so that it is the mark of a whole save.
+
+A stock Trainer writes straight into the checkpoint's folder, so a killed run leaves any part of it behind. Hence:
+
+1. Before the first file, the manifest is replaced by one that says "unfinished" (`begin`).
+2. PEFT writes its files. They are read back, checked and flushed to disk.
+3. The manifest, with sizes and hashes, takes the first one's place by a rename (`write_manifest`).
+4. At `on_save` the Trainer's own files (optimizer, scheduler, random state, trainer_state.json) are added (`seal`).
+
+A folder of which the manifest is unfinished, or does not agree with the files, does not load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import KTAMXError
+from .core import ADAPTER, CONFIG
+from .files import open_safetensors, replacing, sha256, sync, write_json
+
+MANIFEST = "kt_adapter_manifest.json"
+VERSION = 1
+_WRITER = "kt_hf"
+# Fields of adapter_config.json that may change after the save: the base model has moved, the adapter is trained on.
+_FREE = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
+# What decides whether an adapter fits a model, under the names of the supported families; anything else in a config
+# (token ids, attention implementation, new defaults of a later transformers) may differ.
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "n_routed_experts",
+    "num_local_experts", "num_experts_per_tok", "n_shared_experts", "first_k_dense_replace", "mlp_only_layers",
+    "decoder_sparse_step", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+)  # fmt: skip
+
+
+def begin(folder: Path) -> None:
+    """Say that this folder is being written, before anything else in it changes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MANIFEST, {"writer": _WRITER, "format_version": VERSION, "complete": False})
+    # So that a Trainer which resumes from here meets the manifest, and does not say only that there is no checkpoint.
+    (folder / ADAPTER).touch()
+
+
+def write_manifest(folder: Path, model: Any) -> None:
+    """Flush the adapter's files to disk and write their manifest, by a rename.
+
+    Args:
+        folder: With adapter_model.safetensors and adapter_config.json.
+        model: The model they belong to, or None where it is not known (a conversion).
+    """
+    for name in (ADAPTER, CONFIG):
+        sync(folder / name)
+    sync(folder)
+    with open_safetensors(folder / ADAPTER) as tensors:
+        listed = {
+            key: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for key, t in tensors.items()
+        }
+    write_json(
+        folder / MANIFEST,
+        {
+            "writer": _WRITER,
+            "format_version": VERSION,
+            "complete": True,
+            "packages": _packages(),
+            "base": describe_base(model),
+            "lora": _bound(json.loads((folder / CONFIG).read_text())),
+            "files": {name: _describe(folder / name) for name in (ADAPTER, CONFIG)},
+            "training": None,
+            "tensors": listed,
+        },
+    )
+
+
+def seal(folder: Path) -> None:
+    """Add the Trainer's own files, once they are all there. Does nothing to a folder without a finished manifest."""
+    if not (folder / MANIFEST).exists():
+        return
+    manifest = read_manifest(folder)
+    files = [file for name in ("*.pt", "*.pth", "trainer_state.json") for file in sorted(folder.glob(name))]
+    if manifest is None:
+        return
+    for file in files:
+        sync(file)
+    manifest["training"] = {file.name: _describe(file) for file in files}
+    write_json(folder / MANIFEST, manifest)
+
+
+def publish(checkpoint: Path, output_dir: Path) -> None:
+    """Before a push: the Trainer copies a checkpoint's adapter to the folder it uploads, but not the manifest.
+
+    The same files are copied here first, the manifest last.
+    """
+    manifest = read_manifest(checkpoint) if (checkpoint / MANIFEST).exists() else None
+    if manifest is None:
+        return
+    begin(output_dir)
+    for name in manifest["files"]:
+        with replacing(output_dir / name) as temporary:
+            shutil.copyfile(checkpoint / name, temporary)
+    write_json(output_dir / MANIFEST, {**manifest, "training": None})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None if there is none of ours.
+
+    Raises:
+        KTAMXError: It cannot be read, is unfinished, or of a later format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise KTAMXError(f"{path} cannot be read: {error}. The folder is damaged.") from error
+    if not isinstance(manifest, dict):
+        raise KTAMXError(f"{path} holds no object. The folder is damaged.")
+    if manifest.get("writer") != _WRITER:
+        if "artifacts" in manifest or "status" in manifest:
+            return None  # kt-kernel's trainer writes one of the same name
+        raise KTAMXError(f"{path} was not written by kt_hf (writer={manifest.get('writer')!r}).")
+    if manifest.get("format_version") != VERSION:
+        raise KTAMXError(
+            f"{path}: format_version={manifest.get('format_version')!r}; this kt_hf reads {VERSION}. Update it."
+        )
+    if not manifest.get("complete"):
+        raise KTAMXError(f"{folder}: saving was interrupted; the adapter is not complete.")
+    missing = {"files", "tensors", "lora", "base", "training"} - set(manifest)
+    if missing:
+        raise KTAMXError(f"{path} lacks {', '.join(sorted(missing))}. The folder is damaged.")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare sizes, hashes, tensors and LoRA settings with the manifest.
+
+    Raises:
+        KTAMXError: Naming the file and what differs.
+    """
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise KTAMXError(f"{path} is missing, which {MANIFEST} lists.")
+        if name == CONFIG:
+            continue
+        _compare(path, entry)
+    _check_config(folder, manifest)
+    with open_safetensors(folder / ADAPTER) as tensors:
+        there = {key: (str(t.dtype).removeprefix("torch."), list(t.shape)) for key, t in tensors.items()}
+    listed = {key: (entry["dtype"], entry["shape"]) for key, entry in manifest["tensors"].items()}
+    wrong = sorted(key for key in there.keys() | listed.keys() if there.get(key) != listed.get(key))
+    if wrong:
+        key = wrong[0]
+        raise KTAMXError(
+            f"{folder / ADAPTER}: {key} is {there.get(key, 'missing')}, by {MANIFEST} {listed.get(key, 'not there')} "
+            f"({len(wrong)} tensors differ)."
+        )
+
+
+def _check_config(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / CONFIG
+    if sha256(path) == manifest["files"][CONFIG]["sha256"]:
+        return
+    try:
+        now = _bound(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise KTAMXError(f"{path} cannot be read: {error}. It was whole when it was saved.") from error
+    for key in sorted(now.keys() | manifest["lora"].keys()):
+        if now.get(key) != manifest["lora"].get(key):
+            raise KTAMXError(
+                f"{path}: {key}={now.get(key)!r}, but the adapter was saved with {manifest['lora'].get(key)!r} (by "
+                f"{MANIFEST}). The files are not of one save, or one was edited."
+            )
+
+
+def check_training(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare the Trainer's files with the manifest, if it lists them."""
+    for name, entry in (manifest["training"] or {}).items():
+        if not (folder / name).is_file():
+            raise KTAMXError(f"{folder / name} is missing, which {MANIFEST} lists: the checkpoint is being deleted?")
+        _compare(folder / name, entry)
+
+
+def _compare(path: Path, entry: dict[str, Any]) -> None:
+    size = path.stat().st_size
+    if size != entry["size"]:
+        short = "truncated" if size < entry["size"] else "longer"
+        raise KTAMXError(f"{path} is {short}: {size} bytes, by {MANIFEST} {entry['size']}.")
+    if sha256(path) != entry["sha256"]:
+        raise KTAMXError(
+            f"{path} is not the file that was saved: its sha256 differs from the one in {MANIFEST}. It was changed, or "
+            "comes from another save."
+        )
+
+
+def check_base(where: Path, manifest: dict[str, Any], model: Any) -> None:
+    """Compare the base model that the adapter was trained on with this one. Its name and place may differ.
+
+    Raises:
+        KTAMXError: Naming the settings that differ.
+    """
+    saved, now = manifest["base"], describe_base(model)
+    if not saved or not now or saved["config_sha256"] == now["config_sha256"]:
+        return
+    old, new = saved["architecture"], now["architecture"]
+    keys = [key for key in _ARCHITECTURE if old.get(key) != new.get(key)]
+    shown = ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys[:4])
+    raise KTAMXError(f"{where} was trained on another base model ({saved['name']!r}): {shown}.")
+
+
+def describe_base(model: Any) -> dict[str, Any] | None:
+    """Name, shape-deciding settings and their hash, of a model or its config; None without one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    architecture = {key: getattr(text, key) for key in _ARCHITECTURE if getattr(text, key, None) is not None}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()
+    name = getattr(base, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+    return {"name": name, "architecture": architecture, "config_sha256": digest}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _bound(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter_config.json that belong to the tensors; lists are sets in PEFT, so in any order."""
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+        for key, value in config.items()
+        if key not in _FREE and value not in (None, {}, []) and value is not False
+    }
+
+
+def _packages() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("kt-hf", "torch", "transformers", "peft", "safetensors", "kt-kernel"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,255 @@
+"""peft: stock PEFT's LoRA on transformers 5's fused experts (`ParamWrapper`, reached by `target_parameters`).
+
+transformers keeps gate and up in one parameter, so they share one LoRA of rank R on [E, 2·I, H]:
+
+    base_model.model.model.layers.{L}.mlp.experts.base_layer.lora_A.weight   gate_up: [E·R, H],   row e·R + k
+    base_model.model.model.layers.{L}.mlp.experts.base_layer.lora_B.weight   gate_up: [2·I, R·E], column k·E + e
+    base_model.model.model.layers.{L}.mlp.experts.lora_A.weight              down:    [E·r, I],   row e·r + k
+    base_model.model.model.layers.{L}.mlp.experts.lora_B.weight              down:    [H, r·E],   column k·E + e
+
+Rows of A count experts first, columns of B the rank first (peft.tuners.lora.layer.ParamWrapper.get_delta_weight). Two
+LoRA of ranks r_g and r_u are exactly one of rank R = r_g + r_u:
+
+    A = [A_g; A_u],   B = [[B_g, 0], [0, B_u]],   s·B·A = [s·B_g·A_g; s·B_u·A_u]
+
+with the same s, so alpha grows with the rank (2r and 2·alpha); where gate's and up's s differ, B_u takes up the ratio.
+The way back cuts the blocks apart, where they are to be seen. A LoRA that PEFT itself has trained has no such zeros:
+gate and up then get a copy of A each, and the upper and the lower half of B.
+
+Linear layers called gate_proj, up_proj or down_proj (shared experts, dense MLPs) are named by their parameter, for PEFT
+takes those names in target_modules for the experts'. The keys are the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KTAMXError
+from .core import MIXTRAL, PREFIX, PROJECTIONS, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
+from .files import Lazy, Part, part
+
+KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)(\.base_layer)?\.lora_([AB])\.weight$")
+
+
+def matches(key: str, tensor: Lazy) -> bool:
+    return bool(KEY.match(key)) and len(tensor.shape) == 2
+
+
+def to_expert_rows(a: Tensor) -> Tensor:
+    """A [E, r, in] -> [E·r, in]."""
+    return a.reshape(-1, a.shape[-1])
+
+
+def to_rank_columns(b: Tensor) -> Tensor:
+    """B [E, out, r] -> [out, r·E], expert fastest."""
+    return b.permute(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def from_expert_rows(a: Tensor, rank: int) -> Tensor:
+    """A [E·r, in] -> [E, r, in]."""
+    return a.reshape(-1, rank, a.shape[-1])
+
+
+def from_rank_columns(b: Tensor, rank: int) -> Tensor:
+    """B [out, r·E] -> [E, out, r]."""
+    return b.reshape(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
+
+
+def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
+    """Fill an adapter from the tensors of a stock PEFT file.
+
+    Raises:
+        KTAMXError: A is there without B, a size is no multiple of the rank, or gate_up cannot be told from down.
+    """
+    found: dict[tuple[str, str], dict[str, Lazy]] = {}
+    named = {name.rsplit(".", 1)[-1] for name in adapter.config.get("target_parameters") or []}
+    nested = {KEY.match(key)[1] for key in tensors if ".base_layer.lora_" in key and KEY.match(key)}  # type: ignore[index]
+    for key, tensor in tensors.items():
+        match = KEY.match(key)
+        if match is None or not matches(key, tensor):
+            adapter.others[key] = tensor
+            continue
+        if match[2]:
+            parameter = "gate_up_proj"
+        elif match[1] in nested or named & {"gate_up_proj", "down_proj"} == {"down_proj"}:
+            parameter = "down_proj"
+        elif named & {"gate_up_proj", "down_proj"} == {"gate_up_proj"}:
+            parameter = "gate_up_proj"
+        else:
+            raise KTAMXError(
+                f"{adapter.where}: {key} may belong to gate_up_proj or to down_proj; target_parameters in the config "
+                f"({sorted(named)}) do not tell."
+            )
+        found.setdefault((match[1].removeprefix(PREFIX), parameter), {})[match[3]] = tensor
+    pairs = {place: _pair(adapter, place, pair) for place, pair in found.items()}
+    fused = {experts: pair for (experts, parameter), pair in pairs.items() if parameter == "gate_up_proj"}
+    splits = _splits(adapter, fused) if fused else None
+    for (experts, parameter), (a, b, rank, alpha) in pairs.items():
+        if parameter == "down_proj":
+            adapter.add(experts, "down_proj", a, b, rank, alpha)
+        else:
+            _add_gate_and_up(adapter, experts, (a, b, rank, alpha), splits[experts] if splits else None)
+
+
+_Pair = tuple[Lazy, Lazy, int, float]
+
+
+def _pair(adapter: Adapter, place: tuple[str, str], pair: dict[str, Lazy]) -> _Pair:
+    """A [E, R, in] and B [E, out, R] of a fused parameter, its rank and alpha."""
+    module = ".".join(place)
+    if set(pair) != {"A", "B"}:
+        raise KTAMXError(f"{adapter.where}: LoRA of {module} has only lora_{''.join(pair)}, not the other of the pair.")
+    rank, alpha = rank_alpha(adapter.config, module)
+    a, b = pair["A"], pair["B"]
+    if a.shape[0] % rank or b.shape[1] != a.shape[0]:
+        raise KTAMXError(
+            f"{adapter.where}: LoRA of {module} is {a.shape} and {b.shape}, which do not go with rank {rank} (by "
+            "adapter_config.json)."
+        )
+    experts = a.shape[0] // rank
+    return (
+        Lazy(a.dtype, (experts, rank, a.shape[1]), lambda: from_expert_rows(a.load(), rank)),
+        Lazy(b.dtype, (experts, b.shape[0], rank), lambda: from_rank_columns(b.load(), rank)),
+        rank,
+        alpha,
+    )
+
+
+def _splits(adapter: Adapter, fused: dict[str, _Pair]) -> dict[str, int] | None:
+    """How many of each gate_up's columns of B are gate's, the others being up's; None if they are not separate.
+
+    They are if in every layer gate's rows are zero from some column on, and up's rows before it.
+    """
+    splits, trained = {}, False
+    for experts, (_, lazy, rank, _) in fused.items():
+        b = lazy.load()
+        gate, up = (half.flatten(0, 1).any(0).nonzero() for half in b.split(b.shape[1] // 2, dim=1))
+        least = int(gate[-1]) + 1 if len(gate) else 0
+        most = int(up[0]) if len(up) else rank
+        if least > most:
+            return None
+        splits[experts] = rank // 2 if least <= rank // 2 <= most else least
+        trained |= bool(len(gate) or len(up))
+    # Nothing is to be seen in zeros; PEFT doubles the rank where it was asked for gate_proj and up_proj.
+    return splits if trained or all(rank == 2 * adapter.config["r"] for _, _, rank, _ in fused.values()) else None
+
+
+def _add_gate_and_up(adapter: Adapter, experts: str, pair: _Pair, split: int | None) -> None:
+    a, b, rank, alpha = pair
+    count, out, _ = b.shape
+    whole = slice(0, rank)
+    blocks = (whole, whole) if split is None else (slice(0, split), slice(split, rank))
+    for index, (name, columns) in enumerate(zip(PROJECTIONS[:2], blocks, strict=True)):
+        new = columns.stop - columns.start
+        if new == 0:
+            continue
+        rows = slice(index * out // 2, (index + 1) * out // 2)
+
+        def load_a(columns: slice = columns) -> Tensor:
+            return a.load()[:, columns]
+
+        def load_b(columns: slice = columns, rows: slice = rows) -> Tensor:
+            return b.load()[:, rows, columns]
+
+        adapter.add(
+            experts,
+            name,
+            Lazy(a.dtype, (count, new, a.shape[2]), load_a),
+            Lazy(b.dtype, (count, out // 2, new), load_b),
+            new,
+            alpha if new == rank else alpha_for(adapter.config, new, scale(adapter.config, rank, alpha)),
+        )
+
+
+def parts(adapter: Adapter) -> Iterator[Part]:
+    """The tensors of a stock PEFT file."""
+    for experts, found in adapter.layers().items():
+        gate_up = [found[name] for name in PROJECTIONS[:2] if name in found]
+        down = found.get("down_proj")
+        if gate_up:
+            # The outermost wrapper's keys have no base_layer; PEFT wraps gate_up first.
+            inner = ".base_layer" if down else ""
+            yield _fused_part(f"{PREFIX}{experts}{inner}", gate_up)
+        if down:
+            yield Part(
+                {
+                    f"{PREFIX}{experts}.lora_A.weight": (down.a.dtype, _rows(down)),
+                    f"{PREFIX}{experts}.lora_B.weight": (down.b.dtype, _columns(down.b.shape[1], down)),
+                },
+                _down(down),
+            )
+    for key, tensor in adapter.others.items():
+        yield part(key, tensor)
+
+
+def _down(one: Projection) -> Callable[[], Iterator[Tensor]]:
+    def make() -> Iterator[Tensor]:
+        yield to_expert_rows(one.a.load())
+        yield to_rank_columns(one.b.load())
+
+    return make
+
+
+def _rows(one: Projection, rank: int | None = None) -> tuple[int, int]:
+    return one.a.shape[0] * (rank or one.rank), one.a.shape[2]
+
+
+def _columns(out: int, one: Projection, rank: int | None = None) -> tuple[int, int]:
+    return out, one.a.shape[0] * (rank or one.rank)
+
+
+def _fused_part(name: str, found: list[Projection]) -> Part:
+    first, rank = found[0], sum(one.rank for one in found)
+    inner, count = first.b.shape[1], first.a.shape[0]
+
+    def make() -> Iterator[Tensor]:
+        yield to_expert_rows(torch.cat([one.a.load() for one in found], dim=1))
+        b, offset = torch.zeros(count, 2 * inner, rank, dtype=first.b.dtype), 0
+        for one in found:
+            row = 0 if one.name == "gate_proj" else inner
+            block = one.b.load()
+            if one.scaling != first.scaling:
+                block = (block.double() * (one.scaling / first.scaling)).to(block.dtype)
+            b[:, row : row + inner, offset : offset + one.rank] = block
+            offset += one.rank
+        yield to_rank_columns(b)
+
+    specs = {
+        f"{name}.lora_A.weight": (first.a.dtype, _rows(first, rank)),
+        f"{name}.lora_B.weight": (first.b.dtype, _columns(2 * inner, first, rank)),
+    }
+    return Part(specs, make)
+
+
+def config(adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json of the same adapter for stock PEFT."""
+    taken = {*PROJECTIONS, *MIXTRAL}
+    modules = adapter.modules()
+    kept = [name for name in adapter.config.get("target_parameters") or [] if name.endswith(".weight")]  # the router's
+    parameters = [
+        f"{module}.weight"
+        for module in modules
+        if module.rsplit(".", 1)[-1] in taken or any(f".{module}.weight".endswith(f".{name}") for name in kept)
+    ]
+    wanted: dict[str, tuple[int, float]] = {}
+    for experts, found in adapter.layers().items():
+        gate_up = [found[name] for name in PROJECTIONS[:2] if name in found]
+        if gate_up:
+            rank = sum(one.rank for one in gate_up)
+            wanted[f"{experts}.gate_up_proj"] = rank, alpha_for(adapter.config, rank, gate_up[0].scaling)
+        if "down_proj" in found:
+            wanted[f"{experts}.down_proj"] = found["down_proj"].rank, found["down_proj"].alpha
+    made = {**adapter.config, "lora_dropout": 0.0}  # ParamWrapper refuses dropout
+    made["target_modules"] = sorted(module for module in modules if f"{module}.weight" not in parameters)
+    made["target_parameters"] = sorted({*parameters, *wanted})
+    linear = {module: rank_alpha(adapter.config, module) for module in modules}
+    patterns(made, wanted)
+    # A parameter's pattern is looked up by the parameter's name, a module's by the module's.
+    patterns(made, linear)
+    patterns(made, {f"{module}.weight": linear[module] for module in modules if f"{module}.weight" in parameters})
+    return made

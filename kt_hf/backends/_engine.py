@@ -1,0 +1,73 @@
+"""kt-kernel's worker pools: one set in a process, alive as long as a layer is, and never used in a fork."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import weakref
+from typing import Any
+
+from ..cpu import ThreadPlan
+from ..errors import KTAMXNotAvailableError
+from ._native_output import native_output_to_log, outlive_python
+
+logger = logging.getLogger(__name__)
+
+
+class Cache:
+    """What the operators keep for backward: one forward a layer, or one for all layers that share the pool."""
+
+    def __init__(self) -> None:
+        self.holds = 0  # generation of the saved forward, 0 for none
+        self.generations = itertools.count(1)
+
+
+class Engine:
+    """kt-kernel's worker pools. One at a time in a process, alive as long as a layer is."""
+
+    _current: weakref.ref[Engine] | None = None
+
+    def __init__(self, plan: ThreadPlan) -> None:
+        from kt_kernel import kt_kernel_ext
+
+        self.plan = plan
+        self.pid = os.getpid()
+        self.shared_cache = Cache()
+        config = kt_kernel_ext.WorkerPoolConfig()
+        config.subpool_count = len(plan.pools)
+        config.subpool_numa_map = [node for node, _ in plan.pools]
+        config.subpool_thread_count = [threads for _, threads in plan.pools]
+        with native_output_to_log(logger):
+            self.cpu_infer = kt_kernel_ext.CPUInfer(config)
+        outlive_python(self)
+
+    kept = False  # destroyed by nobody any more: the interpreter ends, or this is a fork
+
+    def natives(self) -> list[Any]:
+        return [self.cpu_infer]
+
+    def __del__(self) -> None:
+        if self.kept:
+            return  # at the interpreter's end even the imports below are gone
+        try:
+            with native_output_to_log(logger):
+                self.cpu_infer = None
+        except Exception:
+            pass
+
+    @classmethod
+    def get(cls, plan: ThreadPlan) -> Engine:
+        engine = cls._current() if cls._current else None
+        if engine is not None and engine.pid != os.getpid():
+            raise KTAMXNotAvailableError(
+                "kt_backend=AMXBF16: this process is a fork of one that has a patched model, and the operators' "
+                "threads did not come along. Start it by spawn (multiprocessing.get_context('spawn')), or patch only "
+                "after the fork."
+            )
+        if engine is None:
+            engine = cls(plan)
+            cls._current = weakref.ref(engine)
+        elif engine.plan != plan:
+            logger.warning("Another patched model of this process runs on %s: this one uses the same.", engine.plan)
+        return engine

@@ -1,0 +1,85 @@
+"""`kt-hf bench`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kt_hf.cli.failures import plain_failures
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A model's name or folder: its experts' sizes are used.")] = (
+        "builtin:smollm2-moe"
+    ),
+    tokens: Annotated[str, typer.Option(help="Batch sizes in tokens, separated by commas.")] = "64,256,1024",
+    threads: Annotated[
+        str | None, typer.Option(help="Worker threads, separated by commas; by default the planned number and half.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, AMXBF16 or torch.")] = "auto",
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="LoRA rank.")] = 8,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each; medians are shown.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Also draw a PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How fast this machine computes one layer of a model's experts, forward and backward.
+
+    Example: kt-hf bench Qwen/Qwen3-30B-A3B --tokens 512,2048 --threads 8,16,32 --plot bench.png
+
+    Weights are random, so only the model's configuration is read. One layer is held in memory, twice.
+    """
+    with plain_failures():
+        from rich.console import Console
+        from rich.table import Table
+
+        from kt_hf import KTConfig
+        from kt_hf.backends import ExpertShape, choose_backend
+        from kt_hf.cpu import plan_threads
+        from kt_hf.train import bench
+        from kt_hf.train.models import load_config
+        from kt_hf.train.settings import OwnKeys
+        from kt_hf.train.sizes import model_sizes
+
+        lengths = _numbers("--tokens", tokens)
+        own = OwnKeys(model_name_or_path=model)
+        sizes = model_sizes(load_config(own)[0], own)
+        shape = (sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
+        chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, ExpertShape(*shape))
+        planned = plan_threads().workers
+        counts = _numbers("--threads", threads) if threads else sorted({max(1, planned // 2), planned})
+        rows = [row for count in counts for row in bench.measure(shape, rank, chosen, count, lengths, runs)]
+        title = f"{model}: {sizes.experts} experts, {sizes.top_k} a token, {sizes.hidden} x {sizes.intermediate}"
+        if plot:
+            bench.plot(rows, plot, title)
+        if as_json:
+            typer.echo(json.dumps({"model": model, "shape": shape, "rank": rank, "rows": [asdict(r) for r in rows]}))
+            return
+        table = Table("backend", "threads", "tokens", "forward ms", "backward ms", "tokens/s", title=title, box=None)
+        for row in rows:
+            table.add_row(
+                row.backend, str(row.threads), str(row.tokens), f"{row.forward_ms:.1f}", f"{row.backward_ms:.1f}",
+                f"{row.tokens_per_second:.0f}",
+            )  # fmt: skip
+        console = Console(highlight=False)
+        console.print(table)
+        layers = sizes.expert_layers
+        best = max(rows, key=lambda row: row.tokens_per_second)
+        console.print(
+            f"The experts of all {layers} layers: at most {best.tokens_per_second / layers:.0f} tokens/s, "
+            f"{best.threads} threads, {best.tokens} tokens a batch."
+        )
+        if plot:
+            console.print(f"Drawn: {plot}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from kt_hf.errors import KTAMXConfigError
+
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise KTAMXConfigError(f"{option}={text!r}: whole numbers above 0, separated by commas.")
+    return [int(part) for part in parts]

@@ -1,0 +1,30 @@
+"""`kt-hf export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kt_hf.cli.failures import plain_failures
+
+
+def main(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, as training saved it.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A new folder, or a file: .pt for sglang.", show_default=False)],
+    to: Annotated[
+        str | None, typer.Option(help="peft, per-expert, fused, sglang or merged; a file's extension may decide.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model; needed for merged.")] = None,
+) -> None:
+    """Write an adapter in the format of another program: stock PEFT, vLLM, SGLang, llama.cpp, or merged into the model.
+
+    Example: kt-hf export outputs/demo_smol outputs/demo_smol_peft --to peft
+
+    The exit code is 0 when it is written, 2 when it cannot be.
+    """
+    with plain_failures():
+        from kt_hf.adapters import convert
+
+        typer.echo(f"Written: {convert(adapter, output, to=to, base=base)}")

@@ -1,0 +1,35 @@
+"""`kt-hf import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kt_hf.cli.failures import plain_failures
+
+
+def main(
+    adapter: Annotated[Path, typer.Argument(help="Folder or safetensors file of an adapter.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    source: Annotated[
+        str | None, typer.Option("--from", help="What it should be: peft, per-expert or fused. Its keys tell anyway.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Its adapter_config.json, where it is not beside it.")] = None,
+) -> None:
+    """Write another program's adapter in the format that kt_hf trains and loads.
+
+    Example: kt-hf import llama_factory_adapter outputs/start --from per-expert
+
+    The exit code is 0 when it is written, 2 when it cannot be.
+    """
+    with plain_failures():
+        from kt_hf.adapters import convert, open_adapter
+        from kt_hf.errors import KTAMXConfigError
+
+        if source is not None:
+            with open_adapter(adapter, config) as opened:
+                if opened.format != source:
+                    raise KTAMXConfigError(f"--from={source}: {adapter} is of the format {opened.format}.")
+        typer.echo(f"Written: {convert(adapter, output, to='kt', config=config)}")

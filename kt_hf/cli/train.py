@@ -1,0 +1,43 @@
+"""`kt-hf train`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kt_hf.cli.failures import INTERRUPTED, plain_failures
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings, see configs/.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings put over the file's.")
+    ] = None,
+) -> None:
+    """Train a LoRA adapter, SFT or DPO, as a YAML file says.
+
+    Example: kt-hf train configs/demo_smol.yaml learning_rate=5e-4
+
+    The exit code is 0 when the adapter is saved, 1 when the run failed, 2 when a setting or the data is wrong (all that
+    is wrong is told at once, nothing is written), 130 after Ctrl-C.
+    """
+    with plain_failures():
+        from rich.console import Console
+
+        from kt_hf.demo.answers import quiet_libraries
+        from kt_hf.train.arguments import read_arguments
+
+        settings = read_arguments(config, overrides or ())
+        quiet_libraries()
+        # PEFT looks for the base model's vocabulary on the hub.
+        warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
+        from kt_hf.train.run import Interrupted, run
+
+        try:
+            run(settings, Console(highlight=False))
+        except Interrupted as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(INTERRUPTED) from None

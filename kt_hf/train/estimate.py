@@ -1,0 +1,186 @@
+"""How much memory a run will take, from its configuration alone.
+
+The parts and what they are made of were fitted to measured peaks (benchmarks/memory.py compares them again). All sizes
+are bytes. With a GPU, experts stay in host memory and the rest moves; without one, all of it is in host memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .settings import TrainSettings
+from .sizes import ModelSizes
+
+GIB = 2**30
+# Python, PyTorch, transformers, TRL and their libraries, with one optimizer step done.
+PROGRAM = int(1.0 * GIB)
+CUDA_CONTEXT = int(0.6 * GIB)
+_ROWS_PER_EXPERT = 20  # the operators pad each expert's rows
+
+
+@dataclass
+class Estimate:
+    """Bytes by part, in host and in GPU memory, and what can be done about them."""
+
+    host: dict[str, int] = field(default_factory=dict)
+    gpu: dict[str, int] = field(default_factory=dict)
+    host_free: int | None = None
+    gpu_free: int | None = None
+    advice: list[str] = field(default_factory=list)
+    sizes: ModelSizes | None = None
+    tokens: int = 0
+    shared_backward: bool = False
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def gpu_total(self) -> int:
+        return sum(self.gpu.values())
+
+    @property
+    def fits(self) -> bool:
+        host = self.host_free is None or self.host_total <= self.host_free
+        return host and (self.gpu_free is None or self.gpu_total <= self.gpu_free)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: bytes, whole numbers."""
+        return {
+            "host": self.host, "host_total": self.host_total, "host_free": self.host_free,
+            "gpu": self.gpu, "gpu_total": self.gpu_total, "gpu_free": self.gpu_free,
+            "fits": self.fits, "advice": self.advice, "tokens_per_batch": self.tokens,
+            "shared_backward_weights": self.shared_backward,
+        }  # fmt: skip
+
+
+def estimate(
+    settings: TrainSettings, sizes: ModelSizes, kernel: bool, gpu: bool, host_free: int | None, gpu_free: int | None
+) -> Estimate:
+    """The memory of a training run at its peak.
+
+    Args:
+        settings: What is to be run.
+        sizes: Of its model.
+        kernel: Whether kt-kernel's operators compute the experts, else PyTorch.
+        gpu: Whether all but the experts is on a GPU.
+        host_free: Memory the process may take; None leaves the question open, and backward weights unshared.
+        gpu_free: Likewise of the GPU.
+    """
+    made = _parts(settings, sizes, kernel, gpu, host_free)
+    made.host_free, made.gpu_free = host_free, gpu_free if gpu else None
+    made.advice = [] if made.fits else _advice(settings, made, kernel)
+    return made
+
+
+def in_words(made: Estimate) -> str:
+    """One line: what is needed at most, and what is free."""
+    host = f"{made.host_total / GIB:.1f} GiB of host memory"
+    free = f", {made.host_free / GIB:.1f} free" if made.host_free is not None else ""
+    gpu = f"; {made.gpu_total / GIB:.1f} GiB on the GPU" if made.gpu else ""
+    gpu_free = f", {made.gpu_free / GIB:.1f} free" if made.gpu_free is not None else ""
+    return f"at most {host}{free}{gpu}{gpu_free}"
+
+
+def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None) -> Estimate:
+    width = 4 if s.own.torch_dtype == "float32" else 2
+    T = _tokens(s)
+    source = m.expert_parameters * width
+    rest = m.other_parameters * width
+    made = Estimate(sizes=m, tokens=T)
+    host, other = made.host, made.gpu if gpu else made.host
+    host["program"] = PROGRAM
+    if not s.own.use_kt:
+        other["experts"] = source
+    elif not kernel:
+        host["experts"] = source
+    else:
+        packed = m.expert_parameters * 2
+        made.shared_backward = _shares(s, packed, host_free, rest + source)
+        host["experts packed"] = packed
+        one = packed // m.expert_layers
+        # Without a buffer for each layer, the peak is in packing: a layer's source beside its packed copy.
+        host["backward copies"] = one if made.shared_backward else packed
+    # Master, kernel copies (twice), kernel gradient, gradient, two Adam moments.
+    host_lora = m.lora_experts * (4 + (6 if kernel else 4) + 4 + 8)
+    if s.own.use_kt:
+        host["LoRA of experts and its optimizer"] = host_lora
+        host["activations of experts"] = _expert_activations(s, m, T, kernel)
+    else:
+        other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
+    if gpu:
+        made.gpu["CUDA"] = CUDA_CONTEXT
+    other["attention, embeddings and the rest"] = rest
+    other["LoRA of the rest and its optimizer"] = m.lora_others * 16
+    other["activations"] = _other_activations(s, m, T)
+    other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)
+    other["logits and loss"] = T * m.vocabulary * 14
+    return made
+
+
+def _tokens(s: TrainSettings) -> int:
+    """Tokens of one forward at most."""
+    length = s.trainer.get("max_length", 1024) or 1024
+    batch = s.trainer.get("per_device_train_batch_size", 8)
+    return int(batch * length * (2 if s.own.stage == "dpo" else 1))
+
+
+def _shares(s: TrainSettings, packed: int, host_free: int | None, loaded: int) -> bool:
+    """As `Packer` decides, when the model has been loaded."""
+    if s.kt.kt_share_backward_weights is not None:
+        return s.kt.kt_share_backward_weights
+    return host_free is not None and packed > 0.8 * (host_free - PROGRAM - loaded)
+
+
+def _expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) -> int:
+    """What layers keep for backward, and the memory the operators work in (shared by all layers)."""
+    if s.kt.kt_max_len:
+        T = min(T, s.kt.kt_max_len)
+    rows = T * m.top_k
+    kept_layers = m.expert_layers if s.kt.kt_expert_activations == "retain" or not s.checkpointing else 1
+    kept = rows * (3 * m.intermediate + m.hidden) * 2 + T * m.hidden * 2
+    if s.checkpointing and s.kt.kt_expert_activations == "retain":
+        kept += 2 * T * m.hidden * 2  # input and output, for the recompute
+    if not kernel:
+        work = rows * (4 * m.hidden + 6 * m.intermediate) * 2
+        return kept_layers * kept + work
+    padded = rows + _ROWS_PER_EXPERT * m.experts
+    work = padded * (8 * m.hidden + 12 * m.intermediate) * 2
+    work += m.lora_experts // m.expert_layers * 4 + rows * s.own.lora_rank * 240
+    return kept_layers * kept + work
+
+
+def _other_activations(s: TrainSettings, m: ModelSizes, T: int) -> int:
+    """Hidden states between layers, and inside of layers where nothing is computed again."""
+    inside = T * (12 * m.hidden + 6 * m.attention_width) * 2
+    between = T * m.hidden * 2 * m.layers
+    return between + inside * (1 if s.checkpointing else m.layers)
+
+
+def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
+    """Settings that would save memory where it is short, the most harmless first."""
+    found = []
+    host_short = e.host_free is not None and e.host_total > e.host_free
+    if host_short and kernel and s.own.use_kt:
+        if not e.shared_backward:
+            saved = e.host["backward copies"] * (1 - 1 / e.sizes.expert_layers if e.sizes else 0)
+            found.append(
+                f"kt_share_backward_weights: true saves {saved / GIB:.1f} GiB of host memory (slower backward)"
+            )
+        if s.kt.kt_expert_activations == "retain" and s.checkpointing and e.sizes:
+            less = _expert_activations(s, e.sizes, e.tokens, kernel) * (1 - 1 / e.sizes.expert_layers)
+            found.append(f"kt_expert_activations: recompute saves up to {less / GIB:.1f} GiB of host memory")
+    if not s.checkpointing:
+        found.append("gradient checkpointing (leave out disable_gradient_checkpointing) saves activations")
+    batch = s.trainer.get("per_device_train_batch_size", 8)
+    if batch > 1:
+        found.append(f"per_device_train_batch_size: 1, gradient_accumulation_steps: {batch} times as many")
+    found.append("a smaller cutoff_len saves activations and logits, a smaller lora_rank the optimizer")
+    if host_short and s.own.use_kt and e.host_free is not None:
+        need = e.host["experts packed"] if "experts packed" in e.host else e.host["experts"]
+        if need > e.host_free:
+            found = [
+                f"the experts alone need {need / GIB:.0f} GiB of host memory: take a larger machine or a smaller model"
+            ]
+    return found

@@ -1,0 +1,151 @@
+"""The model and the tokenizer that a configuration names."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..errors import KTAMXConfigError, KTAMXNotAvailableError
+from .settings import BUILTIN_MODEL, OwnKeys
+
+logger = logging.getLogger(__name__)
+
+# For base models, whose tokenizers have no chat template. Answers are marked, so that TRL can tell them from the rest.
+_ANSWER = "{% generation %}{{ message['content'] + END }}{% endgeneration %}"
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    + _ANSWER.replace("END", "'<|im_end|>' + eos_token + '\n'")
+    + "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_ALPACA = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' }}"
+    + _ANSWER.replace("END", "eos_token + '\n\n'")
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+CHAT_TEMPLATES = {"chatml": _CHATML, "alpaca": _ALPACA}
+
+
+def is_builtin(name: str) -> bool:
+    return name.startswith("builtin:")
+
+
+def builtin_layers(name: str) -> int | None:
+    """`builtin:smollm2-moe/2` keeps the first two layers, for a quick try; None keeps all."""
+    _, _, layers = name.partition("/")
+    return int(layers) if layers else None
+
+
+def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
+    """(the model's configuration, what to tell the user about it). Loads no weights; a hub name may be looked up.
+
+    Raises:
+        KTAMXConfigError: There is no such model, or it needs code of its own that is not trusted.
+    """
+    name = own.model_name_or_path
+    if is_builtin(name):
+        return _builtin_config(builtin_layers(name)), []
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        native = kind in CONFIG_MAPPING
+        config = AutoConfig.from_pretrained(name, trust_remote_code=own.trust_remote_code and not native)
+    except (OSError, ValueError, KeyError) as error:
+        raise KTAMXConfigError(f"model_name_or_path={name!r}: {' '.join(str(error).split())}") from None
+    told = []
+    if own.trust_remote_code and native:
+        told.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
+    return config, told
+
+
+def load_model(own: OwnKeys, config: Any) -> Any:
+    """The model in its dtype, on the CPU, not patched.
+
+    Raises:
+        KTAMXConfigError: Its weights cannot be had.
+    """
+    if is_builtin(own.model_name_or_path):
+        from ..demo.upcycle import load_dense, upcycle_model
+
+        dense, _ = load_dense()
+        model = upcycle_model(dense, num_layers=builtin_layers(own.model_name_or_path), dtype=_builtin_dtype(own))
+        model.config._name_or_path = model.name_or_path = own.model_name_or_path
+        return model
+    from transformers import AutoModelForCausalLM
+
+    trusted = own.trust_remote_code and not type(config).__module__.startswith("transformers.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            own.model_name_or_path, config=config, dtype=own.torch_dtype, trust_remote_code=trusted
+        )
+    except (OSError, ValueError) as error:
+        raise KTAMXConfigError(
+            f"model_name_or_path={own.model_name_or_path!r} cannot be loaded: {' '.join(str(error).split())}"
+        ) from None
+
+
+def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:
+    """(the tokenizer, with a chat template where `chat` needs one; what to tell the user).
+
+    Raises:
+        KTAMXConfigError: There is none.
+    """
+    if is_builtin(own.model_name_or_path):
+        tokenizer = _builtin_tokenizer()
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(own.model_name_or_path, trust_remote_code=own.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise KTAMXConfigError(
+                f"model_name_or_path={own.model_name_or_path!r}: no tokenizer: {' '.join(str(error).split())}"
+            ) from None
+    told = []
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template:
+        if own.template and chat:
+            told.append(f"template {own.template}: the tokenizer's own chat template is used.")
+    elif chat:
+        name = own.template if own.template in CHAT_TEMPLATES else "chatml"
+        tokenizer.chat_template = CHAT_TEMPLATES[name]
+        told.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
+    return tokenizer, told
+
+
+def _builtin_dtype(own: OwnKeys) -> str:
+    from ..demo.settings import DemoSettings
+
+    return DemoSettings(dtype=own.torch_dtype).with_dtype().dtype
+
+
+def _builtin_tokenizer() -> Any:
+    import io
+    from contextlib import redirect_stderr
+
+    from transformers import AutoTokenizer
+
+    from ..demo.upcycle import find_gguf
+
+    path = find_gguf()
+    try:
+        with redirect_stderr(io.StringIO()):
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except ImportError as error:
+        raise KTAMXNotAvailableError(f"{BUILTIN_MODEL}: {error}. Install with: pip install 'kt-hf[demo]'") from None
+
+
+def _builtin_config(layers: int | None) -> Any:
+    """SmolLM2-135M's sizes, as the demo makes a Mixtral of it."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=layers or 30,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, num_local_experts=8, num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What a run says before it starts and when it is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from .settings import TrainSettings
+
+
+def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: str, rows: int, eval_rows: int) -> None:
+    """A table of what is about to happen."""
+    from ..experts import kt_layers
+
+    model, own, args = trainer.model, settings.own, trainer.args
+    table = _table()
+    table.add_row(
+        "Model",
+        f"{escape(own.model_name_or_path)} ({model.dtype}, the rest of it on {model.device.type})".replace(
+            "torch.", ""
+        ),
+    )
+    layers = kt_layers(model)
+    if layers:
+        packer, shape = layers[0].packer, layers[0].shape
+        table.add_row(
+            "Experts", f"{len(layers)} layers patched, {shape.num_experts} experts each, {shape.top_k} a token"
+        )
+        threads = str(packer.plan) if packer.backend != "torch" else "PyTorch's threads"
+        table.add_row("Backend", f"{packer.backend}, {threads} ({escape(packer.reason)})")
+    else:
+        table.add_row("Experts", "not patched (use_kt: false): transformers computes them")
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    in_experts = sum(count for name, count in trained.items() if ".experts." in name)
+    table.add_row(
+        "Trained",
+        f"LoRA rank {own.lora_rank}: {sum(trained.values()) / 1e6:.2f} million parameters, "
+        f"{in_experts / 1e6:.2f} in experts",
+    )
+    batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}"
+    length = args.max_length or "unlimited"
+    table.add_row("Data", f"{rows} examples, {eval_rows} to evaluate; batch {batch}, at most {length} tokens each")
+    table.add_row("Stage", f"{own.stage}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}")
+    table.add_row("Memory", memory)
+    console.print(Panel(table, title="kt-hf train", title_align="left"))
+
+
+def show_example(console: Console, trainer: Any, tokenizer: Any) -> None:
+    """The first example as the model sees it; what is trained stands out."""
+    row = trainer.train_dataset[0]
+    if "chosen_ids" in row:
+        console.print("The first pair: prompt, then [green]chosen[/green], then [red]rejected[/red]")
+        console.print(_shown(tokenizer, row["prompt_ids"]), style="dim", highlight=False, soft_wrap=True)
+        console.print(_shown(tokenizer, row["chosen_ids"]), style="green", highlight=False, soft_wrap=True)
+        console.print(_shown(tokenizer, row["rejected_ids"]), style="red", highlight=False, soft_wrap=True)
+        return
+    ids = row["input_ids"]
+    labels = row.get("labels") or ids
+    trained = [label != -100 for label in labels]
+    console.print(f"The first example, {len(ids)} tokens, {sum(trained)} of them [green]trained[/green]")
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[start]:
+            style = "green" if trained[start] else "dim"
+            console.print(_shown(tokenizer, ids[start:end]), style=style, end="", highlight=False, soft_wrap=True)
+            start = end
+    console.print()
+
+
+def show_result(console: Console, settings: TrainSettings, summary: dict[str, Any]) -> None:
+    """A table of what came out, and what to do with it."""
+    table = _table()
+    if summary["loss"] is not None:
+        table.add_row("Loss", f"{summary['loss']:.4f}")
+    if summary["eval_loss"] is not None:
+        table.add_row("Evaluation loss", f"{summary['eval_loss']:.4f}")
+    table.add_row(
+        "Speed", f"{summary['tokens_per_second']:.0f} tokens/s, {summary['seconds']:.0f} s in {summary['steps']} steps"
+    )
+    table.add_row("Adapter", escape(summary["adapter"]))
+    if summary["plots"]:
+        table.add_row("Plots", escape(", ".join(summary["plots"])))
+    load = "model = PeftModel.from_pretrained(model, " + repr(summary["adapter"]) + ")"
+    patch = "model = apply_kt_moe(model); " if settings.own.use_kt else ""
+    table.add_row("Load it", escape(patch + load))
+    if settings.own.use_kt and _can_export():
+        table.add_row("Export it", escape(f"kt-hf export {summary['adapter']} NEW_FOLDER --to peft"))
+    console.print(Panel(table, title="Done", title_align="left", border_style="green"))
+
+
+def _table() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _shown(tokenizer: Any, ids: list[int], most: int = 1500) -> str:
+    text = str(tokenizer.decode(ids))
+    return escape(text if len(text) <= most else f"{text[:most]} …")
+
+
+def _can_export() -> bool:
+    from ..cli import VERBS
+
+    return "export" in VERBS

@@ -1,0 +1,249 @@
+"""A run: read data, load and patch the model, train with TRL's own trainer, evaluate, save, draw."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import KTAMXConfigError
+from .arguments import on_this_machine, trainer_config
+from .data import Rows, for_sft, training_and_evaluation
+from .estimate import PROGRAM, Estimate, estimate, in_words
+from .models import load_config, load_model, load_tokenizer
+from .plots import plot_expert_load, plot_losses
+from .progress import ShowProgress, StopOnInterrupt, TokenCounter
+from .report import show_example, show_result, show_start
+from .settings import TrainSettings
+from .sizes import model_sizes
+from .targets import lora_config
+
+SUMMARY = "kt_hf_summary.json"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; the message says what is left of it."""
+
+
+def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
+    """Train as `settings` say, telling about it on `console`, and return the summary that is written beside the
+    adapter.
+
+    Raises:
+        KTAMXError: Something in the data, the model or the machine does not fit the settings.
+        Interrupted: Ctrl-C; a checkpoint was saved if the run makes any.
+    """
+    own = settings.own
+    _tell(console, settings.notices)
+    train_rows, eval_rows = training_and_evaluation(own, settings.trainer.get("seed", 42))
+    config, told = load_config(own)
+    tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
+    _tell(console, told + more)
+    options = _trainer_options(settings, train_rows, eval_rows, tokenizer)
+    _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
+
+    memory = _before_loading(settings, config)
+    if not memory.fits:
+        advice = "; ".join(memory.advice)
+        _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
+    with console.status("Loading the model") if console.is_terminal else contextlib.nullcontext():
+        model = load_model(own, config)
+        if own.use_kt:
+            from .. import apply_kt_moe
+
+            apply_kt_moe(model, settings.kt)
+        peft_config, told = lora_config(model, own)
+    _tell(console, told)
+    counter = TokenCounter(model)
+    stop, progress = StopOnInterrupt(console), ShowProgress(console, counter)
+    with console.status("Tokenising, packing the experts") if console.is_terminal else contextlib.nullcontext():
+        trainer = _make_trainer(settings, options, model, tokenizer, peft_config, train_rows, eval_rows)
+    trainer.add_callback(stop)
+    trainer.add_callback(progress)
+    show_start(
+        console, settings, trainer, in_words(memory), len(train_rows.rows), len(eval_rows.rows) if eval_rows else 0
+    )
+    show_example(console, trainer, tokenizer)
+    _clear_earlier_run(settings, console)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=_resume(settings))
+            if stop.asked:
+                raise Interrupted(_what_is_left(settings, trainer))
+            history = trainer.state.log_history
+            evaluated = any(row.get("step") == trainer.state.global_step for row in history if "eval_loss" in row)
+            if eval_rows and not evaluated:
+                trainer.evaluate()
+    finally:
+        progress.close()
+        counter.close()
+    return _finish(settings, trainer, console, progress)
+
+
+def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
+    """The memory the run will take; and what the experts cannot be computed with is refused before weights are loaded.
+
+    Raises:
+        KTAMXError: The model has no experts of a known kind, or the backend asked for does not run here.
+    """
+    import torch
+
+    from ..backends import ExpertShape, choose_backend
+    from ..packing import available_memory
+
+    sizes = model_sizes(config, settings.own)
+    kernel = False
+    if settings.own.use_kt:
+        shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
+        kernel = choose_backend(settings.kt.kt_backend, shape)[0] != "torch"
+    gpu = torch.cuda.is_available() and not settings.trainer.get("use_cpu")
+    gpu_free = torch.cuda.mem_get_info()[0] if gpu else None
+    # The program's own part is in memory already.
+    return estimate(settings, sizes, kernel, gpu, available_memory() + PROGRAM, gpu_free)
+
+
+def _make_trainer(
+    settings: TrainSettings,
+    options: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    peft_config: Any,
+    train_rows: Rows,
+    eval_rows: Rows | None,
+) -> Any:
+    """TRL's trainer of the stage, around the model."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, set_seed
+    from trl import DPOTrainer, SFTTrainer
+
+    from .. import KTMoECallback
+
+    args = trainer_config(settings.own.stage)(**options)
+    set_seed(args.seed)  # LoRA's start
+    callbacks = [KTMoECallback()] if settings.own.use_kt else []
+    kind = DPOTrainer if settings.own.stage == "dpo" else SFTTrainer
+    trainer = kind(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(train_rows.rows),
+        eval_dataset=Dataset.from_list(eval_rows.rows) if eval_rows else None,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # ours take its place
+    return trainer
+
+
+def _trainer_options(settings: TrainSettings, train: Rows, evaluation: Rows | None, tokenizer: Any) -> dict[str, Any]:
+    options = on_this_machine(settings.trainer, settings.own) | {"disable_tqdm": True}
+    options["output_dir"] = str(Path(settings.output_dir).expanduser())
+    if settings.own.stage == "sft":
+        train_on_all = options.get("completion_only_loss") is False
+        masks = for_sft(train, evaluation, lambda: not train_on_all and _marks_answers(tokenizer))
+        if masks:
+            options.setdefault("assistant_only_loss", True)
+    processes = options.get("dataset_num_proc")
+    if processes:  # a process costs more than a thousand short rows
+        options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, len(train.rows) // 1000) or None
+    return options
+
+
+def _marks_answers(tokenizer: Any) -> bool:
+    """Whether TRL can tell the answers of a conversation from the rest, by the template or one it knows in its
+    place."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        return False
+    return True
+
+
+def _resume(settings: TrainSettings) -> bool | str | None:
+    resume = settings.own.resume_from_checkpoint
+    return str(Path(resume).expanduser()) if isinstance(resume, str) else resume or None
+
+
+def _clear_earlier_run(settings: TrainSettings, console: Console) -> None:
+    """Checkpoints of an earlier run have higher numbers: rotation would keep them, and a resume take them."""
+    if not settings.own.overwrite_output_dir or settings.own.resume_from_checkpoint:
+        return
+    old = [path for path in Path(settings.output_dir).expanduser().glob("checkpoint-*") if path.is_dir()]
+    for folder in old:
+        shutil.rmtree(folder)
+    if old:
+        console.print(f"overwrite_output_dir: {len(old)} checkpoints of an earlier run are removed.")
+
+
+def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
+    step = trainer.state.global_step
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    if not folder.is_dir():
+        return f"Stopped after step {step} of {trainer.state.max_steps}. Nothing was saved (save_strategy: no)."
+    return (
+        f"Stopped after step {step} of {trainer.state.max_steps}. {folder} has it all; go on with:\n"
+        f"  kt-hf train {settings.source} resume_from_checkpoint=true"
+    )
+
+
+def _finish(settings: TrainSettings, trainer: Any, console: Console, progress: ShowProgress) -> dict[str, Any]:
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    history = trainer.state.log_history
+    losses = [row["loss"] for row in history if "loss" in row]
+    evaluations = [row["eval_loss"] for row in history if "eval_loss" in row]
+    if any(not math.isfinite(value) for value in [*losses, *evaluations]):
+        raise KTAMXConfigError(
+            f"The loss is not finite. Lower learning_rate. The log is in {folder}/trainer_state.json."
+        )
+    plots = []
+    if settings.own.plot_loss and (losses or evaluations):
+        plots.append(plot_losses(history, folder / "loss.png", settings.own.model_name_or_path))
+    load = _expert_load(trainer)
+    if settings.own.plot_loss and load:
+        plots.append(plot_expert_load(load, folder / "expert_load.png", settings.own.model_name_or_path))
+    summary = {
+        "config": settings.source,
+        "settings": asdict(settings.own),
+        "steps": trainer.state.global_step,
+        "loss": losses[-1] if losses else None,
+        "eval_loss": evaluations[-1] if evaluations else None,
+        "tokens": progress.counter.tokens,
+        "seconds": round(progress.seconds, 2),
+        "tokens_per_second": round(progress.tokens_per_second, 1),
+        "adapter": str(folder),
+        "plots": [str(path) for path in plots],
+        "expert_load": load,
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    show_result(console, settings, summary)
+    return summary
+
+
+def _expert_load(trainer: Any) -> dict[int, list[float]]:
+    """Layer -> each expert's share of the tokens, 1 being even; {} for an unpatched model."""
+    from .. import KTMoECallback
+    from ..experts import kt_layers
+
+    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, KTMoECallback)), None)
+    if callback is None:
+        return {}
+    callback.expert_load.collect(kt_layers(trainer.model))  # since the last log
+    total = callback.expert_load.total
+    return {layer: (c.double() / c.sum().clamp(min=1) * len(c)).tolist() for layer, c in total.items()}
+
+
+def _tell(console: Console, lines: Any) -> None:
+    for line in lines:
+        console.print(f"[dim]note:[/dim] {escape(line)}")

@@ -1,0 +1,106 @@
+"""`lora_target` as people write it, for the model they have: patched or not, with the attention it has."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import KTAMXConfigError
+from .settings import OwnKeys
+
+# Multi-head latent attention (DeepSeek-V2 and V3) has no projections of these names. What computes the same in it:
+_LATENT = {
+    "q_proj": ("q_a_proj", "q_b_proj"),
+    "k_proj": ("kv_a_proj_with_mqa", "kv_b_proj"),
+    "v_proj": ("kv_a_proj_with_mqa", "kv_b_proj"),
+}
+_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
+
+
+def lora_targets(wanted: str | list[str], modules: set[str]) -> tuple[str | list[str], list[str]]:
+    """(the targets in this model's names, what to tell the user).
+
+    Args:
+        wanted: `all`, `all_attention`, or names, as a list or separated by commas.
+        modules: Last parts of the names of the model's modules.
+    """
+    names = [part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    if len(names) == 1 and names[0] in ("all", "all_attention"):
+        return names[0], []
+    found: dict[str, None] = {}
+    told = []
+    for name in filter(None, names):
+        replaced = [other for other in _LATENT.get(name, ()) if other in modules] if name not in modules else []
+        if replaced:
+            told.append(f"lora_target {name}: this model's attention has {' and '.join(replaced)} in its place.")
+        found.update(dict.fromkeys(replaced or [name]))
+    return list(found), told
+
+
+def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
+    """(the `LoraConfig`, what to tell the user) for a patched model, or for a stock one with fused experts.
+
+    Raises:
+        KTAMXConfigError: A target that the model does not have.
+    """
+    from .. import kt_lora_config
+    from ..experts import kt_layers
+
+    last_parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets, told = lora_targets(own.lora_target, last_parts)
+    options: dict[str, Any] = {"use_rslora": True} if own.use_rslora else {}
+    if kt_layers(model):
+        return kt_lora_config(model, own.lora_rank, own.lora_alpha, own.lora_dropout, targets, **options), told
+    return _stock(model, own, targets, options, told)
+
+
+def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told: list[str]) -> tuple[Any, list[str]]:
+    """Stock PEFT reaches fused experts as parameters. Where it rewrites targets for a family, it takes gate_proj,
+    up_proj and down_proj for the experts' alone, and dense layers and shared experts go without: that is told.
+    """
+    from peft import LoraConfig
+
+    from .. import kt_lora_config
+
+    fused = _fused_experts(model)
+    on_experts = bool(fused) and (targets == "all" or bool(_EXPERTS & set(targets)))
+    if isinstance(targets, list):
+        linear = {name.rsplit(".", 1)[-1] for name in _linears(model)}
+        names = [name for name in targets if name in linear or not (on_experts and name in _EXPERTS)]
+    else:
+        names = targets
+    chosen = set(kt_lora_config(model, own.lora_rank, lora_target=names).target_modules) if names else set()
+    dropout = own.lora_dropout
+    if on_experts:
+        if targets == "all" or {"gate_proj", "up_proj"} & set(targets):
+            options["target_parameters"] = ["experts.gate_up_proj"]
+        if targets == "all" or "down_proj" in targets:
+            options["target_parameters"] = [*options.get("target_parameters", []), "experts.down_proj"]
+        if dropout:
+            dropout = 0.0
+            told.append("lora_dropout: stock PEFT has none for fused experts, so 0 is used.")
+    if not chosen and not on_experts:
+        raise KTAMXConfigError(f"lora_target={own.lora_target!r} reaches nothing in {type(model).__name__}.")
+    if on_experts and _EXPERTS & chosen:
+        told.append(
+            "Stock PEFT may leave dense layers and shared experts without LoRA: it takes their names for experts'."
+        )
+    config = LoraConfig(
+        r=own.lora_rank, lora_alpha=own.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
+        task_type="CAUSAL_LM", **options,
+    )  # fmt: skip
+    return config, told
+
+
+def _fused_experts(model: Any) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if re.search(r"\.experts\.gate_up_proj$", name) and parameter.dim() == 3
+    ]
+
+
+def _linears(model: Any) -> list[str]:
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

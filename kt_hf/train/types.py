@@ -1,0 +1,86 @@
+"""Whether a value from YAML fits a field's type, as `SFTConfig`, `DPOConfig` and our own settings declare it."""
+
+from __future__ import annotations
+
+import enum
+import types
+import typing
+from typing import Any
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def allows_none(hint: Any) -> bool:
+    """Whether None is a value of the field, and not only the absence of one."""
+    return hint is None or type(None) in _members(hint)
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the field's type; what YAML reads in an unexpected way is set right.
+
+    YAML 1.1 reads `1e-4` as text and `no` as false: where a number or a choice with "no" in it is due, they are taken
+    as meant. A list may be written `a,b,c`.
+
+    Raises:
+        ValueError: It does not fit; the message says what would.
+    """
+    members = _members(hint)
+    if value is None and type(None) in members:
+        return None
+    enums = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
+    if enums:
+        return _choice(value, enums[0])
+    plain = [typing.get_origin(member) or member for member in members]
+    for kind in plain:
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+        if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    if any(kind is typing.Literal and value in typing.get_args(m) for kind, m in zip(plain, members, strict=True)):
+        return value
+    if float in plain and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if list in plain and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    raise ValueError(f"it must be {_expected(plain)}{_hint(value, plain)}")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _choice(value: Any, kind: type[enum.Enum]) -> str:
+    values = [str(member.value) for member in kind]
+    if value is False and "no" in values:
+        return "no"
+    if value in values:
+        return str(value)
+    import difflib
+
+    close = difflib.get_close_matches(str(value), values, n=1)
+    if close:
+        raise ValueError(f"did you mean {close[0]}?")
+    raise ValueError(f"it must be one of {', '.join(values)}")
+
+
+def _expected(kinds: list[Any]) -> str:
+    words = [_WORDS[kind] for kind in dict.fromkeys(kinds) if kind in _WORDS]
+    return " or ".join(words) or "left out"
+
+
+def _hint(value: Any, kinds: list[Any]) -> str:
+    if isinstance(value, str) and bool in kinds and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return " without quotes"
+    if isinstance(value, (bool, int, float)) and str in kinds:
+        return f': put it in quotes, "{value}"'
+    return ""

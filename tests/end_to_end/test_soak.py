@@ -1,0 +1,22 @@
+"""Five hundred steps leave memory, file descriptors and threads as they were."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_hundred_steps(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks/soak.py", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout[-500:])
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    with (tmp_path / "soak.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 500
+    assert (tmp_path / "soak.png").stat().st_size > 10_000

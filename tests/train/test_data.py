@@ -1,0 +1,221 @@
+"""Each format of data from a file of the kind it comes in, and its malformed twin."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from kt_hf.errors import KTAMXConfigError
+from kt_hf.train.data import Rows, for_sft, load_rows, split_off
+
+USER = {"role": "user", "content": "2+2?"}
+FOUR = {"role": "assistant", "content": "4"}
+FIVE = {"role": "assistant", "content": "5"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+AGAIN = [{"role": "user", "content": "And 3+3?"}, {"role": "assistant", "content": "6"}]
+
+# name, stage, row, what it becomes, a malformed row, why it is refused
+CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
+    (
+        "alpaca", "sft",
+        {"instruction": "2+2?", "input": "", "output": "4", "system": "Be brief.", "history": []},
+        {"messages": [SYSTEM, USER, FOUR]},
+        {"instruction": "2+2?", "input": "", "output": "", "system": "", "history": []}, "output is empty",
+    ),
+    (
+        "alpaca", "sft",
+        {"instruction": "And", "input": "3+3?", "output": "6", "history": [["2+2?", "4"]]},
+        {"messages": [USER, FOUR, {"role": "user", "content": "And\n3+3?"}, AGAIN[1]]},
+        {"instruction": "And", "input": "3+3?", "output": "6", "history": [["2+2?"]]}, "history is not a list of",
+    ),
+    (
+        "sharegpt", "sft",
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}], "system": "Be brief."},
+        {"messages": [SYSTEM, USER, FOUR]},
+        {"conversations": [{"from": "robot", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "unknown from 'robot'",
+    ),
+    (
+        "sharegpt", "sft",
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        {"messages": [USER, FOUR]},
+        {"conversations": [{"from": "gpt", "value": "4"}, {"from": "human", "value": "2+2?"}]}, "begins with an answer",
+    ),
+    (
+        "messages", "sft", {"messages": [SYSTEM, USER, FOUR, *AGAIN]}, {"messages": [SYSTEM, USER, FOUR, *AGAIN]},
+        {"messages": [SYSTEM, USER, FOUR, AGAIN[0]]}, "does not end with an answer",
+    ),
+    (
+        "messages", "sft", {"messages": [USER, FOUR]}, {"messages": [USER, FOUR]},
+        {"messages": [USER, USER, FOUR]}, "two messages of the same speaker in a row",
+    ),
+    (
+        "prompt and completion", "sft", {"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "completion": "4"},
+        {"prompt": "2+2=", "completion": ""}, "completion is empty",
+    ),
+    (
+        "prompt and completion", "sft", {"prompt": [USER], "completion": [FOUR]}, {"messages": [USER, FOUR]},
+        {"prompt": [USER], "completion": [{"role": "assistant"}]}, "completion: a message without content",
+    ),
+    ("text", "sft", {"text": "A story."}, {"text": "A story."}, {"text": "   "}, "text is empty"),
+    (
+        "preference pairs", "dpo", {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+        {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+        {"prompt": "2+2=", "chosen": "4", "rejected": "4"}, "chosen and rejected are the same",
+    ),
+    (
+        "preference pairs", "dpo", {"prompt": [SYSTEM, USER], "chosen": [FOUR], "rejected": [FIVE]},
+        {"prompt": [SYSTEM, USER], "chosen": [FOUR], "rejected": [FIVE]},
+        {"prompt": [SYSTEM, USER], "chosen": [FOUR], "rejected": [USER]}, "rejected does not end with an answer",
+    ),
+    (
+        "preference pairs without prompt", "dpo", {"chosen": [USER, FOUR], "rejected": [USER, FIVE]},
+        {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]},
+        {"chosen": [USER, FOUR], "rejected": [AGAIN[0], FIVE]}, "differ before the last answer",
+    ),
+    (
+        "alpaca ranking", "dpo", {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
+        {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]},
+        {"instruction": "", "input": "", "chosen": "4", "rejected": "5"}, "instruction is empty",
+    ),
+    (
+        "sharegpt ranking", "dpo",
+        {
+            "conversations": [{"from": "human", "value": "2+2?"}],
+            "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"},
+        },
+        {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]},
+        {
+            "conversations": [{"from": "human", "value": "2+2?"}],
+            "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "human", "value": "5"},
+        },
+        "rejected does not end with an answer",
+    ),
+]  # fmt: skip
+IDS = [f"{case[0]}-{index}" for index, case in enumerate(CASES)]
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    if file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return file
+
+
+def kinds(row: dict[str, Any]) -> list[str]:
+    flat = all(isinstance(value, str) for value in row.values())
+    return [".json", ".jsonl", ".parquet", *([".csv"] if flat else [])]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_format_is_recognised_by_its_columns(case: Any, tmp_path: Path) -> None:
+    name, stage, row, expected, _, _ = case
+    for kind in kinds(row):
+        file = write(tmp_path / f"data{kind}", [row, row])
+        found = load_rows([str(file)], "train", stage)
+        assert found.rows == [expected, expected], kind
+        assert found.told == [f"{file}: 2 rows, format {name}"]
+        file.unlink()
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_its_malformed_twin_is_refused_above_one_percent(case: Any, tmp_path: Path) -> None:
+    _, stage, row, expected, bad, reason = case
+    file = write(tmp_path / "data.jsonl", [row] * 98 + [bad] * 2)
+    with pytest.raises(KTAMXConfigError, match="2 of 100 rows cannot be used, more than 1%") as caught:
+        load_rows([str(file)], "train", stage)
+    assert f"data.jsonl line 99: {reason}" in str(caught.value) or reason in str(caught.value)
+    file = write(tmp_path / "data.jsonl", [row] * 99 + [bad])
+    found = load_rows([str(file)], "train", stage)
+    assert found.rows == [expected] * 99
+    assert f"1 left out ({file} line 100: " in found.told[0]
+    assert reason in found.told[0]
+
+
+def test_lines_that_are_not_json_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "fine"}\n' * 150 + '{"text": \n')
+    found = load_rows([str(file)], "train", "sft")
+    assert len(found.rows) == 150
+    assert "line 151: not JSON" in found.told[0]
+    file.write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(KTAMXConfigError, match=r"1 of 2 rows cannot be used"):
+        load_rows([str(file)], "train", "sft")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[{", "not JSON"),
+        ("a.json", "[]", "has no rows"),
+        ("a.jsonl", "", "has no rows"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.csv", "text,more\nonly one\n", "1 of 1 rows cannot be used"),
+        ("a.jsonl", '{"question": "?"}\n', "no known format has the columns question"),
+        ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "data for stage: dpo, and this is stage: sft"),
+        ("a.jsonl", "[1]\n", "not a row but list"),
+    ],
+)
+def test_a_file_that_is_none_of_them_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(KTAMXConfigError, match=message):
+        load_rows([str(tmp_path / name)], "train", "sft")
+
+
+def test_a_folder_is_all_its_files_and_max_samples_counts(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"text": "one"}])
+    write(tmp_path / "b.json", [{"text": "two"}, {"text": "three"}])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert [row["text"] for row in load_rows([str(tmp_path)], "train", "sft").rows] == ["one", "two", "three"]
+    assert len(load_rows([str(tmp_path)], "train", "sft", most=2).rows) == 2
+
+
+def test_data_sets_of_different_forms_are_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.jsonl", [{"text": "a"}]), write(tmp_path / "b.jsonl", [{"messages": [USER, FOUR]}])]
+    with pytest.raises(KTAMXConfigError, match="different forms"):
+        load_rows([str(file) for file in files], "train", "sft")
+
+
+def test_pydoc_is_for_both_stages() -> None:
+    (row,) = load_rows(["builtin:pydoc"], "train", "sft", most=1).rows
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    (pair,) = load_rows(["builtin:pydoc"], "train", "dpo", most=1).rows
+    assert pair["chosen"] != pair["rejected"]
+    (held_out,) = load_rows(["builtin:pydoc"], "eval", "sft", most=1).rows
+    assert held_out != row
+
+
+def test_the_loss_is_on_the_answers() -> None:
+    one, several = [USER, FOUR], [USER, FOUR, *AGAIN]
+    rows = Rows([{"messages": one}])
+    assert not for_sft(rows, None, lambda: True)
+    assert rows.rows == [{"prompt": [USER], "completion": [FOUR]}]
+    rows = Rows([{"messages": one}, {"messages": several}])
+    assert for_sft(rows, None, lambda: True)
+    assert rows.rows == [{"messages": one}, {"messages": several}]
+    assert not for_sft(rows, None, lambda: False)
+    assert rows.rows[1] == {"prompt": several[:-1], "completion": several[-1:]}
+    assert "only the last of each is trained" in rows.told[0]
+
+
+def test_rows_are_held_out() -> None:
+    rows = [{"text": str(i)} for i in range(10)]
+    for size, count in ((0.3, 3), (4, 4)):
+        train, held_out = split_off(rows, size, seed=0)
+        assert len(held_out) == count
+        assert sorted(row["text"] for row in train + held_out) == [str(i) for i in range(10)]
+    with pytest.raises(KTAMXConfigError, match="leaves nothing"):
+        split_off(rows, 10, seed=0)

@@ -1,0 +1,86 @@
+"""Estimates move the right way, agree with what the packed model holds, and are near a measured peak."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
+from kt_hf.train.estimate import Estimate, estimate
+from kt_hf.train.models import load_config
+from kt_hf.train.settings import OwnKeys, TrainSettings
+from kt_hf.train.sizes import model_sizes
+from tests.train.tiny import ROOT
+
+OWN = OwnKeys(model_name_or_path="builtin:smollm2-moe")
+
+
+def made(kt: dict[str, Any] | None = None, free: int | None = None, gpu: bool = False, **trainer: Any) -> Estimate:
+    own = dataclasses.replace(OWN, stage=trainer.pop("stage", "sft"), lora_rank=trainer.pop("lora_rank", 8))
+    settings = TrainSettings("here", own, KTConfig(**(kt or {})), trainer)
+    sizes = model_sizes(load_config(own)[0], own)
+    return estimate(settings, sizes, kernel=True, gpu=gpu, host_free=free, gpu_free=None)
+
+
+def test_settings_that_save_memory_do() -> None:
+    plain = made().host_total
+    assert made({"kt_share_backward_weights": True}).host_total < plain - 2**30
+    assert made({"kt_expert_activations": "recompute"}).host_total < plain
+    assert made(per_device_train_batch_size=1).host_total < plain
+    assert made(max_length=128).host_total < plain
+    assert made(lora_rank=4).host_total < plain < made(lora_rank=64).host_total
+    assert made(stage="dpo").host_total > plain
+    assert made(activation_checkpointing=False).host_total > plain
+
+
+def test_a_gpu_takes_all_but_the_experts() -> None:
+    with_gpu, without = made(gpu=True), made()
+    assert with_gpu.host_total < without.host_total
+    assert with_gpu.host["experts packed"] == without.host["experts packed"]
+    assert "logits and loss" in with_gpu.gpu
+    assert without.gpu == {}
+
+
+def test_what_does_not_fit_comes_with_advice() -> None:
+    need = made({"kt_share_backward_weights": False}).host_total
+    short = made({"kt_share_backward_weights": False}, free=need - 1)
+    assert not short.fits
+    assert any("kt_share_backward_weights: true" in line for line in short.advice)
+    assert any("per_device_train_batch_size: 1" in line for line in short.advice)
+    assert made({"kt_share_backward_weights": False}, free=need).fits
+    tiny = made(free=2**29)
+    assert tiny.advice == ["the experts alone need 1 GiB of host memory: take a larger machine or a smaller model"]
+
+
+def test_without_memory_to_spare_backward_weights_are_shared() -> None:
+    assert made(free=3 * 2**30).shared_backward
+    assert not made(free=64 * 2**30).shared_backward
+
+
+@pytest.mark.parametrize("target", ["all", "all_attention", "q_proj,o_proj,gate_proj,down_proj"])
+def test_parameters_are_those_the_model_gets(target: str, tiny_model: Path) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    own = OwnKeys(model_name_or_path=str(tiny_model), lora_rank=4, lora_target=target)
+    sizes = model_sizes(load_config(own)[0], own)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert sizes.expert_parameters + sizes.other_parameters == sum(p.numel() for p in model.parameters())
+    apply_kt_moe(model, KTConfig(kt_backend="torch"))
+    tuned = get_peft_model(model, kt_lora_config(model, 4, lora_target=target))
+    trained = {name: p.numel() for name, p in tuned.named_parameters() if p.requires_grad}
+    assert sizes.lora_experts == sum(count for name, count in trained.items() if ".experts." in name)
+    assert sizes.lora_others == sum(count for name, count in trained.items() if ".experts." not in name)
+
+
+def test_measured_peaks_are_within_15_percent() -> None:
+    """As benchmarks/memory.py has written them; run it again after a change of what is kept in memory."""
+    with (ROOT / "docs" / "memory.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 3
+    for row in rows:
+        assert abs(float(row["estimated_gib"]) / float(row["measured_gib"]) - 1) < 0.15, row

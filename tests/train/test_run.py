@@ -1,0 +1,146 @@
+"""What a run does with the data and the tokenizer it is given, and what it refuses before it loads a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors import safe_open
+
+from kt_hf.errors import KTAMXConfigError, KTAMXError
+from kt_hf.train import run as run_module
+from kt_hf.train.arguments import read_arguments
+from kt_hf.train.run import run
+from tests.train.tiny import MARKED, save_model, write_yaml
+
+TURNS = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "3+3?"},
+    {"role": "assistant", "content": "six"},
+]
+
+
+def trained(folder: Path, model: Path, rows: list[dict[str, Any]], *overrides: str) -> tuple[dict[str, Any], str]:
+    """(summary, what was printed) of a step on `rows`."""
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_yaml(
+        folder / "run.yaml",
+        model_name_or_path=str(model), dataset=str(folder / "data.jsonl"), output_dir=str(folder / "out"),
+        max_steps=1, logging_steps=1, max_length=128, per_device_train_batch_size=2, kt_backend="torch",
+        save_strategy="no", activation_checkpointing=False,
+    )  # fmt: skip
+    console = Console(record=True, width=200, quiet=False, file=(folder / "log").open("w"))
+    return run(read_arguments(file, overrides), console), console.export_text()
+
+
+def trained_bytes(text: str) -> tuple[int, int]:
+    """(tokens, trained tokens) of the example shown; a token is a byte or a special token."""
+    words = text[text.index("The first example, ") :].split()
+    return int(words[3]), int(words[5])
+
+
+def test_only_the_answer_is_trained(tiny_model: Path, tmp_path: Path) -> None:
+    _, text = trained(tmp_path, tiny_model, [{"instruction": "2+2?", "output": "four"}] * 4)
+    assert "format alpaca" in text
+    assert trained_bytes(text)[1] == len("four") + 1 + len("\n")  # and the end of the turn
+
+
+def test_every_answer_is_trained_where_the_template_marks_them(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", MARKED)
+    _, text = trained(tmp_path, model, [{"messages": TURNS}] * 4)
+    assert trained_bytes(text)[1] == len("four") + len("six") + 2 * (1 + len("\n"))
+
+
+def test_else_the_last_answer_is_and_that_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    _, text = trained(tmp_path, tiny_model, [{"messages": TURNS}] * 4)
+    assert "only the last of each is trained" in text
+    assert trained_bytes(text)[1] == len("six") + 1 + len("\n")
+
+
+@pytest.mark.parametrize(("template", "mark"), [("qwen", "<|im_start|>user"), ("alpaca", "### Instruction:")])
+def test_a_base_model_gets_a_template_which_is_saved(template: str, mark: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", chat_template=None)
+    _, text = trained(tmp_path, model, [{"messages": TURNS}] * 4, f"template={template}")
+    assert "The tokenizer has no chat template" in text
+    assert mark in text
+    total, answers = trained_bytes(text)
+    assert len("foursix") < answers < total / 2  # both answers: the template marks them
+    assert mark.split()[0].removesuffix("user") in (tmp_path / "out" / "chat_template.jinja").read_text()
+
+
+def test_plain_pairs_and_text_need_no_template(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", chat_template=None)
+    _, text = trained(tmp_path, model, [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}] * 4, "stage=dpo")
+    assert "chat template" not in text
+    assert "The first pair" in text
+    summary, text = trained(tmp_path, model, [{"text": "A story."}] * 4, "overwrite_output_dir=true")
+    assert summary["loss"] > 0
+    total, answers = trained_bytes(text)
+    assert total == answers
+
+
+def test_val_size_is_evaluated_and_lora_target_reaches_what_it_names(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"Story {number}."} for number in range(10)]
+    summary, _ = trained(tmp_path, tiny_model, rows, "val_size=0.2", "lora_target=q_proj,down_proj", "lora_rank=2")
+    assert summary["eval_loss"] > 0
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        names = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in file.keys()}  # noqa: SIM118
+    assert names == {"q_proj", "down_proj"}
+
+
+def test_earlier_checkpoints_are_cleared_only_when_asked(tiny_model: Path, tmp_path: Path) -> None:
+    old = tmp_path / "out" / "checkpoint-900"
+    old.mkdir(parents=True)
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    rows = [{"text": "A story."}] * 4
+    with pytest.raises(KTAMXConfigError, match="holds an earlier run"):
+        trained(tmp_path, tiny_model, rows)
+    assert old.exists()
+    _, text = trained(tmp_path, tiny_model, rows, "overwrite_output_dir=true")
+    assert not old.exists()
+    assert (tmp_path / "out" / "mine.txt").exists()
+    assert "1 checkpoints of an earlier run are removed" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "message"),
+    [
+        ([{"question": "?"}], (), "no known format"),
+        ([{"text": "a"}], ("stage=dpo",), "data for stage: sft"),
+        ([{"text": "a"}], ("lora_target=w9",), "no module is called 'w9'"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_and_nothing_is_written(
+    rows: list[dict[str, Any]], overrides: tuple[str, ...], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KTAMXConfigError, match=message):
+        trained(tmp_path, tiny_model, rows, *overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backend_that_is_not_there_is_told_before_a_model_is_loaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(KTAMXError, match="AMXInt8"):
+        trained(tmp_path, tiny_model, [{"text": "a"}] * 4, "kt_backend=AMXInt8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_short_memory_is_told(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kt_hf.packing.available_memory", lambda *_: 0)
+    _, text = trained(tmp_path, tiny_model, [{"text": "a"}] * 4)
+    assert "This may need more memory than there is (at most " in text
+    assert "gradient checkpointing" in text
+
+
+def test_bad_data_is_told_before_a_model_is_loaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(KTAMXConfigError, match="no known format"):
+        trained(tmp_path, tiny_model, [{"question": "?"}])

@@ -1,0 +1,49 @@
+"""scripts/sft.py and scripts/dpo.py run as they are, and unpatched without their three lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.train.tiny import ROOT, environment
+
+ROWS = {
+    "sft": {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+    "dpo": {
+        "prompt": [{"role": "user", "content": "2+2?"}],
+        "chosen": [{"role": "assistant", "content": "4"}],
+        "rejected": [{"role": "assistant", "content": "5"}],
+    },
+}
+
+
+@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_script_runs(stage: str, patched: bool, tiny_model: Path, tmp_path: Path) -> None:
+    lines = (ROOT / "scripts" / f"{stage}.py").read_text().splitlines(keepends=True)
+    assert sum(line.rstrip().endswith("# (kt_hf)") for line in lines) == 3
+    if not patched:
+        lines = [line for line in lines if not line.rstrip().endswith("# (kt_hf)")]
+    assert ("import apply_kt_moe" in "".join(lines)) is False
+    script = tmp_path / "script.py"
+    script.write_text("".join(lines))
+    (tmp_path / "data.jsonl").write_text((json.dumps(ROWS[stage]) + "\n") * 8)
+    options = [
+        "--model", str(tiny_model), "--data", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--use_cpu",
+        "--per_device_train_batch_size", "2", "--max_length", "64", "--save_strategy", "no",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), *options], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        keys = list(file.keys())
+    # Stock PEFT knows a Mixtral's experts by other names, and leaves them out.
+    assert any(".experts.gate_proj.lora_A" in key for key in keys) == patched
+    assert any(".q_proj.lora_A" in key for key in keys)
