@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import KERNEL_MARKS
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, INNER, TOP_K, RANK, TOKENS = 256, 512, 2, 4, 4096
 # Bytes a saved forward takes in kt-kernel 0.7.2, measured: its input, and per expert gate, up, product and output.
 LAYER = TOKENS * (2 * HIDDEN + TOP_K * (6 * INNER + 2 * HIDDEN + 4 * RANK)) / 2**20
@@ -20,8 +22,6 @@ import sys, torch
 from peft import get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
-
-pytestmark = pytest.mark.slow
 
 def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
