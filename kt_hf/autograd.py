@@ -13,7 +13,6 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +170,7 @@ class ExpertsRunner:
                 raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
             usable = ticket.saved is not None and values is self._values and self.backend.can_backward(ticket.saved)
             if usable and ticket.saved is not None:
-                gradients = self._backward(ticket.saved, partial(self._inputs, x, ids, weights), grad_output)
+                gradients = self._backward(ticket.saved, lambda: self._inputs(x, ids, weights), grad_output)
             else:
                 gradients = self._recompute(values, *self._inputs(x, ids, weights), grad_output)
             self.check_finite("top_k_weights", gradients.top_k_weights)
@@ -200,16 +199,14 @@ class ExpertsRunner:
         if x.shape[0] <= most:
             _, saved = self.backend.forward(x, ids, weights, save=True)
             assert saved is not None
-            return self._backward(saved, partial(_itself, (x, ids, weights)), grad)
+            return self._backward(saved, lambda: (x, ids, weights), grad)
         # Longer than the operators take: piece by piece, the LoRA gradients summed in fp32.
         parts: list[tuple[Tensor, Tensor]] = []
         lora: tuple[Tensor, ...] = ()
         for piece, grad_piece in zip(
             zip(x.split(most), ids.split(most), weights.split(most), strict=True), grad.split(most), strict=True
         ):
-            _, saved = self.backend.forward(*piece, save=True)
-            assert saved is not None
-            part = self._backward(saved, partial(_itself, piece), grad_piece)
+            part = self._recompute(values, *piece, grad_piece)
             parts.append((part.hidden_states, part.top_k_weights))
             lora = tuple(
                 total.add_(new) for total, new in zip(lora, part.lora, strict=True)
@@ -330,10 +327,6 @@ def _like(gradients: Gradients, like: list[tuple[torch.Size, torch.dtype, torch.
     """LoRA gradients of a backward that computed nothing: zero for no tokens, else NaN as the gradient that came in."""
     value = float("nan") if len(gradients.hidden_states) else 0.0
     return [torch.full(shape, value, device=device) for shape, _, device in like]
-
-
-def _itself(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs
 
 
 def _is_finite(tensor: Tensor) -> bool:

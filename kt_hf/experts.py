@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .autograd import ExpertsFunction, ExpertsRunner
 from .backends import CALL_LOCK, ExpertShape, ExpertWeights, TorchBackend
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
-from .gradients import GradientMemory, parameter_gradients
+from .gradients import parameter_gradients
 from .packing import Packer
 from .projections import NO_COPY, NO_PICKLE, PROJECTIONS, ExpertProjection
 
@@ -62,8 +62,10 @@ class KTExperts(nn.Module):
         }
         for name, (inside, outside) in sizes.items():
             self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
-        self._gradient_memory = GradientMemory()
         self._told_of_changes = 0  # calls of update_lora_pointers
+        # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
+        # keys precomputed reference log-probabilities by the state dict.
+        self.register_buffer("base_fingerprint", fingerprint(weights))
         self._unpacked: ExpertWeights | None = weights
         # Until the LoRA rank is known: PyTorch on the weights as they are.
         self._runner = ExpertsRunner(TorchBackend(weights, shape), label, packer.retain)
@@ -112,9 +114,7 @@ class KTExperts(nn.Module):
         with CALL_LOCK:
             if self._unpacked is None:  # another thread was faster
                 return
-            if not self._unpacked.gate_up.numel():
-                raise KTAMXError(f"{self.label}: packing was interrupted at its end: load and patch the model anew.")
-            # An interruption of the loading leaves the layer unpacked, to be packed at the next call.
+            # An interruption leaves the layer unpacked, to be packed at the next call.
             backend = self.packer.pack(self._unpacked, self.shape, rank, self.label)
             self._runner, self._unpacked = ExpertsRunner(backend, self.label, self.packer.retain), None
 
@@ -161,7 +161,7 @@ class KTExperts(nn.Module):
             made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
 
             def to_parameters(gradients: tuple[Tensor, ...]) -> list[Tensor]:
-                return parameter_gradients(gradients, made, self._gradient_memory)
+                return parameter_gradients(gradients, made)
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
@@ -242,6 +242,16 @@ class KTExperts(nn.Module):
             "nn.DataParallel cannot replicate experts that live on the CPU. "
             "Show the process one GPU: CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def fingerprint(weights: ExpertWeights) -> Tensor:
+    """Two numbers, int64, that tell a layer's base weights from others': a weighted sum of a sample of their bytes."""
+    numbers = []
+    for tensor in (weights.gate_up, weights.down):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].contiguous().cpu().view(torch.uint8).long()
+        numbers.append((sample * torch.arange(1, len(sample) + 1, device="cpu")).sum())
+    return torch.stack(numbers)
 
 
 def _active(projection: ExpertProjection) -> list[str]:

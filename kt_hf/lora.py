@@ -13,12 +13,10 @@ from torch import nn
 
 from .errors import KTAMXConfigError
 from .experts import kt_layers
-from .projections import PROJECTIONS
+from .projections import ALIASES, PROJECTIONS
 
 logger = logging.getLogger(__name__)
 
-# Mixtral's names on the hub.
-ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NOT_TARGETS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|lm_head|score)$")
 
 
@@ -38,8 +36,8 @@ def kt_lora_config(
         lora_alpha: Scaling is lora_alpha / r.
         lora_dropout: Of the linear layers; experts train without dropout.
         lora_target: `all` (every linear layer but router and head, and every expert), `all_attention`, or names, as a
-        list
-            or separated by commas: `q_proj,gate_proj,up_proj,down_proj`. w1, w2 and w3 mean the experts' projections.
+            list or separated by commas: `q_proj,gate_proj,up_proj,down_proj`. w1, w2 and w3 mean the experts'
+            projections.
         **kwargs: Passed on to `LoraConfig`.
 
     Raises:

@@ -48,7 +48,7 @@ class Packer:
         """Build a layer's backend; `weights` are taken over and released."""
         if self._share is None:
             self._share = self._share_backward()
-        backend = pack(
+        backend = weights.taken_by or pack(
             self.backend,
             weights,
             shape,

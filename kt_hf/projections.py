@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Mixtral's names in transformers 4, on the hub, and in people's configs.
+ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NO_MERGE = (
     "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the adapter "
-    "cannot be unloaded from them. Save the adapter with save_pretrained, load the base model anew without "
-    "apply_kt_moe, and merge there."
+    "cannot be unloaded from them. Save the adapter with save_pretrained, then: kt-hf export ADAPTER OUT --to merged "
+    "--base BASE_MODEL."
 )
 NO_COPY = (
     "A patched model cannot be deep-copied: its experts are packed for the CPU operators. For DPO's reference use the "

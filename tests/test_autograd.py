@@ -186,25 +186,18 @@ def run(layer: KTExperts, x: LayerInputs) -> None:
     output.backward(x.grad_output)
 
 
-def test_memory_of_gradients_is_used_again_and_never_while_held(case: Case) -> None:
+def test_gradients_that_are_held_stay(case: Case) -> None:
+    """The operators' buffers are overwritten by the next backward."""
     layer, base, lora = layer_with(case)
     parameters = layer.lora_params
 
-    def backward(seed: int) -> dict[str, int]:
-        x = inputs(case, seed)
-        run(layer, x)
-        return {name: parameter.grad.data_ptr() for name, parameter in parameters.items()}
-
-    first = backward(1)
-    layer.zero_grad()
-    assert backward(2) == first
+    run(layer, inputs(case, 2))
     held = {name: parameter.grad for name, parameter in parameters.items()}
     before = {name: grad.clone() for name, grad in held.items()}
     layer.zero_grad()
-    third = backward(3)
-    assert not set(third.values()) & set(first.values())
-    assert all(torch.equal(held[name], before[name]) for name in held)
     x = inputs(case, 3)
+    run(layer, x)
+    assert all(torch.equal(held[name], before[name]) for name in held)
     assert_all_close({name: parameter.grad for name, parameter in parameters.items()},
                      {name: grad for name, grad in expected_grads(x, base, lora).items() if name in parameters},
                      case.grad)  # fmt: skip

@@ -190,7 +190,7 @@ MERGES: dict[str, Callable[[PeftModel], Any]] = {
 
 @pytest.mark.parametrize("name", MERGES)
 def test_merging_is_refused_in_words(name: str, case: Case) -> None:
-    with pytest.raises(KTAMXError, match=r"packed for the CPU operators.*without apply_kt_moe, and merge there"):
+    with pytest.raises(KTAMXError, match=r"packed for the CPU operators.*kt-hf export ADAPTER OUT --to merged"):
         MERGES[name](adapted_model(MIXTRAL, case, seed=1))
 
 

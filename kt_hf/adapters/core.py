@@ -18,14 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import KTAMXError
+from ..projections import PROJECTIONS
 from .files import Lazy
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-# Mixtral's names on the hub and in transformers 4.
-MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -145,11 +143,12 @@ class Adapter:
     def targeted(self, experts: str) -> set[str]:
         """The projections of a layer's experts that an adapter of format kt has by its config."""
         from peft import LoraConfig
-        from peft.tuners.tuners_utils import check_target_module_exists
+
+        from ..peft_compat.names import targets
 
         keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
         config = LoraConfig(**{key: self.config[key] for key in keys if self.config.get(key)})
-        return {name for name in PROJECTIONS if check_target_module_exists(config, f"{experts}.{name}")}
+        return {name for name in PROJECTIONS if targets(config, f"{experts}.{name}")}
 
     def _check_known(self) -> None:
         """No whole weights but those the config names: PEFT would load any over the base model's."""
@@ -199,12 +198,10 @@ def alpha_for(config: Mapping[str, Any], rank: int, scaling: float) -> float:
 
 def rank_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """r and lora_alpha of a module, by the config's patterns, as PEFT decides."""
-    from peft.utils.other import get_pattern_key
+    from ..peft_compat.names import of_pattern
 
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), module), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
-    return int(rank), alpha
+    rank = of_pattern(config.get("rank_pattern"), module, config["r"])
+    return int(rank), of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
 
 
 def patterns(config: dict[str, Any], wanted: Mapping[str, tuple[int, float]]) -> None:

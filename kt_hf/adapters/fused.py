@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXError
-from .core import PREFIX, PROJECTIONS, Adapter, Projection, alpha_for
+from ..projections import PROJECTIONS
+from .core import PREFIX, Adapter, Projection, alpha_for
 from .files import Lazy, Part, part, replacing
 from .kt import add_pair
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import KTAMXError
-from .core import MIXTRAL, PREFIX, PROJECTIONS, Adapter, patterns, rank_alpha
+from ..projections import ALIASES, PROJECTIONS
+from .core import PREFIX, Adapter, patterns, rank_alpha
 from .files import Lazy, Part, part
 
 KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_proj|up_proj|down_proj)\.lora_([AB])\.weight$")
@@ -70,7 +71,7 @@ def config(adapter: Adapter) -> dict[str, Any]:
         made["target_modules"] = sorted({*modules, *adapter.experts})
     else:
         # w1, w2 and w3 are Mixtral's experts and nothing else.
-        names = {MIXTRAL.get(name.rsplit(".", 1)[-1], name) for name in targets}
+        names = {ALIASES.get(name.rsplit(".", 1)[-1], name) for name in targets}
         experts = {one.name for one in adapter.experts.values()}
         made["target_modules"] = sorted(names | {f"experts.{name}" for name in experts - names})
     for key in ("rank_pattern", "alpha_pattern"):

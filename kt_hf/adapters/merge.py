@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError, KTAMXError
-from .core import MIXTRAL, PREFIX, Adapter, Projection, rank_alpha, scale
+from ..projections import ALIASES
+from .core import PREFIX, Adapter, Projection, rank_alpha, scale
 from .files import Lazy, Part, open_safetensors, write_json, write_safetensors
 
 INDEX = "model.safetensors.index.json"
-_NAMES = {**MIXTRAL, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+_NAMES = {**ALIASES, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 _EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_NAMES)})\.weight$")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?$")
 _NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|.*\.index\.json$")

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXError
-from .core import MIXTRAL, PREFIX, PROJECTIONS, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
+from ..projections import ALIASES, PROJECTIONS
+from .core import PREFIX, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
 from .files import Lazy, Part, part
 
 KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)(\.base_layer)?\.lora_([AB])\.weight$")
@@ -228,7 +229,7 @@ def _fused_part(name: str, found: list[Projection]) -> Part:
 
 def config(adapter: Adapter) -> dict[str, Any]:
     """adapter_config.json of the same adapter for stock PEFT."""
-    taken = {*PROJECTIONS, *MIXTRAL}
+    taken = {*PROJECTIONS, *ALIASES}
     modules = adapter.modules()
     kept = [name for name in adapter.config.get("target_parameters") or [] if name.endswith(".weight")]  # the router's
     parameters = [

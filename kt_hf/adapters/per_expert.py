@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from ..errors import KTAMXError
-from .core import MIXTRAL, PREFIX, Adapter, patterns
+from ..projections import ALIASES
+from .core import PREFIX, Adapter, patterns
 from .files import Lazy, Part, part
 from .kt import add_pair
 
-_NAMES = {**MIXTRAL, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+_NAMES = {**ALIASES, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 KEY = re.compile(rf"(.*\.\d+\.(?:.*\.)?experts)\.(\d+)\.({'|'.join(_NAMES)})\.lora_([AB])(?:\.default)?\.weight$")
-_HUB = {name: short for short, name in MIXTRAL.items()}
+_HUB = {name: short for short, name in ALIASES.items()}
 
 
 def matches(key: str, tensor: Lazy) -> bool:
@@ -43,7 +44,7 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
         if match is None:
             adapter.others[key] = tensor
             continue
-        mixtral |= match[3] in MIXTRAL
+        mixtral |= match[3] in ALIASES
         # Where kt-kernel's trainer had wrapped the layer, its name has one step more.
         experts = match[1].removeprefix(PREFIX).replace("block_sparse_moe", "mlp").replace("original_moe.", "")
         sides = found.setdefault((experts, _NAMES[match[3]]), {"A": {}, "B": {}})
@@ -78,7 +79,7 @@ def _rename_patterns(config: dict[str, Any]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         renamed = {}
         for pattern, value in (config.get(key) or {}).items():
-            for short, name in MIXTRAL.items():
+            for short, name in ALIASES.items():
                 pattern = re.sub(rf"(^|[.\W]){short}$", rf"\g<1>{name}", pattern)
             renamed[pattern.replace("block_sparse_moe", "mlp")] = value
         config[key] = renamed

@@ -49,10 +49,12 @@ class ExpertWeights:
     Attributes:
         gate_up: [E, 2I, H], the gate's rows before the up-projection's.
         down: [E, H, I], of the same dtype and device.
+        taken_by: The backend that has packed them, should packing be interrupted between that and its return.
     """
 
     gate_up: Tensor
     down: Tensor
+    taken_by: ExpertsBackend | None = None
 
 
 class Saved:

@@ -127,10 +127,11 @@ class KTKernelBackend:
         self._engine = Engine.get(plan)
         self._cache = self._engine.shared_cache if share_cache else Cache()
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
-        self._moe = self._load(weights, share_backward, share_cache)
+        self._moe: Any = None
         outlive_python(self)
+        self._load(weights, share_backward, share_cache)
 
-    def _load(self, weights: ExpertWeights, share_backward: bool, share_cache: bool) -> Any:
+    def _load(self, weights: ExpertWeights, share_backward: bool, share_cache: bool) -> None:
         from kt_kernel import kt_kernel_ext
 
         shape, inner = self.shape, self.shape.intermediate_size
@@ -168,12 +169,13 @@ class KTKernelBackend:
                 cpu_infer.sync()
                 if self._lora:
                     moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+            self._moe = moe
+            weights.taken_by = self
         except BaseException:  # KeyboardInterrupt among them
             cpu_infer.sync()  # the task may still read the tensors that go now
             weights.gate_up = torch.cat((gate, up), 1).to(like)  # so that the layer can be packed again
             raise
         weights.down = torch.empty(0)
-        return moe
 
     kept = False
 

@@ -127,12 +127,11 @@ def test_stale_pointers_over_two_pools(mark: None, tmp_path: Path, monkeypatch: 
         fill_lora(model, seed=1)
         if case is KERNEL_BF16 and model._kt_wrappers[0]._runner.backend._engine.plan != plan:
             pytest.skip("another test's model holds the operators' pools")
-        trainer = trainer_for(model, tmp_path, callback=callback, optim="adamw_torch_fused")
+        trainer = trainer_for(model, tmp_path, callback=callback, optim="adamw_torch_fused", learning_rate=2e-3)
         trainer.train()
         losses.append(result(trainer).losses)
         del model, trainer
         gc.collect()
     assert losses[1] == pytest.approx(losses[2], rel=0.02)
-    # At this rate bf16 drifts from fp32 in the end: a step of the last ten was off by 0.1 on a CPU with AMX.
-    assert losses[1][:10] == pytest.approx(losses[0][:10], rel=0.1)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1][-1] < losses[1][0] - 1

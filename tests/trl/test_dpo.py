@@ -10,8 +10,10 @@ import torch
 import trl
 from peft import PeftModel, get_peft_model
 from torch import nn
+from trl.trainer.utils import hash_module
 
-from tests.conftest import TORCH_FP32, Case
+from kt_hf import apply_kt_moe
+from tests.conftest import TORCH_FP32, Case, make_config
 from tests.families.patched import fill_lora, logits_of, patched_model
 from tests.helpers import MIXTRAL
 from tests.models import FAMILIES, Family
@@ -110,3 +112,12 @@ def test_the_checkpoint_is_the_policy(case: Case, tmp_path: Path, tokenizer: Any
     trainer.train()
     again = PeftModel.from_pretrained(patched_model(MIXTRAL, case), tmp_path / "checkpoint-2")
     assert torch.equal(logits_of(again, MIXTRAL.inputs()), logits_of(model.eval(), MIXTRAL.inputs()))
+
+
+def test_precomputed_values_are_not_those_of_other_experts(case: Case) -> None:
+    """TRL keeps reference log-probabilities by a hash of the state dict, in which packed experts have no weights."""
+    models = [MIXTRAL(case.dtype) for _ in range(3)]
+    with torch.no_grad():
+        models[2].model.layers[1].mlp.experts.down_proj.mul_(1.5)
+    first, same, other = (hash_module(apply_kt_moe(model, make_config(case.backend))) for model in models)
+    assert first == same != other

@@ -15,14 +15,12 @@ from typing import Any
 from peft import LoraConfig, PeftType
 from torch import nn
 
-from .errors import KTAMXConfigError, KTAMXError
-from .experts import KTExperts, kt_layers
-from .projections import ExpertProjection, refuse_variants
+from ..errors import KTAMXConfigError, KTAMXError
+from ..experts import KTExperts, kt_layers
+from ..projections import ALIASES, ExpertProjection, refuse_variants
+from .names import of_pattern
 
 logger = logging.getLogger(__name__)
-
-# Mixtral's projections in transformers 4 and in people's configs; stock PEFT translates them as well.
-_OLD_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def check_adapter(tuner: Any, model: nn.Module, adapter_name: str) -> None:
@@ -69,16 +67,10 @@ def _check_target(name: str, module: nn.Module, config: Any) -> None:
             f"alone, take gate_proj, up_proj and down_proj out of target_modules{or_exclude}."
         )
     refuse_variants(config, name)
-    module.check_rank(_of_pattern(config.rank_pattern, name, config.r), name)
+    module.check_rank(of_pattern(config.rank_pattern, name, config.r), name)
     if config.fan_in_fan_out:
         logger.warning("fan_in_fan_out=True is meant for Conv1D: it has no meaning for linear layers and experts.")
         config.fan_in_fan_out = False
-
-
-def _of_pattern(pattern: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
-    from peft.utils.other import get_pattern_key
-
-    return (pattern or {}).get(get_pattern_key((pattern or {}).keys(), name), otherwise)
 
 
 def _check_copies(model: nn.Module, config: Any) -> None:
@@ -105,14 +97,12 @@ def _translate_targets(model: nn.Module, config: LoraConfig) -> None:
     modules = dict(model.named_modules())
     if isinstance(targets, str) and not _is_all_linear(config):
         old = [
-            n
-            for n, new in _OLD_NAMES.items()
-            if any(re.fullmatch(targets, _renamed(p, n)) for p in _projections(model))
+            n for n, new in ALIASES.items() if any(re.fullmatch(targets, _renamed(p, n)) for p in _projections(model))
         ]
         if old:
             raise KTAMXConfigError(
                 f"target_modules={targets!r} names experts as transformers 4 did ({', '.join(old)}). They are called "
-                f"{', '.join(_OLD_NAMES[n] for n in old)} now."
+                f"{', '.join(ALIASES[n] for n in old)} now."
             )
         return
     if isinstance(targets, str) or targets is None:
@@ -121,8 +111,8 @@ def _translate_targets(model: nn.Module, config: LoraConfig) -> None:
     for target in targets:
         last = target.rpartition(".")[2]
         found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not found and last in _OLD_NAMES:
-            translated.add(_OLD_NAMES[last])
+        if not found and last in ALIASES:
+            translated.add(ALIASES[last])
         elif last == "gate" and found and not any(isinstance(m, nn.Linear) for m in found):
             parameters.add(f"{target}.weight")
         else:
@@ -131,13 +121,13 @@ def _translate_targets(model: nn.Module, config: LoraConfig) -> None:
     if parameters:
         config.target_parameters = sorted(parameters)
     for pattern in (config.rank_pattern, config.alpha_pattern):
-        for key in [key for key in pattern or {} if key.rpartition(".")[2] in _OLD_NAMES]:
-            pattern.setdefault(_OLD_NAMES[key.rpartition(".")[2]], pattern.pop(key))
+        for key in [key for key in pattern or {} if key.rpartition(".")[2] in ALIASES]:
+            pattern.setdefault(ALIASES[key.rpartition(".")[2]], pattern.pop(key))
 
 
 def _renamed(projection: str, old: str) -> str:
     head = projection.rpartition(".")[0]
-    return f"{head}.{old}" if projection.endswith(f".{_OLD_NAMES[old]}") else ""
+    return f"{head}.{old}" if projection.endswith(f".{ALIASES[old]}") else ""
 
 
 def _is_all_linear(config: Any) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import KTAMXConfigError
-from .experts import kt_layers
-from .projections import ExpertProjection
+from ..errors import KTAMXConfigError
+from ..experts import kt_layers
+from ..projections import ExpertProjection
 
 _SUPPORTED = ("cat", "svd", "linear")
 
