@@ -1,24 +1,32 @@
 """kt_hf: LoRA fine-tuning of mixture-of-experts models with a stock Hugging Face Trainer, experts on the CPU."""
 
+import sys
+
 from ._versions import check_versions
+from .errors import KTAMXNotAvailableError
 
-check_versions()
+try:
+    check_versions()
+except KTAMXNotAvailableError as _error:
+    if sys.argv[0].endswith("kt-hf"):  # the command: a message, no traceback
+        print(f"kt-hf: {_error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise
 
-from .adapters import verify_adapter  # noqa: E402
-from .callback import KTMoECallback  # noqa: E402
-from .config import KTConfig  # noqa: E402
-from .errors import (  # noqa: E402
+from .adapters import verify_adapter
+from .callback import KTMoECallback
+from .config import KTConfig
+from .errors import (
     KTAMXBackwardError,
     KTAMXConfigError,
     KTAMXError,
     KTAMXForwardError,
     KTAMXModelNotSupportedError,
-    KTAMXNotAvailableError,
 )
-from .experts import KTExperts  # noqa: E402
-from .lora import kt_lora_config  # noqa: E402
-from .patch import apply_kt_moe  # noqa: E402
-from .peft_compat import install  # noqa: E402
+from .experts import KTExperts
+from .lora import kt_lora_config
+from .patch import apply_kt_moe
+from .peft_compat import install
 
 install()  # at import, so that an adapter of ours loaded before the patch is refused, not dropped
 

@@ -64,6 +64,17 @@ def test_checked_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.reload(kt_hf)
 
 
+def test_the_command_says_it_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FLOORS, "peft", "99")
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/kt-hf", "doctor"])
+    with pytest.raises(SystemExit) as error:
+        importlib.reload(kt_hf)
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("kt-hf: kt_hf needs peft 99 or later (version ")
+
+
 def test_public_names_are_there() -> None:
     assert all(hasattr(kt_hf, name) for name in kt_hf.__all__)
     assert kt_hf.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

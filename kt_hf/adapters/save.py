@@ -137,6 +137,18 @@ def load_verified(
     return result
 
 
+def resume_default(original: Callable[..., Any], trainer: Any, folder: str, model: Any = None) -> Any:
+    """`Trainer._load_from_checkpoint` of transformers before 5.23, which leaves "default" at its start where a
+    checkpoint holds other adapters in folders beside it, as DPO's `ref`."""
+    result = original(trainer, folder, model)
+    model = trainer.model if model is None else model
+    if kt_layers(model) and (Path(folder) / ADAPTER).exists() and any(Path(folder).glob(f"*/{ADAPTER}")):
+        active = model.active_adapters[0]
+        model.load_adapter(folder, "default", is_trainable=active == "default")
+        model.set_adapter(active)
+    return result
+
+
 def _check_place(model: Any, folder: Path, name: str | None) -> None:
     manifest = read_manifest(folder)
     if manifest is not None:

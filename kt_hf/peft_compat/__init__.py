@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..errors import KTAMXConfigError, KTAMXError
@@ -37,7 +39,13 @@ def install() -> None:
     from peft.utils import transformers_weight_conversion as conversion
     from transformers.integrations.peft import PeftAdapterMixin
 
-    from ..adapters.save import load_native_verified, load_verified, save_verified, weights_verified
+    from ..adapters.save import (
+        load_native_verified,
+        load_verified,
+        resume_default,
+        save_verified,
+        weights_verified,
+    )
 
     _wrap(conversion, "convert_peft_config_for_transformers", _keep_config)
     _wrap(conversion, "convert_peft_adapter_state_dict_for_transformers", _keep_state_dict)
@@ -56,6 +64,8 @@ def install() -> None:
     _wrap(PeftModel, "load_adapter", load_verified)
     _wrap(hotswap, "load_peft_weights", weights_verified)
     _wrap(PeftAdapterMixin, "load_adapter", load_native_verified)
+    if Version(transformers.__version__) < Version("5.23"):
+        _wrap(transformers.Trainer, "_load_from_checkpoint", resume_default)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -81,7 +81,8 @@ def test_accelerate_launches_one_process_and_two_are_refused(model: Path, tmp_pa
     write_yaml(
         tmp_path / "run.yaml", model_name_or_path=str(model), dataset="data.jsonl", output_dir="out", max_steps=1
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--module"]
+    config = str(ROOT / "configs/accelerate/one_process.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--cpu", "--module"]
     command = ["kt_hf.cli", "train", "run.yaml"]
     done = subprocess.run(
         [*launch, *command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False

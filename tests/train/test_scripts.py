@@ -22,9 +22,11 @@ ROWS = {
 }
 
 
+# A random model with its bytes for tokens, and the demo's with SmolLM2's tokenizer and chat template.
+@pytest.mark.parametrize("model", ["tiny_model", "demo_model"])
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_script_runs(stage: str, patched: bool, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_script_runs(stage: str, patched: bool, model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines = (ROOT / "scripts" / f"{stage}.py").read_text().splitlines(keepends=True)
     assert sum(line.rstrip().endswith("# (kt_hf)") for line in lines) == 3
     if not patched:
@@ -34,8 +36,9 @@ def test_a_script_runs(stage: str, patched: bool, tiny_model: Path, tmp_path: Pa
     script.write_text("".join(lines))
     (tmp_path / "data.jsonl").write_text((json.dumps(ROWS[stage]) + "\n") * 8)
     options = [
-        "--model", str(tiny_model), "--data", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--use_cpu",
-        "--per_device_train_batch_size", "2", "--max_length", "64", "--save_strategy", "no",
+        "--model", str(request.getfixturevalue(model)), "--data", "data.jsonl", "--output_dir", "out",
+        "--max_steps", "2", "--use_cpu", "--per_device_train_batch_size", "2", "--max_length", "64",
+        "--save_strategy", "no",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), *options], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
