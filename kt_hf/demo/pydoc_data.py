@@ -113,7 +113,7 @@ def _documented(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
     for name, obj in sorted(vars(module).items()):
         if name.startswith("_") or not (inspect.isclass(obj) or inspect.isroutine(obj)):
             continue
-        if name.endswith("hook"):  # sys.excepthook and the like: other libraries put their own there
+        if name.endswith(("hook", "set_trace")):  # sys.excepthook and the like: other programs put their own there
             continue
         own = home in (obj.__module__, (obj.__module__ or "").removeprefix("_"), SHOWN_AS.get(obj.__module__ or ""))
         if not own or obj.__name__ != name:
