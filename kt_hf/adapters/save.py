@@ -137,11 +137,10 @@ def load_verified(
     return result
 
 
-def resume_default(original: Callable[..., Any], trainer: Any, folder: str, model: Any = None) -> Any:
+def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
     """`Trainer._load_from_checkpoint` of transformers before 5.23, which leaves "default" at its start where a
     checkpoint holds other adapters in folders beside it, as DPO's `ref`."""
-    result = original(trainer, folder, model)
-    model = trainer.model if model is None else model
+    result, model = original(trainer, folder, *args, **kwargs), trainer.model
     if kt_layers(model) and (Path(folder) / ADAPTER).exists() and any(Path(folder).glob(f"*/{ADAPTER}")):
         active = model.active_adapters[0]
         model.load_adapter(folder, "default", is_trainable=active == "default")
