@@ -94,9 +94,21 @@ def test_a_full_graph_is_refused(backend: str) -> None:
 
 @pytest.mark.slow
 def test_inductor(case: Case) -> None:
-    """The default backend, which needs a C++ compiler."""
+    """The default backend, which needs a C++ compiler. It rounds bf16 less often, which may send a token elsewhere: the
+    gradients are those of inputs that go to the same experts."""
     model, _ = pair(MIXTRAL, case, std=0.05)
-    ids = MIXTRAL.inputs()
-    expected = gradients_of(model, loss_of(model, ids))
     compiled: Any = torch.compile(model)
-    assert_all_close(gradients_of(model, loss_of(compiled, ids)), expected, 3 * SAME[case.dtype])
+    chosen: list[list[int]] = []
+    for layer in model._kt_wrappers:
+        layer.register_forward_pre_hook(lambda _, args: chosen.append(args[1].sort()[0].flatten().tolist()))
+    compared = 0
+    for seed in range(8):
+        ids = MIXTRAL.inputs(seed=seed)
+        chosen.clear()
+        expected, actual = (gradients_of(model, loss_of(called, ids)) for called in (model, compiled))
+        half = len(chosen) // 2
+        assert half == len(model._kt_wrappers)
+        if chosen[:half] == chosen[half:]:
+            compared += 1
+            assert_all_close(actual, expected, 3 * SAME[case.dtype])
+    assert compared >= 2
