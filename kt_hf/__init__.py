@@ -16,6 +16,7 @@ from .errors import (  # noqa: E402
     KTAMXNotAvailableError,
 )
 from .experts import KTExperts  # noqa: E402
+from .loading import load_kt_model  # noqa: E402
 from .lora import kt_lora_config  # noqa: E402
 from .patch import apply_kt_moe  # noqa: E402
 from .peft_compat import install  # noqa: E402
@@ -36,5 +37,6 @@ __all__ = [
     "KTMoECallback",
     "apply_kt_moe",
     "kt_lora_config",
+    "load_kt_model",
     "verify_adapter",
 ]

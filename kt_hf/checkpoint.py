@@ -20,7 +20,7 @@ from torch import Tensor
 from .backends import ExpertShape, ExpertWeights
 from .errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from .find import find_experts, skeleton
-from .fp8 import FP8, SCALE, block_size, dequantise, scale_shape
+from .fp8 import FLOATING, FP8, SCALE, block_size, check_scales, dequantise
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_tensors
 
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -30,7 +30,6 @@ _OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
 # A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
 _ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)*")
 _BLOCK = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.experts$")
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _STAGING = 64 * 2**20  # bytes read at a time where they are not the bytes wanted
 
 
@@ -89,7 +88,7 @@ class ExpertCheckpoint:
         Raises:
             KTAMXError: A file has changed since it was checked.
         """
-        if dtype not in _FLOATING:
+        if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype} is none that experts can have: give bfloat16, float16 or float32.")
         shape = self.shapes[layer]
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
@@ -179,22 +178,13 @@ class ExpertCheckpoint:
         return matrices
 
     def _scales(self, weight: StoredTensor, scales: StoredTensor | None) -> StoredTensor | None:
-        if weight.dtype in _FLOATING and scales is None:
+        if weight.dtype in FLOATING and scales is None:
             return None
-        if weight.dtype != FP8:
-            also = f", with scales in {scales}" if scales else ""
+        if weight.dtype != FP8 and scales is None:
             raise KTAMXError(
-                f"{weight} is of {weight.dtype}{also}; known are bfloat16, float16, float32, and {FP8} with scales."
+                f"{weight} is of {weight.dtype}; known are bfloat16, float16, float32 and FP8 with scales."
             )
-        if scales is None:
-            raise KTAMXError(f"{weight} is of {FP8}, but {weight.name}{SCALE}, its scales, is missing.")
-        wanted = scale_shape(weight.shape, self.block)
-        if scales.shape != wanted or scales.dtype not in _FLOATING:
-            raise KTAMXError(
-                f"{scales} is of {scales.dtype} and has the shape {list(scales.shape)}; for blocks of "
-                f"{self.block[0]} × {self.block[1]} it is floating and {list(wanted)}."
-            )
-        return scales
+        return check_scales(weight, scales, self.block).scales
 
     def _missing(self, layer: str, expert: int, name: str, found: dict[tuple[int, str], StoredTensor]) -> str:
         """What to say of a weight that is not there: its name and file as those of its neighbours suggest them."""

@@ -140,7 +140,8 @@ def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights) -
     return layer
 
 
-def refuse_parallel(model: nn.Module) -> None:
+def refuse_parallel(model: nn.Module | None) -> None:
+    """Several processes, or several GPUs in one, cannot share experts on the CPU."""
     if isinstance(model, nn.DataParallel):
         raise KTAMXConfigError("nn.DataParallel cannot hold experts that live on the CPU: pass the model inside it.")
     world = int(os.environ.get("WORLD_SIZE") or 1)
