@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 
 class LayersBar:
@@ -39,6 +43,12 @@ class LayersBar:
         self._bytes += size
         rate = self._bytes / max(time.perf_counter() - self._start, 1e-9) / 1e9
         self._progress.update(self._task, advance=1, rate=f"{rate:.2f} GB/s")
+
+    def each(self, layers: Iterable[T], sizes: Iterable[int]) -> Iterator[T]:
+        """The layers, each done when the next one is asked for."""
+        for layer, size in zip(layers, sizes, strict=True):
+            yield layer
+            self.advance(size)
 
     def __enter__(self) -> LayersBar:
         self._start = time.perf_counter()
