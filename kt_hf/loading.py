@@ -93,8 +93,8 @@ def load_kt_model(
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
-    shapes = [place.shape for place in find_experts(skeleton(config, trusted), weightless=True)]
-    packer = make_packer(cfg, shapes, streamed=True)
+    shapes = {place.name: place.shape for place in find_experts(skeleton(config, trusted), weightless=True)}
+    packer = make_packer(cfg, shapes, streamed=True, model_type=config.model_type)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
@@ -103,13 +103,18 @@ def load_kt_model(
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
     model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
     dtype = _dtype(model)
+    if packer.saved is not None:
+        packer.saved.check_model(model)
     places = [_place(model, name, checkpoint) for name in checkpoint.layers]
     from . import peft_compat
 
     peft_compat.install()
     model.requires_grad_(False)
-    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, dtype, bar)) as weights:
-        replace_experts(model, places, packer, lambda _: next(weights))
+    saved = packer.saved
+    sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
+    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, dtype)) as weights:
+        counted = bar.each(places, sizes)
+        replace_experts(model, counted, packer, lambda at: saved.layer(at.name) if saved else next(weights))
     return model
 
 
@@ -212,13 +217,12 @@ def _place(model: Any, name: str, checkpoint: ExpertCheckpoint) -> Place:
     return Place(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
 
 
-def _stream(checkpoint: ExpertCheckpoint, dtype: torch.dtype, bar: LayersBar) -> Generator[ExpertWeights, None, None]:
+def _stream(checkpoint: ExpertCheckpoint, dtype: torch.dtype) -> Generator[ExpertWeights, None, None]:
     """The layers' weights in order, each read while the one before is in use."""
     with ThreadPoolExecutor(1, "kt_hf-read") as reader:
         coming = reader.submit(checkpoint.read, checkpoint.layers[0], dtype)
-        for layer, following in zip(checkpoint.layers, [*checkpoint.layers[1:], None], strict=True):
+        for following in [*checkpoint.layers[1:], None]:
             weights = coming.result()
             if following is not None:
                 coming = reader.submit(checkpoint.read, following, dtype)
-            bar.advance(checkpoint.source_bytes(layer))
             yield weights

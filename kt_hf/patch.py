@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import nn
 
 from .adapters import load_adapter, open_adapter
 from .adapters.save import save_native_verified
-from .backends import ExpertShape, ExpertWeights, choose_backend, describe_cpu
+from .backends import ExpertShape, ExpertWeights, SavedLayer, choose_backend, describe_cpu
 from .config import KTConfig
 from .cpu import plan_threads
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers, watch_optimizers
 from .find import Place, base_model, find_experts
 from .packing import Packer
+from .quantized import for_run as saved_experts
 
 logger = logging.getLogger(__name__)
 
@@ -62,38 +63,49 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
 
     peft_compat.install()
     found = find_experts(model)
-    packer = make_packer(cfg, [place.shape for place in found])
+    packer = make_packer(cfg, {place.name: place.shape for place in found}, model_type=base.config.model_type)
+    saved = packer.saved
+    if saved is not None:
+        saved.check_model(model)
     wrapped = peft_compat.unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not wrapped:
         model.requires_grad_(False)
     found = find_experts(model) if wrapped else found
-    layers = replace_experts(base, found, packer, _take_weights)
+    layers = replace_experts(base, found, packer, (lambda at: saved.layer(at.name)) if saved else _take_weights)
     wrapped.restore(layers)
     for layer in layers:
         layer.pack()
     return model
 
 
-def make_packer(cfg: KTConfig, shapes: list[ExpertShape], streamed: bool = False) -> Packer:
+def make_packer(
+    cfg: KTConfig, shapes: Mapping[str, ExpertShape], streamed: bool = False, model_type: str | None = None
+) -> Packer:
     """Choose the backend for layers of these shapes, and tell which.
 
     Args:
         cfg: Settings.
-        shapes: Of all layers.
+        shapes: Of all layers, by the names of their experts modules.
         streamed: The weights are not in memory yet.
+        model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
 
     Raises:
-        KTAMXConfigError: Settings that do not fit the model.
+        KTAMXConfigError: Settings or saved weights that do not fit the model.
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
+        KTAMXError: Saved weights of which a file is missing or damaged.
     """
-    chosen = {choose_backend(cfg.kt_backend, shape) for shape in shapes}
-    backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
-    if cfg.kt_weight_path is not None or cfg.kt_num_gpu_experts:
-        field = "kt_weight_path" if cfg.kt_weight_path is not None else "kt_num_gpu_experts"
-        raise KTAMXConfigError(f"{field}={getattr(cfg, field)!r} is not supported yet: leave it out.")
-    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes]
+    if cfg.kt_num_gpu_experts:
+        raise KTAMXConfigError(f"kt_num_gpu_experts={cfg.kt_num_gpu_experts} is not supported yet: leave it out.")
     plan = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
-    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed)
+    saved = None
+    if cfg.kt_weight_path is not None:
+        saved = saved_experts(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
+    chosen = {choose_backend(cfg.kt_backend, shape, len(plan.pools)) for shape in shapes.values()}
+    backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
+    if saved is not None:
+        saved.check(shapes, backend, len(plan.pools), cfg.kt_share_backward_weights, model_type)
+    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes.values()]
+    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, saved)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
@@ -104,7 +116,7 @@ def make_packer(cfg: KTConfig, shapes: list[ExpertShape], streamed: bool = False
 
 
 def replace_experts(
-    base: Any, places: list[Place], packer: Packer, weights_of: Callable[[Place], ExpertWeights]
+    base: Any, places: Iterable[Place], packer: Packer, weights_of: Callable[[Place], ExpertWeights | SavedLayer]
 ) -> list[KTExperts]:
     """Put `KTExperts` in the place of each experts module of a model, one after the other, and what goes with them.
 
@@ -129,7 +141,7 @@ def _take_weights(place: Place) -> ExpertWeights:
     return ExpertWeights(place.experts.gate_up_proj.detach(), place.experts.down_proj.detach())
 
 
-def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights) -> KTExperts:
+def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights | SavedLayer) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
     layer = KTExperts(weights, place.shape, _layer_index(place.name, index), place.name, packer)
     layer.train(place.experts.training)
