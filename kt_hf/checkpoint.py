@@ -89,7 +89,7 @@ class ExpertCheckpoint:
             KTAMXError: A file has changed since it was checked.
         """
         if dtype not in FLOATING:
-            raise KTAMXConfigError(f"dtype={dtype} is none that experts can have: give bfloat16, float16 or float32.")
+            raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
         shape = self.shapes[layer]
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
         gate_up = torch.empty(E, 2 * I, H, dtype=dtype, device="cpu")
@@ -197,7 +197,7 @@ class ExpertCheckpoint:
                 listed = f" {file} has {other}, but {INDEX} does not list it."
         like = next(iter(found.values()), None)
         if like is None:
-            return f"{self.files.files[0]} and the rest have no experts for {layer}.{listed}"
+            return f"{layer}.{expert}.{name}.weight is missing; nothing in {self.files.folder} is of {layer}.{listed}"
         if like.name.endswith(("gate_up_proj", "down_proj")):
             called = like.name.rpartition(".")[0] + "." + fused
         else:

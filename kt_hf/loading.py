@@ -25,7 +25,7 @@ from .checkpoint import ExpertCheckpoint, checkpoint_folder
 from .config import KTConfig
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .find import Place, find_experts, skeleton
-from .fp8 import SCALE, block_size, dequantise_rest, quantised_rest
+from .fp8 import FLOATING, SCALE, block_size, dequantise_rest, quantised_rest
 from .loading_progress import LayersBar
 from .patch import make_packer, refuse_parallel, replace_experts
 
@@ -90,6 +90,8 @@ def load_kt_model(
         if kwargs.get(name) is not None:
             raise KTAMXConfigError(f"{name}={kwargs[name]!r} cannot be given to load_kt_model: {fix}.")
     refuse_parallel(None)
+    older = kwargs.pop("torch_dtype", None)
+    dtype = _checked_dtype(older if older is not None and dtype == "auto" else dtype)
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
@@ -102,7 +104,7 @@ def load_kt_model(
         )
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
     model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
-    dtype = _dtype(model)
+    dtype = _checked_dtype(model.config.dtype or model.dtype)
     if packer.saved is not None:
         packer.saved.check_model(model)
     places = [_place(model, name, checkpoint) for name in checkpoint.layers]
@@ -199,10 +201,10 @@ def _without_experts(checkpoint: ExpertCheckpoint, ignored: list[str]) -> Iterat
                 model_class._keys_to_ignore_on_load_unexpected = own
 
 
-def _dtype(model: Any) -> torch.dtype:
-    found = model.config.dtype or model.dtype
-    if found not in (torch.bfloat16, torch.float16, torch.float32):
-        raise KTAMXConfigError(f"dtype={found}: experts are loaded in bfloat16, float16 or float32; give one of them.")
+def _checked_dtype(dtype: torch.dtype | str) -> Any:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found != "auto" and found not in FLOATING:
+        raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
     return found
 
 
