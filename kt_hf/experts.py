@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ExpertsFunction, ExpertsRunner
-from .backends import CALL_LOCK, ExpertShape, ExpertWeights, TorchBackend
+from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend, samples
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
 from .packing import Packer
@@ -41,20 +41,22 @@ class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
 
     Args:
-        weights: Taken over.
+        weights: Taken over. Saved ones are loaded at once, for the rank `kt_lora_rank`.
         shape: Sizes.
         layer_idx: Position among the model's layers.
         label: Full name in the model, for messages.
         packer: Shared by the layers of a model: the backend to build, and how.
     """
 
-    def __init__(self, weights: ExpertWeights, shape: ExpertShape, layer_idx: int, label: str, packer: Packer) -> None:
+    def __init__(
+        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, layer_idx: int, label: str, packer: Packer
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.layer_idx = layer_idx
         self.label = label
         self.packer = packer
-        self.lora_dtype = weights.gate_up.dtype
+        self.lora_dtype = torch.bfloat16 if isinstance(weights, SavedLayer) else weights.gate_up.dtype
         sizes = {
             "gate_proj": (shape.hidden_size, shape.intermediate_size),
             "up_proj": (shape.hidden_size, shape.intermediate_size),
@@ -66,8 +68,14 @@ class KTExperts(nn.Module):
         # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
         # keys precomputed reference log-probabilities by the state dict.
         self.register_buffer("base_fingerprint", fingerprint(weights))
-        self._unpacked: ExpertWeights | None = weights
+        self._unpacked: ExpertWeights | None = None
+        if isinstance(weights, SavedLayer):
+            with CALL_LOCK:
+                backend = packer.pack(weights, shape, packer.config.kt_lora_rank or 0, label)
+            self._runner = ExpertsRunner(backend, label, packer.retain)
+            return
         # Until the LoRA rank is known: PyTorch on the weights as they are.
+        self._unpacked = weights
         self._runner = ExpertsRunner(TorchBackend(weights, shape), label, packer.retain)
 
     @property
@@ -244,11 +252,11 @@ class KTExperts(nn.Module):
         )
 
 
-def fingerprint(weights: ExpertWeights) -> Tensor:
+def fingerprint(weights: ExpertWeights | SavedLayer) -> Tensor:
     """Two numbers, int64, that tell a layer's base weights from others': a weighted sum of a sample of their bytes."""
     numbers = []
-    for tensor in (weights.gate_up, weights.down):
-        flat = tensor.detach().reshape(-1)
+    for values in samples(weights) if isinstance(weights, SavedLayer) else (weights.gate_up, weights.down):
+        flat = values.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].contiguous().cpu().view(torch.uint8).long()
         numbers.append((sample * torch.arange(1, len(sample) + 1, device="cpu")).sum())
     return torch.stack(numbers)

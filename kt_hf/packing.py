@@ -7,12 +7,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-from .backends import ExpertsBackend, ExpertShape, ExpertWeights, pack
+from .backends import OPERATORS, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, pack
 from .config import KTConfig
 from .cpu import ThreadPlan
+
+if TYPE_CHECKING:
+    from .quantized import SavedExperts
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LEN = 32_768
@@ -28,6 +32,8 @@ class Packer:
         plan: Worker threads.
         expert_bytes: All layers' expert weights in bf16.
         layer_bytes: The largest layer's.
+        streamed: The weights are read as they are packed; else they are in memory already.
+        saved: Packed weights on disk (`kt_weight_path`), checked to fit the model and the settings.
     """
 
     config: KTConfig
@@ -36,6 +42,8 @@ class Packer:
     plan: ThreadPlan
     expert_bytes: int
     layer_bytes: int
+    streamed: bool = False
+    saved: SavedExperts | None = None
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
     _share: bool | None = field(default=None, init=False)
@@ -44,11 +52,12 @@ class Packer:
     def retain(self) -> bool:
         return self.config.kt_expert_activations == "retain"
 
-    def pack(self, weights: ExpertWeights, shape: ExpertShape, rank: int, label: str) -> ExpertsBackend:
-        """Build a layer's backend; `weights` are taken over and released."""
+    def pack(self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str) -> ExpertsBackend:
+        """Build a layer's backend; `weights` are taken over and released, those on disk loaded."""
         if self._share is None:
             self._share = self._share_backward()
-        backend = weights.taken_by or pack(
+        taken_by = weights.taken_by if isinstance(weights, ExpertWeights) else None
+        backend = taken_by or pack(
             self.backend,
             weights,
             shape,
@@ -62,22 +71,27 @@ class Packer:
         if self.on_pack:
             self.on_pack(backend)
         if self.backend != "torch":
-            _return_freed_memory()
+            return_freed_memory()
         return backend
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
         if self.backend == "torch":
             return False
+        saved = self.saved
+        if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights
+            logger.info("Backward weights of the experts: one buffer for all layers, for %s has none.", saved.path)
+            return True
         if self.config.kt_share_backward_weights is not None:
             return self.config.kt_share_backward_weights
-        # The source weights are still in memory and are released layer by layer, so what is needed on top is one copy.
-        free = available_memory()
-        share = self.expert_bytes > 0.8 * free
+        copy = int(self.expert_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
+        # When all is packed once: source weights in memory are released layer by layer.
+        free = available_memory() - copy + (0 if self.streamed else self.expert_bytes)
+        share = copy > 0.8 * free
         logger.info(
             "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
             "one buffer for all layers, slower" if share else "one copy a layer",
-            self.expert_bytes / 2**30,
+            copy / 2**30,
             free / 2**30,
         )
         return share
@@ -102,7 +116,7 @@ def available_memory(root: Path = Path("/")) -> int:
     return free
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give freed heap back to the system, where the C library keeps it otherwise (glibc)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -101,9 +102,38 @@ def test_shapes_that_the_operators_cannot_compute(shape: ExpertShape, words: str
         choose_backend("AMXBF16", shape)
 
 
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize(
+    ("name", "sizes", "pools", "words"),
+    [
+        ("AMXInt8", (96, 64), 1, "hidden size 96 is not a multiple of 64. kt_backend=AMXBF16 can compute them"),
+        (
+            "AMXInt4",
+            (576, 1536),
+            1,
+            "hidden size 576 is not a multiple of 128. kt_backend=AMXBF16 and kt_backend=AMXInt8",
+        ),
+        ("AMXInt4", (128, 192), 1, "intermediate size 192 is not a multiple of 128"),
+        ("AMXInt4", (2048, 1408), 2, "1408 does not split into 2 pools of multiples of 128 (kt_tp_enabled=False"),
+        ("AMXBF16", (64, 96), 2, "96 does not split into 2 pools of multiples of 32 (kt_tp_enabled=False"),
+    ],
+)
+def test_each_arithmetic_has_its_multiples(name: str, sizes: tuple[int, int], pools: int, words: str) -> None:
+    with pytest.raises(KTAMXConfigError, match=rf"kt_backend={name}: .*{re.escape(words)}"):
+        choose_backend(name, ExpertShape(8, 2, *sizes), pools)
+
+
+@pytest.mark.usefixtures("available")
+def test_auto_never_quantises() -> None:
+    """Not even where INT8 could compute and bf16 could not be split."""
+    assert choose_backend("auto", ExpertShape(8, 2, 128, 128))[0] == "AMXBF16"
+    assert choose_backend("auto", SHAPE, 2)[0] == "torch"
+
+
 @pytest.mark.parametrize("name", ["AMXInt8", "AMXInt4"])
-def test_quantised_operators_are_refused_by_name(name: str) -> None:
-    with pytest.raises(KTAMXNotAvailableError, match=rf"kt_backend={name} is not available yet: use AMXBF16"):
+def test_quantised_operators_are_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_module, "availability", lambda: Availability(False, "no such instructions"))
+    with pytest.raises(KTAMXNotAvailableError, match=rf"kt_backend={name} cannot run: no such instructions"):
         apply_kt_moe(MIXTRAL(), make_config(name))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from pathlib import Path
 
 from ..cpu import ThreadPlan, cpu_features
 from ..errors import KTAMXConfigError, KTAMXNotAvailableError
@@ -17,6 +18,8 @@ from .base import (
     Gradients,
     Saved,
 )
+from .operators import OPERATORS, QUANTISED, shape_problem
+from .saved import SavedLayer, samples
 from .torch_grouped import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -30,60 +33,71 @@ if hasattr(os, "register_at_fork"):
 __all__ = [
     "CALL_LOCK",
     "LORA_NAMES",
+    "OPERATORS",
+    "QUANTISED",
     "Availability",
     "ExpertShape",
     "ExpertWeights",
     "ExpertsBackend",
     "Gradients",
     "Saved",
+    "SavedLayer",
     "TorchBackend",
     "choose_backend",
     "kernel_availability",
     "pack",
+    "samples",
+    "save_packed",
+    "shape_problem",
 ]
 
 
 def kernel_availability() -> Availability:
-    """Whether kt-kernel's bf16 SFT operators run on this machine."""
+    """Whether kt-kernel's SFT operators run on this machine."""
     from . import kt_kernel
 
     return kt_kernel.availability()
 
 
-def choose_backend(requested: str, shape: ExpertShape) -> tuple[str, str]:
-    """The backend for `kt_backend`, and why.
+def choose_backend(requested: str, shape: ExpertShape, pools: int = 1) -> tuple[str, str]:
+    """The backend for `kt_backend`, and why. `auto` never quantises.
 
     Raises:
         KTAMXNotAvailableError: A backend was asked for by name that does not run here.
-        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape.
+        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in so many pools.
     """
     if requested == "torch":
         return "torch", "asked for"
-    if requested in ("AMXInt8", "AMXInt4"):
-        raise KTAMXNotAvailableError(f"kt_backend={requested} is not available yet: use AMXBF16, torch or auto.")
     from . import kt_kernel
 
+    name = "AMXBF16" if requested == "auto" else requested
     available = kt_kernel.availability()
-    problem = kt_kernel.shape_problem(shape) if available.ok else None
+    problem = shape_problem(shape, pools, name) if available.ok else None
     if requested == "auto":
         if not available.ok:
             return "torch", available.reason
         if problem:
             return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
-        return "AMXBF16", available.reason
+        return name, available.reason
     if not available.ok:
         raise KTAMXNotAvailableError(
             f"kt_backend={requested} cannot run: {available.reason}. kt_backend=torch runs on any machine "
             "(kt_backend=auto picks by itself)."
         )
     if problem:
-        raise KTAMXConfigError(f"kt_backend={requested}: {problem}. kt_backend=torch takes any shape.")
+        other = [o.name for o in OPERATORS.values() if o.multiple < OPERATORS[name].multiple]
+        fitting = [f"kt_backend={o}" for o in other if not shape_problem(shape, pools, o)]
+        raise KTAMXConfigError(
+            f"kt_backend={requested}: {problem}. "
+            + (f"{' and '.join(fitting)} can compute them; " if fitting else "")
+            + "kt_backend=torch takes any shape."
+        )
     return requested, available.reason
 
 
 def pack(
     name: str,
-    weights: ExpertWeights,
+    weights: ExpertWeights | SavedLayer,
     shape: ExpertShape,
     rank: int,
     plan: ThreadPlan,
@@ -92,12 +106,39 @@ def pack(
     share_cache: bool,
     label: str,
 ) -> ExpertsBackend:
-    """Build the backend `name` around a layer's weights, which it takes over: it empties `weights` when it copies."""
+    """Build the backend `name` around a layer's weights, which it takes over: it empties `weights` when it copies.
+
+    Saved weights are for AMXInt8 and AMXInt4 alone.
+    """
     if name == "torch":
+        if isinstance(weights, SavedLayer):
+            raise KTAMXConfigError(f"{label}: kt_backend=torch cannot load weights saved for kt-kernel's operators.")
         return TorchBackend(weights, shape)
     from . import kt_kernel
 
-    return kt_kernel.KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label)
+    return kt_kernel.KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label, name)
+
+
+def save_packed(
+    name: str, weights: ExpertWeights, shape: ExpertShape, plan: ThreadPlan, folder: Path, backward: bool, label: str
+) -> SavedLayer:
+    """Quantise a layer's weights, which are emptied, and write them to the new folder `folder`.
+
+    Args:
+        name: AMXInt8 or AMXInt4.
+        backward: Also write the weights for backward, as much again; without them they are made at each backward.
+
+    Raises:
+        KTAMXNotAvailableError, KTAMXConfigError: As `choose_backend`.
+        OSError: The disk is full, or cannot be written to.
+    """
+    from . import kt_kernel
+
+    backend = kt_kernel.KTKernelBackend(
+        weights, shape, 0, plan, 1, not backward, True, label, name, save_to=folder
+    )  # fmt: skip
+    del backend  # its memory is for the next layer
+    return SavedLayer(folder, backward)
 
 
 def describe_cpu() -> str:

@@ -61,7 +61,7 @@ class Engine:
         engine = cls._current() if cls._current else None
         if engine is not None and engine.pid != os.getpid():
             raise KTAMXNotAvailableError(
-                "kt_backend=AMXBF16: this process is a fork of one that has a patched model, and the operators' "
+                "kt-kernel's operators: this process is a fork of one that has a patched model, and the operators' "
                 "threads did not come along. Start it by spawn (multiprocessing.get_context('spawn')), or patch only "
                 "after the fork."
             )

@@ -1,4 +1,4 @@
-"""Experts by kt-kernel's bf16 SFT operators (Intel AMX or AVX512-BF16).
+"""Experts by kt-kernel's SFT operators (Intel AMX or AVX512-BF16) in bf16, INT8 or INT4.
 
 The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends
 the process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +24,20 @@ from ._engine import Cache, Engine
 from ._native_output import native_output_to_log, outlive_python
 from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
 from .gate_overflow import careful_backward
+from .operators import OPERATORS, shape_problem
+from .saved import SavedLayer, check_saved, folder_to_load, folder_to_save
 
 logger = logging.getLogger(__name__)
 
-# H and I of the bf16 operators (I after the split over pools) are multiples of this; BF16 does not check, it crashes.
-_MULTIPLE = 32
 # The operators key a process-wide pool by layer_idx: drawn once, never given again.
 _layer_keys = itertools.count()
+# INT8 and INT4 are built for lengths that are multiples of this only.
+_LENGTH_STEP = 32
 
 
 @functools.cache
 def availability() -> Availability:
-    """Whether the bf16 SFT operators run here: the package, its variant, and the CPU's instructions."""
+    """Whether the SFT operators run here: the package, its variant, and the CPU's instructions."""
     features = cpu_features()
     try:
         with native_output_to_log(logger):
@@ -57,20 +60,6 @@ def availability() -> Availability:
     return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
 
 
-def shape_problem(shape: ExpertShape, pools: int = 1) -> str | None:
-    """Why the operators cannot compute experts of this shape, or None."""
-    for name, size in (("hidden size", shape.hidden_size), ("expert intermediate size", shape.intermediate_size)):
-        if size < 1 or size % _MULTIPLE:
-            return f"the {name} {size} is not a multiple of {_MULTIPLE}"
-    if shape.intermediate_size % (_MULTIPLE * pools):
-        return (
-            f"the expert intermediate size {shape.intermediate_size} does not split into {pools} pools of {_MULTIPLE}"
-        )
-    if not 1 <= shape.top_k <= shape.num_experts:
-        return f"{shape.top_k} experts a token of {shape.num_experts} make no sense"
-    return None
-
-
 @dataclass
 class _KernelSaved(Saved):
     generation: int
@@ -78,31 +67,35 @@ class _KernelSaved(Saved):
 
 
 class KTKernelBackend:
-    """Experts of one layer, packed for the bf16 operators.
+    """Experts of one layer, packed for the operators of one arithmetic.
 
     Args:
-        weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied.
-        shape: Sizes; H and I multiples of 32.
+        weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied. Or a
+            `SavedLayer`, what `save_to` once wrote, of the same operators and number of pools.
+        shape: Sizes; H, and I by the number of pools, are multiples of 32 (AMXBF16), 64 (AMXInt8) or 128 (AMXInt4).
         rank: LoRA rank the operator is built for; smaller ones are padded with zeros. 0 packs for inference.
         plan: Worker threads.
         max_len: Most tokens in a call. Costs virtual memory only.
         share_backward: One buffer of backward weights for all layers instead of one a layer.
         share_cache: One saved forward for all layers (little memory) instead of one a layer.
         label: The layer's name, for messages.
+        backend: AMXBF16, AMXInt8 or AMXInt4.
+        save_to: Also write the packed weights there (AMXInt8, AMXInt4); the folder is made. The backward weights are
+            left out with `share_backward`.
 
     Raises:
         KTAMXNotAvailableError: The operators do not run here.
-        KTAMXConfigError: A shape, rank or length the operators cannot take.
+        KTAMXConfigError: A shape, rank or length the operators cannot take, or saved weights that do not fit.
+        OSError: The weights could not be written.
     """
 
-    name = "AMXBF16"
     own_threads = True
     dtype = torch.bfloat16
     device = torch.device("cpu")
 
     def __init__(
         self,
-        weights: ExpertWeights,
+        weights: ExpertWeights | SavedLayer,
         shape: ExpertShape,
         rank: int,
         plan: ThreadPlan,
@@ -110,44 +103,58 @@ class KTKernelBackend:
         share_backward: bool,
         share_cache: bool,
         label: str,
+        backend: str = "AMXBF16",
+        save_to: Path | None = None,
     ) -> None:
         available = availability()
         if not available.ok:
-            raise KTAMXNotAvailableError(f"kt_backend=AMXBF16: {available.reason}.")
-        problem = shape_problem(shape, len(plan.pools))
+            raise KTAMXNotAvailableError(f"kt_backend={backend}: {available.reason}.")
+        self.name, self._operators = backend, OPERATORS[backend]
+        self._engine = Engine.get(plan)
+        pools = len(self._engine.plan.pools)
+        problem = shape_problem(shape, pools, backend)
         if problem:
-            raise KTAMXConfigError(f"{label}: {problem}; kt_backend=torch takes any shape.")
+            raise KTAMXConfigError(f"{label}: kt_backend={backend}: {problem}; kt_backend=torch takes any shape.")
         if rank < 0 or max_len < 1:
             raise KTAMXConfigError(f"{label}: LoRA rank {rank} and length {max_len} cannot be negative or empty.")
-        _check_weights(weights, shape, label)
+        if isinstance(weights, ExpertWeights):
+            _check_weights(weights, shape, label)
+        else:
+            check_saved(weights, self._operators, pools, share_backward, label)
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
         self._lora_on = False
         self._lora = tuple(_zeros(size) for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
-        self._engine = Engine.get(plan)
         self._cache = self._engine.shared_cache if share_cache else Cache()
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe: Any = None
         outlive_python(self)
-        self._load(weights, share_backward, share_cache)
+        config = self._config(share_backward, share_cache)
+        if isinstance(weights, SavedLayer):
+            with folder_to_load(weights.folder, config.layer_idx) as path:
+                config.load, config.path = True, path
+                self._moe = self._build(config)
+        elif save_to is not None:
+            with folder_to_save(save_to, config.layer_idx) as path:
+                config.save, config.path = True, path
+                self._load(weights, config)
+        else:
+            self._load(weights, config)
 
-    def _load(self, weights: ExpertWeights, share_backward: bool, share_cache: bool) -> None:
+    def _config(self, share_backward: bool, share_cache: bool) -> Any:
         from kt_kernel import kt_kernel_ext
 
-        shape, inner = self.shape, self.shape.intermediate_size
-        gate = weights.gate_up[:, :inner].to("cpu", torch.bfloat16, copy=True).contiguous()
-        up = weights.gate_up[:, inner:].to("cpu", torch.bfloat16, copy=True).contiguous()
-        down = weights.down.to("cpu", torch.bfloat16).contiguous()
+        shape = self.shape
         config = kt_kernel_ext.moe.MOESFTConfig()
         config.expert_num = shape.num_experts
         config.num_experts_per_tok = shape.top_k
         config.hidden_size = shape.hidden_size
-        config.intermediate_size = inner
+        config.intermediate_size = shape.intermediate_size
         config.lora_rank = self.max_rank
         config.lora_alpha = float(self.max_rank)  # alpha / rank = 1: scalings are folded into B
         config.lora_dropout = 0.0
         config.max_cache_depth = 1
-        config.max_len = self.max_len
+        config.max_len = -(-self.max_len // _LENGTH_STEP) * _LENGTH_STEP
         config.layer_idx = next(_layer_keys)
         config.share_backward_bb = share_backward
         config.share_cache_pool = share_cache
@@ -155,27 +162,40 @@ class KTKernelBackend:
         config.authoritative_optimizer_grads = bool(self.max_rank)
         config.physical_to_logical_map = self._expert_map.data_ptr()
         config.swiglu_limit = 0.0
-        config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), up.data_ptr(), down.data_ptr()
         for name, tensor in zip(LORA_NAMES, self._lora, strict=False):
             setattr(config, name, tensor.data_ptr())
-        cpu_infer = self._engine.cpu_infer
-        config.pool = cpu_infer.backend_
+        config.pool = self._engine.cpu_infer.backend_
+        return config
+
+    def _load(self, weights: ExpertWeights, config: Any) -> Any:
+        inner = self.shape.intermediate_size
+        gate = weights.gate_up[:, :inner].to("cpu", torch.bfloat16, copy=True).contiguous()
+        up = weights.gate_up[:, inner:].to("cpu", torch.bfloat16, copy=True).contiguous()
+        down = weights.down.to("cpu", torch.bfloat16).contiguous()
+        config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), up.data_ptr(), down.data_ptr()
         like = weights.gate_up.new_empty(0)
         try:
             weights.gate_up = torch.empty(0)  # released before the packed copy is made
-            with native_output_to_log(logger):
-                moe = kt_kernel_ext.moe.AMXBF16_SFT_MOE(config)
-                cpu_infer.submit(moe.load_weights_task())
-                cpu_infer.sync()
-                if self._lora:
-                    moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
-            self._moe = moe
+            self._moe = self._build(config)
             weights.taken_by = self
         except BaseException:  # KeyboardInterrupt among them
-            cpu_infer.sync()  # the task may still read the tensors that go now
             weights.gate_up = torch.cat((gate, up), 1).to(like)  # so that the layer can be packed again
             raise
         weights.down = torch.empty(0)
+
+    def _build(self, config: Any) -> Any:
+        from kt_kernel import kt_kernel_ext
+
+        cpu_infer = self._engine.cpu_infer
+        with native_output_to_log(logger):
+            moe = getattr(kt_kernel_ext.moe, self._operators.class_name)(config)
+            try:
+                cpu_infer.submit(moe.load_weights_task())
+            finally:  # interrupted as well: the task reads tensors and files that go then
+                cpu_infer.sync()
+            if self._lora:
+                moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        return moe
 
     kept = False
 
@@ -259,6 +279,9 @@ class KTKernelBackend:
             self._grads = tuple(_zeros(size) for size in sizes)
         grad_input = torch.empty(T, H, dtype=torch.bfloat16, device="cpu")
         grad_weights = torch.empty(T, K, dtype=torch.float32, device="cpu")
+        if not self._operators.clears_gradients:
+            for buffer in self._grads:
+                buffer.zero_()
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
         self._cache.holds = 0  # one backward a saved forward
         self._moe.backward(

@@ -14,6 +14,7 @@ import typer
 VERBS = {
     "train": "train",
     "estimate": "estimate",
+    "quantize": "quantize",
     "export": "export",
     "import": "import_adapter",  # a module cannot be called import
     "doctor": "doctor",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import KTAMXError
 from . import names
 from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
 from .sources import dataset_problem
@@ -64,6 +65,7 @@ def check_combinations(checked: Checked, purpose: str) -> None:
     _evaluation(checked)
     if checked.own.use_kt:
         _with_kt(checked)
+        _saved_experts(checked, purpose)
     if purpose == "train":
         _output(checked)
 
@@ -136,9 +138,9 @@ def _with_kt(c: Checked) -> None:
             f"torch_compile_mode={c.trainer['torch_compile_mode']} records CUDA graphs, and experts on the CPU "
             "cannot be recorded: leave it out",
         )
-    for key in ("kt_num_gpu_experts", "kt_weight_path"):  # as apply_kt_moe, but before the model is loaded
-        if c.kt.get(key):
-            c.problem(key, f"{key}={c.kt[key]!r} is not supported yet: leave it out")
+    experts = c.kt.get("kt_num_gpu_experts")
+    if experts:  # as apply_kt_moe, but before the model is loaded
+        c.problem("kt_num_gpu_experts", f"kt_num_gpu_experts={experts!r} is not supported yet: leave it out")
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.own.lora_rank:
         c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.own.lora_rank}: leave it out")
@@ -149,6 +151,24 @@ def _with_kt(c: Checked) -> None:
             f"{world} processes were started (WORLD_SIZE): experts on the CPU cannot be shared by several processes "
             "yet. Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
         )
+
+
+def _saved_experts(c: Checked, purpose: str) -> None:
+    """As apply_kt_moe, but before the model is loaded. An estimate may be for another machine, which has the folder."""
+    path = c.kt.get("kt_weight_path")
+    if path is None:
+        return
+    from ..backends import QUANTISED
+    from ..quantized import open_saved
+
+    backend = c.kt.get("kt_backend", "auto")
+    if backend not in QUANTISED:
+        c.problem("kt_weight_path", f"kt_weight_path={path} needs kt_backend: {' or '.join(QUANTISED)}, not {backend}")
+    elif purpose == "train":
+        try:
+            open_saved(path)
+        except KTAMXError as error:
+            c.problem("kt_weight_path", str(error).rstrip("."))
 
 
 def _output(c: Checked) -> None:

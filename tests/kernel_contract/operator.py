@@ -1,4 +1,4 @@
-"""A bare driver of kt-kernel's bf16 operator, independent of kt_hf: what the contract tests talk to."""
+"""A bare driver of kt-kernel's operators, independent of kt_hf: what the contract tests talk to."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ def engine() -> Any:
 
 
 class Operator:
-    """One layer: E experts, K a token, H, I, LoRA rank r; weights and LoRA random, seeded."""
+    """One layer: E experts, K a token, H, I, LoRA rank r; weights and LoRA random, seeded.
+
+    `kind` is the operator class, BF16, Int8 or Int4; `saved` loads weights that an operator with `save` wrote.
+    """
 
     def __init__(
         self, E: int = 8, K: int = 2, H: int = 64, inner: int = 96, rank: int = 8, seed: int = 0, max_len: int = 512,
-        **settings: Any,
+        kind: str = "BF16", saved: bool = False, **settings: Any,
     ) -> None:  # fmt: skip
         from kt_kernel import kt_kernel_ext
 
@@ -54,15 +57,17 @@ class Operator:
         config.share_backward_bb = config.share_cache_pool = config.full_weight_grad = False
         config.authoritative_optimizer_grads = rank > 0
         config.physical_to_logical_map = self.map.data_ptr()
-        config.gate_proj, config.up_proj = self.gate.data_ptr(), self.up.data_ptr()
-        config.down_proj = self.down.data_ptr()
+        if not saved:
+            config.gate_proj, config.up_proj = self.gate.data_ptr(), self.up.data_ptr()
+            config.down_proj = self.down.data_ptr()
+        config.load = saved
         names = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
         for name, tensor in zip(names, self.lora, strict=False):
             setattr(config, name, tensor.data_ptr())
         for name, value in settings.items():
             setattr(config, name, value)
         config.pool = engine().backend_
-        self.moe = kt_kernel_ext.moe.AMXBF16_SFT_MOE(config)
+        self.moe = getattr(kt_kernel_ext.moe, f"AMX{kind}_SFT_MOE")(config)
         engine().submit(self.moe.load_weights_task())
         engine().sync()
         self.update_lora()

@@ -16,7 +16,7 @@ from torch import Tensor
 from kt_hf.backends import ExpertShape, ExpertWeights, kt_kernel
 from kt_hf.backends._engine import Engine
 from kt_hf.cpu import ThreadPlan
-from kt_hf.packing import _return_freed_memory
+from kt_hf.packing import return_freed_memory
 from tests.conftest import KERNEL_MARKS, Case
 from tests.families.patched import adapted_model, fill_lora, logits_of, loss_of, patched_model, trainable
 from tests.helpers import MIXTRAL
@@ -143,7 +143,7 @@ def test_memory_of_deleted_layers(mark: None, share: bool) -> None:
         _, saved = backend.forward(x, ids, weights, save=True)
         backend.backward(saved, x)
         del backend, saved, given
-        _return_freed_memory()
+        return_freed_memory()
         resident.append(process.memory_info().rss)
     assert kept is Engine.get(plan)
     assert resident[-1] - resident[1] < 4 * 52 * 2**20, resident

@@ -1,0 +1,166 @@
+"""`kt-hf quantize`: a folder is written whole or not at all, and what cannot be is refused before work starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kt_hf import KTAMXConfigError
+from kt_hf.backends import ExpertShape
+from kt_hf.cli import app
+from kt_hf.quantized import MANIFEST, bytes_on_disk, open_saved, write
+from tests.models import FAMILIES
+from tests.train.test_run import trained
+from tests.train.tiny import ROOT
+from tests.train.tiny import save_model as save_trainable
+
+from .conftest import wide
+from .folders import quantised, save_checkpoint
+
+FAMILY = wide()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "wide", FAMILY)
+
+
+def untouched(folder: Path) -> bool:
+    """Nothing but the test's own files is in the folder."""
+    return {path.name for path in folder.iterdir()} <= {"out", "mine"}
+
+
+def test_command_writes_a_folder_and_train_uses_it(tmp_path: Path) -> None:
+    model, out = save_trainable(tmp_path / "model"), tmp_path / "int8"
+    result = CliRunner().invoke(app, ["quantize", str(model), str(out), "--no-backward"])
+    assert result.exit_code == 0, result.output
+    assert f"Written: {out}" in result.stdout
+    assert f"kt_weight_path: {out}" in result.stdout
+    assert not open_saved(out).backward
+    rows = [{"instruction": "2+2?", "output": "four"}] * 4
+    summary, _ = trained(tmp_path, model, rows, "kt_backend=AMXInt8", f"kt_weight_path={out}", "lora_rank=4")
+    online, _ = trained(tmp_path, model, rows, "kt_backend=AMXInt8", "kt_share_backward_weights=true", "lora_rank=4",
+                        f"output_dir={tmp_path / 'out2'}")  # fmt: skip
+    assert summary["loss"] == online["loss"], (summary, online)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "int2"], "--to=int2: it must be int8 or int4"),
+        (["--to", "int4"], "kt_backend=AMXInt4: the hidden size 64 is not a multiple of 128. kt_backend=AMXBF16 and"),
+        (["--pools", "2"], "64 does not split into 2 pools of multiples of 64"),
+        (["somewhere"], "neither a folder nor a model of the hub"),
+    ],
+)
+def test_command_refuses_in_words(arguments: list[str], words: str, tmp_path: Path, monkeypatch: Any) -> None:
+    model = str(save_trainable(tmp_path / "model"))
+    if arguments[0] == "somewhere":
+        model, arguments = arguments[0], []
+    result = CliRunner().invoke(app, ["quantize", model, str(tmp_path / "saved"), *arguments])
+    assert result.exit_code == 2
+    assert words in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "partial"])
+def test_what_is_there_is_kept(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mine = out / "mine" if kind == "folder" else out if kind == "file" else tmp_path / "out.partial" / "mine"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(KTAMXConfigError, match=r"out(\.partial)? is there"):
+        quantised(checkpoint, out)
+    assert mine.read_text() == "mine"
+
+
+def test_an_empty_folder_and_folders_that_are_not_there_will_do(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "not" / "there"):
+        assert (quantised(checkpoint, out) / MANIFEST).is_file()
+        assert [path.name for path in out.parent.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_space_is_looked_for_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage(2**40, 2**40, 2**20))
+    with pytest.raises(KTAMXConfigError, match=r"out needs 0\.0 GiB, and .* has 0\.0 GiB free. --no-backward"):
+        quantised(checkpoint, tmp_path / "out")
+    assert untouched(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_space_reckoned_is_what_is_used(to: str, backward: bool, checkpoint: Path, tmp_path: Path) -> None:
+    out = quantised(checkpoint, tmp_path / "out", to, backward=backward)
+    files = [file.stat().st_size for file in out.rglob("*.kt")]
+    blocks = sum(-(-size // 4096) * 4096 for size in files)
+    shape = ExpertShape(8, 2, 128, 128)
+    reckoned = 2 * bytes_on_disk(shape, {"int8": "AMXInt8", "int4": "AMXInt4"}[to], 1, backward)
+    assert blocks <= reckoned
+    assert reckoned - sum(files) == 4096 * len(files)
+
+
+def test_an_interrupted_run_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, done = write.save_packed, []
+
+    def save_packed(*arguments: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(write, "save_packed", save_packed)
+    with pytest.raises(KeyboardInterrupt):
+        quantised(checkpoint, tmp_path / "out")
+    assert done
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import resource, sys
+from kt_hf.quantized.command import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    run(sys.argv[1], sys.argv[2], "AMXInt8")
+except OSError as error:
+    print("TOLD", error)
+"""
+
+
+def test_a_disk_that_fills_up_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
+    """The operators write on without a word. A limit on the size of files stands for the disk's."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(checkpoint), str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "TOLD" in done.stdout, done.stderr[-1000:]
+    assert "could not be written whole" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes_are_rounded_to_bf16_first(dtype: torch.dtype, checkpoint: Path, tmp_path: Path) -> None:
+    """The values of the checkpoints are equal, so are the files."""
+    source = save_checkpoint(tmp_path / "model", FAMILY, dtype)
+    a, b = (open_saved(quantised(m, tmp_path / n)) for m, n in ((checkpoint, "a"), (source, "b")))
+    for name, layer in a.manifest.layers.items():
+        assert layer.files == b.manifest.layers[name].files
+
+
+def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "mine", FAMILIES["mixtral"])
+    with pytest.raises(KTAMXConfigError, match="intermediate size 96 is not a multiple of 64"):
+        quantised(source, tmp_path / "out")
+    assert untouched(tmp_path)
+    shutil.rmtree(source)
