@@ -76,9 +76,10 @@ def swap(layer: KTExperts) -> None:
 
 
 def load(layer: KTExperts) -> None:
-    state = {name: drawn(value) for name, value in layer.state_dict().items()}
-    assert len(state) == 6
-    layer.load_state_dict(state)
+    state = layer.state_dict()
+    new = {name: drawn(value) for name, value in state.items() if ".lora_" in name}
+    assert len(new) == 6
+    layer.load_state_dict({**state, **new})
 
 
 CHANGES = {
