@@ -168,11 +168,17 @@ class ExpertsRunner:
             values = ticket.values
             if values is None:
                 raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
-            usable = ticket.saved is not None and values is self._values and self.backend.can_backward(ticket.saved)
-            if usable and ticket.saved is not None:
-                gradients = self._backward(ticket.saved, lambda: self._inputs(x, ids, weights), grad_output)
+            if values is not self._values:
+                if values.kept is None:
+                    raise KTAMXBackwardError(
+                        f"{self.label}: the LoRA values of this forward are lost. Please report this."
+                    )
+                self._swap(values, values.kept)
+            saved = ticket.saved
+            if saved is not None and self.backend.can_backward(saved):
+                gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output)
             else:
-                gradients = self._recompute(values, *self._inputs(x, ids, weights), grad_output)
+                gradients = self._recompute(*self._inputs(x, ids, weights), grad_output)
             self.check_finite("top_k_weights", gradients.top_k_weights)
             self.tokens += x.shape[0]
             self.load += torch.bincount(ticket.ids.flatten() + 1, minlength=len(self.load) + 1)[1:]
@@ -190,11 +196,7 @@ class ExpertsRunner:
             self.check_finite("hidden_states", gradients.hidden_states)
         return gradients
 
-    def _recompute(self, values: LoraValues, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> Gradients:
-        if values is not self._values:
-            if values.kept is None:
-                raise KTAMXBackwardError(f"{self.label}: the LoRA values of this forward are lost. Please report this.")
-            self._swap(values, values.kept)
+    def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> Gradients:
         most = self.backend.max_len or max(x.shape[0], 1)
         if x.shape[0] <= most:
             _, saved = self.backend.forward(x, ids, weights, save=True)
@@ -206,7 +208,7 @@ class ExpertsRunner:
         for piece, grad_piece in zip(
             zip(x.split(most), ids.split(most), weights.split(most), strict=True), grad.split(most), strict=True
         ):
-            part = self._recompute(values, *piece, grad_piece)
+            part = self._recompute(*piece, grad_piece)
             parts.append((part.hidden_states, part.top_k_weights))
             lora = tuple(
                 total.add_(new) for total, new in zip(lora, part.lora, strict=True)

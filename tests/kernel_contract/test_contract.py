@@ -111,6 +111,20 @@ def test_rule_7_a_forward_over_all_experts_after_restoring_makes_it_right_again(
     check_backward(op, batch, op.backward(batch[3]))
 
 
+@pytest.mark.parametrize(("tokens", "right"), [(100, True), (400, False)])
+def test_rule_7_unless_an_expert_had_more_than_32_tokens(tokens, right):
+    """So a small forward cannot take the place of computing the saved one again."""
+    op = Operator()
+    batch = op.batch(tokens)
+    most = int(torch.bincount(batch[1].flatten()).max())
+    assert (most <= 32) == right
+    op.forward(*batch[:3])
+    every = torch.arange(op.E).view(-1, op.K).contiguous()
+    op.forward(torch.zeros(len(every), op.H, dtype=torch.bfloat16), every, torch.zeros(every.shape), save=False)
+    wrong = error(op.backward(batch[3])[0], op.reference(*batch)[1])
+    assert wrong < 0.02 if right else wrong > 0.1
+
+
 def test_rule_8_backward_on_an_empty_cache_raises_and_leaves_the_layer_usable():
     op = Operator()
     batch = op.batch(16)
