@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..config import KTConfig
-from ..errors import KTAMXConfigError, KTAMXError, KTAMXNotAvailableError
+from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .settings import BUILTIN_MODEL, OwnKeys
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,11 @@ def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console 
     try:
         if kt is not None and not trusted and _is_safetensors(name):
             rank = own.lora_rank if kt.kt_lora_rank is None else kt.kt_lora_rank
-            kt = replace(kt, kt_lora_rank=rank)
-            return load_kt_model(name, kt, dtype=own.torch_dtype, config=config, console=console)
+            try:
+                streamed = replace(kt, kt_lora_rank=rank)
+                return load_kt_model(name, streamed, dtype=own.torch_dtype, config=config, console=console)
+            except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
+                logger.warning("The experts are loaded with the rest, not streamed: %s", error)
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted
         )
