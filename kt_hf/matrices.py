@@ -47,7 +47,7 @@ def read_matrices(jobs: Sequence[Job], block: tuple[int, int]) -> None:
     _convert([(one, target) for one, target in jobs if one.weight.dtype != target.dtype], block)
 
 
-def _convert(jobs: Sequence[Job], block: tuple[int, int]) -> None:
+def _convert(jobs: list[Job], block: tuple[int, int]) -> None:
     """Read matrices of another dtype than their targets', a few at a time."""
     if not jobs:
         return
