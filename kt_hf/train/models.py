@@ -97,9 +97,12 @@ def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console 
                 return load_kt_model(name, streamed, dtype=own.torch_dtype, config=config, console=console)
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted, output_loading_info=True
         )
+        lost = sorted(key for key in report["missing_keys"] if ".experts." in key)
+        if lost:  # transformers goes on with random weights
+            raise KTAMXConfigError(f"model_name_or_path={name!r} has no weights for {lost[0]} ({len(lost)} missing).")
     except KTAMXError:
         raise
     except (OSError, ValueError) as error:
