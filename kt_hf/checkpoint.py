@@ -48,7 +48,7 @@ class ExpertCheckpoint:
         block: Rows and columns of an FP8 block.
 
     Raises:
-        KTAMXModelNotSupportedError: A model without experts that can be computed, or saved in an unknown layout.
+        KTAMXModelNotSupportedError: A model without experts that can be computed, or saved under unknown names.
         KTAMXConfigError: The folder has no safetensors checkpoint, or it is quantised in another way than FP8.
         KTAMXError: A file or a tensor is missing, doubled, truncated or of another shape, naming file and tensor.
     """
@@ -137,9 +137,9 @@ class ExpertCheckpoint:
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
         sizes = {"gate_proj": (I, H), "up_proj": (I, H), "gate_up_proj": (2 * I, H), "down_proj": (H, I)}
         if not found and strange is not None:
-            raise KTAMXModelNotSupportedError(
-                f"{strange}: experts of {layer} are saved in a form that is not known. Known are bfloat16, float16, "
-                "float32 and block-wise FP8 weights, one tensor an expert or fused."
+            raise KTAMXConfigError(
+                f"{strange}: experts of {layer} are saved in a form that is not known. Give a checkpoint in bfloat16, "
+                "float16, float32 or block-wise FP8, one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
             for name in ("gate_proj", "up_proj", "down_proj"):
