@@ -94,6 +94,20 @@ def test_experts_under_unknown_names_are_loaded_with_the_rest(
     assert "not streamed: No tensor in" in caplog.text
 
 
+@pytest.mark.parametrize("use_kt", [True, False])
+def test_random_experts_are_not_trained_on(use_kt: bool, tmp_path: Path) -> None:
+    """transformers makes up what a checkpoint lacks, with a warning."""
+    model = save_model(tmp_path / "model")
+
+    def lose(content: dict[str, Tensor]) -> None:
+        for name in [name for name in content if ".experts." in name]:
+            del content[name]
+
+    edit(model, lose)
+    with pytest.raises(KTAMXError, match=r"has no weights for model\.layers\.0\.mlp\.experts\.down_proj"):
+        trained(tmp_path, model, "torch", "out", use_kt=use_kt)
+
+
 def test_a_damaged_checkpoint_ends_the_run(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     (model / SINGLE).write_bytes((model / SINGLE).read_bytes()[:-100])
