@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .backends import ExpertShape, ExpertWeights
 from .errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from .find import find_experts, skeleton
-from .fp8 import FLOATING, FP8, SCALE, block_size, check_scales, dequantise
-from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_tensors
+from .fp8 import FLOATING, FP8, SCALE, block_size, check_scales
+from .matrices import Matrix, read_matrices
+from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles
 
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ONE_EXPERT = re.compile(rf"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight(?:{SCALE})?)$")
@@ -30,15 +29,6 @@ _OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
 # A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
 _ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)*")
 _BLOCK = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.experts$")
-_STAGING = 64 * 2**20  # bytes read at a time where they are not the bytes wanted
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """One expert's projection in the checkpoint: [out, in], and the FP8 scales, if it is of FP8."""
-
-    weight: StoredTensor
-    scales: StoredTensor | None
 
 
 class ExpertCheckpoint:
@@ -58,7 +48,7 @@ class ExpertCheckpoint:
         block: Rows and columns of an FP8 block.
 
     Raises:
-        KTAMXModelNotSupportedError: A model without experts that can be computed, or saved in an unknown layout.
+        KTAMXModelNotSupportedError: A model without experts that can be computed, or saved under unknown names.
         KTAMXConfigError: The folder has no safetensors checkpoint, or it is quantised in another way than FP8.
         KTAMXError: A file or a tensor is missing, doubled, truncated or of another shape, naming file and tensor.
     """
@@ -96,31 +86,18 @@ class ExpertCheckpoint:
         down = torch.empty(E, H, I, dtype=dtype, device="cpu")
         targets = {"gate_proj": gate_up[:, :I], "up_proj": gate_up[:, I:], "gate_up_proj": gate_up, "down_proj": down}
         jobs = [(one, targets[name][e]) for (e, name), one in self._matrices[layer].items()]
-        read_tensors([(one.weight, target) for one, target in jobs if one.weight.dtype == dtype])
-        for batch in _batches([job for job in jobs if job[0].weight.dtype != dtype]):
-            self._convert(batch)
+        read_matrices(jobs, self.block)
         return ExpertWeights(gate_up, down)
 
     def source_bytes(self, layer: str) -> int:
         """Bytes of a layer's experts in the files."""
-        return sum(one.weight.size + (one.scales.size if one.scales else 0) for one in self._matrices[layer].values())
+        return sum(tensor.size for one in self._matrices[layer].values() for tensor in one.tensors)
 
     def source_dtypes(self) -> set[torch.dtype]:
         """Of all layers' experts."""
         return {one.weight.dtype for matrices in self._matrices.values() for one in matrices.values()}
 
-    def _convert(self, jobs: list[tuple[_Matrix, Tensor]]) -> None:
-        """Read matrices of another dtype than their targets'."""
-        stored = [tensor for one, _ in jobs for tensor in (one.weight, one.scales) if tensor is not None]
-        memory = {tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in stored}
-        read_tensors(list(memory.items()))
-        for one, target in jobs:
-            if one.scales is None:
-                target.copy_(memory[one.weight])
-            else:
-                dequantise(memory[one.weight], memory[one.scales], self.block, target)
-
-    def _find(self) -> dict[str, dict[tuple[int, str], _Matrix]]:
+    def _find(self) -> dict[str, dict[tuple[int, str], Matrix]]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
         layers = {_plain(name): name for name in self.layers}
         found: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
@@ -140,6 +117,12 @@ class ExpertCheckpoint:
                 if key in into:
                     raise KTAMXError(f"{tensor} and {into[key]} are the same weight of expert {key[0]} of {layer}.")
                 into[key] = part
+        if not any(found.values()) and not strange:
+            raise KTAMXModelNotSupportedError(
+                f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
+                f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
+                "from_pretrained and apply_kt_moe."
+            )
         return {name: self._checked(name, found[name], scales[name], strange.get(name)) for name in self.layers}
 
     def _checked(
@@ -148,15 +131,15 @@ class ExpertCheckpoint:
         found: dict[tuple[int, str], StoredTensor],
         scales: dict[tuple[int, str], StoredTensor],
         strange: StoredTensor | None,
-    ) -> dict[tuple[int, str], _Matrix]:
+    ) -> dict[tuple[int, str], Matrix]:
         """A layer's matrices, all there and of the right size."""
         shape = self.shapes[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
         sizes = {"gate_proj": (I, H), "up_proj": (I, H), "gate_up_proj": (2 * I, H), "down_proj": (H, I)}
         if not found and strange is not None:
-            raise KTAMXModelNotSupportedError(
-                f"{strange}: experts of {layer} are saved in a form that is not known. Known are bfloat16, float16, "
-                "float32 and block-wise FP8 weights, one tensor an expert or fused."
+            raise KTAMXConfigError(
+                f"{strange}: experts of {layer} are saved in a form that is not known. Give a checkpoint in bfloat16, "
+                "float16, float32 or block-wise FP8, one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
             for name in ("gate_proj", "up_proj", "down_proj"):
@@ -174,7 +157,7 @@ class ExpertCheckpoint:
                     f"{weight} has the shape {list(weight.shape)} an expert; by the model's config it is "
                     f"{list(sizes[name])}."
                 )
-            matrices[expert, name] = _Matrix(weight, self._scales(weight, scales.get((expert, name))))
+            matrices[expert, name] = Matrix(weight, self._scales(weight, scales.get((expert, name))))
         return matrices
 
     def _scales(self, weight: StoredTensor, scales: StoredTensor | None) -> StoredTensor | None:
@@ -222,7 +205,7 @@ def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
     name = str(path_or_name)
     if Path(name).is_dir():
         return Path(name) / (hub.get("subfolder") or "")
-    from transformers.utils import cached_file, cached_files
+    from transformers.utils.hub import cached_file, cached_files
 
     try:
         try:
@@ -258,20 +241,6 @@ def _parts(
         )
     for expert in range(shape.num_experts):
         yield (expert, match[2]), tensor.row(expert)
-
-
-def _batches(jobs: list[tuple[_Matrix, Tensor]]) -> Iterator[list[tuple[_Matrix, Tensor]]]:
-    """Jobs in the order of the files, `_STAGING` bytes at a time."""
-    batch: list[tuple[_Matrix, Tensor]] = []
-    size = 0
-    for job in sorted(jobs, key=lambda job: (str(job[0].weight.file), job[0].weight.begin)):
-        if batch and size + job[0].weight.size > _STAGING:
-            yield batch
-            batch, size = [], 0
-        batch.append(job)
-        size += job[0].weight.size
-    if batch:
-        yield batch
 
 
 def _refuse_transposed(model: Any) -> None:

@@ -30,12 +30,15 @@ class KTConfig:
 
     Args:
         kt_backend: What computes the experts: `auto` (AMX, then AVX512-BF16, then torch), `AMXBF16` (kt-kernel's
-            bf16 operators, on AMX or AVX512-BF16), `AMXInt8`, `AMXInt4` or `torch` (PyTorch, any device and dtype).
+            bf16 operators, on AMX or AVX512-BF16), `AMXInt8` or `AMXInt4` (the same, weights quantised as they are
+            packed: a half and a quarter of the memory, never chosen by `auto`), or `torch` (PyTorch, any device and
+            dtype).
         kt_num_threads: Worker threads of the operators. None plans them from the machine (`kt_hf.cpu`); more than
             the machine has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
         kt_num_gpu_experts: Experts a layer that are computed on the GPU. None means 0.
-        kt_weight_path: Folder of quantised expert weights saved beforehand (AMXInt8, AMXInt4).
+        kt_weight_path: Folder of expert weights that `kt-hf quantize` wrote, used in place of the model's own
+            (AMXInt8, AMXInt4; `kt_lora_rank` must be given).
         kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, `cpu` or `gpu`.
         kt_expert_activations: Under gradient checkpointing, `retain` keeps what the first forward computed, so that
             the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again.

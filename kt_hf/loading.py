@@ -27,6 +27,7 @@ from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .find import Place, find_experts, skeleton
 from .fp8 import FLOATING, SCALE, block_size, dequantise_rest, quantised_rest
 from .loading_progress import LayersBar
+from .packing import return_freed_memory
 from .patch import make_packer, refuse_parallel, replace_experts
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def load_kt_model(
         )
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
     model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
-    dtype = _checked_dtype(model.config.dtype or model.dtype)
+    expert_dtype = _checked_dtype(model.config.dtype or model.dtype)
     if packer.saved is not None:
         packer.saved.check_model(model)
     places = [_place(model, name, checkpoint) for name in checkpoint.layers]
@@ -114,9 +115,10 @@ def load_kt_model(
     model.requires_grad_(False)
     saved = packer.saved
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
-    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, dtype)) as weights:
+    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, expert_dtype)) as weights:
         counted = bar.each(places, sizes)
         replace_experts(model, counted, packer, lambda at: saved.layer(at.name) if saved else next(weights))
+    return_freed_memory()
     return model
 
 
@@ -184,8 +186,8 @@ class _NoExperts(nn.Module):
 def _without_experts(checkpoint: ExpertCheckpoint, ignored: list[str]) -> Iterator[None]:
     """Models made in this context have `_NoExperts`, and do not miss what the checkpoint has for them."""
     model_class: Any = checkpoint.model_class
-    own = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected", _SWAPPING)
     with _SWAPPING:  # the classes are the process's
+        own = vars(model_class).get("_keys_to_ignore_on_load_unexpected", _SWAPPING)  # a list, None, or inherited
         try:
             for kind in checkpoint.expert_classes:
                 setattr(sys.modules[kind.__module__], kind.__name__, _NoExperts)

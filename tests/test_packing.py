@@ -55,6 +55,43 @@ def test_backward_weights_are_shared_by_need(
     assert packed[0]["share_backward"] is share
 
 
+# A copy of what is packed is 1, 1/2 or 1/4 of the bf16 weights, which are let go as they are packed, unless streamed.
+@pytest.mark.parametrize(
+    ("backend", "streamed", "free_gib", "share"),
+    [
+        ("AMXBF16", True, 22.6, False), ("AMXBF16", True, 22.4, True),
+        ("AMXInt8", False, 1.3, False), ("AMXInt8", False, 1.2, True),
+        ("AMXInt8", True, 11.3, False), ("AMXInt8", True, 11.2, True),
+        ("AMXInt4", False, 0.1, False), ("AMXInt4", True, 5.7, False), ("AMXInt4", True, 5.6, True),
+    ],
+)  # fmt: skip
+def test_need_is_that_of_the_arithmetic_and_is_told(
+    monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
+    backend: str, streamed: bool, free_gib: float, share: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
+    monkeypatch.setattr(packing, "return_freed_memory", lambda: None)
+    one = packer(backend)
+    one.streamed = streamed
+    with caplog.at_level("INFO", "kt_hf"):
+        one.pack(None, None, 8, "layer")
+    assert packed[0]["share_backward"] is share
+    copy = 10 * {"AMXBF16": 1, "AMXInt8": 0.5, "AMXInt4": 0.25}[backend]
+    told = "one buffer for all layers, slower" if share else "one copy a layer"
+    assert f"Backward weights of the experts: {told} ({copy:.1f} GiB more, " in caplog.text
+
+
+def test_saved_weights_without_those_for_backward_are_always_shared(
+    packed: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    one = packer("AMXInt8", expert_gib=0.001)
+    one.saved = SimpleNamespace(backward=False, path="saved")
+    with caplog.at_level("INFO", "kt_hf"):
+        one.pack(None, None, 0, "layer")
+    assert packed[0]["share_backward"] is True
+    assert "one buffer for all layers, for saved has none" in caplog.text
+
+
 def test_memory_is_asked_once(monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]]) -> None:
     """Later layers find less memory free, and a pool of half the layers would be worth nothing."""
     free = iter([100 * GIB, 1])

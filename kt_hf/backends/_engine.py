@@ -23,6 +23,17 @@ class Cache:
         self.generations = itertools.count(1)
 
 
+def pool_config(plan: ThreadPlan) -> Any:
+    """A plan as kt-kernel wants it: threads and memory of pool i are bound to the i-th node of the map."""
+    from kt_kernel import kt_kernel_ext
+
+    config = kt_kernel_ext.WorkerPoolConfig()
+    config.subpool_count = len(plan.pools)
+    config.subpool_numa_map = [node for node, _ in plan.pools]
+    config.subpool_thread_count = [threads for _, threads in plan.pools]
+    return config
+
+
 class Engine:
     """kt-kernel's worker pools. One at a time in a process, alive as long as a layer is."""
 
@@ -34,12 +45,8 @@ class Engine:
         self.plan = plan
         self.pid = os.getpid()
         self.shared_cache = Cache()
-        config = kt_kernel_ext.WorkerPoolConfig()
-        config.subpool_count = len(plan.pools)
-        config.subpool_numa_map = [node for node, _ in plan.pools]
-        config.subpool_thread_count = [threads for _, threads in plan.pools]
         with native_output_to_log(logger):
-            self.cpu_infer = kt_kernel_ext.CPUInfer(config)
+            self.cpu_infer = kt_kernel_ext.CPUInfer(pool_config(plan))
         outlive_python(self)
 
     kept = False  # destroyed by nobody any more: the interpreter ends, or this is a fork

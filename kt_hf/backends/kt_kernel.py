@@ -115,6 +115,11 @@ class KTKernelBackend:
         problem = shape_problem(shape, pools, backend)
         if problem:
             raise KTAMXConfigError(f"{label}: kt_backend={backend}: {problem}; kt_backend=torch takes any shape.")
+        if save_to is not None and pools != len(plan.pools):
+            raise KTAMXConfigError(
+                f"{label}: this process computes on {pools} pools of threads already, and the weights are to be saved "
+                f"for {len(plan.pools)}: do that in a process of its own (kt-hf quantize)."
+            )
         if rank < 0 or max_len < 1:
             raise KTAMXConfigError(f"{label}: LoRA rank {rank} and length {max_len} cannot be negative or empty.")
         if isinstance(weights, ExpertWeights):

@@ -20,7 +20,7 @@ def main(
     threads: Annotated[
         str | None, typer.Option(help="Worker threads, separated by commas; by default the planned number and half.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, AMXBF16 or torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, AMXBF16, AMXInt8, AMXInt4 or torch.")] = "auto",
     rank: Annotated[int, typer.Option(min=1, max=1024, help="LoRA rank.")] = 8,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each; medians are shown.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Also draw a PNG.")] = None,

@@ -31,8 +31,8 @@ def main(
 
     Example: kt-hf quantize Qwen/Qwen3-30B-A3B qwen3-int8 --to int8
 
-    The checkpoint is streamed, two layers in memory at a time. The exit code is 0 when the folder is written, 2 when it
-    cannot be.
+    The checkpoint is streamed, a few layers in memory at a time. The exit code is 0 when the folder is written, 2 when
+    it cannot be.
     """
     with plain_failures():
         from kt_hf.errors import KTAMXConfigError

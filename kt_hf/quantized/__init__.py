@@ -1,8 +1,8 @@
 """Expert weights quantised once and saved, to be loaded without the original ones: `kt-hf quantize`, `kt_weight_path`.
 
 A folder holds `layer_0000/_numa_0/INT8_gate_0_…_.kt` and so on, what the operators write and read, and a manifest. The
-operators check nothing of what they load, so everything is checked here: that the files are those written (names and
-sizes at once, contents as each layer is loaded), and that they were made of this model's weights.
+operators look at names and sizes alone, and only when they load a layer. Here it is checked before, and more: that the
+files are those written (contents as each layer is loaded), and that they were made of this model's weights.
 """
 
 from .manifest import MANIFEST, Manifest

@@ -194,7 +194,7 @@ def _check_files(folder: Path, wanted: dict[str, int]) -> None:
                 f"kt_weight_path: {folder / file} has {there[file]} bytes, {size} were written. Quantise again."
             )
     for file in there:
-        if file not in wanted and file.endswith(".kt"):  # the operators find files by the beginning of their names
+        if file not in wanted and file.endswith(".kt"):  # then the others may be of two writings too
             raise KTAMXError(f"kt_weight_path: {folder / file} does not belong there: remove it.")
 
 

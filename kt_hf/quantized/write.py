@@ -47,7 +47,7 @@ def quantise(
 ) -> None:
     """Write the experts of a checkpoint, quantised, to a new folder, which is there whole or not at all.
 
-    Takes memory for three layers in bf16 and one packed.
+    Takes memory for about four layers in bf16.
 
     Args:
         checkpoint: What is read, once.

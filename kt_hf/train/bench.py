@@ -44,7 +44,7 @@ def measure(
     Args:
         shape: Experts E, experts a token K, hidden size H, intermediate size I.
         rank: Of LoRA.
-        backend: `AMXBF16` or `torch`.
+        backend: `AMXBF16`, `AMXInt8`, `AMXInt4` or `torch`.
         threads: Worker threads, PyTorch's for the backend `torch`.
 
     Raises:

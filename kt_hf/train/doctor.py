@@ -152,15 +152,16 @@ def _installed(name: str) -> str | None:
 
 
 def _self_tests() -> Iterator[Finding]:
-    from ..backends import kernel_availability
+    from ..backends import OPERATORS, QUANTISED, kernel_availability
     from .selftest import in_new_process
 
-    for backend in ("AMXBF16", "torch") if kernel_availability().ok else ("torch",):
+    for backend in (*OPERATORS, "torch") if kernel_availability().ok else ("torch",):
         result = in_new_process(backend)
         value = result.problem or (
             f"right: output within {result.output_error:.1e}, gradients within {result.gradient_error:.1e}"
         )
-        fix = "" if result.ok else "kt_backend: torch avoids it; please report the block below"
+        other = "AMXBF16 or torch" if backend in QUANTISED else "torch"
+        fix = "" if result.ok else f"kt_backend: {other} avoids it; please report the block below"
         yield Finding("self-test", backend, value, result.ok, fix)
 
 

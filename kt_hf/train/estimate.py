@@ -7,9 +7,13 @@ are bytes. With a GPU, experts stay in host memory and the rest moves; without o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .settings import TrainSettings
+from ..backends import OPERATORS, ExpertShape, shape_problem
+from ..errors import KTAMXError
+from ..quantized.manifest import MANIFEST, read_manifest
+from .settings import BUILTIN_MODEL, TrainSettings
 from .sizes import ModelSizes
 
 GIB = 2**30
@@ -17,6 +21,7 @@ GIB = 2**30
 PROGRAM = int(1.0 * GIB)
 CUDA_CONTEXT = int(0.6 * GIB)
 _ROWS_PER_EXPERT = 20  # the operators pad each expert's rows
+_LAYERS_READ = 2.5  # in the model's dtype while experts are streamed and packed
 
 
 @dataclass
@@ -96,12 +101,13 @@ def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: 
     elif not kernel:
         host["experts"] = source
     else:
-        packed = m.expert_parameters * 2
-        made.shared_backward = _shares(s, packed, host_free, rest + source)
+        packed = int(m.expert_parameters * OPERATORS[_backend(s)].bytes_per_weight)
+        made.shared_backward = _shares(s, packed, host_free, rest)
         host["experts packed"] = packed
-        one = packed // m.expert_layers
-        # Without a buffer for each layer, the peak is in packing: a layer's source beside its packed copy.
-        host["backward copies"] = one if made.shared_backward else packed
+        host["backward copies"] = packed // m.expert_layers if made.shared_backward else packed
+        larger = source - packed - host["backward copies"]
+        if not _streams(s) and larger > 0:  # as they were loaded, before the first is packed
+            host["experts before packing"] = larger
     # Master, kernel copies (twice), kernel gradient, gradient, two Adam moments.
     host_lora = m.lora_experts * (4 + (6 if kernel else 4) + 4 + 8)
     if s.own.use_kt:
@@ -116,7 +122,25 @@ def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: 
     other["activations"] = _other_activations(s, m, T)
     other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)
     other["logits and loss"] = T * m.vocabulary * 14
+    if "experts packed" in host and _streams(s):
+        # What training takes is not there yet while layers are read: the larger of the two counts.
+        later = ("LoRA of experts and its optimizer", "activations of experts", "LoRA of the rest and its optimizer",
+                 "activations", "keys and values", "logits and loss")  # fmt: skip
+        reading = int(_LAYERS_READ * source / m.expert_layers)
+        more = reading - sum(host.get(part, 0) for part in later)
+        if more > 0:
+            host["reading and packing"] = more
     return made
+
+
+def _backend(s: TrainSettings) -> str:
+    """Which operators compute, if operators do."""
+    return s.kt.kt_backend if s.kt.kt_backend in OPERATORS else "AMXBF16"
+
+
+def _streams(s: TrainSettings) -> bool:
+    """Whether experts are read layer by layer; the built-in model is made whole."""
+    return not s.own.model_name_or_path.startswith(BUILTIN_MODEL)
 
 
 def _tokens(s: TrainSettings) -> int:
@@ -126,11 +150,21 @@ def _tokens(s: TrainSettings) -> int:
     return int(batch * length * (2 if s.own.stage == "dpo" else 1))
 
 
-def _shares(s: TrainSettings, packed: int, host_free: int | None, loaded: int) -> bool:
-    """As `Packer` decides, when the model has been loaded."""
+def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bool:
+    """As `Packer` decides, when the rest of the model has been loaded."""
+    if _saved_without_backward(s):
+        return True
     if s.kt.kt_share_backward_weights is not None:
         return s.kt.kt_share_backward_weights
-    return host_free is not None and packed > 0.8 * (host_free - PROGRAM - loaded)
+    return host_free is not None and copy > 0.8 * (host_free - PROGRAM - rest - copy)
+
+
+def _saved_without_backward(s: TrainSettings) -> bool:
+    path = s.kt.kt_weight_path
+    try:
+        return path is not None and not read_manifest(Path(path) / MANIFEST).backward
+    except (OSError, KTAMXError):
+        return False  # on another machine, or refused when the run starts
 
 
 def _expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) -> int:
@@ -158,6 +192,16 @@ def _other_activations(s: TrainSettings, m: ModelSizes, T: int) -> int:
     return between + inside * (1 if s.checkpointing else m.layers)
 
 
+def _quantised_advice(s: TrainSettings, e: Estimate) -> str | None:
+    if e.sizes is None or _backend(s) != "AMXBF16":
+        return None
+    shape = ExpertShape(e.sizes.experts, e.sizes.top_k, e.sizes.hidden, e.sizes.intermediate)
+    if shape_problem(shape, backend="AMXInt8"):
+        return None
+    saved = (e.host["experts packed"] + e.host["backward copies"]) // 2
+    return f"kt_backend: AMXInt8 saves {saved / GIB:.1f} GiB of host memory (experts quantised, a few percent of error)"
+
+
 def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     """Settings that would save memory where it is short, the most harmless first."""
     found = []
@@ -168,6 +212,9 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
             found.append(
                 f"kt_share_backward_weights: true saves {saved / GIB:.1f} GiB of host memory (slower backward)"
             )
+        quantised = _quantised_advice(s, e)
+        if quantised:
+            found.append(quantised)
         if s.kt.kt_expert_activations == "retain" and s.checkpointing and e.sizes:
             less = _expert_activations(s, e.sizes, e.tokens, kernel) * (1 - 1 / e.sizes.expert_layers)
             found.append(f"kt_expert_activations: recompute saves up to {less / GIB:.1f} GiB of host memory")
@@ -180,7 +227,8 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     if host_short and s.own.use_kt and e.host_free is not None:
         need = e.host["experts packed"] if "experts packed" in e.host else e.host["experts"]
         if need > e.host_free:
-            found = [
+            smaller = [line for line in found if "AMXInt8" in line and need / 2 <= e.host_free]
+            found = smaller or [
                 f"the experts alone need {need / GIB:.0f} GiB of host memory: take a larger machine or a smaller model"
             ]
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..config import KTConfig
-from ..errors import KTAMXConfigError, KTAMXError, KTAMXNotAvailableError
+from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .settings import BUILTIN_MODEL, OwnKeys
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,17 @@ def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console 
     try:
         if kt is not None and not trusted and _is_safetensors(name):
             rank = own.lora_rank if kt.kt_lora_rank is None else kt.kt_lora_rank
-            kt = replace(kt, kt_lora_rank=rank)
-            return load_kt_model(name, kt, dtype=own.torch_dtype, config=config, console=console)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted
+            try:
+                streamed = replace(kt, kt_lora_rank=rank)
+                return load_kt_model(name, streamed, dtype=own.torch_dtype, config=config, console=console)
+            except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
+                logger.warning("The experts are loaded with the rest, not streamed: %s", error)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted, output_loading_info=True
         )
+        lost = sorted(key for key in report["missing_keys"] if ".experts." in key)
+        if lost:  # transformers goes on with random weights
+            raise KTAMXConfigError(f"model_name_or_path={name!r} has no weights for {lost[0]} ({len(lost)} missing).")
     except KTAMXError:
         raise
     except (OSError, ValueError) as error:

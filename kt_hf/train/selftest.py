@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-E, K, H, I, T, R = 4, 2, 64, 96, 33, 4  # noqa: E741
-# What bf16 arithmetic may differ by: the backends' tests allow 2 % in every gradient, on layers of real size.
-TOLERANCE = {"AMXBF16": 0.03, "torch": 1e-4}
+E, K, H, I, T, R = 4, 2, 128, 128, 33, 4  # noqa: E741
+# What the arithmetic may differ by: of bf16 the backends' tests allow 2 % in every gradient, on layers of real size.
+TOLERANCE = {"AMXBF16": 0.03, "AMXInt8": 0.05, "AMXInt4": 0.4, "torch": 1e-4}
 
 
 @dataclass

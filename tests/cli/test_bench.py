@@ -25,7 +25,9 @@ def invoke(model: str, *options: str) -> Any:
     return CliRunner().invoke(app, ["bench", model, "--tokens", "4,16", "--threads", "1", "--runs", "2", *options])
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=KERNEL_MARKS)])
+@pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(name, marks=KERNEL_MARKS) for name in ("AMXBF16", "AMXInt8"))]
+)
 def test_it_measures_the_models_shape(backend: str, model: str, tmp_path: Path) -> None:
     result = invoke(model, "--backend", backend, "--json", "--plot", str(tmp_path / "bench.png"))
     assert result.exit_code == 0, result.output

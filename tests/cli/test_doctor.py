@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kt_hf.backends import TorchBackend
+from kt_hf.backends import TorchBackend, kernel_availability
 from kt_hf.cli import app
 from kt_hf.train import doctor, selftest
 from tests.conftest import KERNEL_MARKS
@@ -33,6 +33,8 @@ def test_it_tells_what_this_machine_is() -> None:
     assert {("versions", name) for name in ("torch", "transformers", "peft", "trl", "kt-kernel")} <= names
     assert ("self-test", "torch") in names
     tests = [finding for finding in answer["findings"] if finding["group"] == "self-test"]
+    operators = {"AMXBF16", "AMXInt8", "AMXInt4"} if kernel_availability().ok else set()
+    assert {finding["name"] for finding in tests} == {"torch"} | operators
     assert all(finding["ok"] for finding in tests), tests
 
 
@@ -57,7 +59,9 @@ def test_old_packages_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong["torch"].value == "not installed (at least 2.9)"
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=KERNEL_MARKS)])
+@pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(name, marks=KERNEL_MARKS) for name in ("AMXBF16", "AMXInt8", "AMXInt4"))]
+)
 def test_a_backend_that_computes_right_passes(backend: str) -> None:
     result = selftest.in_new_process(backend)
     assert result.ok, result

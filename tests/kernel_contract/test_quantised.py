@@ -142,6 +142,15 @@ def test_without_saved_backward_weights_gradients_are_wrong_unless_shared(kind: 
     assert not wrong < 0.5, "it is refused or repacked now: the check could go"
 
 
+@pytest.mark.parametrize("what", ["missing", "short"])
+def test_a_file_that_is_not_whole_raises(what: str, tmp_path: Path) -> None:
+    _, layer = saved(tmp_path, "Int8", share=False)
+    file = next(layer.rglob("INT8_up_1_*quant*"))
+    file.unlink() if what == "missing" else file.write_bytes(b"short")
+    with pytest.raises(RuntimeError, match=r"INT8_up_1_\d+Byte_quant_.kt"):
+        loaded(layer, tmp_path / "again", "Int8", share=False)
+
+
 @KINDS
 def test_names_and_sizes_of_saved_files(kind: str, tmp_path: Path) -> None:
     _, layer = saved(tmp_path, kind, share=False)

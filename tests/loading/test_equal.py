@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kt_hf import KTAMXError, KTExperts, apply_kt_moe, load_kt_model
-from tests.conftest import Case, make_config
+from tests.conftest import KERNEL_MARKS, Case, make_config
 from tests.families.layers import RANK
 from tests.families.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
 from tests.helpers import MIXTRAL
 from tests.loading.checkpoints import saved
-from tests.models import Family
+from tests.models import FAMILIES, Family
 
 DIFFERENT_OBJECTS = {"_modules", "_kt_wrappers", "_kt_cpu_infer", "save_pretrained", "config", "generation_config"}
 
@@ -149,3 +150,40 @@ def test_layers_are_read_one_ahead(
     for index, label in enumerate(labels[2:], 2):
         assert order.index(f"read {label}") > order.index(f"pack {labels[index - 2]}")
     assert all(isinstance(module, KTExperts) for module in model._kt_wrappers)
+
+
+def test_an_interruption_leaves_nothing_behind(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the second layer is packed and the third is read; then once more, undisturbed."""
+    family = FAMILIES["mixtral"]
+    stock = AutoModelForCausalLM.from_pretrained(saved(family, tmp_path))
+    config = make_config(backend, kt_lora_rank=RANK)
+    replace = KTExperts.__init__
+
+    def interrupted(self: KTExperts, weights: Any, shape: Any, layer_idx: int, *rest: Any) -> None:
+        if layer_idx == 1:
+            raise KeyboardInterrupt
+        replace(self, weights, shape, layer_idx, *rest)
+
+    monkeypatch.setattr(KTExperts, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_kt_model(tmp_path, config)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("kt_hf-read")]
+    monkeypatch.undo()
+    model = load_kt_model(tmp_path, config)
+    assert torch.equal(logits_of(model, family.inputs()), logits_of(apply_kt_moe(stock, config), family.inputs()))
+
+
+@pytest.mark.parametrize("name", [pytest.param("AMXBF16", marks=KERNEL_MARKS)])
+def test_memory_that_is_free_decides_on_backward_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded experts are in memory already, streamed ones are not yet: half as much again is enough for the former."""
+    family = FAMILIES["mixtral"]
+    stock = AutoModelForCausalLM.from_pretrained(saved(family, tmp_path))
+    experts = sum(p.numel() * 2 for n, p in stock.named_parameters() if ".experts." in n)
+    monkeypatch.setattr("kt_hf.packing.available_memory", lambda *_: int(1.5 * experts))
+    config = make_config(name, kt_lora_rank=RANK)
+    shared = [
+        model._kt_wrappers[0].packer._share for model in (apply_kt_moe(stock, config), load_kt_model(tmp_path, config))
+    ]
+    assert shared == [False, True]

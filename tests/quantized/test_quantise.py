@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kt_hf import KTAMXConfigError
+from kt_hf import KTAMXConfigError, apply_kt_moe
 from kt_hf.backends import ExpertShape
 from kt_hf.cli import app
 from kt_hf.quantized import MANIFEST, bytes_on_disk, open_saved, write
@@ -24,7 +24,7 @@ from tests.train.tiny import ROOT
 from tests.train.tiny import save_model as save_trainable
 
 from .conftest import wide
-from .folders import quantised, save_checkpoint
+from .folders import quantised, save_checkpoint, settings
 
 FAMILY = wide()
 
@@ -156,6 +156,17 @@ def test_other_dtypes_are_rounded_to_bf16_first(dtype: torch.dtype, checkpoint: 
     a, b = (open_saved(quantised(m, tmp_path / n)) for m, n in ((checkpoint, "a"), (source, "b")))
     for name, layer in a.manifest.layers.items():
         assert layer.files == b.manifest.layers[name].files
+
+
+def test_other_pools_than_the_process_has_are_refused(tmp_path: Path) -> None:
+    """A process has one set of pools, and the files would be for those."""
+    family = wide(inner=256)
+    source = save_checkpoint(tmp_path / "mine", family)
+    alive = apply_kt_moe(family(torch.bfloat16), settings())
+    with pytest.raises(KTAMXConfigError, match=r"on 1 pools of threads already, and the weights are to be saved for 2"):
+        quantised(source, tmp_path / "out", pools=2)
+    assert untouched(tmp_path)
+    del alive
 
 
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:

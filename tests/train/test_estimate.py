@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
+from kt_hf.quantized import Manifest
 from kt_hf.train.estimate import Estimate, estimate
 from kt_hf.train.models import load_config
 from kt_hf.train.settings import OwnKeys, TrainSettings
@@ -59,6 +60,47 @@ def test_what_does_not_fit_comes_with_advice() -> None:
 def test_without_memory_to_spare_backward_weights_are_shared() -> None:
     assert made(free=3 * 2**30).shared_backward
     assert not made(free=64 * 2**30).shared_backward
+
+
+@pytest.mark.parametrize(("backend", "part"), [("AMXBF16", 1.0), ("auto", 1.0), ("AMXInt8", 0.5), ("AMXInt4", 0.25)])
+def test_experts_take_what_their_arithmetic_takes(backend: str, part: float) -> None:
+    """As measured: BF16 2 W, INT8 1 W, INT4 0.5 W; half of it and one layer's copy with shared backward weights."""
+    weights = made().host["experts packed"]
+    found = made({"kt_backend": backend, "kt_share_backward_weights": False}).host
+    assert found["experts packed"] == found["backward copies"] == part * weights
+    shared = made({"kt_backend": backend, "kt_share_backward_weights": True}).host
+    assert shared["experts packed"] == part * weights
+    assert shared["backward copies"] == part * weights // 30
+    # The built-in model is made in bf16 and packed after.
+    assert sum(shared.get(p, 0) for p in ("experts packed", "backward copies", "experts before packing")) >= weights
+
+
+def test_a_streamed_model_never_has_its_experts_in_bf16(tiny_model: Path) -> None:
+    own = dataclasses.replace(OWN, model_name_or_path=str(tiny_model))
+    settings = TrainSettings("here", own, KTConfig(kt_backend="AMXInt8"), {})
+    sizes = model_sizes(load_config(own)[0], own)
+    found = estimate(settings, sizes, kernel=True, gpu=False, host_free=None, gpu_free=None)
+    assert "experts before packing" not in found.host
+    long = dataclasses.replace(sizes, expert_parameters=2 * 10**9)  # two large layers, and next to nothing besides
+    reading = estimate(settings, long, kernel=True, gpu=False, host_free=None, gpu_free=None).host
+    later = [size for part, size in reading.items() if "activations" in part or "LoRA" in part]
+    later += [reading["keys and values"], reading["logits and loss"]]
+    assert reading["reading and packing"] + sum(later) == 2.5 * 2 * 10**9
+
+
+def test_short_memory_may_be_helped_by_int8() -> None:
+    need = made({"kt_share_backward_weights": True}).host_total
+    short = made({"kt_share_backward_weights": True}, free=need - 1)
+    assert any(line.startswith("kt_backend: AMXInt8 saves 0.6 GiB of host memory") for line in short.advice)
+    int8 = made({"kt_share_backward_weights": True, "kt_backend": "AMXInt8"}, free=2**30)
+    assert not any("AMXInt8" in line for line in int8.advice)
+
+
+def test_saved_experts_without_backward_weights_share(tmp_path: Path) -> None:
+    Manifest("AMXInt8", False, 1, "0.7.2", "amx", "model", "mixtral", "", {}, {}).write(tmp_path)
+    kt = {"kt_backend": "AMXInt8", "kt_weight_path": str(tmp_path)}
+    assert made(kt, free=2**40).shared_backward
+    assert not made(kt | {"kt_weight_path": str(tmp_path / "on another machine")}, free=2**40).shared_backward
 
 
 @pytest.mark.parametrize("target", ["all", "all_attention", "q_proj,o_proj,gate_proj,down_proj"])
