@@ -85,7 +85,7 @@ def memory() -> tuple[int, int]:
     return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
 
 
-def child(what: str, folder: Path, threads: int, share: bool) -> dict[str, Any]:
+def child(what: str, folder: Path, backend: str, threads: int, share: bool) -> dict[str, Any]:
     """One measurement: seconds, and memory before, after and at the peak."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,7 +95,7 @@ def child(what: str, folder: Path, threads: int, share: bool) -> dict[str, Any]:
     from kt_hf.patch import make_packer
 
     kernel_availability()
-    cfg = KTConfig(kt_num_threads=threads, kt_lora_rank=8, kt_share_backward_weights=share)
+    cfg = KTConfig(kt_backend=backend, kt_num_threads=threads, kt_lora_rank=8, kt_share_backward_weights=share)
     checkpoint = ExpertCheckpoint(folder, AutoConfig.from_pretrained(folder))
     shapes = checkpoint.shapes
     keep: list[Any] = []
@@ -124,6 +124,7 @@ def measure(what: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["OMP_NUM_THREADS"] = str(options.threads)
     command = [sys.executable, __file__, "--child", what, "--folder", str(folder), "--threads", str(options.threads)]
+    command += ["--backend", options.backend]
     command += ["--own-backward"] if options.own_backward else []
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -152,7 +153,7 @@ def report(folder: Path, options: argparse.Namespace) -> None:
         print(f"{name}: peak {over:.2f} layers of {layer / 2**20:.0f} MiB above the {resident:.2f} GiB that stay")
     if options.append:
         shape = f"{options.layers} x E={options.experts} H={options.hidden} I={options.intermediate} {options.source}"
-        case = "own backward" if options.own_backward else "shared backward"
+        case = f"{options.backend}, {'own backward' if options.own_backward else 'shared backward'}"
         parts = {name: [r["seconds"] for r in found] for name, found in runs.items()}
         append("loading", shape, 0, options.threads, {case: Timing(parts)})
 
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=864)
     parser.add_argument("--source", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--backend", default="auto", help="AMXInt8 takes --intermediate in multiples of 64")
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
     parser.add_argument("--own-backward", action="store_true", help="backward weights a layer, not one buffer for all")
     parser.add_argument("--runs", type=int, default=1)
@@ -173,7 +175,9 @@ def main() -> None:
     parser.add_argument("--child", choices=("read", "pack", "load", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options.child, options.folder, options.threads, not options.own_backward)))
+        print(
+            json.dumps(child(options.child, options.folder, options.backend, options.threads, not options.own_backward))
+        )
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -134,10 +134,11 @@ def save_packed(
     """
     from . import kt_kernel
 
-    backend = kt_kernel.KTKernelBackend(
-        weights, shape, 0, plan, 1, not backward, True, label, name, save_to=folder
-    )  # fmt: skip
-    del backend  # its memory is for the next layer
+    with CALL_LOCK:
+        backend = kt_kernel.KTKernelBackend(
+            weights, shape, 0, plan, 1, not backward, True, label, name, save_to=folder
+        )  # fmt: skip
+        del backend  # its memory is for the next layer
     return SavedLayer(folder, backward)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from kt_hf import KTAMXConfigError, KTAMXError, apply_kt_moe, load_kt_model
 from kt_hf.quantized import MANIFEST, open_saved
+from tests.loading.checkpoints import make_fp8, tensors, write
 from tests.models import FAMILIES, Family
 
 from .conftest import wide
@@ -77,6 +79,39 @@ def test_twice_in_a_process_and_after_an_adapter(checkpoint: Path, folders: Any)
     model = get_peft_model(load(checkpoint, FAMILY), lora_config(FAMILY, target_modules=["q_proj"]))
     apply_kt_moe(model, settings(path=folders["int8", True]))
     assert {layer.backend_name for layer in model._kt_wrappers} == {"AMXInt8"}
+
+
+def test_the_original_experts_are_not_read(checkpoint: Path, folders: Any, tmp_path: Path) -> None:
+    """Were a number of them read, it would not be one."""
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = settings(path=folders["int8", True], kt_share_backward_weights=False)
+    expected = results(load_kt_model(copy, config), FAMILY)
+    content = tensors(copy)
+    write(copy, {n: torch.full_like(t, torch.nan) if ".experts." in n else t for n, t in content.items()})
+    found = results(load_kt_model(copy, config), FAMILY)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_fp8_checkpoints_are_quantised_from_what_they_stand_for(tmp_path: Path) -> None:
+    """DeepSeek-V3's block-wise FP8, to bf16, to INT8: saved as online."""
+    v3 = FAMILIES["deepseek_v3"]
+
+    def config() -> PreTrainedConfig:
+        made = v3.make_config()
+        made.hidden_size, made.moe_intermediate_size = 128, 64
+        return made
+
+    family = replace(v3, make_config=config, hidden=128, intermediate=64)
+    checkpoint = save_checkpoint(tmp_path / "model", family)
+    make_fp8(checkpoint, (32, 32))
+    folder = quantised(checkpoint, tmp_path / "saved")
+    share = {"kt_share_backward_weights": False}
+    online, saved = (
+        results(load_kt_model(checkpoint, settings(path=path, **share), dtype=torch.bfloat16), family)
+        for path in (None, folder)
+    )
+    assert all(torch.equal(value, saved[name]) for name, value in online.items())
+    assert {"model.norm.weight", "lm_head.weight"} <= set(open_saved(folder).manifest.marks)
 
 
 def no_manifest(folder: Path) -> None:
