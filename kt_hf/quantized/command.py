@@ -39,7 +39,9 @@ def run(
         raise KTAMXConfigError(f"{model!r}: {' '.join(str(error).split())}") from error
     checkpoint = ExpertCheckpoint(folder, config, trust_remote_code)
     with LayersBar(len(checkpoint.layers), console, "Quantising the experts") as bar:
-        quantise(checkpoint, config, out, backend, plan_for(pools), backward, name=model, on_layer=bar.advance)
+        quantise(
+            checkpoint, config, out, backend, plan_for(pools), backward, model, trust_remote_code, on_layer=bar.advance
+        )
 
 
 def plan_for(pools: int | None) -> ThreadPlan:

@@ -91,19 +91,24 @@ def read_manifest(file: Path) -> Manifest:
         raise KTAMXError(f"{file} is damaged: {type(error).__name__}: {error}. Quantise again.") from error
 
 
+def read_layer(name: str, found: dict[str, Any]) -> SavedLayerFiles:
+    """A layer's entry, as `asdict` makes it.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is none.
+    """
+    parts = Path(found["folder"]).parts
+    if len(parts) != 1 or parts[0] == "..":
+        raise ValueError(f"{name} is said to be in {found['folder']!r}")
+    shape = [int(n) for n in found["shape"]]
+    if len(shape) != 3:
+        raise ValueError(f"{name} has shape {shape}")
+    files = {str(file): (int(size), str(sha)) for file, (size, sha) in found["files"].items()}
+    return SavedLayerFiles(found["folder"], shape, {part: Mark(**m) for part, m in found["source"].items()}, files)
+
+
 def _manifest(found: dict[str, Any]) -> Manifest:
-    layers = {}
-    for name, layer in found["layers"].items():
-        parts = Path(layer["folder"]).parts
-        if len(parts) != 1 or parts[0] == "..":
-            raise ValueError(f"{name} is said to be in {layer['folder']!r}")
-        shape = [int(n) for n in layer["shape"]]
-        if len(shape) != 3:
-            raise ValueError(f"{name} has shape {shape}")
-        files = {str(file): (int(size), str(sha)) for file, (size, sha) in layer["files"].items()}
-        source = {part: Mark(**mark) for part, mark in layer["source"].items()}
-        layers[name] = SavedLayerFiles(layer["folder"], shape, source, files)
-    found["layers"] = layers
+    found["layers"] = {name: read_layer(name, layer) for name, layer in found["layers"].items()}
     found["marks"] = {name: Mark(**mark) for name, mark in found["marks"].items()}
     made = Manifest(**found)
     for item in fields(Manifest):

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..backends import (
-    OPERATORS,
-    QUANTISED,
-    ExpertShape,
-    ExpertWeights,
-    choose_backend,
-    kernel_availability,
-    save_packed,
-)
+from ..backends import OPERATORS, QUANTISED, ExpertShape, choose_backend, kernel_availability
 from ..checkpoint import ExpertCheckpoint
 from ..cpu import ThreadPlan
 from ..errors import KTAMXConfigError
-from ..packing import return_freed_memory
 from .manifest import Manifest, SavedLayerFiles
-from .marks import marks_of_files, marks_of_weights
-from .saved import checksums
-
-logger = logging.getLogger(__name__)
+from .marks import marks_of_files
+from .worker import Job, in_new_process, work
 
 _BLOCK = 4096  # of a file system: the last one of a file is not full
+# What a process may keep of the layers it has done, beside one layer: starting another takes seconds.
+_KEPT = 4 * 2**30
 
 
 def quantise(
@@ -43,11 +30,13 @@ def quantise(
     plan: ThreadPlan,
     backward: bool = True,
     name: str | None = None,
+    trust_remote_code: bool = False,
     on_layer: Callable[[int], None] = lambda bytes_read: None,
 ) -> None:
     """Write the experts of a checkpoint, quantised, to a new folder, which is there whole or not at all.
 
-    Takes memory for about four layers in bf16.
+    Takes memory for about five layers in bf16, or 4 GiB where layers are small. Of a model that needs several, each
+    batch of layers is done by a process of its own, for what kt-kernel keeps of each layer (`worker`).
 
     Args:
         checkpoint: What is read, once.
@@ -57,6 +46,7 @@ def quantise(
         plan: Its pools are those that the folder can be loaded with.
         backward: Also write the weights for backward: twice the size, but no repacking at each backward.
         name: The model's, for messages; the checkpoint's folder by default.
+        trust_remote_code: As the checkpoint was opened with.
         on_layer: Called after each layer with the bytes of it in the checkpoint.
 
     Raises:
@@ -81,7 +71,15 @@ def quantise(
             f"{partial} is there: another run writes it, or one was interrupted. Remove it if none does."
         ) from None
     try:
-        layers = _write_layers(checkpoint, partial, backend, plan, backward, on_layer)
+        layers: dict[str, SavedLayerFiles] = {}
+        folder = str(checkpoint.files.folder.absolute())
+        batches = _batches(checkpoint, backend)
+        do = work if len(batches) == 1 else in_new_process
+        for some in batches:
+            job = Job(folder, trust_remote_code, str(partial), some, backend, list(plan.pools), backward)
+            for layer, written in do(job):
+                layers[layer] = written
+                on_layer(checkpoint.source_bytes(layer))
         details = kernel_availability().details
         Manifest(
             backend=backend,
@@ -110,34 +108,19 @@ def bytes_on_disk(shape: ExpertShape, backend: str, pools: int, backward: bool) 
     return packed + scales + files * _BLOCK
 
 
-def _write_layers(
-    checkpoint: ExpertCheckpoint, folder: Path, backend: str, plan: ThreadPlan, backward: bool,
-    on_layer: Callable[[int], None],
-) -> dict[str, SavedLayerFiles]:  # fmt: skip
-    made = {}
-    # The next layer is read while one is quantised.
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(checkpoint.read, checkpoint.layers[0], torch.bfloat16)
-        for index, layer in enumerate(checkpoint.layers):
-            weights = ahead.result()
-            if index + 1 < len(checkpoint.layers):
-                ahead = reader.submit(checkpoint.read, checkpoint.layers[index + 1], torch.bfloat16)
-            made[layer] = _write_layer(weights, checkpoint.shapes[layer], layer, folder / f"layer_{index:04d}",
-                                       backend, plan, backward)  # fmt: skip
-            return_freed_memory()
-            on_layer(checkpoint.source_bytes(layer))
+def _batches(checkpoint: ExpertCheckpoint, backend: str) -> list[dict[str, str]]:
+    """The layers, with names for their folders, in batches that one process can do."""
+    made: list[dict[str, str]] = []
+    kept = 0.0
+    for index, layer in enumerate(checkpoint.layers):
+        shape = checkpoint.shapes[layer]
+        weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
+        if not made or kept > max(_KEPT, 2 * weights):
+            made.append({})
+            kept = 0.0
+        made[-1][layer] = f"layer_{index:04d}"
+        kept += weights * OPERATORS[backend].bytes_per_weight
     return made
-
-
-def _write_layer(
-    weights: ExpertWeights, shape: ExpertShape, layer: str, folder: Path, backend: str, plan: ThreadPlan, backward: bool
-) -> SavedLayerFiles:
-    source = marks_of_weights(weights)
-    save_packed(backend, weights, shape, plan, folder, backward, layer)
-    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.kt"))}
-    sums = checksums(folder, files)
-    sizes = [shape.num_experts, shape.hidden_size, shape.intermediate_size]
-    return SavedLayerFiles(folder.name, sizes, source, {file: (size, sums[file]) for file, size in files.items()})
 
 
 def _check_place(out: Path, needed: int) -> None:

@@ -8,16 +8,18 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from kt_hf import KTAMXConfigError, apply_kt_moe
+from kt_hf import KTAMXConfigError, KTAMXError, apply_kt_moe
 from kt_hf.backends import ExpertShape
 from kt_hf.cli import app
-from kt_hf.quantized import MANIFEST, bytes_on_disk, open_saved, write
+from kt_hf.quantized import MANIFEST, bytes_on_disk, command, open_saved, worker, write
 from tests.models import FAMILIES
 from tests.train.test_run import trained
 from tests.train.tiny import ROOT
@@ -110,20 +112,66 @@ def test_the_space_reckoned_is_what_is_used(to: str, backward: bool, checkpoint:
     assert reckoned - sum(files) == 4096 * len(files)
 
 
-def test_an_interrupted_run_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, done = write.save_packed, []
+@pytest.fixture
+def a_process_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_batches", lambda c, b: [{layer: f"layer_{i}"} for i, layer in enumerate(c.layers)])
 
-    def save_packed(*arguments: Any) -> Any:
-        if done:
-            raise KeyboardInterrupt
-        done.append(arguments)
-        return original(*arguments)
 
-    monkeypatch.setattr(write, "save_packed", save_packed)
+def stopped(bytes_read: int) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_interrupted_run_leaves_nothing(
+    processes: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    """After its first layer; and its process ends."""
+    if processes:
+        request.getfixturevalue("a_process_a_layer")
+    monkeypatch.setattr(command.LayersBar, "advance", lambda bar, size: stopped(size))
     with pytest.raises(KeyboardInterrupt):
         quantised(checkpoint, tmp_path / "out")
-    assert done
     assert list(tmp_path.iterdir()) == []
+    commands = [child.cmdline() for child in psutil.Process().children()]
+    assert not any("kt_hf.quantized.worker" in command for command in commands)
+
+
+@pytest.mark.usefixtures("a_process_a_layer")
+@pytest.mark.parametrize("ends", ["os._exit(3)", "raise SystemExit('out of order')"])
+def test_a_process_that_fails_is_told(
+    ends: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        worker.subprocess, "Popen", lambda line, **k: start([line[0], "-c", f"import os; {ends}"], **k)
+    )  # fmt: skip
+    with pytest.raises(KTAMXError, match=r"ended with status (3|1): (no message|out of order)"):
+        quantised(checkpoint, tmp_path / "out")
+    assert untouched(tmp_path)
+
+
+def test_several_processes_write_what_one_writes(checkpoint: Path, tmp_path: Path, request: Any) -> None:
+    """kt-kernel keeps a copy of each layer it has packed, until the process ends: a large model takes several."""
+    one = quantised(checkpoint, tmp_path / "one")
+    request.getfixturevalue("a_process_a_layer")
+    several = quantised(checkpoint, tmp_path / "several")
+    assert not {name for name in os.listdir(several) if name != MANIFEST} & set(os.listdir(one))
+    assert [layer.files for layer in open_saved(several).manifest.layers.values()] == [
+        layer.files for layer in open_saved(one).manifest.layers.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "layers", "sizes"), [("AMXInt8", 61, [3] * 20 + [1]), ("AMXInt4", 61, [5] * 12 + [1])]
+)
+def test_layers_of_a_process(backend: str, layers: int, sizes: list[int]) -> None:
+    """DeepSeek-V3's are 22.5 GB each in bf16: a process keeps no more than about one of them."""
+    names = [f"model.layers.{i}.mlp.experts" for i in range(layers)]
+    shapes = dict.fromkeys(names, ExpertShape(256, 8, 7168, 2048))
+    found = write._batches(SimpleNamespace(layers=names, shapes=shapes), backend)
+    assert [len(some) for some in found] == sizes
+    assert [name for some in found for name in some] == names
+    assert len({folder for some in found for folder in some.values()}) == layers
 
 
 FULL = """

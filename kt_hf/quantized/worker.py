@@ -1,0 +1,130 @@
+"""Quantises some layers in a process of its own and prints what it has written, a line of JSON a layer.
+
+kt-kernel 0.7.2 never frees the packed weights of the forward. Only the end of a process gives them back, so a long
+checkpoint takes several, one after the other.
+
+python -m kt_hf.quantized.worker '{"folder": ..., "out": ..., "layers": [...], ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import KTAMXError
+from .manifest import SavedLayerFiles, read_layer
+
+_LINE = "kt_hf: "  # before each answer, for a library may print too
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process does.
+
+    Attributes:
+        folder: The checkpoint.
+        trust_remote_code: As transformers has it.
+        out: Where the layers' folders are made.
+        layers: Names of experts modules -> their folders' names.
+        backend: AMXInt8 or AMXInt4.
+        pools: (node, threads) of each pool.
+        backward: With the weights for backward.
+    """
+
+    folder: str
+    trust_remote_code: bool
+    out: str
+    layers: dict[str, str]
+    backend: str
+    pools: list[tuple[int, int]]
+    backward: bool
+
+
+def in_new_process(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
+    """Name and files of each layer, as it is done.
+
+    Raises:
+        KTAMXError, OSError: As in the process, or it ended without an answer.
+    """
+    command = [sys.executable, "-m", "kt_hf.quantized.worker", json.dumps(asdict(job))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        # Read all the time: a full pipe would stop the process.
+        with ThreadPoolExecutor(1) as reader:
+            told = reader.submit(process.stderr.read)
+            try:
+                for line in process.stdout:
+                    if line.startswith(_LINE):
+                        yield _answer(json.loads(line.removeprefix(_LINE)))
+            except BaseException:
+                process.kill()
+                raise
+            if process.wait():
+                last = (told.result().strip().splitlines() or ["no message"])[-1]
+                raise KTAMXError(f"Quantising ended with status {process.returncode}: {last}")
+
+
+def _answer(found: dict[str, Any]) -> tuple[str, SavedLayerFiles]:
+    if "error" in found:
+        raise (OSError if found["system"] else KTAMXError)(found["error"])
+    return found["name"], read_layer(found["name"], found["layer"])
+
+
+def work(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
+    """Quantise the layers in this process; the next one is read while one is packed."""
+    import torch
+    from transformers import AutoConfig
+
+    from ..backends import save_packed
+    from ..checkpoint import ExpertCheckpoint
+    from ..cpu import ThreadPlan
+    from ..packing import return_freed_memory
+    from .marks import marks_of_weights
+    from .saved import checksums
+
+    config = AutoConfig.from_pretrained(job.folder, trust_remote_code=job.trust_remote_code)
+    checkpoint = ExpertCheckpoint(job.folder, config, job.trust_remote_code)
+    plan, names = ThreadPlan(tuple((node, threads) for node, threads in job.pools)), list(job.layers)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(checkpoint.read, names[0], torch.bfloat16)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            weights, shape = ahead.result(), checkpoint.shapes[name]
+            if following is not None:
+                ahead = reader.submit(checkpoint.read, following, torch.bfloat16)
+            folder, source = Path(job.out) / job.layers[name], marks_of_weights(weights)
+            save_packed(job.backend, weights, shape, plan, folder, job.backward, name)
+            del weights
+            return_freed_memory()
+            sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.kt"))}
+            sums = checksums(folder, sizes)
+            yield (
+                name,
+                SavedLayerFiles(
+                    folder.name,
+                    [shape.num_experts, shape.hidden_size, shape.intermediate_size],
+                    source,
+                    {file: (size, sums[file]) for file, size in sizes.items()},
+                ),
+            )
+
+
+def main(text: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the operators' threads need the cores
+    try:
+        for name, layer in work(Job(**json.loads(text))):
+            print(_LINE + json.dumps({"name": name, "layer": asdict(layer)}), flush=True)
+    except (KTAMXError, OSError) as error:
+        print(_LINE + json.dumps({"error": str(error), "system": isinstance(error, OSError)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
