@@ -33,7 +33,7 @@ def marks_of_files(files: TensorFiles, layers: list[str]) -> dict[str, Mark]:
 
     A fine-tuned model may share routers or norms with the one it was made of, but hardly all of its attention.
     """
-    blocks = [re.split(r"(?<=\.\d)\.|(?<=\d)\.", name, maxsplit=1)[0] + "." for name in (layers[0], layers[-1])]
+    blocks = [re.split(r"(?<=\d)\.", name, maxsplit=1)[0] + "." for name in (layers[0], layers[-1])]
     found = {}
     for name, tensor in files.tensors.items():
         in_block = name.startswith(tuple(blocks)) and ".experts." not in name

@@ -62,6 +62,7 @@ def quantise(
         choose_backend(backend, shape, pools)
     out = Path(out).absolute()
     _check_place(out, sum(bytes_on_disk(shape, backend, pools, backward) for shape in shapes.values()))
+    details, marks = kernel_availability().details, marks_of_files(checkpoint.files, checkpoint.layers)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -80,7 +81,6 @@ def quantise(
             for layer, written in do(job):
                 layers[layer] = written
                 on_layer(checkpoint.source_bytes(layer))
-        details = kernel_availability().details
         Manifest(
             backend=backend,
             backward=backward,
@@ -90,7 +90,7 @@ def quantise(
             model=name or str(checkpoint.files.folder),
             model_type=config.model_type,
             config_sha256=_config_hash(checkpoint.files.folder, config),
-            marks=marks_of_files(checkpoint.files, checkpoint.layers),
+            marks=marks,
             layers=layers,
         ).write(partial)
         partial.rename(out)  # over an empty folder too
