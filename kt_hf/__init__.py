@@ -24,6 +24,7 @@ from .errors import (
     KTAMXModelNotSupportedError,
 )
 from .experts import KTExperts
+from .loading import load_kt_model
 from .lora import kt_lora_config
 from .patch import apply_kt_moe
 from .peft_compat import install
@@ -44,5 +45,6 @@ __all__ = [
     "KTMoECallback",
     "apply_kt_moe",
     "kt_lora_config",
+    "load_kt_model",
     "verify_adapter",
 ]

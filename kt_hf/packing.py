@@ -28,6 +28,7 @@ class Packer:
         plan: Worker threads.
         expert_bytes: All layers' expert weights in bf16.
         layer_bytes: The largest layer's.
+        streamed: The weights are read as they are packed; else they are in memory already.
     """
 
     config: KTConfig
@@ -36,6 +37,7 @@ class Packer:
     plan: ThreadPlan
     expert_bytes: int
     layer_bytes: int
+    streamed: bool = False
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
     _share: bool | None = field(default=None, init=False)
@@ -71,8 +73,8 @@ class Packer:
             return False
         if self.config.kt_share_backward_weights is not None:
             return self.config.kt_share_backward_weights
-        # The source weights are still in memory and are released layer by layer, so what is needed on top is one copy.
-        free = available_memory()
+        # Source weights in memory are released layer by layer, so what is needed on top is one copy; without them two.
+        free = available_memory() - (self.expert_bytes if self.streamed else 0)
         share = self.expert_bytes > 0.8 * free
         logger.info(
             "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,12 @@ from .adapters.save import save_native_verified
 from .backends import ExpertShape, ExpertWeights, choose_backend, describe_cpu
 from .config import KTConfig
 from .cpu import plan_threads
-from .errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
+from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers, watch_optimizers
+from .find import Place, base_model, find_experts
 from .packing import Packer
 
 logger = logging.getLogger(__name__)
-
-_SILU = ("SiLU", "SiLUActivation")
-# What the families call the number of experts a token is sent to.
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
 def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | None = None) -> Any:
@@ -56,64 +54,94 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
             pass
         return load_adapter(apply_kt_moe(model, cfg), adapter)
     cfg = cfg or KTConfig()
-    _refuse_parallel(model)
-    base = _base_model(model)
+    refuse_parallel(model)
+    base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
     from . import peft_compat
 
     peft_compat.install()
-    found = _find_experts(model)
-    shapes = [_shape(base, parent, experts, name) for name, parent, _, experts in found]
-    chosen = {choose_backend(cfg.kt_backend, shape) for shape in shapes}
-    backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
-    if cfg.kt_weight_path is not None or cfg.kt_num_gpu_experts:
-        field = "kt_weight_path" if cfg.kt_weight_path is not None else "kt_num_gpu_experts"
-        raise KTAMXConfigError(f"{field}={getattr(cfg, field)!r} is not supported yet: leave it out.")
-    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes]
-    packer = Packer(cfg, backend, reason, plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled), sum(sizes), max(sizes))
-    logger.info(
-        "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
-        len(found), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
-    )  # fmt: skip
-    if cfg.kt_backend == "auto" and backend == "torch":
-        logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
-
+    found = find_experts(model)
+    packer = make_packer(cfg, [place.shape for place in found])
     wrapped = peft_compat.unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not wrapped:
         model.requires_grad_(False)
-    found = _find_experts(model) if wrapped else found
-    layers = [
-        _replace(place, shape, index, packer) for index, (place, shape) in enumerate(zip(found, shapes, strict=True))
-    ]
-    watch_optimizers()
-    packer.on_pack = functools.partial(_show_engine, weakref.ref(base))
-    base._kt_cpu_infer = None
-    base._kt_wrappers = layers
-    base._kt_moe_lora_params = LoraParamsView(layers)
-    base._kt_config = cfg
-    _guard_save(base)
+    found = find_experts(model) if wrapped else found
+    layers = replace_experts(base, found, packer, _take_weights)
     wrapped.restore(layers)
     for layer in layers:
         layer.pack()
     return model
 
 
-def _replace(place: list[Any], shape: ExpertShape, index: int, packer: Packer) -> KTExperts:
+def make_packer(cfg: KTConfig, shapes: list[ExpertShape], streamed: bool = False) -> Packer:
+    """Choose the backend for layers of these shapes, and tell which.
+
+    Args:
+        cfg: Settings.
+        shapes: Of all layers.
+        streamed: The weights are not in memory yet.
+
+    Raises:
+        KTAMXConfigError: Settings that do not fit the model.
+        KTAMXNotAvailableError: A backend asked for by name that does not run here.
+    """
+    chosen = {choose_backend(cfg.kt_backend, shape) for shape in shapes}
+    backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
+    if cfg.kt_weight_path is not None or cfg.kt_num_gpu_experts:
+        field = "kt_weight_path" if cfg.kt_weight_path is not None else "kt_num_gpu_experts"
+        raise KTAMXConfigError(f"{field}={getattr(cfg, field)!r} is not supported yet: leave it out.")
+    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes]
+    plan = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
+    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed)
+    logger.info(
+        "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
+        len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
+    )  # fmt: skip
+    if cfg.kt_backend == "auto" and backend == "torch":
+        logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
+    return packer
+
+
+def replace_experts(
+    base: Any, places: list[Place], packer: Packer, weights_of: Callable[[Place], ExpertWeights]
+) -> list[KTExperts]:
+    """Put `KTExperts` in the place of each experts module of a model, one after the other, and what goes with them.
+
+    Args:
+        base: The transformers model.
+        places: Its experts modules, in layer order.
+        packer: Builds the layers' backends.
+        weights_of: Gives a layer's weights, which are taken over.
+    """
+    watch_optimizers()
+    packer.on_pack = functools.partial(_show_engine, weakref.ref(base))
+    base._kt_cpu_infer = None
+    layers = [_replace(place, index, packer, weights_of(place)) for index, place in enumerate(places)]
+    base._kt_wrappers = layers
+    base._kt_moe_lora_params = LoraParamsView(layers)
+    base._kt_config = packer.config
+    _guard_save(base)
+    return layers
+
+
+def _take_weights(place: Place) -> ExpertWeights:
+    return ExpertWeights(place.experts.gate_up_proj.detach(), place.experts.down_proj.detach())
+
+
+def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    name, parent, attribute, experts = place
-    weights = ExpertWeights(experts.gate_up_proj.detach(), experts.down_proj.detach())
-    layer = KTExperts(weights, shape, _layer_index(name, index), name, packer)
-    layer.train(experts.training)
-    setattr(parent, attribute, layer)
-    place.clear()
-    del experts  # its weights are released as they are packed
+    layer = KTExperts(weights, place.shape, _layer_index(place.name, index), place.name, packer)
+    layer.train(place.experts.training)
+    setattr(place.parent, place.attribute, layer)
+    place.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()
     return layer
 
 
-def _refuse_parallel(model: nn.Module) -> None:
+def refuse_parallel(model: nn.Module | None) -> None:
+    """Several processes, or several GPUs in one, cannot share experts on the CPU."""
     if isinstance(model, nn.DataParallel):
         raise KTAMXConfigError("nn.DataParallel cannot hold experts that live on the CPU: pass the model inside it.")
     world = int(os.environ.get("WORLD_SIZE") or 1)
@@ -126,110 +154,12 @@ def _refuse_parallel(model: nn.Module) -> None:
         )
 
 
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _already_patched(model: Any, base: Any, cfg: KTConfig) -> Any:
     before = getattr(base, "_kt_config", None)
     if before != cfg:
         raise KTAMXConfigError(f"The model is patched already, with {before}. Load it anew to patch it with {cfg}.")
     logger.info("kt_hf: the model is patched already.")
     return model
-
-
-def _find_experts(model: nn.Module) -> list[list[Any]]:
-    """[full name, parent, attribute, experts module] of each layer's routed experts, in order.
-
-    Raises:
-        KTAMXModelNotSupportedError: None, or one that is not plain.
-    """
-    text = _text_config(_base_model(model))
-    found: list[list[Any]] = []
-    strange: list[str] = []
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        parent_name, _, attribute = name.rpartition(".")
-        if _is_fused(module):
-            problem = _problem(module, text)
-            if problem:
-                raise KTAMXModelNotSupportedError(
-                    f"{type(module).__name__} at {name}: {problem}. Supported are fused experts with a gated SiLU, "
-                    "without biases."
-                )
-            found.append([name, modules[parent_name], attribute, module])
-        elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
-            strange.append(f"{name} ({type(module).__name__})")
-    if found:
-        return found
-    kind = type(_base_model(model)).__name__
-    if strange:
-        raise KTAMXModelNotSupportedError(
-            f"{kind} has experts of a form that is not supported: {', '.join(strange[:3])}. Supported are the fused "
-            "experts of transformers 5 (gate_up_proj and down_proj); with trust_remote_code=True leave that out, so "
-            "that transformers' own class is used."
-        )
-    raise KTAMXModelNotSupportedError(
-        f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"
-    )
-
-
-def _is_fused(module: nn.Module) -> bool:
-    parameters = dict(module.named_parameters(recurse=False))
-    return any(p.dim() == 3 for n, p in parameters.items() if n in ("gate_up_proj", "down_proj", "up_proj"))
-
-
-def _problem(experts: nn.Module, text_config: Any) -> str | None:
-    """Why these fused experts are not plain, or None. Decided by the module's attributes, not by the family's name."""
-    from transformers.integrations import moe
-
-    parameters = dict(experts.named_parameters(recurse=False))
-    if set(parameters) != {"gate_up_proj", "down_proj"}:
-        return f"parameters {sorted(parameters)} instead of gate_up_proj and down_proj alone"
-    flags = {"has_bias": False, "is_transposed": False, "is_concatenated": True, "has_gate": True,
-             "has_post_expert_norm": False, "_is_expert_parallel": False}  # fmt: skip
-    for flag, plain in flags.items():
-        if getattr(experts, flag, plain) != plain:
-            return f"{flag}={getattr(experts, flag)}"
-    default_gate = getattr(moe, "_default_apply_gate", None)
-    gate = getattr(type(experts), "_apply_gate", default_gate)
-    if gate is not default_gate:
-        return "a gate of its own (_apply_gate)"
-    activation = type(getattr(experts, "act_fn", None)).__name__
-    named = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
-    if activation not in _SILU:
-        return f"activation {activation} (hidden_act={named!r}) instead of SiLU"
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    E, H, I = down.shape  # noqa: E741
-    if tuple(gate_up.shape) != (E, 2 * I, H):
-        return f"gate_up_proj {tuple(gate_up.shape)} does not go with down_proj {tuple(down.shape)}"
-    if gate_up.is_meta or down.is_meta:
-        return "its weights are on the meta device: load the model without device_map"
-    if gate_up.dtype not in (torch.bfloat16, torch.float16, torch.float32) or gate_up.dtype != down.dtype:
-        return f"weights of {gate_up.dtype} and {down.dtype}; load the model in bfloat16, float16 or float32"
-    return None
-
-
-def _shape(model: Any, parent: nn.Module, experts: Any, name: str) -> ExpertShape:
-    E, H, I = experts.down_proj.shape  # noqa: E741
-    return ExpertShape(E, _top_k(model, parent, E, name), H, I)
-
-
-def _top_k(model: Any, parent: nn.Module, experts: int, name: str) -> int:
-    text = _text_config(model)
-    for source in (parent, getattr(parent, "gate", None), getattr(parent, "router", None), text):
-        for field in _TOP_K_NAMES:
-            value = getattr(source, field, None)
-            if isinstance(value, int) and 1 <= value <= experts:
-                return value
-    raise KTAMXModelNotSupportedError(
-        f"{name}: the model's config does not tell how many experts a token is sent to ({', '.join(_TOP_K_NAMES)})."
-    )
-
-
-def _text_config(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _layer_index(name: str, fallback: int) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
-from ..errors import KTAMXConfigError, KTAMXNotAvailableError
+from rich.console import Console
+
+from ..config import KTConfig
+from ..errors import KTAMXConfigError, KTAMXError, KTAMXNotAvailableError
 from .settings import BUILTIN_MODEL, OwnKeys
 
 logger = logging.getLogger(__name__)
@@ -62,30 +66,56 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
     return config, told
 
 
-def load_model(own: OwnKeys, config: Any) -> Any:
-    """The model in its dtype, on the CPU, not patched.
+def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console | None = None) -> Any:
+    """The model in its dtype, on the CPU, patched where `kt` is given.
+
+    The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
+    them; they are packed for the run's LoRA rank.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
+        KTAMXError: Its experts cannot be computed, or its checkpoint is damaged.
     """
-    if is_builtin(own.model_name_or_path):
+    from .. import apply_kt_moe, load_kt_model
+
+    name = own.model_name_or_path
+    if is_builtin(name):
         from ..demo.upcycle import load_dense, upcycle_model
 
         dense, _ = load_dense()
-        model = upcycle_model(dense, num_layers=builtin_layers(own.model_name_or_path), dtype=_builtin_dtype(own))
-        model.config._name_or_path = model.name_or_path = own.model_name_or_path
-        return model
+        model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
+        model.config._name_or_path = model.name_or_path = name
+        return model if kt is None else apply_kt_moe(model, kt)
     from transformers import AutoModelForCausalLM
 
     trusted = own.trust_remote_code and not type(config).__module__.startswith("transformers.")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            own.model_name_or_path, config=config, dtype=own.torch_dtype, trust_remote_code=trusted
+        if kt is not None and not trusted and _is_safetensors(name):
+            rank = own.lora_rank if kt.kt_lora_rank is None else kt.kt_lora_rank
+            kt = replace(kt, kt_lora_rank=rank)
+            return load_kt_model(name, kt, dtype=own.torch_dtype, config=config, console=console)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted
         )
+    except KTAMXError:
+        raise
     except (OSError, ValueError) as error:
         raise KTAMXConfigError(
-            f"model_name_or_path={own.model_name_or_path!r} cannot be loaded: {' '.join(str(error).split())}"
+            f"model_name_or_path={name!r} cannot be loaded: {' '.join(str(error).split())}"
         ) from None
+    return model if kt is None else apply_kt_moe(model, kt)
+
+
+def _is_safetensors(name: str) -> bool:
+    """Whether there is a safetensors checkpoint; one of the hub is downloaded."""
+    from ..checkpoint import checkpoint_folder
+    from ..tensor_files import INDEX, SINGLE
+
+    try:
+        folder = checkpoint_folder(name)
+    except KTAMXConfigError:
+        return False
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:

@@ -54,13 +54,10 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
-    with console.status("Loading the model") if console.is_terminal else contextlib.nullcontext():
-        model = load_model(own, config)
-        if own.use_kt:
-            from .. import apply_kt_moe
-
-            apply_kt_moe(model, settings.kt)
-        peft_config, told = lora_config(model, own)
+    if console.is_terminal:
+        console.print("Loading the model")  # experts have a progress bar of their own
+    model = load_model(own, config, settings.kt if own.use_kt else None, console)
+    peft_config, told = lora_config(model, own)
     _tell(console, told)
     counter = TokenCounter(model)
     stop, progress = StopOnInterrupt(console), ShowProgress(console, counter)

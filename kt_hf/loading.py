@@ -1,0 +1,224 @@
+"""`load_kt_model`: a patched model whose experts were never in memory twice, or even once, as transformers holds them.
+
+Everything but routed experts comes by the model class's own `from_pretrained`, which sees modules without parameters in
+their places; the experts go from the files to the backend layer by layer, the next one read while one is packed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from .backends import ExpertWeights
+from .checkpoint import ExpertCheckpoint, checkpoint_folder
+from .config import KTConfig
+from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
+from .find import Place, find_experts, skeleton
+from .fp8 import SCALE, block_size, dequantise_rest, quantised_rest
+from .loading_progress import LayersBar
+from .patch import make_packer, refuse_parallel, replace_experts
+
+logger = logging.getLogger(__name__)
+
+# Arguments of from_pretrained that tell where the files are; the others are the model's.
+_HUB = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+_MOVED = "the experts go to the CPU operators, and Trainer moves the rest to the GPU: leave it out"
+_REFUSED = {
+    "device_map": _MOVED,
+    "max_memory": _MOVED,
+    "offload_folder": _MOVED,
+    "tp_plan": "the model is not split over processes: leave it out",
+    "tp_size": "the model is not split over processes: leave it out",
+    "distributed_config": "the model is not split over processes: leave it out",
+    "device_mesh": "the model is not split over processes: leave it out",
+    "quantization_config": "experts are quantised by kt_backend; for other layers use from_pretrained and apply_kt_moe",
+    "state_dict": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
+    "gguf_file": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
+    "variant": "experts are read from model.safetensors or its index: use from_pretrained and apply_kt_moe",
+    "key_mapping": "tensors are found by the names the family has: use from_pretrained and apply_kt_moe",
+    "output_loading_info": "there is no such report here: leave it out",
+}
+_SWAPPING = threading.Lock()
+
+
+def load_kt_model(
+    path_or_name: str | Path,
+    cfg: KTConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    console: Console | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A model as `from_pretrained` and `apply_kt_moe` make it, with never more experts in memory than packed ones and
+    the weights of two layers.
+
+    The experts are streamed from the checkpoint's safetensors files: one tensor an expert or fused, in one file or
+    several, in bf16, fp16, fp32, or block-wise FP8, which is de-quantised. All of them are checked by the files'
+    headers before anything is loaded. An FP8 checkpoint's other weights are de-quantised as well, so that the model is
+    a plain one of `dtype`.
+
+    Args:
+        path_or_name: Folder, or name of a model of the hub, which is downloaded if it is not in the cache.
+        cfg: Settings. The operators need `kt_lora_rank`, for they pack as they read; backend torch does not.
+        dtype: Of the model, "auto" for the one its config names.
+        console: Where a terminal is shown the progress; None means the standard error.
+        kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
+
+    Returns:
+        The patched model on the CPU, as `apply_kt_moe` returns it.
+
+    Raises:
+        KTAMXConfigError: A setting or argument that does not fit, or a checkpoint that is none.
+        KTAMXModelNotSupportedError: A model or checkpoint whose experts are of an unknown kind.
+        KTAMXNotAvailableError: A backend asked for by name that does not run here.
+        KTAMXError: A damaged checkpoint, naming file and tensor.
+    """
+    cfg = cfg or KTConfig()
+    for name, fix in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise KTAMXConfigError(f"{name}={kwargs[name]!r} cannot be given to load_kt_model: {fix}.")
+    refuse_parallel(None)
+    trusted = bool(kwargs.pop("trust_remote_code", False))
+    hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    config, kwargs = _config(path_or_name, trusted, hub, kwargs)
+    shapes = [place.shape for place in find_experts(skeleton(config, trusted), weightless=True)]
+    packer = make_packer(cfg, shapes, streamed=True)
+    if packer.backend != "torch" and cfg.kt_lora_rank is None:
+        raise KTAMXConfigError(
+            f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
+            "the LoRA rank. Give KTConfig(kt_lora_rank=...), the adapter's rank or more; 0 for inference."
+        )
+    checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
+    model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
+    dtype = _dtype(model)
+    places = [_place(model, name, checkpoint) for name in checkpoint.layers]
+    from . import peft_compat
+
+    peft_compat.install()
+    model.requires_grad_(False)
+    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, dtype, bar)) as weights:
+        replace_experts(model, places, packer, lambda _: next(weights))
+    return model
+
+
+def _config(
+    path_or_name: str | Path, trusted: bool, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model's configuration, changed by those of `kwargs` that are its fields; and the rest of them."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = kwargs.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config), kwargs
+    try:
+        found, rest = AutoConfig.from_pretrained(
+            config or path_or_name, trust_remote_code=trusted, return_unused_kwargs=True, **hub, **kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise KTAMXConfigError(f"{str(path_or_name)!r}: {' '.join(str(error).split())}") from error
+    commit = getattr(found, "_commit_hash", None)
+    if commit and not Path(path_or_name).is_dir():
+        hub["revision"] = commit  # all files of one state of the repository
+    return found, rest
+
+
+def _load_rest(
+    path_or_name: str | Path,
+    checkpoint: ExpertCheckpoint,
+    config: Any,
+    dtype: torch.dtype | str,
+    trusted: bool,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Everything but the routed experts, by `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    by_auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
+    more = {"trust_remote_code": trusted} if by_auto else {}
+    loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
+    # With the FP8 configuration transformers would make modules that compute in FP8, or de-quantise by blocks of its
+    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). Values of FP8 are exact in any dtype
+    # of the model, so they are loaded as they are, and multiplied by their scales after.
+    quantised = quantised_rest(checkpoint.files, block_size(config))
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    ignored = [r"\.experts\."] + ([rf"{SCALE}$"] if quantised else [])
+    with _without_experts(checkpoint, ignored):
+        model = loader.from_pretrained(str(path_or_name), config=config, dtype=dtype, **more, **kwargs)
+    dequantise_rest(model, quantised)
+    kept = set(checkpoint.model_class._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected) - (set(ignored) - kept)
+    return model
+
+
+class _NoExperts(nn.Module):
+    """In the place of a layer's experts while the rest of the model is loaded."""
+
+    _is_hf_initialized = True  # there is nothing to initialise, which the model's _init_weights would try
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+
+@contextmanager
+def _without_experts(checkpoint: ExpertCheckpoint, ignored: list[str]) -> Iterator[None]:
+    """Models made in this context have `_NoExperts`, and do not miss what the checkpoint has for them."""
+    model_class: Any = checkpoint.model_class
+    own = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected", _SWAPPING)
+    with _SWAPPING:  # the classes are the process's
+        try:
+            for kind in checkpoint.expert_classes:
+                setattr(sys.modules[kind.__module__], kind.__name__, _NoExperts)
+            before = model_class._keys_to_ignore_on_load_unexpected or ()
+            model_class._keys_to_ignore_on_load_unexpected = [*before, *ignored]
+            yield
+        finally:
+            for kind in checkpoint.expert_classes:
+                setattr(sys.modules[kind.__module__], kind.__name__, kind)
+            if own is _SWAPPING:
+                del model_class._keys_to_ignore_on_load_unexpected
+            else:
+                model_class._keys_to_ignore_on_load_unexpected = own
+
+
+def _dtype(model: Any) -> torch.dtype:
+    found = model.config.dtype or model.dtype
+    if found not in (torch.bfloat16, torch.float16, torch.float32):
+        raise KTAMXConfigError(f"dtype={found}: experts are loaded in bfloat16, float16 or float32; give one of them.")
+    return found
+
+
+def _place(model: Any, name: str, checkpoint: ExpertCheckpoint) -> Place:
+    parent, _, attribute = name.rpartition(".")
+    experts = model.get_submodule(name)
+    if not isinstance(experts, _NoExperts):
+        raise KTAMXModelNotSupportedError(
+            f"{name}: {type(experts).__name__} is not made by its own module's name, so the model cannot be loaded "
+            "without it. Use from_pretrained and apply_kt_moe."
+        )
+    return Place(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
+
+
+def _stream(checkpoint: ExpertCheckpoint, dtype: torch.dtype, bar: LayersBar) -> Generator[ExpertWeights, None, None]:
+    """The layers' weights in order, each read while the one before is in use."""
+    with ThreadPoolExecutor(1, "kt_hf-read") as reader:
+        coming = reader.submit(checkpoint.read, checkpoint.layers[0], dtype)
+        for layer, following in zip(checkpoint.layers, [*checkpoint.layers[1:], None], strict=True):
+            weights = coming.result()
+            if following is not None:
+                coming = reader.submit(checkpoint.read, following, dtype)
+            bar.advance(checkpoint.source_bytes(layer))
+            yield weights
