@@ -6,12 +6,12 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
 from .adapters.save import save_native_verified
@@ -20,13 +20,19 @@ from .config import KTConfig
 from .cpu import plan_threads
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers, watch_optimizers
-from .find import Place, base_model, find_experts
-from .packing import Packer
+from .find import Place, base_model, find_experts, layer_index
+from .packing import Packer, gpu_tier
+from .placement import Placement, as_placement, read_placement
 
 logger = logging.getLogger(__name__)
 
 
-def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | None = None) -> Any:
+def apply_kt_moe(
+    model: Any,
+    cfg: KTConfig | None = None,
+    adapter: str | Path | None = None,
+    placement: Placement | Mapping[int, Tensor] | str | Path | None = None,
+) -> Any:
     """Patch a transformers MoE model in place: its routed experts are computed by a CPU backend from now on.
 
     Only the `experts` modules are replaced; router, shared experts and auxiliary losses stay the model's own. Their
@@ -39,6 +45,8 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
         cfg: Settings; the defaults without.
         adapter: Folder or safetensors file of an adapter to train on, of any format that `kt_hf.adapters` reads; the
             model then comes back as a PeftModel that has it.
+        placement: Which experts go to the GPU first, where `kt_num_gpu_experts` sends some: what `count_experts` gave,
+            or the folder of an adapter that was trained so. Without it, the adapter's; without that, the first ones.
 
     Returns:
         The same model, with `_kt_wrappers` (its `KTExperts` in layer order), `_kt_cpu_infer` and `_kt_moe_lora_params`.
@@ -52,7 +60,9 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
     if adapter is not None:
         with open_adapter(adapter):  # a damaged one is refused before the model is touched
             pass
-        return load_adapter(apply_kt_moe(model, cfg), adapter)
+        if placement is None and Path(adapter).is_dir():
+            placement = read_placement(adapter)
+        return load_adapter(apply_kt_moe(model, cfg, placement=placement), adapter)
     cfg = cfg or KTConfig()
     refuse_parallel(model)
     base = base_model(model)
@@ -63,6 +73,7 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
     peft_compat.install()
     found = find_experts(model)
     packer = make_packer(cfg, [place.shape for place in found])
+    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement))
     wrapped = peft_compat.unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not wrapped:
         model.requires_grad_(False)
@@ -88,12 +99,13 @@ def make_packer(cfg: KTConfig, shapes: list[ExpertShape], streamed: bool = False
     """
     chosen = {choose_backend(cfg.kt_backend, shape) for shape in shapes}
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
-    if cfg.kt_weight_path is not None or cfg.kt_num_gpu_experts:
-        field = "kt_weight_path" if cfg.kt_weight_path is not None else "kt_num_gpu_experts"
-        raise KTAMXConfigError(f"{field}={getattr(cfg, field)!r} is not supported yet: leave it out.")
-    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes]
+    if cfg.kt_weight_path is not None:
+        raise KTAMXConfigError(f"kt_weight_path={cfg.kt_weight_path!r} is not supported yet: leave it out.")
+    on_gpu = cfg.kt_num_gpu_experts or 0
+    tier = gpu_tier(on_gpu, shapes, backend) if on_gpu else None
+    sizes = [3 * (s.num_experts - on_gpu) * s.hidden_size * s.intermediate_size * 2 for s in shapes]
     plan = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
-    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed)
+    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, tier)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
@@ -131,7 +143,7 @@ def _take_weights(place: Place) -> ExpertWeights:
 
 def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    layer = KTExperts(weights, place.shape, _layer_index(place.name, index), place.name, packer)
+    layer = KTExperts(weights, place.shape, layer_index(place.name, index), place.name, packer)
     layer.train(place.experts.training)
     setattr(place.parent, place.attribute, layer)
     place.experts = None  # its weights are released as they are packed
@@ -160,11 +172,6 @@ def _already_patched(model: Any, base: Any, cfg: KTConfig) -> Any:
         raise KTAMXConfigError(f"The model is patched already, with {before}. Load it anew to patch it with {cfg}.")
     logger.info("kt_hf: the model is patched already.")
     return model
-
-
-def _layer_index(name: str, fallback: int) -> int:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if len(numbers) == 1 else fallback
 
 
 def _show_engine(base: weakref.ref[Any], built: Any) -> None:

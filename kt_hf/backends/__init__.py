@@ -17,6 +17,7 @@ from .base import (
     Gradients,
     Saved,
 )
+from .torch_cuda import gpu_backend
 from .torch_grouped import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def pack(
 ) -> ExpertsBackend:
     """Build the backend `name` around a layer's weights, which it takes over: it empties `weights` when it copies."""
     if name == "torch":
-        return TorchBackend(weights, shape)
+        return gpu_backend(weights, shape) if weights.gate_up.is_cuda else TorchBackend(weights, shape)
     from . import kt_kernel
 
     return kt_kernel.KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label)

@@ -23,6 +23,7 @@ from ._engine import Cache, Engine
 from ._native_output import native_output_to_log, outlive_python
 from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
 from .gate_overflow import careful_backward
+from .transfer import host_empty, to_host, wait_until_read
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,8 @@ class KTKernelBackend:
             return
         self._cache.holds = 0  # before the copies: an interruption must not leave a stale forward looking valid
         self._lora_on = True  # nor half of the copies pass for none
+        if tensors and tensors[0].is_cuda:
+            tensors = to_host(tensors, [torch.bfloat16] * len(tensors)).wait()
         if tensors:
             for buffer, tensor, axis in zip(self._lora, tensors, (1, 2) * 3, strict=True):
                 buffer.narrow(axis, 0, rank).copy_(tensor)
@@ -230,7 +233,7 @@ class KTKernelBackend:
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         T, K = self._check_inputs(x, ids, weights)
-        out = torch.empty(T, self.shape.hidden_size, dtype=torch.bfloat16, device="cpu")
+        out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
@@ -256,9 +259,10 @@ class KTKernelBackend:
             # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
-            self._grads = tuple(_zeros(size) for size in sizes)
-        grad_input = torch.empty(T, H, dtype=torch.bfloat16, device="cpu")
-        grad_weights = torch.empty(T, K, dtype=torch.float32, device="cpu")
+            self._grads = tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes)
+        wait_until_read(self._grads)  # copies to a GPU, of the backward before
+        grad_input = host_empty((T, H), torch.bfloat16)
+        grad_weights = host_empty((T, K), torch.float32)
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
         self._cache.holds = 0  # one backward a saved forward
         self._moe.backward(
