@@ -176,7 +176,8 @@ class ExpertsRunner:
             (grad_output,) = self._brought((grad_output,), (self.backend.dtype,))
             if x.shape[0] == 0:
                 return self._filled(0, ids.shape[1], 0.0)
-            if not self.on_gpu and not is_finite(grad_output):  # a gradient scaler's overflow: it skips the step when it sees it
+            # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
+            if not self.on_gpu and not is_finite(grad_output):
                 return self._filled(x.shape[0], ids.shape[1], float("nan"))
             values = ticket.values
             if values is None:

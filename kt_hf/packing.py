@@ -16,6 +16,7 @@ from .backends import ExpertsBackend, ExpertShape, ExpertWeights, pack
 from .backends.split_pack import pack_split
 from .config import KTConfig
 from .cpu import ThreadPlan
+from .errors import KTAMXConfigError
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -69,7 +70,7 @@ class Packer:
             for layer, shape in layers.items():
                 placement.experts(layer, count, shape.num_experts)
             self.placement = placement
-        told = placement.source if placement else "the first ones; placement=count_experts(model, batches) takes the most used"
+        told = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         logger.info("kt_hf: %d experts of each layer on %s, by %s.", count, self.gpu, told)
 
     def pack(self, weights: ExpertWeights, shape: ExpertShape, rank: int, label: str, layer: int = 0) -> ExpertsBackend:

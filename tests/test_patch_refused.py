@@ -129,10 +129,14 @@ def refused(model: nn.Module, words: str, **config: Any) -> None:
     assert not kt_layers(model), "refused, and yet patched"
 
 
-@pytest.mark.parametrize(("name", "value"), [("kt_weight_path", "weights"), ("kt_num_gpu_experts", 2)])
-def test_settings_not_supported_yet(name: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("kt_weight_path", "weights", "is not supported yet"), ("kt_num_gpu_experts", 2, "needs a CUDA GPU")],
+)
+def test_settings_that_cannot_be_had(name: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = MIXTRAL()
-    refused(model, f"{name}={value!r} is not supported yet", **{name: value})
+    refused(model, f"{name}={value!r} {words}", **{name: value})
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

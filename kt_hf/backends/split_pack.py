@@ -34,7 +34,7 @@ def pack_split(
     rest = [e for e in range(shape.num_experts) if e not in set(chosen)]
     source, where = weights.gate_up.dtype, weights.gate_up.device
     there = _rows(weights, chosen, device, dtype)
-    backend = gpu_backend(there, _held(shape, chosen))
+    backend: ExpertsBackend = gpu_backend(there, _held(shape, chosen))
     if not rest:
         weights.gate_up = weights.down = torch.empty(0)
         weights.taken_by = backend

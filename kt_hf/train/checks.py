@@ -136,9 +136,9 @@ def _with_kt(c: Checked) -> None:
             f"torch_compile_mode={c.trainer['torch_compile_mode']} records CUDA graphs, and experts on the CPU "
             "cannot be recorded: leave it out",
         )
-    for key in ("kt_num_gpu_experts", "kt_weight_path"):  # as apply_kt_moe, but before the model is loaded
-        if c.kt.get(key):
-            c.problem(key, f"{key}={c.kt[key]!r} is not supported yet: leave it out")
+    if c.kt.get("kt_weight_path"):  # as apply_kt_moe, but before the model is loaded
+        c.problem("kt_weight_path", f"kt_weight_path={c.kt['kt_weight_path']!r} is not supported yet: leave it out")
+    _gpu_experts(c)
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.own.lora_rank:
         c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.own.lora_rank}: leave it out")
@@ -149,6 +149,21 @@ def _with_kt(c: Checked) -> None:
             f"{world} processes were started (WORLD_SIZE): experts on the CPU cannot be shared by several processes "
             "yet. Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
         )
+
+
+def _gpu_experts(c: Checked) -> None:
+    import torch
+
+    from .. import packing
+
+    count = c.kt.get("kt_num_gpu_experts")
+    if not count:
+        return
+    why = "needs a CUDA GPU, and there is none here" if not torch.cuda.is_available() else None
+    if c.trainer.get("use_cpu"):
+        why = "does not go together with use_cpu"
+    if why and packing._TIER is None:
+        c.problem("kt_num_gpu_experts", f"kt_num_gpu_experts={count}: it {why}; leave it out, or set it to 0")
 
 
 def _output(c: Checked) -> None:
