@@ -189,7 +189,7 @@ class ExpertsRunner:
                 gradients = self._recompute(values, *self._inputs(x, ids, weights), grad_output)
             if self.on_gpu:
                 found = all_finite(gradients.hidden_states, gradients.top_k_weights)
-                self._doubts.ask(found | ~all_finite(grad_output), lambda: self._not_finite("its inputs"))
+                self._doubts.ask(lambda _: self._not_finite("its inputs"), found | ~all_finite(grad_output))
             else:
                 self.check_finite("top_k_weights", gradients.top_k_weights)
             self.tokens += x.shape[0]
@@ -276,9 +276,7 @@ class ExpertsRunner:
             )
 
         if self.on_gpu:
-            fine, fine_x = all_finite(out), all_finite(x)
-            self._doubts.ask(fine | fine_x, lambda: error(input_finite=False))
-            self._doubts.ask(fine | ~fine_x, lambda: error(input_finite=True))
+            self._doubts.ask(lambda seen: error(seen[1]), all_finite(out), all_finite(x))
         elif not is_finite(out):
             raise error(is_finite(x))
 
@@ -324,7 +322,7 @@ class ExpertsRunner:
         if made and made[0].is_cuda:
             # A gradient that came in without being finite is the gradient scaler's business, as in backward.
             came_in = all_finite(gradients.hidden_states)
-            self._doubts.ask(all_finite(*made) | ~came_in, lambda: self._not_finite(name))
+            self._doubts.ask(lambda _: self._not_finite(name), all_finite(*made) | ~came_in)
         else:
             for tensor in made:
                 if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):

@@ -37,16 +37,21 @@ class Doubts:
     """
 
     def __init__(self) -> None:
-        self._open: list[tuple[Arriving, Callable[[], Exception]]] = []
+        self._open: list[tuple[Arriving, Callable[[list[bool]], Exception]]] = []
 
-    def ask(self, fine: Tensor, error: Callable[[], Exception]) -> None:
-        """Raise `error()` some time later unless `fine` (bool, []) is true."""
-        self._open.append((to_host([fine], [torch.bool]), error))
+    def ask(self, error: Callable[[list[bool]], Exception], *fine: Tensor) -> None:
+        """Raise `error` some time later unless the first of the bools `fine` ([], on one device) is true.
+
+        Args:
+            error: Makes it; told all of them.
+        """
+        self._open.append((to_host([torch.stack(fine)], [torch.bool]), error))
 
     def settle(self, wait: bool = False) -> None:
         """Look at the answers that are here; with `wait`, at all."""
         while self._open and (wait or self._open[0][0].here):
             answer, error = self._open.pop(0)
-            if not bool(answer.wait()[0]):
+            seen = answer.wait()[0].tolist()
+            if not seen[0]:
                 self._open.clear()
-                raise error()
+                raise error(seen)
