@@ -12,7 +12,7 @@ input gradients are added: exact, for a backend gives nothing for -1. The order 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ class Part:
         table = torch.full((total + 1,), -1, dtype=torch.int64, device="cpu")
         table[self.experts] = torch.arange(len(self.experts), device="cpu")
         self._table = table.to(device)
-        self._experts_on = {"cpu": self.experts}
+        self._runs = list(_runs(self.experts.tolist()))
+        self._rows = self.experts.to(device)
 
     @property
     def on_cpu(self) -> bool:
@@ -44,12 +45,23 @@ class Part:
         """[T, K] of the layer's numbers, on the split's device, to the part's."""
         return self._table[ids]  # -1 is the last entry
 
-    def rows(self, device: torch.device) -> Tensor:
-        """`experts` on a device."""
-        key = str(device)
-        if key not in self._experts_on:
-            self._experts_on[key] = self.experts.to(device)
-        return self._experts_on[key]
+    def taken(self, whole: Tensor) -> Tensor:
+        """The part's experts of a tensor of all, in the backend's dtype."""
+        if whole.device == self._rows.device and whole.is_cuda:
+            return whole.index_select(0, self._rows).to(self.backend.dtype)
+        size = (len(self.experts), *whole.shape[1:])
+        part = torch.empty(size, dtype=self.backend.dtype, device=whole.device)
+        for first, last, own in self._runs:
+            part[own : own + last - first].copy_(whole[first:last])
+        return part
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """The inverse of `taken`, into `whole`."""
+        if whole.device == self._rows.device and whole.is_cuda:
+            whole.index_copy_(0, self._rows, part.to(whole.dtype))  # one launch
+            return
+        for first, last, own in self._runs:  # a copy that converts needs no memory between
+            whole[first:last].copy_(part[own : own + last - first])
 
 
 @dataclass
@@ -64,7 +76,7 @@ class SplitBackend:
     """Experts of one layer held by several backends, each of them by exactly one.
 
     Args:
-        parts: (backend, the experts it holds), those on the GPU first. The first decides the dtype.
+        parts: (backend, the experts it holds, ascending), those on the GPU first. The first decides the dtype.
         shape: Of the whole layer.
 
     `device` is the GPU's where there is one: inputs come from there, and outputs and input gradients are left there.
@@ -105,7 +117,7 @@ class SplitBackend:
         if tensors:
             self._lora_device = tensors[0].device
         for part in self.parts:
-            part.backend.set_lora(tuple(t.index_select(0, part.rows(t.device)) for t in tensors))
+            part.backend.set_lora(tuple(part.taken(t) for t in tensors))
 
     def lora_copy(self) -> tuple[Tensor, ...]:
         pieces = [part.backend.lora_copy() for part in self.parts]
@@ -212,9 +224,18 @@ class SplitBackend:
             rows, columns = (min(t.shape[axis] for t in tensors) for axis in (1, 2))
             whole = torch.empty(self.shape.num_experts, rows, columns, dtype=dtype, device=device)
             for part, piece in zip(self.parts, tensors, strict=True):
-                whole.index_copy_(0, part.rows(device), to_device(piece, device)[:, :rows, :columns].to(dtype))
+                part.put(to_device(piece, device)[:, :rows, :columns], whole)
             joined.append(whole)
         return tuple(joined)
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of consecutive numbers in ascending ones: first, one past the last, place of the first."""
+    begin = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[begin], numbers[i - 1] + 1, begin
+            begin = i
 
 
 def _kept(saved: _SplitSaved, i: int) -> Saved:
