@@ -246,7 +246,7 @@ class ExpertsRunner:
         shape = self.backend.shape
         x, ids, weights = self._brought((x, ids, weights), (self.backend.dtype, torch.int64, torch.float32))
         ids = ids - shape.expert_offset if shape.expert_offset else ids
-        ids = torch.where((ids >= 0) & (ids < shape.num_experts), ids, -1).contiguous()
+        ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
         missing = shape.top_k - ids.shape[1]
         if missing > 0:
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)

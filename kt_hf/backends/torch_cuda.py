@@ -180,7 +180,7 @@ class GroupedBackend:
     def _rows(self, ids: Tensor, weights: Tensor) -> _Rows:
         T, K = ids.shape
         flat, E = ids.reshape(-1), self.shape.num_experts
-        key, order = torch.where(flat < 0, E, flat).sort(stable=True)
+        key, order = flat.masked_fill(flat < 0, E).sort(stable=True)  # torch.where would wait for its scalar's copy
         ends = torch.searchsorted(key, self._ids, right=True, out_int32=True)
         idle = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
         by_row = weights.reshape(-1).index_select(0, order).unsqueeze(1)

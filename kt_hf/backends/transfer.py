@@ -50,7 +50,8 @@ def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Arrivin
             continue
         device = source.device
         source = source.to(dtype).contiguous()
-        arrived.append(torch.empty_like(source, device="cpu", pin_memory=True).copy_(source, non_blocking=True))
+        pinned = torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
+        arrived.append(pinned.copy_(source, non_blocking=True))
     event = None
     if device is not None:
         event = torch.cuda.Event()
