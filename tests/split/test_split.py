@@ -156,17 +156,24 @@ def test_gate_overflow_in_the_cpu_tier(case: Case) -> None:
         assert_close(actual.grads[name], expected.grads[name], 3 * case.grad, name)
 
 
-def test_gradient_that_is_not_finite_goes_through(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_that_is_not_finite_goes_through(case: Case) -> None:
     """A gradient scaler's overflow: the scaler must see it, and it is no error of the experts."""
     layer, base, lora = split_layer(case, [1, 4, 6])
-    cpu = layer._runner.backend.parts[1].backend
-    monkeypatch.setattr(cpu, "careful_backward", lambda *_: pytest.fail("computed with care for nothing"))
     x = inputs(case)
     bad = x._replace(grad_output=torch.full_like(x.grad_output, float("inf")))
     grads = forward_backward(layer, bad).grads
     assert not any(torch.isfinite(grads[name]).all() for name in ("weights", *lora))
     assert not torch.isfinite(grads["hidden"]).any()
     check(case, forward_backward(layer, x), x, base, lora)
+
+
+def test_gradient_that_is_not_finite_reaches_the_split(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nobody looks before: no care for it, and every result tells."""
+    backend, x = split_layer(case, [1, 4, 6])[0]._runner.backend, inputs(case)
+    monkeypatch.setattr(backend.parts[1].backend, "careful_backward", lambda *_: pytest.fail("for nothing"))
+    _, saved = backend.forward(x.hidden, x.ids, x.weights.float(), save=True)
+    found = backend.backward(saved, torch.full_like(x.grad_output, float("inf")))
+    assert not any(torch.isfinite(t).any() for t in (found.hidden_states, *(t[0] for t in found.lora)))
 
 
 def test_output_that_is_not_finite_is_refused(case: Case) -> None:
