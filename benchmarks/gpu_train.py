@@ -91,7 +91,7 @@ def watch(model: Any, parts: Parts) -> None:
     for layer in model._kt_wrappers:
         backend = layer._runner.backend
         for one in [part.backend for part in getattr(backend, "parts", ())] or [backend]:
-            if one.device.type == "cpu" and (one.own_threads or not parts.cuda):
+            if one.device.type == "cpu":
                 one.forward = parts.of_host("operator forward", one.forward)
                 one.backward = parts.of_host("operator backward", one.backward)
 

@@ -144,12 +144,13 @@ class SplitBackend:
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _SplitSaved)
-        arriving = to_host([grad_output] if any(p.on_cpu for p in self.parts) else [], self._cpu_dtypes()[:1])
+        here = self._on_cpu()
+        arriving = to_host([grad_output] if here else [], self._cpu_dtypes()[:1] if here else [])
         results: dict[int, Gradients] = {}
         for i in self._on_gpu():
             results[i] = self.parts[i].backend.backward(_kept(saved, i), grad_output)
         arrived = arriving.wait()
-        for i in self._on_cpu():
+        for i in here:
             results[i] = self._cpu_backward(i, saved, arrived[0])
         found = [results[i] for i in sorted(results)]
         hidden = self._sum([one.hidden_states for one in found])
