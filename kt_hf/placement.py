@@ -143,7 +143,7 @@ def read_placement(folder: str | Path) -> Placement | None:
         if content["format_version"] != _VERSION:
             raise ValueError(f"format_version {content['format_version']}, this kt_hf reads {_VERSION}")
         order = {int(layer): tuple(int(e) for e in experts) for layer, experts in content["layers"].items()}
-        return Placement(order, f"{path} ({content['source']})")
+        return Placement(order, str(content["source"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,7 +161,7 @@ def write_placement(folder: Path, model: nn.Module) -> bool:
     content = {
         "writer": "kt_hf",
         "format_version": _VERSION,
-        "source": placement.source.removeprefix(f"{path} (").removesuffix(")"),
+        "source": placement.source,
         "kt_num_gpu_experts": config.kt_num_gpu_experts,
         "layers": {str(layer): list(experts) for layer, experts in sorted(placement.order.items())},
     }
@@ -189,7 +189,7 @@ def take_over(model: nn.Module, folder: str | Path) -> None:
         for layer in layers:  # refused before the first is packed
             found.experts(layer.layer_idx, 1, layer.shape.num_experts)
         packer.placement = found
-        logger.info("kt_hf: experts on the GPU as by %s.", found.source)
+        logger.info("kt_hf: experts on the GPU as in %s, by %s.", folder, found.source)
         return
     logger.warning(
         "%s was trained with other experts on the GPU: it gives the same results within rounding. "

@@ -108,7 +108,9 @@ def test_saved_with_the_adapter(tmp_path: Path) -> None:
     }
     for name, way in ways.items():
         assert placed(way(MIXTRAL(torch.bfloat16))) == [GPU] * 2, name
-    assert read_placement(tmp_path).order[0][:3] == tuple(GPU)
+    found = read_placement(tmp_path)
+    assert found is not None
+    assert (found.order[0][:3], found.source) == (tuple(GPU), "a profile of 6 choices of the routers")
     (tmp_path / PLACEMENT).write_text("{}")
     with pytest.raises(KTAMXError, match=PLACEMENT):
         verify_adapter(tmp_path)
