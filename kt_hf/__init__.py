@@ -28,6 +28,7 @@ from .loading import load_kt_model
 from .lora import kt_lora_config
 from .patch import apply_kt_moe
 from .peft_compat import install
+from .placement import Placement, count_experts, read_placement
 
 install()  # at import, so that an adapter of ours loaded before the patch is refused, not dropped
 
@@ -43,8 +44,11 @@ __all__ = [
     "KTConfig",
     "KTExperts",
     "KTMoECallback",
+    "Placement",
     "apply_kt_moe",
+    "count_experts",
     "kt_lora_config",
     "load_kt_model",
+    "read_placement",
     "verify_adapter",
 ]

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
+from .backends.finite import Doubts, all_finite, is_finite
+from .backends.transfer import to_device, to_host
 from .errors import KTAMXBackwardError, KTAMXForwardError
 
 logger = logging.getLogger(__name__)
@@ -57,13 +59,12 @@ class Retained:
         self._version = output._version
 
     def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-        return (
-            self.output._version == self._version
-            and self.x.shape == x.shape
-            and torch.equal(self.ids, ids)
-            and torch.equal(self.weights, weights)
-            and torch.equal(self.x, x)
-        )
+        if self.output._version != self._version or self.x.shape != x.shape or self.ids.shape != ids.shape:
+            return False
+        pairs = ((self.ids, ids), (self.weights, weights), (self.x, x))
+        if x.is_cuda:  # one wait
+            return bool(torch.stack([(one == other).all() for one, other in pairs]).all())
+        return all(torch.equal(one, other) for one, other in pairs)
 
 
 class Ticket:
@@ -100,15 +101,24 @@ class ExpertsRunner:
         self._values = LoraValues(None)
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
+        self._doubts = Doubts()
         self.tokens = 0  # that gradients were computed for, and how many of them each expert got
         self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """No autocast, and no threads of PyTorch's beside a backend that has its own."""
-        threads = _one_thread() if self.backend.own_threads else contextlib.nullcontext()
-        with threads, torch.autocast(self.backend.device.type, enabled=False):
+        with contextlib.ExitStack() as stack:
+            if self.backend.own_threads:
+                stack.enter_context(_one_thread())
+            for device in {"cpu", self.backend.device.type}:
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the backend's inputs and results are on a GPU."""
+        return self.backend.device.type != "cpu"
 
     @property
     def lora_key(self) -> Hashable:
@@ -118,6 +128,7 @@ class ExpertsRunner:
     def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
         """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
         with CALL_LOCK, torch.no_grad(), self.quiet():
+            self._doubts.settle(wait=True)
             self._swap(LoraValues(key), tensors())
 
     def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
@@ -133,6 +144,7 @@ class ExpertsRunner:
         x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
         """
         with CALL_LOCK, torch.no_grad(), self.quiet():
+            self._doubts.settle()
             x, ids, weights = self._inputs(x, ids, weights)
             if save and in_backward() and self.retain:
                 known = self._recognise(x, ids, weights)
@@ -158,12 +170,14 @@ class ExpertsRunner:
     ) -> Gradients:
         """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it."""
         with CALL_LOCK, torch.no_grad(), self.quiet():
+            self._doubts.settle()
             if number != ticket.number and self._latest is not None and self._latest.number == number:
                 ticket, self._latest = self._latest, None
-            grad_output = grad_output.to(self.backend.device, self.backend.dtype).contiguous()
+            (grad_output,) = self._brought((grad_output,), (self.backend.dtype,))
             if x.shape[0] == 0:
                 return self._filled(0, ids.shape[1], 0.0)
-            if not _is_finite(grad_output):  # a gradient scaler's overflow: it skips the step when it sees it
+            # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
+            if not self.on_gpu and not is_finite(grad_output):
                 return self._filled(x.shape[0], ids.shape[1], float("nan"))
             values = ticket.values
             if values is None:
@@ -179,9 +193,14 @@ class ExpertsRunner:
                 gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output)
             else:
                 gradients = self._recompute(*self._inputs(x, ids, weights), grad_output)
-            self.check_finite("top_k_weights", gradients.top_k_weights)
+            if self.on_gpu:
+                found = all_finite(gradients.hidden_states, gradients.top_k_weights)
+                self._doubts.ask(lambda _: self._not_finite("its inputs"), found | ~all_finite(grad_output))
+            else:
+                self.check_finite("top_k_weights", gradients.top_k_weights)
             self.tokens += x.shape[0]
-            self.load += torch.bincount(ticket.ids.flatten() + 1, minlength=len(self.load) + 1)[1:]
+            flat = ticket.ids.flatten() + 1  # bincount would wait for a GPU
+            self.load += flat.new_zeros(len(self.load) + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
             if not _graph_is_kept():
                 ticket.release()
             return gradients
@@ -190,7 +209,7 @@ class ExpertsRunner:
         self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor
     ) -> Gradients:
         gradients = self.backend.backward(saved, grad_output)
-        if not _is_finite(gradients.hidden_states):
+        if not self.on_gpu and not is_finite(gradients.hidden_states):
             bad = ~torch.isfinite(gradients.hidden_states).all(dim=1)
             gradients = self.backend.careful_backward(*inputs(), grad_output, bad) or gradients
             self.check_finite("hidden_states", gradients.hidden_states)
@@ -226,17 +245,24 @@ class ExpertsRunner:
 
     def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs as the backend wants them. Ids of no local expert become -1, missing columns of K are filled."""
-        backend, shape = self.backend, self.backend.shape
-        x = x.detach().to(backend.device, backend.dtype).contiguous()
-        ids = ids.detach().to(backend.device, torch.int64)
-        weights = weights.detach().to(backend.device, torch.float32)
+        shape = self.backend.shape
+        x, ids, weights = self._brought((x, ids, weights), (self.backend.dtype, torch.int64, torch.float32))
         ids = ids - shape.expert_offset if shape.expert_offset else ids
-        ids = torch.where((ids >= 0) & (ids < shape.num_experts), ids, -1).contiguous()
+        ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
         missing = shape.top_k - ids.shape[1]
         if missing > 0:
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
             weights = torch.nn.functional.pad(weights, (0, missing))
         return x, ids, weights.contiguous()
+
+    def _brought(self, tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
+        """Tensors of the model's on the backend's device in these dtypes, contiguous."""
+        if not self.on_gpu:
+            return to_host(tensors, dtypes).wait()
+        return tuple(
+            to_device(tensor.detach(), self.backend.device, dtype).contiguous()
+            for tensor, dtype in zip(tensors, dtypes, strict=True)
+        )
 
     def _recognise(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
         for ticket in sorted(self._live.values(), key=lambda t: -t.number):
@@ -245,10 +271,16 @@ class ExpertsRunner:
         return None
 
     def _check_finite(self, out: Tensor, x: Tensor) -> None:
-        if _is_finite(out):
-            return
-        where = "its input was finite" if _is_finite(x) else "its input already was not"
-        raise KTAMXForwardError(f"{self.label}: the output of the experts is not finite (NaN or infinity); {where}.")
+        def error(input_finite: bool) -> KTAMXForwardError:
+            where = "its input was finite" if input_finite else "its input already was not"
+            return KTAMXForwardError(
+                f"{self.label}: the output of the experts is not finite (NaN or infinity); {where}."
+            )
+
+        if self.on_gpu:
+            self._doubts.ask(lambda seen: error(seen[1]), all_finite(out), all_finite(x))
+        elif not is_finite(out):
+            raise error(is_finite(x))
 
     def check_finite(self, name: str, gradient: Tensor) -> None:
         """Refuse a gradient that is not finite.
@@ -256,11 +288,48 @@ class ExpertsRunner:
         Raises:
             KTAMXBackwardError: It holds NaN or infinity.
         """
-        if not _is_finite(gradient):
-            raise KTAMXBackwardError(
-                f"{self.label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came "
-                "in was."
-            )
+        if not is_finite(gradient):
+            raise self._not_finite(name)
+
+    def _not_finite(self, name: str) -> KTAMXBackwardError:
+        return KTAMXBackwardError(
+            f"{self.label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in "
+            "was."
+        )
+
+    def parameter_gradients(
+        self,
+        gradients: Gradients,
+        to_parameters: Callable[[tuple[Tensor, ...], bool], list[Tensor]],
+        device: torch.device,
+    ) -> list[Tensor]:
+        """Those of the LoRA parameters, which live on `device`, converted and scaled there.
+
+        Args:
+            gradients: The backend's, LoRA's among them.
+            to_parameters: Makes them of the six tensors; told whether it may keep these.
+            device: Of the parameters.
+        """
+        raw, free, name = gradients.lora, gradients.lora_is_free, "an expert LoRA tensor"
+        here = raw[0].device.type
+        if here == device.type:
+            pass
+        elif here == "cpu":
+            for tensor in raw:  # where a look costs nothing
+                self.check_finite(name, tensor)
+            return to_parameters(tuple(to_device(tensor, device) for tensor in raw), True)
+        else:
+            raw, free = to_host(raw, [tensor.dtype for tensor in raw]).wait(), True
+        made = to_parameters(raw, free)
+        if made and made[0].is_cuda:
+            # A gradient that came in without being finite is the gradient scaler's business, as in backward.
+            came_in = all_finite(gradients.hidden_states)
+            self._doubts.ask(lambda _: self._not_finite(name), all_finite(*made) | ~came_in)
+        else:
+            for tensor in made:
+                if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
+                    raise self._not_finite(name)
+        return made
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
@@ -275,7 +344,7 @@ class ExpertsFunction(torch.autograd.Function):
         ids: [T, K] integers.
         weights: [T, K], floating.
         runner: The layer's `ExpertsRunner`, which holds the LoRA values already.
-        to_parameters: Turns the backend's six LoRA gradients into those of `lora`, fp32.
+        to_parameters: Turns the backend's six LoRA gradients into those of `lora`, fp32; told whether it may keep them.
         *lora: The LoRA parameters that the values were made of.
 
     Returns [T, H] in x's dtype and on its device.
@@ -288,7 +357,7 @@ class ExpertsFunction(torch.autograd.Function):
         ids: Tensor,
         weights: Tensor,
         runner: ExpertsRunner,
-        to_parameters: Callable[[tuple[Tensor, ...]], list[Tensor]],
+        to_parameters: Callable[[tuple[Tensor, ...], bool], list[Tensor]],
         *lora: Tensor,
     ) -> Tensor:
         out, ticket = runner.forward(x, ids, weights, save=True)
@@ -298,7 +367,7 @@ class ExpertsFunction(torch.autograd.Function):
         # the recompute's, and touching the saved tensors is what sets the recompute off.
         ctx.save_for_backward(x, ids, weights, torch.tensor(ticket.number, device="cpu"))
         ctx.like = [(p.shape, p.dtype, p.device) for p in lora]
-        return out.to(x.device, x.dtype)
+        return to_device(out, x.device).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -309,18 +378,19 @@ class ExpertsFunction(torch.autograd.Function):
         x, ids, weights, number = ctx.saved_tensors
         gradients = ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0])
         wanted = ctx.needs_input_grad
-        grad_x = gradients.hidden_states.to(x.device, x.dtype) if wanted[0] else None
+        grad_x = to_device(gradients.hidden_states, x.device).to(x.dtype) if wanted[0] else None
         grad_weights = None
         if wanted[2]:
-            grad_weights = gradients.top_k_weights[:, : weights.shape[1]].to(weights.device, weights.dtype)
+            grad_weights = to_device(gradients.top_k_weights, weights.device)[:, : weights.shape[1]].to(weights.dtype)
         lora: list[Tensor | None] = [None] * len(ctx.like)
         if any(wanted[5:]):
-            with ctx.runner.quiet():
-                made = ctx.to_parameters(gradients.lora) if gradients.lora else _like(gradients, ctx.like)
+            with torch.no_grad(), ctx.runner.quiet():
+                if gradients.lora:
+                    made = ctx.runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2])
+                else:
+                    made = _like(gradients, ctx.like)
                 for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):
                     if wanted[5 + i]:
-                        if gradients.lora:
-                            ctx.runner.check_finite("an expert LoRA tensor", grad)
                         lora[i] = grad.to(device, dtype)
         return grad_x, None, grad_weights, None, None, *lora
 
@@ -329,19 +399,6 @@ def _like(gradients: Gradients, like: list[tuple[torch.Size, torch.dtype, torch.
     """LoRA gradients of a backward that computed nothing: zero for no tokens, else NaN as the gradient that came in."""
     value = float("nan") if len(gradients.hidden_states) else 0.0
     return [torch.full(shape, value, device=device) for shape, _, device in like]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # One pass that carries any NaN or infinity; only a result that overflowed needs the second look. Sums are fast in
-    # fp32 (0.3 ms for 5 million on one thread), in 16 bits extremes are (0.6 ms, a sum takes 1.2).
-    if not tensor.numel():
-        return True
-    if tensor.dtype == torch.float32:
-        seen = tensor.sum()
-    else:
-        low, high = torch.aminmax(tensor)
-        seen = high - low
-    return bool(torch.isfinite(seen)) or bool(torch.isfinite(tensor).all())
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ class KTConfig:
         kt_num_threads: Worker threads of the operators. None plans them from the machine (`kt_hf.cpu`); more than
             the machine has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
-        kt_num_gpu_experts: Experts a layer that are computed on the GPU. None means 0.
+        kt_num_gpu_experts: Experts of each layer that are computed on the GPU while the CPU computes the others: the
+            most used, if `apply_kt_moe` is given a placement. None means 0.
         kt_weight_path: Folder of expert weights that `kt-hf quantize` wrote, used in place of the model's own
             (AMXInt8, AMXInt4; `kt_lora_rank` must be given).
         kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, `cpu` or `gpu`.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .autograd import ExpertsFunction, ExpertsRunner
 from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend, samples
+from .backends.transfer import to_device
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
 from .packing import Packer
@@ -123,7 +124,7 @@ class KTExperts(nn.Module):
             if self._unpacked is None:  # another thread was faster
                 return
             # An interruption leaves the layer unpacked, to be packed at the next call.
-            backend = self.packer.pack(self._unpacked, self.shape, rank, self.label)
+            backend = self.packer.pack(self._unpacked, self.shape, rank, self.label, self.layer_idx)
             self._runner, self._unpacked = ExpertsRunner(backend, self.label, self.packer.retain), None
 
     def take_load(self) -> tuple[int, Tensor]:
@@ -168,12 +169,12 @@ class KTExperts(nn.Module):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *lora)):
             made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
 
-            def to_parameters(gradients: tuple[Tensor, ...]) -> list[Tensor]:
-                return parameter_gradients(gradients, made)
+            def to_parameters(gradients: tuple[Tensor, ...], free: bool) -> list[Tensor]:
+                return parameter_gradients(gradients, made, free)
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
-        return out.to(hidden_states.device, hidden_states.dtype)
+        return to_device(out, hidden_states.device).to(hidden_states.dtype)
 
     def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         problem = None
@@ -226,7 +227,8 @@ class KTExperts(nn.Module):
             return ()
         if len(parts) == 3 and all(part[4] == rank for part in parts):  # one adapter, one rank: no copies
             return tuple(t for a, b, _, _, _, s in parts for t in (a.detach(), b.detach() * s))
-        tensors = tuple(torch.zeros(size, dtype=torch.float32, device="cpu") for size in self.shape.lora_shapes(rank))
+        device = parts[0][0].device
+        tensors = tuple(torch.zeros(size, dtype=torch.float32, device=device) for size in self.shape.lora_shapes(rank))
         for a, b, index, offset, r, scaling in parts:
             tensors[index][:, offset : offset + r].copy_(a.detach())
             tensors[index + 1][:, :, offset : offset + r].copy_(b.detach() * scaling)

@@ -34,6 +34,12 @@ class Place:
     shape: ExpertShape
 
 
+def layer_index(name: str, fallback: int) -> int:
+    """The number in a module's name; `fallback` where there is none, or several."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if len(numbers) == 1 else fallback
+
+
 def base_model(model: Any) -> Any:
     """The model inside a PeftModel."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -10,7 +10,7 @@ import copy
 import logging
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,11 +24,12 @@ from .backends import ExpertWeights
 from .checkpoint import ExpertCheckpoint, checkpoint_folder
 from .config import KTConfig
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .find import Place, find_experts, skeleton
+from .find import Place, find_experts, layer_index, skeleton
 from .fp8 import FLOATING, SCALE, block_size, dequantise_rest, quantised_rest
 from .loading_progress import LayersBar
 from .packing import return_freed_memory
 from .patch import make_packer, refuse_parallel, replace_experts
+from .placement import Placement, as_placement
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def load_kt_model(
     cfg: KTConfig | None = None,
     dtype: torch.dtype | str = "auto",
     console: Console | None = None,
+    placement: Placement | Mapping[int, torch.Tensor] | str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
     """A model as `from_pretrained` and `apply_kt_moe` make it, with never more experts in memory than packed ones and
@@ -75,6 +77,7 @@ def load_kt_model(
         cfg: Settings. The operators need `kt_lora_rank`, for they pack as they read; backend torch does not.
         dtype: Of the model, "auto" for the one its config names.
         console: Where a terminal is shown the progress; None means the standard error.
+        placement: As `apply_kt_moe` takes it.
         kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
 
     Returns:
@@ -96,8 +99,9 @@ def load_kt_model(
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
-    shapes = {place.name: place.shape for place in find_experts(skeleton(config, trusted), weightless=True)}
-    packer = make_packer(cfg, shapes, streamed=True, model_type=config.model_type)
+    found = find_experts(skeleton(config, trusted), weightless=True)
+    packer = make_packer(cfg, {place.name: place.shape for place in found}, streamed=True, model_type=config.model_type)
+    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement))
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
 from .adapters.save import save_native_verified
@@ -20,14 +20,20 @@ from .config import KTConfig
 from .cpu import plan_threads
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers, watch_optimizers
-from .find import Place, base_model, find_experts
-from .packing import Packer
+from .find import Place, base_model, find_experts, layer_index
+from .packing import Packer, gpu_tier
+from .placement import Placement, as_placement, read_placement
 from .quantized import for_run as saved_experts
 
 logger = logging.getLogger(__name__)
 
 
-def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | None = None) -> Any:
+def apply_kt_moe(
+    model: Any,
+    cfg: KTConfig | None = None,
+    adapter: str | Path | None = None,
+    placement: Placement | Mapping[int, Tensor] | str | Path | None = None,
+) -> Any:
     """Patch a transformers MoE model in place: its routed experts are computed by a CPU backend from now on.
 
     Only the `experts` modules are replaced; router, shared experts and auxiliary losses stay the model's own. Their
@@ -40,6 +46,8 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
         cfg: Settings; the defaults without.
         adapter: Folder or safetensors file of an adapter to train on, of any format that `kt_hf.adapters` reads; the
             model then comes back as a PeftModel that has it.
+        placement: Which experts go to the GPU first, where `kt_num_gpu_experts` sends some: what `count_experts` gave,
+            or the folder of an adapter that was trained so. Without it, the adapter's; without that, the first ones.
 
     Returns:
         The same model, with `_kt_wrappers` (its `KTExperts` in layer order), `_kt_cpu_infer` and `_kt_moe_lora_params`.
@@ -53,7 +61,9 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
     if adapter is not None:
         with open_adapter(adapter):  # a damaged one is refused before the model is touched
             pass
-        return load_adapter(apply_kt_moe(model, cfg), adapter)
+        if placement is None and Path(adapter).is_dir():
+            placement = read_placement(adapter)
+        return load_adapter(apply_kt_moe(model, cfg, placement=placement), adapter)
     cfg = cfg or KTConfig()
     refuse_parallel(model)
     base = base_model(model)
@@ -64,6 +74,7 @@ def apply_kt_moe(model: Any, cfg: KTConfig | None = None, adapter: str | Path | 
     peft_compat.install()
     found = find_experts(model)
     packer = make_packer(cfg, {place.name: place.shape for place in found}, model_type=base.config.model_type)
+    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement))
     saved = packer.saved
     if saved is not None:
         saved.check_model(model)
@@ -94,8 +105,12 @@ def make_packer(
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
         KTAMXError: Saved weights of which a file is missing or damaged.
     """
-    if cfg.kt_num_gpu_experts:
-        raise KTAMXConfigError(f"kt_num_gpu_experts={cfg.kt_num_gpu_experts} is not supported yet: leave it out.")
+    on_gpu = cfg.kt_num_gpu_experts or 0
+    if on_gpu and cfg.kt_weight_path is not None:
+        raise KTAMXConfigError(
+            f"kt_num_gpu_experts={on_gpu} does not go together with kt_weight_path: saved experts are packed for the "
+            "CPU. Leave one out."
+        )
     plan = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
     saved = None
     if cfg.kt_weight_path is not None:
@@ -104,8 +119,9 @@ def make_packer(
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
     if saved is not None:
         saved.check(shapes, backend, len(plan.pools), cfg.kt_share_backward_weights, model_type)
-    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes.values()]
-    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, saved)
+    tier = gpu_tier(on_gpu, list(shapes.values()), backend) if on_gpu else None
+    sizes = [3 * (s.num_experts - on_gpu) * s.hidden_size * s.intermediate_size * 2 for s in shapes.values()]
+    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, saved, tier)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
@@ -143,7 +159,7 @@ def _take_weights(place: Place) -> ExpertWeights:
 
 def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights | SavedLayer) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    layer = KTExperts(weights, place.shape, _layer_index(place.name, index), place.name, packer)
+    layer = KTExperts(weights, place.shape, layer_index(place.name, index), place.name, packer)
     layer.train(place.experts.training)
     setattr(place.parent, place.attribute, layer)
     place.experts = None  # its weights are released as they are packed
@@ -172,11 +188,6 @@ def _already_patched(model: Any, base: Any, cfg: KTConfig) -> Any:
         raise KTAMXConfigError(f"The model is patched already, with {before}. Load it anew to patch it with {cfg}.")
     logger.info("kt_hf: the model is patched already.")
     return model
-
-
-def _layer_index(name: str, fallback: int) -> int:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if len(numbers) == 1 else fallback
 
 
 def _show_engine(base: weakref.ref[Any], built: Any) -> None:

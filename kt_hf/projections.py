@@ -133,6 +133,10 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype, device="cpu"), gpu)
         self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype, device="cpu"), gpu)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        layer_is_on = next(owner.buffers()).device
+        if layer_is_on.type == "cuda":  # the model has been moved already: `.to()` may not come again
+            self.lora_A[adapter_name].to(layer_is_on)
+            self.lora_B[adapter_name].to(layer_is_on)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def check_rank(self, rank: Any, where: str) -> None:

@@ -22,6 +22,7 @@ from tests.helpers import one_torch_thread as one_torch_thread
 from tests.test_cpu import write
 
 GIB = 2**30
+NO_WEIGHTS = ExpertWeights(torch.empty(0), torch.empty(0))
 PLAN = ThreadPlan(((0, 1),))
 GROUP = "sys/fs/cgroup/job"
 
@@ -51,7 +52,7 @@ def test_backward_weights_are_shared_by_need(
 ) -> None:
     """They cost the experts' size once more, and something must be left."""
     monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
-    packer(expert_gib=expert_gib).pack(None, None, 8, "layer")
+    packer(expert_gib=expert_gib).pack(NO_WEIGHTS, None, 8, "layer")
     assert packed[0]["share_backward"] is share
 
 
@@ -74,7 +75,7 @@ def test_need_is_that_of_the_arithmetic_and_is_told(
     one = packer(backend)
     one.streamed = streamed
     with caplog.at_level("INFO", "kt_hf"):
-        one.pack(None, None, 8, "layer")
+        one.pack(NO_WEIGHTS, None, 8, "layer")
     assert packed[0]["share_backward"] is share
     copy = 10 * {"AMXBF16": 1, "AMXInt8": 0.5, "AMXInt4": 0.25}[backend]
     told = "one buffer for all layers, slower" if share else "one copy a layer"
@@ -87,7 +88,7 @@ def test_saved_weights_without_those_for_backward_are_always_shared(
     one = packer("AMXInt8", expert_gib=0.001)
     one.saved = SimpleNamespace(backward=False, path="saved")
     with caplog.at_level("INFO", "kt_hf"):
-        one.pack(None, None, 0, "layer")
+        one.pack(NO_WEIGHTS, None, 0, "layer")
     assert packed[0]["share_backward"] is True
     assert "one buffer for all layers, for saved has none" in caplog.text
 
@@ -98,13 +99,13 @@ def test_memory_is_asked_once(monkeypatch: pytest.MonkeyPatch, packed: list[dict
     monkeypatch.setattr(packing, "available_memory", lambda: next(free))
     one = packer()
     for _ in range(3):
-        one.pack(None, None, 8, "layer")
+        one.pack(NO_WEIGHTS, None, 8, "layer")
     assert [call["share_backward"] for call in packed] == [False] * 3
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_backward_weights_are_shared_as_asked(packed: list[dict[str, Any]], share: bool) -> None:
-    packer(expert_gib=0.001 if share else 10_000, kt_share_backward_weights=share).pack(None, None, 8, "layer")
+    packer(expert_gib=0.001 if share else 10_000, kt_share_backward_weights=share).pack(NO_WEIGHTS, None, 8, "layer")
     assert packed[0]["share_backward"] is share
 
 
@@ -112,11 +113,11 @@ def test_settings_reach_the_backend(packed: list[dict[str, Any]]) -> None:
     one = packer(kt_max_len=99, kt_expert_activations="recompute", kt_share_backward_weights=True)
     told: list[Any] = []
     one.on_pack = told.append
-    built = one.pack(None, None, 4, "layer 7")
+    built = one.pack(NO_WEIGHTS, None, 4, "layer 7")
     expected = {"name": "AMXBF16", "rank": 4, "plan": PLAN, "max_len": 99, "label": "layer 7"}
     assert packed == [{**expected, "share_backward": True, "share_cache": True}]
     assert told == [built]
-    packer(kt_share_backward_weights=False).pack(None, None, 4, "layer 7")
+    packer(kt_share_backward_weights=False).pack(NO_WEIGHTS, None, 4, "layer 7")
     assert packed[1] == {**expected, "max_len": DEFAULT_MAX_LEN, "share_backward": False, "share_cache": False}
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
+from ..placement import PLACEMENT, write_placement
 from .core import ADAPTER, CONFIG
 from .files import open_safetensors, replacing, sha256, sync, write_json
 
@@ -54,7 +55,10 @@ def write_manifest(folder: Path, model: Any) -> None:
         folder: With adapter_model.safetensors and adapter_config.json.
         model: The model they belong to, or None where it is not known (a conversion).
     """
-    for name in (ADAPTER, CONFIG):
+    files = [ADAPTER, CONFIG]
+    if model is not None and write_placement(folder, model):
+        files.append(PLACEMENT)
+    for name in files:
         sync(folder / name)
     sync(folder)
     with open_safetensors(folder / ADAPTER) as tensors:
@@ -70,7 +74,7 @@ def write_manifest(folder: Path, model: Any) -> None:
             "packages": _packages(),
             "base": describe_base(model),
             "lora": _bound(json.loads((folder / CONFIG).read_text())),
-            "files": {name: _describe(folder / name) for name in (ADAPTER, CONFIG)},
+            "files": {name: _describe(folder / name) for name in files},
             "training": None,
             "tensors": listed,
         },

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts import kt_layers
+from ..placement import take_over
 from .convert import open_adapter
 from .core import ADAPTER, CONFIG
 from .files import open_safetensors
@@ -130,11 +132,21 @@ def load_verified(
         else:
             verify_adapter(folder)
             _check_place(model, folder, adapter_name)
+    take_over(model, folder)
     result = original(model, model_id, adapter_name, *args, **kwargs)
     lost = [key for key in result.missing_keys if ".lora_" in key] + list(result.unexpected_keys)
     if lost:
         raise KTAMXError(f"{model_id}: {lost[0]} ({len(lost)} in all) is in only one of adapter and model.")
     return result
+
+
+def start_verified(
+    original: Callable[..., Any], kind: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """`PeftModel.from_pretrained`, which packs the experts: those on the GPU are to be the adapter's."""
+    if isinstance(model, nn.Module) and isinstance(model_id, (str, Path)):
+        take_over(model, Path(model_id) / (kwargs.get("subfolder") or ""))
+    return original(kind, model, model_id, *args, **kwargs)
 
 
 def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:

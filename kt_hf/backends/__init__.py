@@ -20,6 +20,7 @@ from .base import (
 )
 from .operators import OPERATORS, QUANTISED, shape_problem
 from .saved import SavedLayer, samples
+from .torch_cuda import gpu_backend
 from .torch_grouped import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def pack(
     if name == "torch":
         if isinstance(weights, SavedLayer):
             raise KTAMXConfigError(f"{label}: kt_backend=torch cannot load weights saved for kt-kernel's operators.")
-        return TorchBackend(weights, shape)
+        return gpu_backend(weights, shape) if weights.gate_up.is_cuda else TorchBackend(weights, shape)
     from . import kt_kernel
 
     return kt_kernel.KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label, name)

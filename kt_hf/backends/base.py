@@ -70,11 +70,13 @@ class Gradients:
         top_k_weights: [T, K], fp32.
         lora: Six tensors in the order and shape of the backend's LoRA, or () at rank 0. They may be the backend's own
             buffers, overwritten by its next backward: use or copy them before.
+        lora_is_free: They are not, but memory that nobody else uses.
     """
 
     hidden_states: Tensor
     top_k_weights: Tensor
     lora: tuple[Tensor, ...] = ()
+    lora_is_free: bool = False
 
 
 @dataclass
@@ -90,7 +92,8 @@ class ExpertsBackend(Protocol):
     """Experts of one layer. Calls are not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
 
     Inputs of `forward` and `backward` are contiguous tensors on `device`: hidden states in `dtype`, ids int64 (each in
-    [0, E) or -1 for no expert), routing weights fp32.
+    [0, E) or -1 for no expert), routing weights fp32. On a GPU calls return when their work is launched, and what they
+    return is read on the current stream; on the CPU it is in pinned memory where the process uses a GPU.
     """
 
     name: str
@@ -112,7 +115,8 @@ class ExpertsBackend(Protocol):
         """Most tokens in a call; None if there is no limit."""
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
-        """Copy in six LoRA tensors of one rank, scalings folded into B. () switches LoRA off. Spoils saved forwards."""
+        """Copy in six LoRA tensors of one rank, scalings folded into B, of any dtype and device. () switches LoRA off.
+        Spoils saved forwards."""
 
     def lora_copy(self) -> tuple[Tensor, ...]:
         """A copy of what `set_lora` last took."""

@@ -26,6 +26,7 @@ from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradient
 from .gate_overflow import careful_backward
 from .operators import OPERATORS, shape_problem
 from .saved import SavedLayer, check_saved, folder_to_load, folder_to_save
+from .transfer import host_empty, to_host, wait_until_read
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,8 @@ class KTKernelBackend:
             return
         self._cache.holds = 0  # before the copies: an interruption must not leave a stale forward looking valid
         self._lora_on = True  # nor half of the copies pass for none
+        if tensors and tensors[0].is_cuda:
+            tensors = to_host(tensors, [torch.bfloat16] * len(tensors)).wait()
         if tensors:
             for buffer, tensor, axis in zip(self._lora, tensors, (1, 2) * 3, strict=True):
                 buffer.narrow(axis, 0, rank).copy_(tensor)
@@ -255,7 +258,7 @@ class KTKernelBackend:
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         T, K = self._check_inputs(x, ids, weights)
-        out = torch.empty(T, self.shape.hidden_size, dtype=torch.bfloat16, device="cpu")
+        out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
@@ -281,9 +284,10 @@ class KTKernelBackend:
             # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
-            self._grads = tuple(_zeros(size) for size in sizes)
-        grad_input = torch.empty(T, H, dtype=torch.bfloat16, device="cpu")
-        grad_weights = torch.empty(T, K, dtype=torch.float32, device="cpu")
+            self._grads = tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes)
+        wait_until_read(self._grads)  # copies to a GPU, of the backward before
+        grad_input = host_empty((T, H), torch.bfloat16)
+        grad_weights = host_empty((T, K), torch.float32)
         if not self._operators.clears_gradients:
             for buffer in self._grads:
                 buffer.zero_()

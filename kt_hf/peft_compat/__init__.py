@@ -44,6 +44,7 @@ def install() -> None:
         load_verified,
         resume_default,
         save_verified,
+        start_verified,
         weights_verified,
     )
 
@@ -62,6 +63,7 @@ def install() -> None:
     # Checkpoints: verified, with their manifest, before a Trainer pushes or deletes; refused when they are not whole.
     _wrap(PeftModel, "save_pretrained", save_verified)
     _wrap(PeftModel, "load_adapter", load_verified)
+    _wrap(PeftModel, "from_pretrained", start_verified)
     _wrap(hotswap, "load_peft_weights", weights_verified)
     _wrap(PeftAdapterMixin, "load_adapter", load_native_verified)
     if Version(transformers.__version__) < Version("5.23"):
@@ -72,6 +74,9 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(owner, name)
     if getattr(original, "_kt_hf", False):
         return
+    of_class = isinstance(owner, type) and isinstance(owner.__dict__.get(name), classmethod)
+    if of_class:
+        original = original.__func__
     wrapped = functools.wraps(original)(functools.partial(wrapper, original))
     if isinstance(owner, type):
         function = wrapped
@@ -81,7 +86,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
             return function(*args, **kwargs)
 
     wrapped._kt_hf = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
 
 
 def _keep_config(original: Callable[..., Any], peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -138,9 +138,7 @@ def _with_kt(c: Checked) -> None:
             f"torch_compile_mode={c.trainer['torch_compile_mode']} records CUDA graphs, and experts on the CPU "
             "cannot be recorded: leave it out",
         )
-    experts = c.kt.get("kt_num_gpu_experts")
-    if experts:  # as apply_kt_moe, but before the model is loaded
-        c.problem("kt_num_gpu_experts", f"kt_num_gpu_experts={experts!r} is not supported yet: leave it out")
+    _gpu_experts(c)
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.own.lora_rank:
         c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.own.lora_rank}: leave it out")
@@ -169,6 +167,23 @@ def _saved_experts(c: Checked, purpose: str) -> None:
             open_saved(path)
         except KTAMXError as error:
             c.problem("kt_weight_path", str(error).rstrip("."))
+
+
+def _gpu_experts(c: Checked) -> None:
+    import torch
+
+    from .. import packing
+
+    count = c.kt.get("kt_num_gpu_experts")
+    if not count:
+        return
+    why = "needs a CUDA GPU, and there is none here" if not torch.cuda.is_available() else None
+    if c.trainer.get("use_cpu"):
+        why = "does not go together with use_cpu"
+    if c.kt.get("kt_weight_path"):
+        why = "does not go together with kt_weight_path, whose experts are packed for the CPU"
+    if why and packing._TIER is None:
+        c.problem("kt_num_gpu_experts", f"kt_num_gpu_experts={count}: it {why}; leave it out, or set it to 0")
 
 
 def _output(c: Checked) -> None:

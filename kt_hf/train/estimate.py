@@ -91,6 +91,8 @@ def in_words(made: Estimate) -> str:
 def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None) -> Estimate:
     width = 4 if s.own.torch_dtype == "float32" else 2
     T = _tokens(s)
+    # Those of kt_num_gpu_experts, in bf16.
+    moved = m.expert_parameters * min(s.kt.kt_num_gpu_experts or 0, m.experts) // max(m.experts, 1) if gpu else 0
     source = m.expert_parameters * width
     rest = m.other_parameters * width
     made = Estimate(sizes=m, tokens=T)
@@ -99,9 +101,9 @@ def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: 
     if not s.own.use_kt:
         other["experts"] = source
     elif not kernel:
-        host["experts"] = source
+        host["experts"] = source - moved * width
     else:
-        packed = int(m.expert_parameters * OPERATORS[_backend(s)].bytes_per_weight)
+        packed = int((m.expert_parameters - moved) * OPERATORS[_backend(s)].bytes_per_weight)
         made.shared_backward = _shares(s, packed, host_free, rest)
         host["experts packed"] = packed
         host["backward copies"] = packed // m.expert_layers if made.shared_backward else packed
@@ -117,6 +119,8 @@ def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: 
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
     if gpu:
         made.gpu["CUDA"] = CUDA_CONTEXT
+        if moved:
+            made.gpu["experts"] = moved * 2
     other["attention, embeddings and the rest"] = rest
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
+from .placing import Placing
 from .settings import BUILTIN_MODEL, OwnKeys
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,14 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
     return config, told
 
 
-def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console | None = None) -> Any:
+def load_model(
+    own: OwnKeys, config: Any, kt: KTConfig | None, console: Console | None = None, placing: Placing | None = None
+) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.
 
     The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
-    them; they are packed for the run's LoRA rank.
+    them; they are packed for the run's LoRA rank. Not so where `placing` has to count first which of them go to the
+    GPU: that takes the whole model.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
@@ -79,22 +83,27 @@ def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console 
     from .. import apply_kt_moe, load_kt_model
 
     name = own.model_name_or_path
+    to_gpu = placing if kt is not None and kt.kt_num_gpu_experts else None
+    placement = to_gpu.saved() if to_gpu else None
+    profile = to_gpu.profile if to_gpu and placement is None else None
     if is_builtin(name):
         from ..demo.upcycle import load_dense, upcycle_model
 
         dense, _ = load_dense()
         model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
         model.config._name_or_path = model.name_or_path = name
-        return model if kt is None else apply_kt_moe(model, kt)
+        return model if kt is None else apply_kt_moe(model, kt, placement=profile(model) if profile else placement)
     from transformers import AutoModelForCausalLM
 
     trusted = own.trust_remote_code and not type(config).__module__.startswith("transformers.")
     try:
-        if kt is not None and not trusted and _is_safetensors(name):
+        if kt is not None and profile is None and not trusted and _is_safetensors(name):
             rank = own.lora_rank if kt.kt_lora_rank is None else kt.kt_lora_rank
+            streamed = replace(kt, kt_lora_rank=rank)
             try:
-                streamed = replace(kt, kt_lora_rank=rank)
-                return load_kt_model(name, streamed, dtype=own.torch_dtype, config=config, console=console)
+                return load_kt_model(
+                    name, streamed, dtype=own.torch_dtype, config=config, console=console, placement=placement
+                )
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -109,7 +118,7 @@ def load_model(own: OwnKeys, config: Any, kt: KTConfig | None, console: Console 
         raise KTAMXConfigError(
             f"model_name_or_path={name!r} cannot be loaded: {' '.join(str(error).split())}"
         ) from None
-    return model if kt is None else apply_kt_moe(model, kt)
+    return model if kt is None else apply_kt_moe(model, kt, placement=profile(model) if profile else placement)
 
 
 def _is_safetensors(name: str) -> bool:

@@ -19,6 +19,7 @@ from .arguments import on_this_machine, trainer_config
 from .data import Rows, for_sft, training_and_evaluation
 from .estimate import PROGRAM, Estimate, estimate, in_words
 from .models import load_config, load_model, load_tokenizer
+from .placing import Placing
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, StopOnInterrupt, TokenCounter
 from .report import show_example, show_result, show_start
@@ -56,7 +57,8 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
-    model = load_model(own, config, settings.kt if own.use_kt else None, console)
+    placing = Placing(settings, train_rows.rows, tokenizer, console)
+    model = load_model(own, config, settings.kt if own.use_kt else None, console, placing)
     peft_config, told = lora_config(model, own)
     _tell(console, told)
     counter = TokenCounter(model)

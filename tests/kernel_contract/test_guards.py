@@ -202,7 +202,7 @@ CASES = {
     "17 experts on the GPU": """
         from tests.kernel_contract.layer import model
         with expect(KTAMXConfigError, "kt_num_gpu_experts"):
-            apply_kt_moe(model(), KTConfig(kt_backend="AMXBF16", kt_num_gpu_experts=2))
+            apply_kt_moe(model(), KTConfig(kt_backend="AMXBF16", kt_num_gpu_experts=2000))
     """,
     "negative rank": 'with expect(KTAMXConfigError, "-1"): build(rank=-1)',
 }

@@ -105,7 +105,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("finetuning_type: full", ["finetuning_type='full': it must be lora"]),
     ("kt_backend: AMXBF8", ["kt_backend='AMXBF8' is not one of auto, AMXBF16"]),
     ("kt_num_threads: 0", ["kt_num_threads=0 is not an integer of 1 or more"]),
-    ("kt_num_gpu_experts: 4", ["line 4: kt_num_gpu_experts=4 is not supported yet"]),
+    ("kt_num_gpu_experts: 4", ["line 4: kt_num_gpu_experts=4: it "]),
     ("kt_weight_path: int8", ["kt_weight_path=int8 needs kt_backend: AMXInt8 or AMXInt4, not auto"]),
     ("kt_weight_path: int8\nkt_backend: AMXInt8", ["kt_weight_path=int8 is not a folder"]),
     ("kt_lora_rank: 4\nlora_rank: 8", ["line 4: kt_lora_rank=4 is smaller than lora_rank=8"]),

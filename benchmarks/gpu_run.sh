@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, the most valuable first; logs and the CSV go to a folder:
+#     bash benchmarks/gpu_run.sh OUT [STEP ...]      steps: tests cpu stock split check more (default: all but more)
+set -u
+out=${1:?give a folder for the results}
+shift
+steps=${*:-tests cpu stock split check}
+mkdir -p "$out"
+cd "$(dirname "$0")/.." || exit
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+train() { # name, seconds at most, arguments
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name"
+    timeout "$limit" python -W ignore benchmarks/gpu_train.py --csv "$out/gpu_train.csv" "$@" 2>&1 | tee "$out/$name.log"
+}
+for step in $steps; do
+    case $step in
+    tests) timeout 240 python -m pytest -q -m gpu tests/gpu tests/regressions/test_gpu.py 2>&1 | tee "$out/tests.log" ;;
+    cpu) train cpu 240 --batch 1 4 --lora-device cpu gpu --steps 2 ;;
+    stock)
+        train stock 90 --stock --batch 1 4
+        train stock-9 60 --stock --layers 9
+        ;;
+    split) train split 200 --layers 9 --gpu-experts 0 8 16 32 64 --lora-device gpu ;;
+    check) train check 200 --check --layers 4 --sequence 512 ;;
+    more)
+        train off 300 --batch 1 4 --checkpointing off --steps 2
+        train split-cpu 200 --layers 9 --gpu-experts 8 32 64 --lora-device cpu
+        ;;
+    *) echo "unknown step $step" ;;
+    esac
+done

@@ -1,0 +1,57 @@
+"""Whether results are finite: at once on the CPU, later on a GPU, which nobody should wait for on this account."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .transfer import Arriving, to_host
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. Waits for the GPU, if it is there."""
+    # One pass that carries any NaN or infinity; only a result that overflowed needs the second look. Sums are fast in
+    # fp32 (0.3 ms for 5 million on one thread), in 16 bits extremes are (0.6 ms, a sum takes 1.2).
+    if not tensor.numel():
+        return True
+    if tensor.dtype == torch.float32:
+        seen = tensor.sum()
+    else:
+        low, high = torch.aminmax(tensor)
+        seen = high - low
+    return bool(torch.isfinite(seen)) or bool(torch.isfinite(tensor).all())
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """The same of several tensors on one device, as a bool tensor [] there."""
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+
+
+class Doubts:
+    """Checks whose answers are on the way from a GPU. They are looked at when they have arrived.
+
+    So an error comes late: with a later call for the same layer, at the latest when its LoRA values are taken over
+    after the optimizer's step, which is before the step is logged or saved.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Arriving, Callable[[list[bool]], Exception]]] = []
+
+    def ask(self, error: Callable[[list[bool]], Exception], *fine: Tensor) -> None:
+        """Raise `error` some time later unless the first of the bools `fine` ([], on one device) is true.
+
+        Args:
+            error: Makes it; told all of them.
+        """
+        self._open.append((to_host([torch.stack(fine)], [torch.bool]), error))
+
+    def settle(self, wait: bool = False) -> None:
+        """Look at the answers that are here; with `wait`, at all."""
+        while self._open and (wait or self._open[0][0].here):
+            answer, error = self._open.pop(0)
+            seen = answer.wait()[0].tolist()
+            if not seen[0]:
+                self._open.clear()
+                raise error(seen)

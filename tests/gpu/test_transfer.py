@@ -1,0 +1,118 @@
+"""Copies between GPU and CPU: what arrives, when, and that nobody waits who need not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kt_hf.backends.finite import Doubts, all_finite
+from kt_hf.backends.transfer import host_empty, to_device, to_host, wait_until_read
+from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
+from tests.families.layers import forward_backward, gradients, make_inputs, random_lora, set_lora
+from tests.gpu.conftest import on_gpu
+from tests.helpers import MIXTRAL
+from tests.models import base_weights
+from tests.one_layer import expected_grads
+from tests.reference import assert_all_close
+from tests.split.models import split_model
+
+CASES = [pytest.param(KERNEL_BF16, marks=KERNEL_MARKS, id="AMXBF16"), pytest.param(TORCH_BF16, id="torch")]
+
+
+@pytest.fixture
+def no_hidden_waits() -> Iterator[None]:
+    """PyTorch raises where an operation waits for the GPU without being asked to."""
+    before = torch.cuda.get_sync_debug_mode()
+    yield
+    torch.cuda.set_sync_debug_mode(before)
+
+
+def test_to_host() -> None:
+    a = torch.randn(1000, 33, device="cuda")
+    strided = a.t()
+    here = torch.arange(5)
+    first, second, third = to_host([a, strided, here], [torch.bfloat16, torch.float32, torch.int64]).wait()
+    assert first.is_pinned()
+    assert second.is_pinned()
+    assert second.is_contiguous()
+    assert torch.equal(first, a.bfloat16().cpu())
+    assert torch.equal(second, strided.cpu())
+    assert third is here
+
+
+def test_copies_wait_for_what_makes_their_source() -> None:
+    """The GPU is busy for a while before it writes the values."""
+    a = torch.zeros(1 << 22, device="cuda")
+    torch.cuda._sleep(100_000_000)
+    a += 7
+    (there,) = to_host([a], [torch.bfloat16]).wait()
+    assert torch.equal(there, torch.full_like(there, 7))
+
+
+def test_to_device() -> None:
+    for source in (torch.randn(100, 8), host_empty((100, 8), torch.float32).normal_(), torch.randn(8, 100).t()):
+        for dtype in (None, torch.bfloat16):
+            moved = to_device(source, torch.device("cuda"), dtype)
+            assert torch.equal(moved.cpu(), source.to(dtype or source.dtype))
+
+
+def test_a_buffer_is_not_overwritten_in_flight() -> None:
+    """Its owner waits, though the GPU gets to the copy late."""
+    torch.zeros(1, device="cuda")
+    buffer = host_empty((1 << 22,), torch.float32).fill_(1)
+    assert buffer.is_pinned()
+    torch.cuda._sleep(100_000_000)
+    moved = to_device(buffer, torch.device("cuda"))
+    wait_until_read([buffer])
+    buffer.fill_(2)
+    assert torch.equal(moved, torch.ones_like(moved))
+
+
+def test_doubts_come_late_and_surely() -> None:
+    doubts = Doubts()
+    doubts.ask(lambda _: ValueError("fine"), all_finite(torch.ones(3, device="cuda")))
+    doubts.settle(wait=True)
+    doubts.ask(lambda _: ValueError("NaN"), all_finite(torch.tensor([1, float("nan")], device="cuda")))
+    with pytest.raises(ValueError, match="NaN"):
+        doubts.settle(wait=True)
+    doubts.settle(wait=True)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("gpu", [[1, 4, 6], []], ids=["split", "all on the CPU"])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_waits_in_secret(case: Case, gpu: list[int], where: str, no_hidden_waits: None) -> None:
+    """Forward and backward of a layer wait by events alone, once each way."""
+    model = split_model(case, gpu, kt_moe_lora_device=where).cuda()
+    layer = model._kt_wrappers[0]
+    set_lora(layer, {name: v.to("cuda" if where == "gpu" else "cpu") for name, v in random_lora(MIXTRAL).items()})
+    x = on_gpu(make_inputs(MIXTRAL, 64, case.dtype))
+    forward_backward(layer, x)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    leaves = {"hidden": x.hidden.detach().requires_grad_(), "weights": x.weights.detach().requires_grad_()}
+    output = layer(leaves["hidden"], x.ids, leaves["weights"])
+    found = gradients(output, leaves | layer.lora_params, x.grad_output)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(value).all() for value in found.values())
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("gpu", [[1, 4, 6], []], ids=["split", "all on the CPU"])
+@pytest.mark.parametrize("case", CASES)
+def test_many_backwards_without_a_wait_between(case: Case, gpu: list[int], where: str) -> None:
+    """Each one's gradients are its own, though the GPU lags behind and buffers are used again."""
+    model = split_model(case, gpu, kt_moe_lora_device=where).cuda()
+    layer, lora = model._kt_wrappers[0], random_lora(MIXTRAL)
+    base = base_weights(MIXTRAL(case.dtype))[0]
+    set_lora(layer, {name: v.to("cuda" if where == "gpu" else "cpu") for name, v in lora.items()})
+    inputs = [make_inputs(MIXTRAL, 30 + seed, case.dtype, seed) for seed in range(6)]
+    there = [on_gpu(x) for x in inputs]
+    found = []
+    for x in there:
+        torch.cuda._sleep(2_000_000)
+        found.append(forward_backward(layer, x).grads)
+    for x, grads in zip(inputs, found, strict=True):
+        assert_all_close({k: v.cpu() for k, v in grads.items()}, expected_grads(x, base, lora), case.grad)

@@ -1,0 +1,76 @@
+"""kt_num_gpu_experts in `kt-hf train`: the experts that the data use most, the same ones after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kt_hf import KTAMXConfigError, count_experts, packing, read_placement
+from kt_hf.train.arguments import read_arguments
+from kt_hf.train.placing import Placing
+from tests.train.test_run import trained
+from tests.train.tiny import save_model, write_yaml
+
+ROWS = [{"instruction": f"{n}+{n}?", "output": "a number" * 5} for n in range(6)]
+
+
+@pytest.fixture
+def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))
+
+
+def test_profile_then_the_checkpoints(tmp_path: Path, cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = save_model(tmp_path / "model"), []
+
+    def counted(*args: object) -> object:
+        seen.append(count_experts(*args))
+        return seen[-1]
+
+    monkeypatch.setattr("kt_hf.train.placing.count_experts", counted)
+    keys = ("kt_num_gpu_experts=2", "save_strategy=steps", "save_steps=1")
+    trained(tmp_path, model, ROWS, *keys)
+    assert len(seen) == 1
+    for layer, counts in seen[0].items():
+        order = read_placement(tmp_path / "out").order[layer]
+        assert [int(counts[e]) for e in order] == sorted(counts.tolist(), reverse=True)
+        assert len(set(counts.tolist())) > 1, "the routers choose evenly: a weak test"
+    first = read_placement(tmp_path / "out/checkpoint-1").order
+    trained(tmp_path, model, ROWS[::-1], *keys, "max_steps=2", "resume_from_checkpoint=true")
+    assert len(seen) == 1, "the resumed run counted again"
+    assert read_placement(tmp_path / "out/checkpoint-2").order == first
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]},
+        {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "four"}]},
+        {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "four"}]},
+        {"text": "2+2? four"},
+        {"prompt": "2+2?", "completion": " four"},
+        {"prompt": "2+2?", "chosen": " four", "rejected": " five"},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from tests.train.tiny import tokenizer
+
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    file = write_yaml(tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", output_dir=str(tmp_path / "out"),
+                      dataset=str(tmp_path / "data.jsonl"), max_length=30)  # fmt: skip
+    placing = Placing(read_arguments(file), [row] * 3, tokenizer(), Console(quiet=True))
+    batches = list(placing.batches())
+    assert len(batches) == 3
+    text = tokenizer().decode(batches[0][0])
+    assert "2+2?" in text
+    assert all(batch.shape[1] <= 30 for batch in batches)
+
+
+def test_without_a_gpu_it_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(KTAMXConfigError, match="kt_num_gpu_experts=2: it needs a CUDA GPU"):
+        trained(tmp_path, tmp_path, ROWS, "kt_num_gpu_experts=2")
