@@ -47,8 +47,11 @@ def test_another_config_is_refused(case: Case, adapt: bool) -> None:
 def test_only_the_experts_are_replaced(case: Case) -> None:
     stock, model = MIXTRAL(case.dtype), patched_model(MIXTRAL, case)
     rest = {name: value for name, value in stock.state_dict().items() if ".experts." not in name}
-    assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in rest.items()}
-    assert all(torch.equal(value, rest[name]) for name, value in model.state_dict().items())
+    state = model.state_dict()
+    marks = [state.pop(name) for name in list(state) if name.endswith(".experts.base_fingerprint")]
+    assert len(marks) == len(model._kt_wrappers)
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in rest.items()}
+    assert all(torch.equal(value, rest[name]) for name, value in state.items())
     assert not trainable(model)
     assert all(isinstance(module, KTExperts) for module in expert_modules(model).values())
 
