@@ -23,11 +23,12 @@ $(VENV)/ready: pyproject.toml
 demo: $(VENV)/ready
 	$(PY) -m kt_hf.cli demo $(ARGS)
 
+# Two processes, a file at a time each: the operators of either take one worker thread.
 test: $(VENV)/ready
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-all: $(VENV)/ready
-	$(PY) -m pytest $(ARGS)
+test-all: test
+	$(PY) -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -137,8 +137,8 @@ def test_layers_are_read_one_ahead(
         order.append(f"read {layer}")
         return read(self, layer, dtype)
 
-    def watched_pack(self: Any, weights: Any, shape: Any, rank: int, label: str) -> Any:
-        made = pack(self, weights, shape, rank, label)
+    def watched_pack(self: Any, weights: Any, shape: Any, rank: int, label: str, layer: int = 0) -> Any:
+        made = pack(self, weights, shape, rank, label, layer)
         order.append(f"pack {label}")
         return made
 
