@@ -1,4 +1,4 @@
-"""The autograd function of an expert layer, and the tickets that tie a forward to its backward.
+"""The autograd function of an expert layer, and the runner that keeps the tickets between a forward and its backward.
 
 An operator keeps one saved forward, and any later forward or change of LoRA on it spoils that one. So each forward that
 may see a backward gets a ticket: the saved forward, and the LoRA values it was computed with. Backward uses the saved
@@ -9,7 +9,6 @@ inputs autograd saved, and goes on. Any order of forwards, LoRA changes and back
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -22,67 +21,9 @@ from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
 from .backends.finite import Doubts, all_finite, is_finite
 from .backends.transfer import to_device, to_host
 from .errors import KTAMXBackwardError, KTAMXForwardError
+from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
 logger = logging.getLogger(__name__)
-_ticket_numbers = itertools.count(1)
-
-
-def in_backward() -> bool:
-    """Whether this is called inside a backward pass: a forward then is the recompute of gradient checkpointing."""
-    task = getattr(torch._C, "_current_graph_task_id", None)  # private; without it every forward counts as a first one
-    return task is not None and task() != -1
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward was asked to keep its graph (retain_graph), for a second backward."""
-    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if keep is None else bool(keep())
-
-
-class LoraValues:
-    """LoRA values that a backend holds or held. `kept` is a copy, made when they leave the backend while still
-    needed."""
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.kept: tuple[Tensor, ...] | None = None
-        self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
-
-
-class Retained:
-    """Inputs and output of a forward as the backend had them, to answer a recompute of the same."""
-
-    def __init__(self, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
-        self.x, self.ids, self.weights = x, ids, weights
-        # An alias, for the output itself leads back to the ticket. It shares the version: a write to it is noticed.
-        self.output = output.detach()
-        self._version = output._version
-
-    def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-        if self.output._version != self._version or self.x.shape != x.shape or self.ids.shape != ids.shape:
-            return False
-        pairs = ((self.ids, ids), (self.weights, weights), (self.x, x))
-        if x.is_cuda:  # one wait
-            return bool(torch.stack([(one == other).all() for one, other in pairs]).all())
-        return all(torch.equal(one, other) for one, other in pairs)
-
-
-class Ticket:
-    """One forward: what the backend saved of it, with which LoRA values, and its inputs and output where kept."""
-
-    def __init__(self, values: LoraValues, saved: Saved | None, ids: Tensor) -> None:
-        self.number = next(_ticket_numbers)
-        self.saved = saved
-        self.ids = ids  # [T, K], -1 for no expert
-        self.values: LoraValues | None = values
-        self.retained: Retained | None = None
-        values.tickets.add(self)
-
-    def release(self) -> None:
-        """After the only backward: nothing needs the LoRA values or the saved tensors any more."""
-        if self.values is not None:
-            self.values.tickets.discard(self)
-        self.values = self.saved = self.retained = None
 
 
 class ExpertsRunner:
@@ -201,7 +142,7 @@ class ExpertsRunner:
             self.tokens += x.shape[0]
             flat = ticket.ids.flatten() + 1  # bincount would wait for a GPU
             self.load += flat.new_zeros(len(self.load) + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
-            if not _graph_is_kept():
+            if not graph_is_kept():
                 ticket.release()
             return gradients
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ExpertsFunction, ExpertsRunner
-from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend, samples
+from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend
 from .backends.transfer import to_device
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
 from .packing import Packer
 from .projections import NO_COPY, NO_PICKLE, PROJECTIONS, ExpertProjection
+from .quantized.marks import combined, marks_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -255,13 +256,9 @@ class KTExperts(nn.Module):
 
 
 def fingerprint(weights: ExpertWeights | SavedLayer) -> Tensor:
-    """Two numbers, int64, that tell a layer's base weights from others': a weighted sum of a sample of their bytes."""
-    numbers = []
-    for values in samples(weights) if isinstance(weights, SavedLayer) else (weights.gate_up, weights.down):
-        flat = values.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].contiguous().cpu().view(torch.uint8).long()
-        numbers.append((sample * torch.arange(1, len(sample) + 1, device="cpu")).sum())
-    return torch.stack(numbers)
+    """[4] int64 that tell a layer's base weights from others': the mark of a sample of them."""
+    mark = weights.mark if isinstance(weights, SavedLayer) else combined(marks_of_weights(weights))
+    return torch.frombuffer(bytearray.fromhex(mark), dtype=torch.int64).clone()
 
 
 def _active(projection: ExpertProjection) -> list[str]:

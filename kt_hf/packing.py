@@ -141,6 +141,11 @@ class Packer:
 _TIER: torch.device | None = None
 
 
+def has_gpu_tier() -> bool:
+    """Whether there is a GPU for experts."""
+    return _TIER is not None or torch.cuda.is_available()
+
+
 def gpu_tier(count: int, shapes: list[ExpertShape], backend: str) -> torch.device:
     """The device for `count` experts of each of these layers, the others being computed by `backend`.
 
@@ -148,7 +153,7 @@ def gpu_tier(count: int, shapes: list[ExpertShape], backend: str) -> torch.devic
         KTAMXConfigError: There is no GPU, or there are not so many experts, or too few are left for the operators.
     """
     field = f"kt_num_gpu_experts={count}"
-    if _TIER is None and not torch.cuda.is_available():
+    if not has_gpu_tier():
         raise KTAMXConfigError(f"{field} needs a CUDA GPU, and there is none here: leave it out, or set it to 0.")
     for shape in shapes:
         E, K = shape.num_experts, shape.top_k

@@ -19,7 +19,7 @@ from .base import (
     Saved,
 )
 from .operators import OPERATORS, QUANTISED, shape_problem
-from .saved import SavedLayer, samples
+from .saved import SavedLayer
 from .torch_cuda import gpu_backend
 from .torch_grouped import TorchBackend
 
@@ -47,7 +47,6 @@ __all__ = [
     "choose_backend",
     "kernel_availability",
     "pack",
-    "samples",
     "save_packed",
     "shape_problem",
 ]

@@ -15,9 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..errors import KTAMXConfigError
 from .base import ExpertShape
 from .operators import Operators
@@ -32,17 +29,12 @@ class SavedLayer:
     Attributes:
         folder: Holds `_numa_0` and so on, one for each pool.
         backward: Whether the weights for backward are there too.
+        mark: Of the weights they were made of; another for others.
     """
 
     folder: Path
     backward: bool
-
-
-def samples(layer: SavedLayer) -> Iterator[Tensor]:
-    """A few bytes of the layer's weights, that tell it from others: the first expert's scales."""
-    for name in ("gate", "down"):
-        file = min((layer.folder / pool_folder(0)).glob(f"*_{name}_0_*_scale_.kt"))
-        yield torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    mark: str = ""
 
 
 def pool_folder(pool: int) -> str:

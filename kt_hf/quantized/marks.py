@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ def mark(tensor: Tensor) -> Mark:
 def marks_of_weights(weights: ExpertWeights) -> dict[str, Mark]:
     """Of a layer's experts, by the names of the parameters in transformers."""
     return {"gate_up_proj": mark(weights.gate_up), "down_proj": mark(weights.down)}
+
+
+def combined(marks: Mapping[str, Mark]) -> str:
+    """One mark of several, a hexadecimal sha256."""
+    return hashlib.sha256("".join(marks[name].sha256 for name in sorted(marks)).encode()).hexdigest()
 
 
 def marks_of_files(files: TensorFiles, layers: list[str]) -> dict[str, Mark]:

@@ -15,7 +15,7 @@ import torch
 from ..backends import QUANTISED, ExpertShape, SavedLayer, kernel_availability
 from ..errors import KTAMXConfigError, KTAMXError
 from .manifest import MANIFEST, Manifest, Mark, read_manifest
-from .marks import FLOATING, mark
+from .marks import FLOATING, combined, mark
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class SavedExperts:
         for file, (_, wanted) in made.files.items():
             if found[file] != wanted:
                 raise KTAMXError(f"kt_weight_path: {folder / file} is not what was written. Quantise again.")
-        return SavedLayer(folder, self.manifest.backward)
+        return SavedLayer(folder, self.manifest.backward, combined(made.source))
 
     def layer_bytes(self, name: str) -> int:
         """Of a layer's files."""

@@ -170,19 +170,17 @@ def _saved_experts(c: Checked, purpose: str) -> None:
 
 
 def _gpu_experts(c: Checked) -> None:
-    import torch
-
-    from .. import packing
+    from ..packing import has_gpu_tier
 
     count = c.kt.get("kt_num_gpu_experts")
     if not count:
         return
-    why = "needs a CUDA GPU, and there is none here" if not torch.cuda.is_available() else None
-    if c.trainer.get("use_cpu"):
+    why = "needs a CUDA GPU, and there is none here" if not has_gpu_tier() else None
+    if c.trainer.get("use_cpu") and not why:
         why = "does not go together with use_cpu"
     if c.kt.get("kt_weight_path"):
         why = "does not go together with kt_weight_path, whose experts are packed for the CPU"
-    if why and packing._TIER is None:
+    if why:
         c.problem("kt_num_gpu_experts", f"kt_num_gpu_experts={count}: it {why}; leave it out, or set it to 0")
 
 
