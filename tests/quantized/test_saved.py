@@ -60,6 +60,14 @@ def test_saved_is_online_to_the_bit(
     assert found["logits"].abs().sum() > 0
 
 
+def test_the_state_tells_the_same_base_weights_as_online(checkpoint: Path, folders: Any) -> None:
+    online = apply_kt_moe(load(checkpoint, FAMILY), settings("int8"))
+    saved = load_kt_model(checkpoint, settings("int8", folders["int8", True]))
+    marks = [[layer.base_fingerprint.tolist() for layer in model._kt_wrappers] for model in (online, saved)]
+    assert marks[0] == marks[1]
+    assert len({tuple(mark) for mark in marks[0]}) == len(marks[0]), "layers have weights of their own"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 def test_the_models_dtype_may_be_another(dtype: torch.dtype, checkpoint: Path, folders: Any) -> None:
     model = apply_kt_moe(load(checkpoint, FAMILY, dtype), settings(path=folders["int8", True]))
