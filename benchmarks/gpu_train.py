@@ -2,11 +2,14 @@
 
     python benchmarks/gpu_train.py --csv gpu_train.csv                                  # all experts on the CPU
     python benchmarks/gpu_train.py --gpu-experts 0 8 16 32 64 --layers 9 --csv gpu_train.csv
-    python benchmarks/gpu_train.py --stock --csv gpu_train.csv                          # all on the GPU
+    python benchmarks/gpu_train.py --case stock --csv gpu_train.csv                     # all on the GPU
+    python benchmarks/gpu_train.py --case streamed --csv gpu_train.csv                  # stock, experts in host memory
+    python benchmarks/gpu_train.py --case peer --family qwen3_moe --csv gpu_train.csv   # ktransformers' own layer
     python benchmarks/gpu_train.py --check --layers 6                                   # losses of 30 steps
     python benchmarks/gpu_train.py --device cpu --shape tiny                            # try the script without a GPU
 
 Weights are random: one layer's experts serve all layers until they are packed. LoRA is on attention and every MLP.
+`--family qwen3_moe` has the same sizes; the peer takes no DeepSeek-V2. gpu_others.py says what the cases are.
 Seconds a step are medians. `operator` is the time inside the CPU's backend, `wait` the host's for the GPU before it
 (attention and what else runs there), `copy in` and `copy out` the GPU's time for copies to and from the CPU, `other`
 the rest of the step. On a GPU `copy in` is part of `wait`, and `copy out` may overlap with anything.
@@ -26,14 +29,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gpu_others
 import psutil
 import torch
 from harness import _commit, _cpu, _kernel, _version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from kt_hf import KTConfig, apply_kt_moe, autograd, experts, packing
+from kt_hf import KTConfig, apply_kt_moe, autograd, experts, packing, runner
 from kt_hf.backends import split, torch_cuda, transfer
 from kt_hf.projections import ExpertLora
 
@@ -41,6 +45,9 @@ CONFIG = Path(__file__).parents[1] / "tests/configs/models/deepseek-ai/DeepSeek-
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 512, "kv_lora_rank": 16,
         "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 16, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 16}  # fmt: skip
+QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944, "num_experts": 64,
+        "num_experts_per_tok": 6, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128,
+        "vocab_size": 102400, "mlp_only_layers": [0], "norm_topk_prob": True}  # fmt: skip
 PARTS = ("operator forward", "operator backward", "wait", "copy in", "copy out", "optimizer", "refresh", "other")
 
 
@@ -98,18 +105,22 @@ def watch(model: Any, parts: Parts) -> None:
 
 def watch_transfers(parts: Parts) -> None:
     to_host, to_device = parts.of_gpu("copy in", transfer.to_host), parts.of_gpu("copy out", transfer.to_device)
-    for module in (autograd, split, experts, torch_cuda):
+    for module in (autograd, runner, split, experts, torch_cuda):
         for name, timed in (("to_host", to_host), ("to_device", to_device)):
             if hasattr(module, name):
                 setattr(module, name, timed)
     transfer.Arriving.wait = parts.of_host("wait", transfer.Arriving.wait)  # type: ignore[method-assign]
 
 
-def make_config(shape: str, layers: int) -> Any:
-    config = AutoConfig.from_pretrained(CONFIG)
-    config.num_hidden_layers = layers
-    for name, value in (TINY if shape == "tiny" else {}).items():
-        setattr(config, name, value)
+def make_config(family: str, shape: str, layers: int) -> Any:
+    if family == "qwen3_moe":
+        sizes = {name: TINY.get(name, value) for name, value in QWEN.items()} if shape == "tiny" else QWEN
+        config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"])
+    else:
+        config = AutoConfig.from_pretrained(CONFIG)
+        config.num_hidden_layers = layers
+        for name, value in (TINY if shape == "tiny" else {}).items():
+            setattr(config, name, value)
     config.use_cache = False
     return config
 
@@ -139,8 +150,10 @@ def make_model(config: Any, device: torch.device, stock: bool) -> Any:
     return model
 
 
-def adapted(model: Any, rank: int, device: torch.device) -> Any:
-    targets = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+def adapted(model: Any, rank: int, device: torch.device, experts_too: bool = True) -> Any:
+    attention = {"q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = sorted(attention & names) + (["gate_proj", "up_proj", "down_proj"] if experts_too else [])
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)).to(device)
     model.enable_input_require_grads()
     return model.train()
@@ -168,8 +181,10 @@ def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, par
     device = next(model.parameters()).device
     vocabulary = min(512, model.config.vocab_size)
     ids = torch.randint(vocabulary, (batch, given.sequence), generator=torch.Generator().manual_seed(2)).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=given.lr, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad] + getattr(model, "more_parameters", [])
+    optimizer = torch.optim.AdamW(trained, lr=given.lr, fused=True)
     layers = getattr(model, "_kt_wrappers", [])
+    refresh = getattr(model, "refresh", lambda: [layer.update_lora_pointers() for layer in layers])
     seconds, losses, taken = [], [], []
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     reset_peaks(device)
@@ -186,8 +201,7 @@ def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, par
         optimizer.zero_grad()
         synchronise()
         stepped = time.perf_counter()
-        for layer in layers:
-            layer.update_lora_pointers()
+        refresh()
         synchronise()
         end = time.perf_counter()
         seconds.append(end - begin)
@@ -273,9 +287,28 @@ def check(model: Any, given: argparse.Namespace, gpu_experts: int, losses: dict[
             print(f"{name}: {' '.join(f'{loss:.3f}' for loss in losses[name])}", flush=True)
 
 
+def experts_of(config: Any) -> int:
+    return int(getattr(config, "n_routed_experts", None) or config.num_experts)
+
+
+def others(given: argparse.Namespace, config: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """What is measured beside kt_hf: (name, model)."""
+    model = make_model(config, device, stock=given.case == "stock")
+    if given.case == "peer":
+        yield from gpu_others.peer(model, lambda model: adapted(model, given.rank, device, False), given)
+        return
+    model = adapted(model, given.rank, device) if given.case == "stock" else gpu_others.adapted_in_place(
+        model, lambda model: adapted(model, given.rank, torch.device("cpu")), device)  # fmt: skip
+    if given.case == "stock":
+        yield "stock", model
+    else:
+        yield from gpu_others.streamed(model, device)
+
+
 def set_checkpointing(model: Any, on: bool) -> None:
     if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": getattr(model, "reentrant", False)}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     else:
         model.gradient_checkpointing_disable()
 
@@ -289,7 +322,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--gpu-experts", type=int, nargs="+", default=[0])
     parser.add_argument("--lora-device", nargs="+", choices=("cpu", "gpu"), default=["cpu"])
-    parser.add_argument("--stock", action="store_true", help="transformers and PEFT, everything on the GPU")
+    parser.add_argument("--case", choices=("kt", "stock", "streamed", "peer"), default="kt")
+    parser.add_argument("--family", choices=("deepseek_v2", "qwen3_moe"), default="deepseek_v2")
     parser.add_argument("--check", action="store_true", help="print 30 losses of each setting and compare them")
     parser.add_argument("--steps", type=int, default=3, help="after the first, which is not counted")
     parser.add_argument("--rank", type=int, default=8)
@@ -303,12 +337,13 @@ def main() -> None:
     if device.type == "cpu":
         packing._TIER = device
     print(f"{machine(device)}\n{torch.get_num_threads()} threads of PyTorch's", flush=True)
-    config = make_config(given.shape, given.layers)
-    common = {"layers": given.layers, "sequence": given.sequence, "rank": given.rank}
+    config = make_config(given.family, given.shape, given.layers)
+    common = {"family": given.family, "layers": given.layers, "sequence": given.sequence, "rank": given.rank}
     losses: dict[str, list[float]] = {}
-    if given.stock:
-        model = adapted(make_model(config, device, stock=True), given.rank, device)
-        measure(model, given, {"case": "stock"} | common | {"gpu_experts": config.n_routed_experts}, None)
+    if given.case != "kt":
+        for name, model in others(given, config, device):
+            on_gpu = experts_of(config) if given.case == "stock" else 0
+            measure(model, given, {"case": name} | common | {"gpu_experts": on_gpu}, None)
         return
     parts = Parts(device.type == "cuda")
     if not given.check:

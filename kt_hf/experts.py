@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .autograd import ExpertsFunction, ExpertsRunner
+from .autograd import ExpertsFunction
 from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend
-from .backends.transfer import to_device
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
 from .packing import Packer
 from .projections import NO_COPY, NO_PICKLE, PROJECTIONS, ExpertProjection
 from .quantized.marks import combined, marks_of_weights
+from .runner import ExpertsRunner
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class KTExperts(nn.Module):
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
-        return to_device(out, hidden_states.device).to(hidden_states.dtype)
+        return out.to(hidden_states.dtype)
 
     def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         problem = None

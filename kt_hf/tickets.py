@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import Saved
+from .backends.transfer import to_device
 
 _ticket_numbers = itertools.count(1)
 
@@ -46,12 +47,21 @@ class Retained:
         self._version = output._version
 
     def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-        if self.output._version != self._version or self.x.shape != x.shape or self.ids.shape != ids.shape:
+        """Whether these, on whatever device, are the same to the bit."""
+        mine, pairs = (self.ids, self.weights, self.x), (ids, weights, x)
+        if self.output._version != self._version or any(a.shape != b.shape for a, b in zip(mine, pairs, strict=True)):
             return False
-        pairs = ((self.ids, ids), (self.weights, weights), (self.x, x))
-        if x.is_cuda:  # one wait
-            return bool(torch.stack([(one == other).all() for one, other in pairs]).all())
-        return all(torch.equal(one, other) for one, other in pairs)
+        if x.is_cuda:  # compared there, with one wait
+            same = [(_bits(to_device(a, x.device)) == _bits(b)).all() for a, b in zip(mine, pairs, strict=True)]
+            return bool(torch.stack(same).all())
+        return all(torch.equal(_bits(to_device(a, b.device)), _bits(b)) for a, b in zip(mine, pairs, strict=True))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as integers, which compare several times as fast as bfloat16 on a CPU."""
+    size = tensor.element_size()
+    wide = 8 if tensor.nbytes % 8 == 0 and tensor.storage_offset() * size % 8 == 0 else size
+    return tensor.view(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[wide])
 
 
 class Ticket:

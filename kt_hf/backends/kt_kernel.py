@@ -129,7 +129,7 @@ class KTKernelBackend:
             check_saved(weights, self._operators, pools, share_backward, label)
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
         self._lora_on = False
-        self._lora = tuple(_zeros(size) for size in shape.lora_shapes(rank) if rank)
+        self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
@@ -241,13 +241,14 @@ class KTKernelBackend:
         self._cache.holds = 0  # before the copies: an interruption must not leave a stale forward looking valid
         self._lora_on = True  # nor half of the copies pass for none
         if tensors and tensors[0].is_cuda:
-            tensors = to_host(tensors, [torch.bfloat16] * len(tensors)).wait()
-        if tensors:
+            straight = self._lora if rank == self.max_rank else ()
+            tensors = to_host(tensors, [torch.bfloat16] * len(tensors), straight).wait()
+        if tensors and tensors[0] is not self._lora[0]:
             for buffer, tensor, axis in zip(self._lora, tensors, (1, 2) * 3, strict=True):
                 buffer.narrow(axis, 0, rank).copy_(tensor)
                 if rank < self.max_rank:
                     buffer.narrow(axis, rank, self.max_rank - rank).zero_()
-        else:
+        elif not tensors:
             for buffer in self._lora[1::2]:  # B alone: zero times anything finite is zero
                 buffer.zero_()
         self._moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
@@ -322,11 +323,6 @@ class KTKernelBackend:
                 f"allowed are -1 (no expert) and 0 to {self.shape.num_experts - 1}."
             )
         return T, K
-
-
-def _zeros(size: tuple[int, ...]) -> Tensor:
-    """Memory for the operators: on the CPU whatever torch.set_default_device says, or their pointers are the GPU's."""
-    return torch.zeros(size, dtype=torch.bfloat16, device="cpu")
 
 
 def _check(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import ExpertsBackend, ExpertShape, Gradients, Saved
-from .finite import is_finite
+from .finite import all_finite, is_finite
 from .transfer import Arriving, to_device, to_host
 
 
@@ -145,13 +145,14 @@ class SplitBackend:
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _SplitSaved)
         here = self._on_cpu()
-        arriving = to_host([grad_output] if here else [], self._cpu_dtypes()[:1] if here else [])
+        wanted = [grad_output, all_finite(grad_output)] if here else []
+        arriving = to_host(wanted, [self._cpu_dtypes()[0], torch.bool] if here else [])
         results: dict[int, Gradients] = {}
         for i in self._on_gpu():
             results[i] = self.parts[i].backend.backward(_kept(saved, i), grad_output)
         arrived = arriving.wait()
         for i in here:
-            results[i] = self._cpu_backward(i, saved, arrived[0])
+            results[i] = self._cpu_backward(i, saved, *arrived)
         found = [results[i] for i in sorted(results)]
         hidden = self._sum([one.hidden_states for one in found])
         # A part's own weights only: what a backend writes for -1 is no gradient.
@@ -166,9 +167,9 @@ class SplitBackend:
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
         return None  # done part by part in backward
 
-    def _cpu_backward(self, i: int, saved: _SplitSaved, grad_output: Tensor) -> Gradients:
+    def _cpu_backward(self, i: int, saved: _SplitSaved, grad_output: Tensor, fine: Tensor) -> Gradients:
         part = self.parts[i]
-        if not is_finite(grad_output):  # the GPU's part carries it on, the operators might not
+        if not fine:  # the GPU's part carries it on, the operators might not
             T, K = saved.ids[i].shape
             sizes = part.backend.shape.lora_shapes(part.backend.rank) if part.backend.rank else ()
             lora = tuple(torch.full(size, torch.nan, device="cpu") for size in sizes)

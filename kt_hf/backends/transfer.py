@@ -39,19 +39,25 @@ class Arriving:
         return self._tensors
 
 
-def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Arriving:
-    """Start copying tensors to the CPU, each in its new dtype: one wait for all, and none if they are there already."""
+def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequence[Tensor] = ()) -> Arriving:
+    """Start copying tensors to the CPU, each in its new dtype: one wait for all, and none if they are there already.
+
+    Args:
+        tensors: Of one device, or some of them on the CPU.
+        dtypes: Of each.
+        into: Contiguous tensors of these sizes and dtypes that those of a GPU are copied to, in place of new memory.
+    """
     arrived: list[Tensor] = []
     device: torch.device | None = None
-    for tensor, dtype in zip(tensors, dtypes, strict=True):
+    for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
         source = tensor.detach()
         if not source.is_cuda:
             arrived.append(source.to("cpu", dtype).contiguous())
             continue
         device = source.device
         source = source.to(dtype).contiguous()
-        pinned = torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
-        arrived.append(pinned.copy_(source, non_blocking=True))
+        there = into[i] if into else torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
+        arrived.append(there.copy_(source, non_blocking=True))
     event = None
     if device is not None:
         event = torch.cuda.Event()

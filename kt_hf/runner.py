@@ -1,0 +1,300 @@
+"""The runner of an expert layer, which keeps the tickets between a forward and its backward.
+
+An operator keeps one saved forward, and any later forward or change of LoRA on it spoils that one. So each forward that
+may see a backward gets a ticket: the saved forward, and the LoRA values it was computed with. Backward uses the saved
+forward if nothing has happened since; else it puts the ticket's LoRA values back, computes the forward again from the
+inputs autograd saved, and goes on. Any order of forwards, LoRA changes and backwards is right; the usual one is fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+from torch import Tensor
+
+from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
+from .backends.finite import Doubts, all_finite, is_finite
+from .backends.transfer import to_device, to_host
+from .errors import KTAMXBackwardError, KTAMXForwardError
+from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertsRunner:
+    """Calls one layer's backend in any order and keeps the tickets.
+
+    Args:
+        backend: What computes.
+        label: The layer's name, for messages.
+        retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
+    """
+
+    def __init__(self, backend: ExpertsBackend, label: str, retain: bool) -> None:
+        self.backend = backend
+        self.label = label
+        self.retain = retain
+        self._values = LoraValues(None)
+        self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+        self._latest: Ticket | None = None
+        self._doubts = Doubts()
+        self.tokens = 0  # that gradients were computed for, and how many of them each expert got
+        self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No autocast, and no threads of PyTorch's beside a backend that has its own."""
+        with contextlib.ExitStack() as stack:
+            if self.backend.own_threads:
+                stack.enter_context(_one_thread())
+            for device in {"cpu", self.backend.device.type}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the backend's inputs and results are on a GPU."""
+        return self.backend.device.type != "cpu"
+
+    @property
+    def lora_key(self) -> Hashable:
+        """The key of the LoRA values the backend holds."""
+        return self._values.key
+
+    def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
+        """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
+        with CALL_LOCK, torch.no_grad(), self.quiet():
+            self._doubts.settle(wait=True)
+            self._swap(LoraValues(key), tensors())
+
+    def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
+        if len(self._values.tickets):
+            self._values.kept = self.backend.lora_copy()
+        self._values = LoraValues(object())  # if the copy is interrupted, no key fits and the next call copies again
+        self.backend.set_lora(tensors)
+        self._values = values
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Ticket | None]:
+        """Output [T, H] in the backend's dtype and on x's device; with `save`, the ticket for the backward.
+
+        x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
+        """
+        with CALL_LOCK, torch.no_grad(), self.quiet():
+            self._doubts.settle()
+            given = self._prepared(x, ids, weights)
+            if save and in_backward() and self.retain:
+                known = self._recognise(*given)
+                if known is not None and known.retained is not None:
+                    # Another alias: this one becomes the output of a graph that leads back to the ticket.
+                    return to_device(known.retained.output.detach(), x.device), known
+            x, ids, weights = self._brought(given)
+            keep = save and (self.retain or in_backward())
+            out, saved = self._compute(x, ids, weights, keep)
+            result = to_device(out, given[0].device)
+            self._check_finite(result, given[0])
+            if not save:
+                return result, None
+            ticket = Ticket(self._values, saved, ids)
+            if keep and self.retain:
+                ticket.retained = Retained(x, ids, weights, out)
+            self._live[ticket.number] = ticket
+            # A strong reference, for a recompute's own graph dies before the backward it was made for. The operators
+            # hold one saved forward a layer anyway.
+            self._latest = ticket if in_backward() else None
+            return result, ticket
+
+    def backward(
+        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
+    ) -> Gradients:
+        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it."""
+        with CALL_LOCK, torch.no_grad(), self.quiet():
+            self._doubts.settle()
+            if number != ticket.number and self._latest is not None and self._latest.number == number:
+                ticket, self._latest = self._latest, None
+            if x.shape[0] == 0:
+                return self._filled(0, ids.shape[1], 0.0)
+            grad_output, fine = self._brought_gradient(grad_output)
+            # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
+            if not fine:
+                return self._filled(x.shape[0], ids.shape[1], float("nan"))
+            values = ticket.values
+            if values is None:
+                raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
+            if values is not self._values:
+                if values.kept is None:
+                    raise KTAMXBackwardError(
+                        f"{self.label}: the LoRA values of this forward are lost. Please report this."
+                    )
+                self._swap(values, values.kept)
+            saved = ticket.saved
+            if saved is not None and self.backend.can_backward(saved):
+                gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output)
+            else:
+                gradients = self._recompute(*self._inputs(x, ids, weights), grad_output)
+            if self.on_gpu:
+                found = all_finite(gradients.hidden_states, gradients.top_k_weights)
+                self._doubts.ask(lambda _: self._not_finite("its inputs"), found | ~all_finite(grad_output))
+            else:
+                self.check_finite("top_k_weights", gradients.top_k_weights)
+            self.tokens += x.shape[0]
+            flat = ticket.ids.flatten() + 1  # bincount would wait for a GPU
+            self.load += flat.new_zeros(len(self.load) + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
+            if not graph_is_kept():
+                ticket.release()
+            return gradients
+
+    def _backward(
+        self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor
+    ) -> Gradients:
+        gradients = self.backend.backward(saved, grad_output)
+        if not self.on_gpu and not is_finite(gradients.hidden_states):
+            bad = ~torch.isfinite(gradients.hidden_states).all(dim=1)
+            gradients = self.backend.careful_backward(*inputs(), grad_output, bad) or gradients
+            self.check_finite("hidden_states", gradients.hidden_states)
+        return gradients
+
+    def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> Gradients:
+        most = self.backend.max_len or max(x.shape[0], 1)
+        if x.shape[0] <= most:
+            _, saved = self.backend.forward(x, ids, weights, save=True)
+            assert saved is not None
+            return self._backward(saved, lambda: (x, ids, weights), grad)
+        # Longer than the operators take: piece by piece, the LoRA gradients summed in fp32.
+        parts: list[tuple[Tensor, Tensor]] = []
+        lora: tuple[Tensor, ...] = ()
+        for piece, grad_piece in zip(
+            zip(x.split(most), ids.split(most), weights.split(most), strict=True), grad.split(most), strict=True
+        ):
+            part = self._recompute(*piece, grad_piece)
+            parts.append((part.hidden_states, part.top_k_weights))
+            lora = tuple(
+                total.add_(new) for total, new in zip(lora, part.lora, strict=True)
+            ) if lora else tuple(new.to(torch.float32, copy=True) for new in part.lora)  # fmt: skip
+        return Gradients(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), lora)
+
+    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        most = self.backend.max_len
+        if x.shape[0] == 0:
+            return x.new_zeros(x.shape), None
+        if most is None or x.shape[0] <= most:
+            return self.backend.forward(x, ids, weights, save)
+        pieces = zip(x.split(most), ids.split(most), weights.split(most), strict=True)
+        return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
+
+    def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, ids, weights = self._brought(self._prepared(x, ids, weights))
+        return x, ids, weights
+
+    def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs as the backend wants them, still where the model has them, which costs a GPU nothing. Ids of no
+        local expert become -1, missing columns of K are filled."""
+        shape = self.backend.shape
+        ids = ids.detach().to(torch.int64)
+        ids = ids - shape.expert_offset if shape.expert_offset else ids
+        ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
+        weights = weights.detach().to(torch.float32)
+        missing = shape.top_k - ids.shape[1]
+        if missing > 0:
+            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+            weights = torch.nn.functional.pad(weights, (0, missing))
+        return x.detach().to(self.backend.dtype).contiguous(), ids.contiguous(), weights.contiguous()
+
+    def _brought(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tensors of the model's on the backend's device."""
+        if not self.on_gpu:
+            return to_host(tensors, [tensor.dtype for tensor in tensors]).wait()
+        return tuple(to_device(tensor, self.backend.device) for tensor in tensors)
+
+    def _brought_gradient(self, grad_output: Tensor) -> tuple[Tensor, bool]:
+        """It on the backend's device in its dtype, and whether it is finite; taken for so on a GPU."""
+        grad = grad_output.detach().to(self.backend.dtype).contiguous()
+        if self.on_gpu:
+            return to_device(grad, self.backend.device), True
+        if not grad.is_cuda:
+            return grad, is_finite(grad)
+        grad, fine = to_host((grad, all_finite(grad)), (grad.dtype, torch.bool)).wait()
+        return grad, bool(fine)
+
+    def _recognise(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        for ticket in sorted(self._live.values(), key=lambda t: -t.number):
+            if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
+                return ticket
+        return None
+
+    def _check_finite(self, out: Tensor, x: Tensor) -> None:
+        def error(input_finite: bool) -> KTAMXForwardError:
+            where = "its input was finite" if input_finite else "its input already was not"
+            return KTAMXForwardError(
+                f"{self.label}: the output of the experts is not finite (NaN or infinity); {where}."
+            )
+
+        if out.is_cuda:
+            self._doubts.ask(lambda seen: error(seen[1]), all_finite(out), all_finite(x))
+        elif not is_finite(out):
+            raise error(is_finite(x))
+
+    def check_finite(self, name: str, gradient: Tensor) -> None:
+        """Refuse a gradient that is not finite.
+
+        Raises:
+            KTAMXBackwardError: It holds NaN or infinity.
+        """
+        if not is_finite(gradient):
+            raise self._not_finite(name)
+
+    def _not_finite(self, name: str) -> KTAMXBackwardError:
+        return KTAMXBackwardError(
+            f"{self.label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in "
+            "was."
+        )
+
+    def parameter_gradients(
+        self,
+        gradients: Gradients,
+        to_parameters: Callable[[tuple[Tensor, ...], bool], list[Tensor]],
+        device: torch.device,
+    ) -> list[Tensor]:
+        """Those of the LoRA parameters, which live on `device`, converted and scaled there.
+
+        Args:
+            gradients: The backend's, LoRA's among them.
+            to_parameters: Makes them of the six tensors; told whether it may keep these.
+            device: Of the parameters.
+        """
+        raw, free, name = gradients.lora, gradients.lora_is_free, "an expert LoRA tensor"
+        if raw[0].device.type != device.type:
+            if device.type == "cpu":
+                raw = to_host(raw, [tensor.dtype for tensor in raw]).wait()
+            else:
+                raw = tuple(to_device(tensor, device) for tensor in raw)
+            free = True
+        if raw[0].is_cuda:
+            fine = all_finite(*raw)
+            if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
+                fine = fine | ~all_finite(gradients.hidden_states)
+            self._doubts.ask(lambda _: self._not_finite(name), fine)
+        else:  # before they are widened: half the memory to look through
+            for tensor in raw:
+                if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
+                    raise self._not_finite(name)
+        return to_parameters(raw, free)
+
+    def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
+        hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
+        return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread: the operators' idle workers spin for 50 ms, and each parallel loop would wait for a
+    core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
