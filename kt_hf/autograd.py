@@ -64,7 +64,7 @@ class ExpertsFunction(torch.autograd.Function):
         if any(wanted[5:]):
             with torch.no_grad(), ctx.runner.quiet():
                 if gradients.lora:
-                    made = ctx.runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2])
+                    made = ctx.runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2], x.device)
                 else:
                     made = _like(gradients, ctx.like)
                 for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .autograd import ExpertsFunction
 from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend
+from .backends.transfer import pin, to_device
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
 from .packing import Packer
@@ -141,7 +142,15 @@ class KTExperts(nn.Module):
         edit."""
         self.pack()
         self._told_of_changes += 1
+        if self._home.type == "cuda":
+            for parameter in self.lora_params.values():
+                pin(parameter)
         self._runner.load_lora(self._lora_key(), self._lora_tensors)
+
+    @property
+    def _home(self) -> torch.device:
+        """Where the rest of the layer is."""
+        return next(self.buffers()).device
 
     # torch.compile must not look inside: it would hand pointers of its own buffers to the operators, which crashes. The
     # graph breaks here.
@@ -227,13 +236,19 @@ class KTExperts(nn.Module):
         if rank == 0:
             return ()
         if len(parts) == 3 and all(part[4] == rank for part in parts):  # one adapter, one rank: no copies
-            return tuple(t for a, b, _, _, _, s in parts for t in (a.detach(), b.detach() * s))
+            pairs = ((self._at_home(a), self._at_home(b) * s) for a, b, _, _, _, s in parts)
+            return tuple(itertools.chain.from_iterable(pairs))
         device = parts[0][0].device
         tensors = tuple(torch.zeros(size, dtype=torch.float32, device=device) for size in self.shape.lora_shapes(rank))
         for a, b, index, offset, r, scaling in parts:
             tensors[index][:, offset : offset + r].copy_(a.detach())
             tensors[index + 1][:, :, offset : offset + r].copy_(b.detach() * scaling)
         return tensors
+
+    def _at_home(self, tensor: Tensor) -> Tensor:
+        """On the GPU, where scaling and rounding take no time, if it gets there fast."""
+        there = self._home.type == "cuda" and tensor.is_pinned()
+        return to_device(tensor.detach(), self._home) if there else tensor.detach()
 
     def extra_repr(self) -> str:
         s = self.shape

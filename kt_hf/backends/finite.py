@@ -12,16 +12,8 @@ from .transfer import Arriving, to_host
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity. Waits for the GPU, if it is there."""
-    # One pass that carries any NaN or infinity; only a result that overflowed needs the second look. Sums are fast in
-    # fp32 (0.3 ms for 5 million on one thread), in 16 bits extremes are (0.6 ms, a sum takes 1.2).
-    if not tensor.numel():
-        return True
-    if tensor.dtype == torch.float32:
-        seen = tensor.sum()
-    else:
-        low, high = torch.aminmax(tensor)
-        seen = high - low
-    return bool(torch.isfinite(seen)) or bool(torch.isfinite(tensor).all())
+    # One pass that carries any NaN or infinity; only a sum that overflowed needs the second look.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def all_finite(*tensors: Tensor) -> Tensor:

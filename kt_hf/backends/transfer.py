@@ -19,6 +19,13 @@ def host_empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(size), dtype=dtype, device="cpu", pin_memory=torch.cuda.is_initialized())
 
 
+def pin(parameter: torch.nn.Parameter) -> None:
+    """Move a parameter's values to pinned memory, from the CPU's ordinary memory; others, and views, are left alone."""
+    data = parameter.data
+    if data.device.type == "cpu" and data.nbytes == data.untyped_storage().nbytes() and not data.is_pinned():
+        parameter.data = host_empty(data.shape, data.dtype).copy_(data)
+
+
 class Arriving:
     """Tensors that are being copied to the CPU: not to be read before `wait`."""
 
