@@ -34,7 +34,14 @@ def adapted_in_place(model: Any, adapt: Callable[[Any], Any], device: torch.devi
 def streamed(model: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
     for name in ("pageable", "pinned"):
         hosts: dict[int, torch.Tensor] = {}  # one layer's weights serve all, as everywhere in this benchmark
+        there: list[nn.Parameter] = []  # on the GPU: a checkpoint's recompute stops before the hook behind the layer
         handles = []
+
+        def drop(*_: Any, there: list[nn.Parameter] = there) -> None:
+            for parameter in there:
+                parameter.data = parameter.host
+            there.clear()
+
         for layer in _layers(model):
             frozen = [p for m in _experts(layer) for p in m.parameters() if not p.requires_grad]
             for parameter in frozen:
@@ -43,18 +50,17 @@ def streamed(model: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
                     hosts[parameter.data_ptr()] = made = made.pin_memory()
                 parameter.data = made
 
-            def bring(module: nn.Module, args: Any, frozen: list[nn.Parameter] = frozen) -> None:
+            def bring(*_: Any, frozen: list[nn.Parameter] = frozen, there: list[nn.Parameter] = there) -> None:
+                drop(there=there)
                 for parameter in frozen:
                     parameter.host = parameter.data
                     parameter.data = parameter.data.to(device, non_blocking=True)
-
-            def drop(module: nn.Module, args: Any, out: Any, frozen: list[nn.Parameter] = frozen) -> None:
-                for parameter in frozen:
-                    parameter.data = parameter.host
+                there.extend(frozen)
 
             if frozen:
                 handles += [layer.register_forward_pre_hook(bring), layer.register_forward_hook(drop)]
         yield f"streamed, {name}", model
+        drop()
         for handle in handles:
             handle.remove()
 

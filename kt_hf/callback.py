@@ -61,6 +61,11 @@ class KTMoECallback(TrainerCallback):
                 "are not in its checkpoint. Give the trainer a peft_config (kt_lora_config(model)), or "
                 "call get_peft_model."
             )
+        if getattr(args, "precompute_ref_log_probs", True) is False and layers[0].backend_name != "torch":
+            logger.info(
+                "kt_hf: the reference's forward of each step makes the experts compute the policy's once more; "
+                "precompute_ref_log_probs=True spares both."
+            )
         if not self._told and not any(_trained(layer) for layer in layers):
             self._told = True
             logger.warning(

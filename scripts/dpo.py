@@ -4,7 +4,8 @@ experts to the CPU. Without them it is an ordinary TRL script.
     python scripts/dpo.py --model Qwen/Qwen3-30B-A3B --data pairs.jsonl --output_dir outputs/dpo
 
 Data: `prompt`, `chosen` and `rejected`. The reference is the model with its adapter switched off. Every field of
-DPOConfig is an option.
+DPOConfig is an option; `--precompute_ref_log_probs` computes the reference once, before training, which spares the
+experts two forwards of each step.
 """
 
 from __future__ import annotations

@@ -99,6 +99,10 @@ def on_this_machine(trainer: dict[str, Any], own: OwnKeys) -> dict[str, Any]:
     result = {"use_cpu": not cuda, "dataloader_pin_memory": cuda} | trainer
     if not trainer.get("fp16") and trainer.get("bf16") is None:
         result["bf16"] = own.torch_dtype != "float32"
+    whole_epochs = trainer.get("max_steps", -1) < 1 and trainer.get("num_train_epochs", 3) >= 1
+    if own.stage == "dpo" and own.use_kt and whole_epochs and not trainer.get("sync_ref_model"):
+        # The reference's forward spoils the policy's, which each step would compute once more.
+        result.setdefault("precompute_ref_log_probs", True)
     return result
 
 

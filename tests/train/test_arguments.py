@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kt_hf.cli import app
-from kt_hf.train.arguments import read_arguments
+from kt_hf.train.arguments import on_this_machine, read_arguments
 from kt_hf.train.yaml_file import BadSettings
 from tests.train.tiny import ROOT
 
@@ -207,3 +207,26 @@ def test_overrides_that_are_none_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_files_of_configs_are_good(file: Path) -> None:
     read_arguments(file, purpose="estimate")
+
+
+@pytest.mark.parametrize(
+    ("text", "once"),
+    [
+        ("", True),
+        ("num_train_epochs: 1", True),
+        ("precompute_ref_log_probs: false", False),
+        ("max_steps: 5", None),
+        ("num_train_epochs: 0.5", None),
+        ("sync_ref_model: true", None),
+        ("use_kt: false", None),
+    ],
+)
+def test_the_reference_is_computed_once(text: str, once: bool | None, tmp_path: Path) -> None:
+    """Where each row is seen at least once, and the user does not say otherwise."""
+    settings = read_arguments(write(tmp_path, GOOD + f"stage: dpo\n{text}\n"))
+    assert on_this_machine(settings.trainer, settings.own).get("precompute_ref_log_probs") is once
+
+
+def test_the_reference_is_none_of_sft(tmp_path: Path) -> None:
+    settings = read_arguments(write(tmp_path, GOOD))
+    assert "precompute_ref_log_probs" not in on_this_machine(settings.trainer, settings.own)
