@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import trl
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 from trl.trainer.utils import hash_module
 
 from kt_hf import apply_kt_moe
-from tests.conftest import TORCH_FP32, Case, make_config
+from kt_hf.experts import kt_layers
+from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_FP32, Case, make_config
 from tests.families.patched import fill_lora, logits_of, patched_model
 from tests.helpers import MIXTRAL
 from tests.models import FAMILIES, Family
@@ -112,6 +115,28 @@ def test_the_checkpoint_is_the_policy(case: Case, tmp_path: Path, tokenizer: Any
     trainer.train()
     again = PeftModel.from_pretrained(patched_model(MIXTRAL, case), tmp_path / "checkpoint-2")
     assert torch.equal(logits_of(again, MIXTRAL.inputs()), logits_of(model.eval(), MIXTRAL.inputs()))
+
+
+@pytest.mark.parametrize("case", [pytest.param(KERNEL_BF16, marks=KERNEL_MARKS)])
+@pytest.mark.parametrize(("mode", "forwards"), [("disable_adapter", 3), ("precomputed", 1)])
+def test_forwards_of_a_step(mode: str, forwards: int, case: Case, tmp_path: Path, tokenizer: Any) -> None:
+    """The reference's forward takes the policy's from the operators, which compute it once more for the backward."""
+    ours, _ = trainers(mode, MIXTRAL, case, tmp_path, tokenizer, max_steps=4)
+    backend = kt_layers(ours.model)[0]._runner.backend
+    forward, calls, steps = backend.forward, [0], [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            steps.append(calls[0])
+
+    backend.forward = counted
+    ours.add_callback(Steps())
+    ours.train()
+    assert [after - before for before, after in itertools.pairwise(steps)] == [forwards] * 4
 
 
 def test_precomputed_values_are_not_those_of_other_experts(case: Case) -> None:
