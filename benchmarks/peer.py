@@ -15,6 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+RETAIN = {"cpu": "retain", "gpu": "retain"}  # its other policies work under gradient checkpointing alone
+
 
 class _Layer(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
@@ -36,7 +38,7 @@ def settings(rank: int, threads: int, share: bool, longest: int) -> dict[str, An
     return {
         "kt_backend": "AMXBF16", "kt_num_threads": threads, "kt_lora_rank": rank, "kt_lora_alpha": 2.0 * rank,
         "kt_lora_dropout": 0.0, "kt_model_max_length": max(longest, 64), "kt_share_backward_bb": share,
-        "kt_activation_policy": {"cpu": "retain", "gpu": "retain"},
+        "kt_activation_policy": RETAIN,
     }  # fmt: skip
 
 
@@ -89,10 +91,10 @@ def peer_model(model: Any, rank: int, chosen: dict[str, Any]) -> tuple[Any, list
         # It looks for `block_sparse_moe`, which transformers 5 calls `mlp`, and would wrap nothing without a word.
         known = wrapper.get_moe_arch_config
         wrapper.get_moe_arch_config = lambda config: dataclasses.replace(known(config), moe_layer_attr="mlp")
+    model.config.architectures = [type(model).__name__]  # by which it knows the family
     model.requires_grad_(False)
-    wrappers = wrap_moe_layers_with_kt_wrapper(
-        model, KTConfig(**({"kt_lora_rank": rank, "kt_lora_alpha": 2.0 * rank} | chosen))
-    )
+    needed = {"kt_lora_rank": rank, "kt_lora_alpha": 2.0 * rank, "kt_activation_policy": RETAIN}
+    wrappers = wrap_moe_layers_with_kt_wrapper(model, KTConfig(**(needed | chosen)))
     if len(wrappers) != model.config.num_hidden_layers:
         raise RuntimeError(f"the peer wrapped {len(wrappers)} of {model.config.num_hidden_layers} layers")
     model._kt_wrappers = wrappers
