@@ -11,7 +11,8 @@ from harness import cores, timed
 from peer import peer_layer
 from peft import LoraConfig, get_peft_model
 from processes import Build, Run
-from shapes import Shape, make_batch, random_model
+from shapes import make_batch, random_model
+from sizes import Shape
 from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
@@ -31,7 +32,7 @@ def adapted(model: Any, rank: int) -> Any:
 
 
 def stock_adapted(model: Any, rank: int) -> Any:
-    """The same by PEFT on transformers' fused experts. Gate and up share one A there, so it computes less than kt_hf."""
+    """The same by PEFT on transformers' fused experts, where gate and up share one A: it computes less."""
     if rank == 0:
         return model
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -21,7 +21,8 @@ from cases import torch_threads
 from harness import append, cores, describe, parser, timed
 from peft import LoraConfig, get_peft_model
 from processes import Run, take_turns
-from shapes import SIZES, Shape, fitting, random_model
+from shapes import fitting, random_model
+from sizes import SIZES, Shape
 from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
@@ -127,7 +128,8 @@ def main() -> None:
         least = timings["precomputed", tokens].median()
         for name, timing in found.items():
             parts = "  ".join(f"{part} {timing.median(part) * 1e3:.1f}" for part in timing.parts)
-            print(f"  {name:44s} {timing.median() * 1e3:8.1f} ms ({parts}), {timing.median() / least:.2f} of precomputed")
+            whole = timing.median()
+            print(f"  {name:44s} {whole * 1e3:8.1f} ms ({parts}), {whole / least:.2f} of precomputed")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from cases import adapted, torch_threads
-from harness import Timing, append, cores, describe, parser, timed
+from harness import append, cores, describe, parser, timed
 from lines import fit
 from processes import Run, take_turns
-from shapes import Shape, make_batch, random_model
+from shapes import make_batch, random_model
+from sizes import Shape
 from torch import Tensor
 
 from kt_hf import KTConfig, apply_kt_moe
@@ -87,15 +88,13 @@ def main() -> None:
     for case in given.cases:
         operators = case == "default" and kernel_availability().ok
         threads = plan_threads().workers if operators else cores()
+        others = [BASE | {name: value} for name, values in varied.items() if name != "T" for value in values]
+        by_tokens = take_turns({case: build(case, [BASE])}, varied["T"], given.runs, keep=True)
+        by_size = take_turns({case: build(case, others)}, [BASE["T"]], given.runs, keep=True)
         for name, values in varied.items():
+            made = by_tokens if name == "T" else by_size
             points = [BASE | {name: value} for value in values]
-            found: list[tuple[int, Timing]] = []
-            if name == "T":
-                made = take_turns({case: build(case, points)}, values, given.runs, keep=True)
-                found = [(tokens, timing) for (_, tokens), timing in made.items()]
-            else:
-                made = take_turns({case: build(case, points)}, [BASE["T"]], given.runs, keep=True)
-                found = [(p[name], made[f"{case}/{label(p)}", p["T"]]) for p in points]
+            found = [(p[name], made[f"{case}/{label(p)}", p["T"]]) for p in points]
             for value, timing in found:
                 point = BASE | {name: value}
                 append("growth", label(point), point["T"], threads, {f"{case}, {name} varied": timing}, given.save)

@@ -21,7 +21,8 @@ from __future__ import annotations
 from cases import builds
 from harness import append, describe, parser
 from processes import take_turns
-from shapes import SIZES, fitting
+from shapes import fitting
+from sizes import SIZES
 
 from kt_hf.packing import available_memory
 

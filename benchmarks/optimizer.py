@@ -14,7 +14,8 @@ import torch
 from cases import adapted
 from harness import Timing, append, cores, describe, parser, timed
 from processes import Run, take_turns
-from shapes import Shape, make_batch, random_model
+from shapes import make_batch, random_model
+from sizes import Shape
 
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.backends import kernel_availability
@@ -78,8 +79,8 @@ def main() -> None:
         rate = 2 * given.copy_mib * 2**20 / copy.median() / 1e9
         print(f"{label}, {threads} threads of PyTorch's, a copy moves {rate:.1f} GB/s")
         for part in (*per_parameter, None):
-            print(f"  {part or 'both':10s} {step.median(part) * 1e3:8.1f} ms, as many bytes copied "
-                  f"{bound.median(part) * 1e3:8.1f} ms, ratio {step.median(part) / bound.median(part):.2f}")  # fmt: skip
+            ours, least = step.median(part) * 1e3, bound.median(part) * 1e3
+            print(f"  {part or 'both':10s} {ours:8.1f} ms, as many bytes copied {least:8.1f} ms, {ours / least:.2f}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/roofline.py [--shapes deepseek-v2-lite] [--tokens 16 128 512 2048 8192]
 
-The peak is a large bf16 product of PyTorch's, the bandwidth a copy of a large tensor, both on all cores, in the same run
-as the layer (kt_hf's default, LoRA rank 8). Bytes are the weights and LoRA of the experts that tokens reach, in bf16.
+The peak is a large bf16 product of PyTorch's, the bandwidth a copy of a large tensor, both on all cores, in the same
+run as the layer (kt_hf's default, LoRA rank 8). Bytes are the weights and LoRA of the experts that tokens reach, in
+bf16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from cases import builds
 from harness import Timing, append, cores, describe, parser, timed
 from processes import Run, take_turns
-from shapes import SIZES, Shape, fitting
+from shapes import fitting
+from sizes import SIZES, bound
 
 from kt_hf.packing import available_memory
 
@@ -34,12 +36,6 @@ def machine(size: int, mib: int) -> dict[str, Run]:
 def limits(timing: Timing, size: int, mib: int) -> tuple[float, float]:
     """FLOP a second and bytes a second."""
     return 2 * size**3 / timing.median("product"), 2 * mib * 2**20 / timing.median("copy")
-
-
-def bound(shape: Shape, part: str, tokens: int, rank: int, flops: float, rate: float) -> tuple[float, str]:
-    """The least seconds of a part, and which of the two limits it."""
-    by_flops, by_bytes = shape.flops(part, tokens, rank) / flops, shape.moved_bytes(tokens, rank) / rate
-    return max((by_flops, "FLOPs"), (by_bytes, "bytes"))
 
 
 def main() -> None:

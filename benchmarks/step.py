@@ -3,7 +3,8 @@
     python benchmarks/step.py [--models smollm2 deepseek-v2-lite ...] [--tokens 512] [--cases kt stock peer ...]
 
 LoRA rank 8 on attention and every expert, no checkpointing. `smollm2` is the demo's model (SmolLM2-135M up-cycled to
-eight experts) on a real text; other names are slices of `--layers` layers of a shape, random weights, a small vocabulary.
+eight experts) on a real text; other names are slices of `--layers` layers of a shape with random weights and a
+small vocabulary.
 
     kt            apply_kt_moe(model) with nothing set, threads as KTMoECallback sets them
     torch         the same with kt_backend=torch
@@ -25,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the optimizer's first step would import it, in each process anew
 from harness import append, cores, describe, parser, timed
 from peer import peer_model, settings
 from peft import LoraConfig, get_peft_model
 from processes import Build, Run, Worker, take_turns
-from shapes import SIZES, fitting, random_model
+from shapes import fitting, random_model
+from sizes import SIZES
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
