@@ -39,6 +39,13 @@ format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# About ten minutes on two cores, on a machine that does nothing else. The scripts' defaults measure more.
 bench: $(VENV)/ready
-	$(PY) benchmarks/layer.py --shape deepseek-v2-lite --tokens 64 512 2048 --runs 5
-	$(PY) benchmarks/layer.py --shape smol --tokens 512 --runs 7
+	$(PY) benchmarks/layer.py --tokens 1 64 512 2048 --runs 2 --ranks 8 0 --cases default kt torch bare stock peer
+	$(PY) benchmarks/step.py --runs 2 --cases kt stock peer peer-default
+	$(PY) benchmarks/threads.py --tokens 64 512 2048 --runs 3
+	$(PY) benchmarks/growth.py --runs 5
+	$(PY) benchmarks/optimizer.py
+	$(PY) benchmarks/dpo.py
+	$(PY) benchmarks/roofline.py --tokens 16 128 512 2048 --runs 3
+	$(PY) benchmarks/plot.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gc
 import os
@@ -10,25 +11,38 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from kt_hf.cpu import affinity, physical_cores
+
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (
     "date", "commit", "cpu", "cores", "torch", "transformers", "peft", "kt_kernel", "benchmark", "case", "shape",
-    "tokens", "threads", "part", "p20_ms", "p50_ms", "p80_ms", "runs",
+    "tokens", "threads", "part", "p20_ms", "p50_ms", "p80_ms", "runs", "peak_mib",
 )  # fmt: skip
 
 
 @dataclass
 class Timing:
-    """Seconds of each run by part, `forward` and `backward` for instance."""
+    """Seconds of each run by part, `forward` and `backward` for instance.
 
-    parts: dict[str, list[float]]
+    Attributes:
+        threads: Those that computed: the operators' workers, else PyTorch's; 0 where the benchmark has one number.
+        peak_mib: The most memory its process had; 0 where it had none of its own.
+    """
+
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    threads: int = 0
+    peak_mib: int = 0
+
+    def add(self, run: dict[str, float]) -> None:
+        for part, seconds in run.items():
+            self.parts.setdefault(part, []).append(seconds)
 
     def median(self, part: str | None = None) -> float:
         """Median seconds of a part, or of the parts' sum."""
@@ -41,12 +55,11 @@ def alternate(cases: dict[str, Callable[[], dict[str, float]]], runs: int, warm_
     for case in cases.values():
         for _ in range(warm_up):
             case()
-    timings: dict[str, Timing] = {name: Timing({}) for name in cases}
+    timings = {name: Timing() for name in cases}
     for _ in range(runs):
         for name, case in cases.items():
             gc.collect()
-            for part, seconds in case().items():
-                timings[name].parts.setdefault(part, []).append(seconds)
+            timings[name].add(case())
     return timings
 
 
@@ -56,9 +69,32 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def append(benchmark: str, shape: str, tokens: int, threads: int, timings: dict[str, Timing]) -> None:
-    """Add rows to results.csv, with the machine and the versions they were measured with."""
-    new = not RESULTS.exists()
+def parser(description: str | None, runs: int) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--runs", type=int, default=runs, help="rounds; a case has at least one measured run in each")
+    made.add_argument("--save", default=str(RESULTS), help="CSV to append to, or off")
+    return made
+
+
+def cores() -> int:
+    """Physical cores of this process: PyTorch's threads where it computes alone."""
+    return len(physical_cores(affinity()))
+
+
+def append(
+    benchmark: str, shape: str, tokens: int, threads: int, timings: dict[str, Timing], file: str | Path = RESULTS
+) -> None:
+    """Add rows to a CSV (nowhere, if it is `off`), with the machine and the versions they were measured with."""
+    if str(file) == "off":
+        return
+    file = Path(file)
+    new = not file.exists()
+    if not new:
+        with file.open(newline="") as old:
+            header = next(csv.reader(old), [])
+        if tuple(header) != FIELDS:
+            raise SystemExit(f"{file} has other columns than this benchmark writes ({', '.join(FIELDS)}).")
     common = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
@@ -69,17 +105,17 @@ def append(benchmark: str, shape: str, tokens: int, threads: int, timings: dict[
         "benchmark": benchmark,
         "shape": shape,
         "tokens": tokens,
-        "threads": threads,
     }
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         for case, timing in timings.items():
             for part, seconds in timing.parts.items():
                 cuts = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
-                row = {"case": case, "part": part, "runs": len(seconds)}
-                row |= {f"p{10 * (i + 1)}_ms": f"{cuts[i] * 1e3:.2f}" for i in (1, 4, 7)}
+                row = {"case": case, "part": part, "runs": len(seconds), "threads": timing.threads or threads}
+                row |= {f"p{10 * (i + 1)}_ms": f"{cuts[i] * 1e3:.3f}" for i in (1, 4, 7)}
+                row["peak_mib"] = timing.peak_mib or ""
                 writer.writerow(common | row)
 
 

@@ -1,0 +1,60 @@
+"""Random weights and inputs of the sizes that are measured."""
+
+from __future__ import annotations
+
+import torch
+from sizes import SIZES, Shape
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from kt_hf.packing import available_memory
+
+
+def fitting(name: str, layers: int = 1) -> Shape:
+    """The shape, with as many experts (a power of two) as let this machine hold `layers` layers three times: as they
+    were, packed, and packed for backward.
+    """
+    E, K, H, inner = SIZES[name]
+    most = int(0.75 * available_memory() / (layers * 3 * 2 * 3 * H * inner))
+    if most < E:
+        E = max(K, 1 << max(0, most.bit_length() - 1))
+    return Shape(name, E, K, H, inner)
+
+
+def random_model(shape: Shape, layers: int = 1, vocab: int = 32, head_dim: int = 32) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE with experts of this shape in bf16. The peer takes no DeepSeek-V2, so every shape is of this family;
+    shared experts and latent attention are left out for all that is compared.
+    """
+    heads = max(1, shape.H // head_dim) if vocab > 32 else 4
+    config = Qwen3MoeConfig(
+        hidden_size=shape.H, moe_intermediate_size=shape.inner, num_experts=shape.E, num_experts_per_tok=shape.K,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1 if heads % 4 else 4,
+        head_dim=head_dim, vocab_size=vocab, intermediate_size=64, dtype=torch.bfloat16,
+        architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    model = model.to_empty(device="cpu").bfloat16()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are not in the state dict
+    block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+            continue
+        # One block over and over: drawing billions of numbers would take longer than the benchmark.
+        flat, scaled = parameter.data.view(-1), block * parameter.shape[-1] ** -0.5
+        whole = len(flat) // len(scaled) * len(scaled)
+        flat[:whole].view(-1, len(scaled)).copy_(scaled.expand(whole // len(scaled), -1))
+        flat[whole:].copy_(scaled[: len(flat) - whole])
+    return model.requires_grad_(False)
+
+
+def make_batch(shape: Shape, tokens: int) -> dict[str, Tensor]:
+    """Inputs of one layer, tokens spread evenly over the experts, and the gradient of its output."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(tokens, shape.H, generator=generator).bfloat16(),
+        "ids": torch.rand(tokens, shape.E, generator=generator).topk(shape.K).indices,
+        "weights": torch.rand(tokens, shape.K, generator=generator).bfloat16(),
+        "grad": torch.randn(tokens, shape.H, generator=generator).bfloat16(),
+    }
