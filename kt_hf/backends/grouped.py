@@ -1,8 +1,8 @@
 """The mathematics of `torch_grouped` over rows sorted by expert, in bf16, by grouped matrix products alone.
 
 Nothing here waits for a GPU. All T*K rows are kept, sorted by expert, those of no expert at the end;
-`torch._grouped_mm` is told where each expert's rows end. It leaves the rows after the last end undefined (NaN, perhaps),
-and never reads them for another row or a weight's gradient: they are zeroed where rows are summed by token.
+`torch._grouped_mm` is told where each expert's rows end. It leaves the rows after the last end undefined (NaN,
+perhaps), and never reads them for another row or a weight's gradient: they are zeroed where rows are summed by token.
 
 The LoRA of gate and up is one: A of gate above that of up, [E, 2r, H], B block-diagonal, [E, 2I, 2r]. Ranks are padded
 to multiples of 8, for `_grouped_mm` wants strides of 16 bytes.
@@ -89,10 +89,11 @@ class Lora(NamedTuple):
         return self.a, self.b, self.down_a, self.down_b
 
     def part(self, experts: slice) -> Lora:
-        return Lora(*(t[experts] for t in self.tensors), self.rank)  # type: ignore[arg-type]
+        return Lora(self.a[experts], self.b[experts], self.down_a[experts], self.down_b[experts], self.rank)
 
     def zeros(self) -> Lora:
-        return Lora(*(torch.zeros_like(t) for t in self.tensors), self.rank)  # type: ignore[arg-type]
+        a, b, down_a, down_b = (torch.zeros_like(t) for t in self.tensors)
+        return Lora(a, b, down_a, down_b, self.rank)
 
     def six(self) -> tuple[Tensor, ...]:
         """The six tensors, of the rank they had: views."""

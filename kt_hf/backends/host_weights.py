@@ -35,7 +35,7 @@ class HostWeights:
         for tensor in (self.gate_up, self.down):
             if lock_pages(tensor):
                 # The tensor goes along, so that its memory is unlocked before it is given back.
-                weakref.finalize(self, _unlock_pages, tensor).atexit = False
+                weakref.finalize(self, unlock_pages, tensor).atexit = False
 
     @classmethod
     def copied(cls, weights: ExpertWeights, experts: Sequence[int]) -> HostWeights:
@@ -79,8 +79,9 @@ def lock_pages(tensor: Tensor) -> bool:
     return True
 
 
-def _unlock_pages(tensor: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy from it may be under way
+def unlock_pages(tensor: Tensor) -> None:
+    """The inverse of `lock_pages`, once no copy is under way."""
+    torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 

@@ -119,7 +119,8 @@ class Streamer:
                     self._idle.append(here.popitem()[1].buffer)  # sent for too early
                 while wanted and (wanted[0][0].start in here or self._idle):
                     experts, numbers = wanted.popleft()
-                    coming = here.pop(experts.start, None) or self._taken(weights, experts)
+                    at = experts.start
+                    coming = here.pop(at) if at in here else self._taken(weights, experts)
                     pending.append(coming)
                     self._fill(coming, numbers)
                 yield self._arrived(pending[0])

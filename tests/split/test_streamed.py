@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -146,7 +147,7 @@ def test_what_comes_next_is_sent_for() -> None:
     layers = [backend(streamer, i) for i in (0, 1)]
     x = make_inputs(MIXTRAL, 64, torch.bfloat16)
     assert len(x.ids.unique()) == E
-    steps: list[tuple[StreamedBackend, list[int], list[int]]] = []
+    steps: list[tuple[StreamedBackend, list[int]]] = []
     for round_ in range(3):
         saved = []
         for one in (*layers, *layers[::-1]):
@@ -159,9 +160,9 @@ def test_what_comes_next_is_sent_for() -> None:
             if round_ == 2:
                 assert [w is one.weights for w, _ in ahead] == [True] * 3, "not the layer that came"
                 assert [e for _, experts in ahead for e in experts] == [0, 1, 2, 3, 4, 5]
-                steps.append((one, [], streamer.experts(one.weights)))
+                steps.append((one, streamer.experts(one.weights)))
     # The last chunk of its own, and the first three of what follows, which may be the same layer.
-    for (one, _, own), (after, _, _) in zip(steps, steps[1:], strict=False):
+    for (one, own), (after, _) in itertools.pairwise(steps):
         assert own == ([6, 7] if after is not one else [6, 7, 0, 1, 2, 3, 4, 5])
 
 
