@@ -53,6 +53,14 @@ def asked_for(config: KTConfig, shapes: Sequence[ExpertShape], has_gpu: bool) ->
     return None if placement == "auto" and has_gpu and config.kt_weight_path is None else Tiers()
 
 
+def order_matters(config: KTConfig, has_gpu: bool) -> bool:
+    """Whether it makes a difference which experts are used most: the GPU computes some, not all."""
+    placement = config.kt_expert_placement
+    if isinstance(placement, Mapping):
+        return any(placement.values())
+    return has_gpu if placement == "auto" else placement is None and bool(config.kt_num_gpu_experts)
+
+
 def check_tiers(tiers: Tiers, config: KTConfig, shapes: Sequence[ExpertShape], operators: bool) -> None:
     """Refuse numbers that layers of these shapes cannot have.
 

@@ -166,6 +166,24 @@ def test_what_comes_next_is_sent_for() -> None:
         assert own == ([6, 7] if after is not one else [6, 7, 0, 1, 2, 3, 4, 5])
 
 
+def test_a_forward_that_checkpointing_repeats_is_not_the_first() -> None:
+    """Its backward follows it, where the next layer's forward followed before: both are guessed."""
+    streamer = Watched(2 * ONE)
+    layers = [backend(streamer, i) for i in (0, 1)]
+    x = make_inputs(MIXTRAL, 64, torch.bfloat16)
+    for round_ in range(3):
+        for i, repeated in ((0, False), (1, False), (1, True), (0, True)):
+            first = [c.weights for c in streamer._ahead]
+            saved = saved_forward(layers[i], x)
+            second = [c.weights for c in streamer._ahead]
+            if repeated:
+                layers[i].backward(saved, x.grad_output)  # type: ignore[arg-type]
+            if round_ == 2:
+                guessed = [*first, *(second if repeated else [])]
+                assert [w is layers[i].weights for w in guessed] == [True] * len(guessed), "not the layer that came"
+                assert len(guessed) == (6 if repeated else 3)
+
+
 def test_what_was_guessed_is_not_copied_again_and_what_was_not_is() -> None:
     """Other experts have rows than the last time."""
     streamer, base = Watched(2 * ONE), base_weights(MIXTRAL(torch.bfloat16))[0]
