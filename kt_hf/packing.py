@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LEN = 32_768
-_TOKENS = 2_048  # of a step, where nobody says how many
+# Of a step, and of a LoRA, where nobody says how many.
+_TOKENS = 2_048
+_RANK = 16
 
 
 @dataclass
@@ -107,7 +109,9 @@ class Packer:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         streaming = aligned(shape) and (self.backend != "torch" or room.dtype in (None, torch.bfloat16))
         rates = measure_rates(shape, device, self.plan, self.backend)
-        left = room.free_for_experts(free, tokens, shape.hidden_size)
+        if self.config.kt_moe_lora_device == "gpu":
+            room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)
+        left = room.free_for_experts(free, tokens, shape)
         popularity = placement.share if placement else ()
         split = make_plan(rates, shape, len(shapes), tokens, left, popularity, streaming)
         check_tiers(split.tiers, self.config, shapes, self.backend != "torch")

@@ -86,6 +86,7 @@ class Room:
         layers: Of all kinds.
         vocabulary: Logits a token.
         dtype: The model's; None for bf16.
+        lora_rank: Of the experts' LoRA, if its parameters and their optimizer are on the GPU.
     """
 
     tokens: int | None = None
@@ -93,12 +94,16 @@ class Room:
     layers: int = 0
     vocabulary: int = 0
     dtype: torch.dtype | None = None
+    lora_rank: int = 0
 
-    def free_for_experts(self, free: int, tokens: int, hidden: int) -> int:
+    def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
         """Bytes of a GPU's `free` ones that weights of experts may take, with checkpointing: what is left by the rest
-        of the model, hidden states between layers, one layer's activations, logits and their loss, and a tenth."""
+        of the model, hidden states between layers, one layer's activations, logits and their loss, LoRA that is there
+        (fp32, its gradients and two moments), and a tenth."""
+        hidden = shape.hidden_size
         activations = tokens * (2 * hidden * self.layers + 100 * hidden + 14 * self.vocabulary)
-        return max(0, int(0.9 * free) - self.rest_bytes - activations)
+        lora = self.layers * 16 * sum(a * b * c for a, b, c in shape.lora_shapes(self.lora_rank))
+        return max(0, int(0.9 * free) - self.rest_bytes - activations - lora)
 
 
 def expert_bytes(shape: ExpertShape) -> int:

@@ -96,6 +96,14 @@ def test_rules_and_directions(tokens: int, pcie: float, free: int, gpu: float, s
     assert made(tokens=tokens // 2).seconds <= least
 
 
+def test_the_operators_need_as_many_as_a_token_is_sent_to() -> None:
+    """Memory for all experts but one: that one cannot be left to the CPU by itself."""
+    fast = dataclasses.replace(GENERAL, gpu_forward_rows_per_s=1e9, gpu_backward_rows_per_s=1e9)
+    for left, expected in ((0, 0), (1, 3), (2, 3), (3, 3), (4, 4)):
+        free = (12 - left) * expert_bytes(SMALL) * 2
+        assert plan(fast, SMALL, 2, 5000, free, streaming=False).cpu == expected
+
+
 def test_what_it_chooses() -> None:
     """Experts of DeepSeek-V2-Lite's size on an H200 with PCIe 5 and 16 AMX cores."""
     assert plan(RATES, LITE, 26, 8192, 100 * GB).cpu == 0, "a GPU with room for all takes all"
@@ -113,10 +121,12 @@ def test_what_it_chooses() -> None:
 
 def test_memory_for_experts() -> None:
     room = Room(2048, rest_bytes=3 * GB, layers=27, vocabulary=102_400)
-    left = room.free_for_experts(80 * GB, 2048, 2048)
+    left = room.free_for_experts(80 * GB, 2048, LITE)
     assert 60 * GB < left < 69 * GB
-    assert room.free_for_experts(80 * GB, 16_384, 2048) < left
-    assert room.free_for_experts(2 * GB, 2048, 2048) == 0
+    assert room.free_for_experts(80 * GB, 16_384, LITE) < left
+    assert room.free_for_experts(2 * GB, 2048, LITE) == 0
+    lora = dataclasses.replace(room, lora_rank=8).free_for_experts(80 * GB, 2048, LITE)
+    assert left - lora == 27 * 64 * 8 * 3 * (2048 + 1408) * 16
 
 
 def test_fitting() -> None:

@@ -105,7 +105,7 @@ def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, mad
         return asked
     room = Room(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
     free = 80 * 10**9 if gpu_free is None else gpu_free
-    left = room.free_for_experts(free, made.tokens, m.hidden)
+    left = room.free_for_experts(free, made.tokens, shape)
     made.plan = plan(assumed_rates(shape), shape, m.expert_layers, made.tokens, left)
     return made.plan.tiers
 
