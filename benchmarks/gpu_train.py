@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_train.py --csv gpu_train.csv                                  # all experts on the CPU
     python benchmarks/gpu_train.py --gpu-experts 0 8 16 32 64 --layers 9 --csv gpu_train.csv
+    python benchmarks/gpu_train.py --placement cpu 16,0 0,64 8,24 auto gpu --csv gpu_train.csv    # a sweep: R,S
     python benchmarks/gpu_train.py --case stock --csv gpu_train.csv                     # all on the GPU
     python benchmarks/gpu_train.py --case streamed --csv gpu_train.csv                  # stock, experts in host memory
     python benchmarks/gpu_train.py --case peer --family qwen3_moe --csv gpu_train.csv   # ktransformers' own layer
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from kt_hf import KTConfig, apply_kt_moe, autograd, experts, packing, runner
-from kt_hf.backends import split, torch_cuda, transfer
+from kt_hf.backends import grouped, split, streamed, transfer
 from kt_hf.projections import ExpertLora
 
 CONFIG = Path(__file__).parents[1] / "tests/configs/models/deepseek-ai/DeepSeek-V2-Lite-Chat"
@@ -98,14 +99,14 @@ def watch(model: Any, parts: Parts) -> None:
     for layer in model._kt_wrappers:
         backend = layer._runner.backend
         for one in [part.backend for part in getattr(backend, "parts", ())] or [backend]:
-            if one.device.type == "cpu":
+            if one.device.type == "cpu" and one.name != "streamed":
                 one.forward = parts.of_host("operator forward", one.forward)
                 one.backward = parts.of_host("operator backward", one.backward)
 
 
 def watch_transfers(parts: Parts) -> None:
     to_host, to_device = parts.of_gpu("copy in", transfer.to_host), parts.of_gpu("copy out", transfer.to_device)
-    for module in (autograd, runner, split, experts, torch_cuda):
+    for module in (autograd, runner, split, experts, grouped, streamed):
         for name, timed in (("to_host", to_host), ("to_device", to_device)):
             if hasattr(module, name):
                 setattr(module, name, timed)
@@ -305,6 +306,14 @@ def others(given: argparse.Namespace, config: Any, device: torch.device) -> Iter
         yield from gpu_others.streamed(model, device)
 
 
+def placement(text: str) -> str | dict[str, int]:
+    """kt_expert_placement from the command line: "8,16" is 8 resident and 16 streamed."""
+    if "," not in text:
+        return text
+    resident, streamed = (int(part) for part in text.split(","))
+    return {"resident": resident, "streamed": streamed}
+
+
 def set_checkpointing(model: Any, on: bool) -> None:
     if on:
         kwargs = {"use_reentrant": getattr(model, "reentrant", False)}
@@ -321,6 +330,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--gpu-experts", type=int, nargs="+", default=[0])
+    told = "kt_expert_placement: auto, cpu, gpu, or R,S: resident and streamed experts a layer"
+    parser.add_argument("--placement", nargs="+", type=placement, default=[], help=told)
     parser.add_argument("--lora-device", nargs="+", choices=("cpu", "gpu"), default=["cpu"])
     parser.add_argument("--case", choices=("kt", "stock", "streamed", "peer"), default="kt")
     parser.add_argument("--family", choices=("deepseek_v2", "qwen3_moe"), default="deepseek_v2")
@@ -343,23 +354,27 @@ def main() -> None:
     if given.case != "kt":
         for name, model in others(given, config, device):
             on_gpu = experts_of(config) if given.case == "stock" else 0
-            measure(model, given, {"case": name} | common | {"gpu_experts": on_gpu}, None)
+            measure(model, given, {"case": name} | common | {"gpu_experts": on_gpu, "streamed_experts": 0}, None)
         return
     parts = Parts(device.type == "cuda")
     if not given.check:
         watch_transfers(parts)
-    for count in [0, 16] if given.check and given.gpu_experts == [0] else given.gpu_experts:
+    counts = [0, 16] if given.check and given.gpu_experts == [0] else given.gpu_experts
+    tried = [{"kt_expert_placement": one} for one in given.placement] or [{"kt_num_gpu_experts": n} for n in counts]
+    for where in tried:
         begin = time.perf_counter()
-        settings = KTConfig(kt_backend=given.backend, kt_num_gpu_experts=count, kt_lora_rank=given.rank,
-                            kt_num_threads=given.threads)  # fmt: skip
-        model = apply_kt_moe(make_model(config, device, stock=False), settings)
+        settings = KTConfig(kt_backend=given.backend, kt_lora_rank=given.rank, kt_num_threads=given.threads, **where)
+        tokens = max(given.batch) * given.sequence
+        model = apply_kt_moe(make_model(config, device, stock=False), settings, tokens_per_step=tokens)
+        tiers = model._kt_wrappers[0].packer.tiers
         model = adapted(model, given.rank, device)
-        print(f"{count} experts a layer on the GPU: made and packed in {time.perf_counter() - begin:.1f} s", flush=True)
+        print(f"{where}: {tiers}, made and packed in {time.perf_counter() - begin:.1f} s", flush=True)
         if given.check:
-            check(model, given, count, losses)
+            check(model, given, tiers.on_gpu, losses)
         else:
             watch(model, parts)
-            measure(model, given, {"case": "kt"} | common | {"gpu_experts": count}, parts)
+            placed = {"gpu_experts": tiers.resident, "streamed_experts": tiers.streamed}
+            measure(model, given, {"case": "kt"} | common | placed, parts)
         del model
         gc.collect()
     if losses:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .errors import KTAMXConfigError
 
 logger = logging.getLogger(__name__)
 
+PLACEMENTS = ("auto", "cpu", "gpu")
 BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "torch")
 
 # Keys of older integrations, with what took their place.
@@ -57,6 +58,7 @@ class KTConfig:
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = True
     kt_num_gpu_experts: int | None = 0
+    kt_expert_placement: str | Mapping[str, int] | None = field(default=None, hash=False)
     kt_weight_path: str | Path | None = None
     kt_moe_lora_device: str = "cpu"
     kt_expert_activations: str = "retain"
@@ -87,6 +89,14 @@ class KTConfig:
         _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
         _integer("kt_num_threads", self.kt_num_threads, 1, "leave it out (None) to have it planned")
         _integer("kt_num_gpu_experts", self.kt_num_gpu_experts, 0, "use 0 to compute every expert on the CPU")
+        _placement(self.kt_expert_placement)
+        if isinstance(self.kt_expert_placement, Mapping):  # a copy, for this is frozen
+            object.__setattr__(self, "kt_expert_placement", dict(self.kt_expert_placement))
+        if self.kt_expert_placement is not None and self.kt_num_gpu_experts:
+            raise KTAMXConfigError(
+                f"kt_num_gpu_experts={self.kt_num_gpu_experts} and kt_expert_placement={self.kt_expert_placement!r} "
+                "both say which experts the GPU computes: leave one out."
+            )
         _integer("kt_max_len", self.kt_max_len, 1, "leave it out (None) for the default")
         _integer("kt_lora_rank", self.kt_lora_rank, 0, "leave it out (None) to take the adapter's rank")
         _boolean("kt_tp_enabled", self.kt_tp_enabled)
@@ -123,6 +133,29 @@ def _integer(name: str, value: Any, least: int, fix: str) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise KTAMXConfigError(f"{name}={value!r} is not an integer of {least} or more: {fix}.")
+
+
+def _placement(value: Any) -> None:
+    if value is None or (isinstance(value, str) and value in PLACEMENTS):
+        return
+    name = "kt_expert_placement"
+    if not isinstance(value, Mapping):
+        close = difflib.get_close_matches(str(value), PLACEMENTS, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise KTAMXConfigError(
+            f"{name}={value!r} is not one of {', '.join(PLACEMENTS)}, nor numbers of experts as in "
+            f"{{resident: 8, streamed: 16}}.{hint}"
+        )
+    unknown = [key for key in value if key not in ("resident", "streamed")]
+    if unknown or not value:
+        told = f"has {unknown[0]!r} in it" if unknown else "is empty"
+        raise KTAMXConfigError(f"{name}={value!r} {told}: it takes resident and streamed, numbers of experts.")
+    for key, count in value.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise KTAMXConfigError(
+                f"{name}={value!r} has {key} that is not an integer of 0 or more: give a number of experts of each "
+                "layer, or leave it out."
+            )
 
 
 def _boolean(name: str, value: Any) -> None:

@@ -28,7 +28,7 @@ from .find import Place, find_experts, layer_index, skeleton
 from .fp8 import FLOATING, SCALE, block_size, dequantise_rest, quantised_rest
 from .loading_progress import LayersBar
 from .packing import return_freed_memory
-from .patch import make_packer, refuse_parallel, replace_experts
+from .patch import make_packer, refuse_parallel, replace_experts, room_of
 from .placement import Placement, as_placement
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ def load_kt_model(
     dtype: torch.dtype | str = "auto",
     console: Console | None = None,
     placement: Placement | Mapping[int, torch.Tensor] | str | Path | None = None,
+    tokens_per_step: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """A model as `from_pretrained` and `apply_kt_moe` make it, with never more experts in memory than packed ones and
@@ -77,7 +78,7 @@ def load_kt_model(
         cfg: Settings. The operators need `kt_lora_rank`, for they pack as they read; backend torch does not.
         dtype: Of the model, "auto" for the one its config names.
         console: Where a terminal is shown the progress; None means the standard error.
-        placement: As `apply_kt_moe` takes it.
+        placement: As `apply_kt_moe` takes it, and `tokens_per_step`.
         kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
 
     Returns:
@@ -99,9 +100,12 @@ def load_kt_model(
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
-    found = find_experts(skeleton(config, trusted), weightless=True)
+    outline = skeleton(config, trusted)
+    found = find_experts(outline, weightless=True)
     packer = make_packer(cfg, {place.name: place.shape for place in found}, streamed=True, model_type=config.model_type)
-    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement))
+    coming = dtype if isinstance(dtype, torch.dtype) else _checked_dtype(config.dtype or torch.bfloat16)
+    room = room_of(outline, config, tokens_per_step, coming)
+    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement), room)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,15 @@ import torch
 
 from .backends import OPERATORS, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, pack
 from .backends.split_pack import pack_split
+from .backends.streamer import Streamer
+from .backends.torch_cuda import aligned
 from .config import KTConfig
 from .cpu import ThreadPlan
 from .errors import KTAMXConfigError
+from .planner import Room, expert_bytes
+from .planner import plan as make_plan
+from .rates import measure_rates
+from .tiers import Tiers, asked_for, check_tiers, field_of
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LEN = 32_768
+# Of a step, and of a LoRA, where nobody says how many.
+_TOKENS = 2_048
+_RANK = 16
 
 
 @dataclass
@@ -34,11 +43,11 @@ class Packer:
         config: The user's settings.
         backend: The backend chosen for all layers, and `reason`, why.
         plan: Worker threads.
-        expert_bytes: All layers' expert weights in bf16, those of the GPU not counted.
+        expert_bytes: All layers' expert weights in bf16; once they are placed, of those on the CPU.
         layer_bytes: The largest layer's.
         streamed: The weights are read as they are packed; else they are in memory already.
         saved: Packed weights on disk (`kt_weight_path`), checked to fit the model and the settings.
-        gpu: Where `kt_num_gpu_experts` of each layer are computed; None without.
+        tiers: How many experts of each layer are resident on the GPU and streamed to it; None before that is planned.
         placement: Which of them; None for the first.
     """
 
@@ -50,31 +59,64 @@ class Packer:
     layer_bytes: int
     streamed: bool = False
     saved: SavedExperts | None = None
-    gpu: torch.device | None = None
+    tiers: Tiers | None = field(default_factory=Tiers)
     placement: Placement | None = field(default=None, init=False, repr=False)
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
+    _streamer: Streamer | None = field(default=None, init=False, repr=False)
     _share: bool | None = field(default=None, init=False)
 
     @property
     def retain(self) -> bool:
         return self.config.kt_expert_activations == "retain"
 
-    def place(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
-        """Decide which experts of these layers go to the GPU; nothing without `kt_num_gpu_experts`.
+    @property
+    def streamer(self) -> Streamer:
+        """What brings streamed experts to the GPU, for all layers; the GPU is its device."""
+        if self._streamer is None:
+            self._streamer = Streamer(gpu_device())
+        return self._streamer
+
+    def place(self, layers: Mapping[int, ExpertShape], placement: Placement | None, room: Room | None = None) -> None:
+        """Decide which experts of these layers go to the GPU, or are streamed to it.
+
+        Args:
+            layers: Shape by layer index.
+            placement: Which of them go first; None for the first ones.
+            room: What a planned placement goes by.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
         """
-        count = self.config.kt_num_gpu_experts or 0
-        if not count:
-            return
-        if placement is not None:
+        if placement is not None and (self.tiers is None or self.tiers.on_gpu):
             for layer, shape in layers.items():
-                placement.experts(layer, count, shape.num_experts)
-            self.placement = placement
+                placement.check(layer, shape.num_experts)
+        if self.tiers is None:
+            self.tiers = self._planned(list(layers.values()), placement, room or Room())
+        tiers = self.tiers
+        sizes = [3 * s.hidden_size * s.intermediate_size * 2 * tiers.on_cpu(s.num_experts) for s in layers.values()]
+        self.expert_bytes, self.layer_bytes = sum(sizes), max(sizes)
+        if not tiers.on_gpu:
+            return
+        self.placement = placement
         told = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
-        logger.info("kt_hf: %d experts of each layer on %s, by %s.", count, self.gpu, told)
+        logger.info("kt_hf: %s (%s), by %s.", tiers, gpu_device(), told)
+
+    def _planned(self, shapes: list[ExpertShape], placement: Placement | None, room: Room) -> Tiers:
+        """By the machine's rates, measured now."""
+        shape, device = max(shapes, key=expert_bytes), gpu_device()
+        tokens = room.tokens or self.config.kt_max_len or _TOKENS
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        streaming = aligned(shape) and (self.backend != "torch" or room.dtype in (None, torch.bfloat16))
+        rates = measure_rates(shape, device, self.plan, self.backend)
+        if self.config.kt_moe_lora_device == "gpu":
+            room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)
+        left = room.free_for_experts(free, tokens, shape)
+        popularity = placement.share if placement else ()
+        split = make_plan(rates, shape, len(shapes), tokens, left, popularity, streaming)
+        check_tiers(split.tiers, self.config, shapes, self.backend != "torch")
+        logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, split)
+        return split.tiers
 
     def pack(
         self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str, layer: int = 0
@@ -100,14 +142,13 @@ class Packer:
             backend = on_cpu(weights, shape)
         elif weights.taken_by is not None:
             backend = weights.taken_by
-        elif self.gpu is None:
+        elif self.tiers is None or not self.tiers.on_gpu:
             backend = on_cpu(weights, shape)
         else:
-            count = self.config.kt_num_gpu_experts or 0
-            placement = self.placement
-            experts = placement.experts(layer, count, shape.num_experts) if placement else range(count)
+            order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))
+            resident, streamed = order[: self.tiers.resident], order[self.tiers.resident : self.tiers.on_gpu]
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
-            backend = pack_split(weights, shape, experts, self.gpu, dtype, on_cpu)
+            backend = pack_split(weights, shape, resident, streamed, self.streamer, dtype, on_cpu)
         if self.on_pack:
             self.on_pack(backend)
         if self.backend != "torch":
@@ -146,25 +187,31 @@ def has_gpu_tier() -> bool:
     return _TIER is not None or torch.cuda.is_available()
 
 
-def gpu_tier(count: int, shapes: list[ExpertShape], backend: str) -> torch.device:
-    """The device for `count` experts of each of these layers, the others being computed by `backend`.
+def gpu_device() -> torch.device:
+    """The GPU for experts."""
+    return _TIER or torch.device("cuda", torch.cuda.current_device())
+
+
+def chosen_tiers(config: KTConfig, shapes: Sequence[ExpertShape], backend: str) -> Tiers | None:
+    """How many experts of each of these layers are in which tier, the CPU's computed by `backend`; None if that is to
+    be planned.
 
     Raises:
-        KTAMXConfigError: There is no GPU, or there are not so many experts, or too few are left for the operators.
+        KTAMXConfigError: There is no GPU for them, or the numbers do not fit the layers or the other settings.
     """
-    field = f"kt_num_gpu_experts={count}"
+    tiers = asked_for(config, shapes, has_gpu_tier())
+    if tiers is None or not tiers.on_gpu:
+        return tiers
+    field = field_of(config)
+    nothing = "set it to 0" if config.kt_expert_placement is None else "set it to auto"
+    if config.kt_weight_path is not None:
+        raise KTAMXConfigError(
+            f"{field} does not go together with kt_weight_path: saved experts are packed for the CPU. Leave one out."
+        )
     if not has_gpu_tier():
-        raise KTAMXConfigError(f"{field} needs a CUDA GPU, and there is none here: leave it out, or set it to 0.")
-    for shape in shapes:
-        E, K = shape.num_experts, shape.top_k
-        if count > E:
-            raise KTAMXConfigError(f"{field}: a layer has {E} experts. Set it to {E} or less.")
-        if backend != "torch" and E - K < count < E:
-            raise KTAMXConfigError(
-                f"{field} of {E} leaves {E - count} on the CPU, and the operators need {K} (those a token is sent "
-                f"to). Set it to {E}, or to {E - K} or less."
-            )
-    return _TIER or torch.device("cuda", torch.cuda.current_device())
+        raise KTAMXConfigError(f"{field} needs a CUDA GPU, and there is none here: leave it out, or {nothing}.")
+    check_tiers(tiers, config, shapes, backend != "torch")
+    return tiers
 
 
 def available_memory(root: Path = Path("/")) -> int:

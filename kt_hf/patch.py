@@ -21,8 +21,9 @@ from .cpu import plan_threads
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers, watch_optimizers
 from .find import Place, base_model, find_experts, layer_index
-from .packing import Packer, gpu_tier
+from .packing import Packer, chosen_tiers
 from .placement import Placement, as_placement, read_placement
+from .planner import Room
 from .quantized import for_run as saved_experts
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def apply_kt_moe(
     cfg: KTConfig | None = None,
     adapter: str | Path | None = None,
     placement: Placement | Mapping[int, Tensor] | str | Path | None = None,
+    tokens_per_step: int | None = None,
 ) -> Any:
     """Patch a transformers MoE model in place: its routed experts are computed by a CPU backend from now on.
 
@@ -46,8 +48,11 @@ def apply_kt_moe(
         cfg: Settings; the defaults without.
         adapter: Folder or safetensors file of an adapter to train on, of any format that `kt_hf.adapters` reads; the
             model then comes back as a PeftModel that has it.
-        placement: Which experts go to the GPU first, where `kt_num_gpu_experts` sends some: what `count_experts` gave,
-            or the folder of an adapter that was trained so. Without it, the adapter's; without that, the first ones.
+        placement: Which experts go to the GPU first, where `kt_num_gpu_experts` or `kt_expert_placement` sends some:
+            what `count_experts` gave, or the folder of an adapter that was trained so. Without it, the adapter's;
+            without that, the first ones.
+        tokens_per_step: Tokens of a forward in training, by which `kt_expert_placement="auto"` plans. None takes
+            `kt_max_len`, or 2,048.
 
     Returns:
         The same model, with `_kt_wrappers` (its `KTExperts` in layer order), `_kt_cpu_infer` and `_kt_moe_lora_params`.
@@ -63,7 +68,8 @@ def apply_kt_moe(
             pass
         if placement is None and Path(adapter).is_dir():
             placement = read_placement(adapter)
-        return load_adapter(apply_kt_moe(model, cfg, placement=placement), adapter)
+        patched = apply_kt_moe(model, cfg, placement=placement, tokens_per_step=tokens_per_step)
+        return load_adapter(patched, adapter)
     cfg = cfg or KTConfig()
     refuse_parallel(model)
     base = base_model(model)
@@ -74,7 +80,8 @@ def apply_kt_moe(
     peft_compat.install()
     found = find_experts(model)
     packer = make_packer(cfg, {place.name: place.shape for place in found}, model_type=base.config.model_type)
-    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement))
+    shapes = {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
+    packer.place(shapes, as_placement(placement), room_of(model, base.config, tokens_per_step))
     saved = packer.saved
     if saved is not None:
         saved.check_model(model)
@@ -105,12 +112,6 @@ def make_packer(
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
         KTAMXError: Saved weights of which a file is missing or damaged.
     """
-    on_gpu = cfg.kt_num_gpu_experts or 0
-    if on_gpu and cfg.kt_weight_path is not None:
-        raise KTAMXConfigError(
-            f"kt_num_gpu_experts={on_gpu} does not go together with kt_weight_path: saved experts are packed for the "
-            "CPU. Leave one out."
-        )
     plan = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
     saved = None
     if cfg.kt_weight_path is not None:
@@ -119,9 +120,9 @@ def make_packer(
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
     if saved is not None:
         saved.check(shapes, backend, len(plan.pools), cfg.kt_share_backward_weights, model_type)
-    tier = gpu_tier(on_gpu, list(shapes.values()), backend) if on_gpu else None
-    sizes = [3 * (s.num_experts - on_gpu) * s.hidden_size * s.intermediate_size * 2 for s in shapes.values()]
-    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, saved, tier)
+    tiers = chosen_tiers(cfg, list(shapes.values()), backend)
+    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes.values()]
+    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, saved, tiers)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
@@ -151,6 +152,15 @@ def replace_experts(
     base._kt_config = packer.config
     _guard_save(base)
     return layers
+
+
+def room_of(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> Room:
+    """What a planned placement goes by, of a model that has its weights or is yet to get them in `dtype`."""
+    text = config.get_text_config()
+    rest = [p for name, p in model.named_parameters() if ".experts." not in name and not p.is_cuda]
+    found = dtype or next((p.dtype for name, p in model.named_parameters() if ".experts." in name), None)
+    size = sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in rest)
+    return Room(tokens, size, getattr(text, "num_hidden_layers", 0), getattr(text, "vocab_size", 0), found)
 
 
 def _take_weights(place: Place) -> ExpertWeights:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import KTConfig
 from .errors import KTAMXConfigError
 from .experts import kt_layers
 from .find import find_experts, layer_index
+from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
 PLACEMENT = "kt_placement.json"
@@ -32,15 +32,19 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Placement:
-    """The experts of each layer in the order in which they go to the GPU; how many do is `kt_num_gpu_experts`.
+    """The experts of each layer in the order in which they go to the GPU: first those resident there, then those
+    streamed to it. How many do is `kt_num_gpu_experts` or `kt_expert_placement`.
 
     Attributes:
         order: Layer index -> all its experts, the most used first.
         source: Where the order comes from, in words.
+        share: Of the routers' choices, that of the first expert in the order, of the second and so on, averaged over
+            layers; () if unknown.
     """
 
     order: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     source: str = ""
+    share: tuple[float, ...] = ()
 
     @classmethod
     def by_use(cls, counts: Mapping[int, Tensor]) -> Placement:
@@ -50,10 +54,19 @@ class Placement:
             for layer, c in counts.items()
         }
         choices = sum(int(torch.as_tensor(c).sum()) for c in counts.values())
-        return cls(order, f"a profile of {choices} choices of the routers")
+        return cls(order, f"a profile of {choices} choices of the routers", _share(counts))
 
     def experts(self, layer: int, count: int, total: int) -> list[int]:
         """The `count` experts of a layer of `total` that are computed on the GPU.
+
+        Raises:
+            KTAMXConfigError: The placement is another model's.
+        """
+        self.check(layer, total)
+        return sorted(self.order[layer][:count])
+
+    def check(self, layer: int, total: int) -> None:
+        """Refuse it for a model whose layer has `total` experts, if it has others.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
@@ -64,7 +77,14 @@ class Placement:
             raise KTAMXConfigError(
                 f"placement: it has {told}, the model has {total} there. Is it another model's? Leave it out."
             )
-        return sorted(order[:count])
+
+
+def _share(counts: Mapping[int, Tensor]) -> tuple[float, ...]:
+    sorted_ = [torch.as_tensor(c).cpu().double().sort(descending=True).values for c in counts.values()]
+    sorted_ = [c / c.sum() for c in sorted_ if c.sum() > 0]
+    if not sorted_ or len({len(c) for c in sorted_}) != 1:
+        return ()
+    return tuple(torch.stack(sorted_).mean(0).tolist())
 
 
 def count_experts(model: nn.Module, batches: Iterable[Any]) -> dict[int, Tensor]:
@@ -126,7 +146,7 @@ def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) ->
     if found is None:
         raise KTAMXConfigError(
             f"placement={str(given)!r}: there is no {PLACEMENT}. Give the folder of an adapter that was trained with "
-            "kt_num_gpu_experts, or leave it out."
+            "experts on the GPU, or leave it out."
         )
     return found
 
@@ -143,7 +163,7 @@ def read_placement(folder: str | Path) -> Placement | None:
         if content["format_version"] != _VERSION:
             raise ValueError(f"format_version {content['format_version']}, this kt_hf reads {_VERSION}")
         order = {int(layer): tuple(int(e) for e in experts) for layer, experts in content["layers"].items()}
-        return Placement(order, str(content["source"]))
+        return Placement(order, str(content["source"]), tuple(float(x) for x in content.get("share", ())))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -157,12 +177,14 @@ def write_placement(folder: Path, model: nn.Module) -> bool:
     if placement is None:
         path.unlink(missing_ok=True)
         return False
-    config: KTConfig = kt_layers(model)[0].packer.config
+    tiers = kt_layers(model)[0].packer.tiers or Tiers()
     content = {
         "writer": "kt_hf",
         "format_version": _VERSION,
         "source": placement.source,
-        "kt_num_gpu_experts": config.kt_num_gpu_experts,
+        "resident": tiers.resident,
+        "streamed": tiers.streamed,
+        "share": [round(x, 6) for x in placement.share],
         "layers": {str(layer): list(experts) for layer, experts in sorted(placement.order.items())},
     }
     path.write_text(json.dumps(content) + "\n")
@@ -180,14 +202,14 @@ def take_over(model: nn.Module, folder: str | Path) -> None:
     """Before an adapter is loaded: its placement, for a model that has none and is not packed; else tell of a
     difference."""
     layers = kt_layers(model)
-    if not layers or not layers[0].packer.config.kt_num_gpu_experts or not Path(folder).is_dir():
+    if not layers or not (layers[0].packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
         return
     packer, found = layers[0].packer, read_placement(folder)
     if found is None or (packer.placement is not None and found.order == packer.placement.order):
         return
     if packer.placement is None and not any(layer.packed for layer in layers):
         for layer in layers:  # refused before the first is packed
-            found.experts(layer.layer_idx, 1, layer.shape.num_experts)
+            found.check(layer.layer_idx, layer.shape.num_experts)
         packer.placement = found
         logger.info("kt_hf: experts on the GPU as in %s, by %s.", folder, found.source)
         return

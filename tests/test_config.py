@@ -18,6 +18,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "kt_num_threads": (None, 1, 60),
     "kt_tp_enabled": (True, False),
     "kt_num_gpu_experts": (0, 2),
+    "kt_expert_placement": (None, "auto", "cpu", "gpu", {"resident": 8, "streamed": 16}, {"streamed": 3}),
     "kt_weight_path": (None, "weights", Path("weights")),
     "kt_moe_lora_device": ("cpu", "gpu"),
     "kt_expert_activations": ("retain", "recompute"),
@@ -30,6 +31,20 @@ BAD: dict[str, tuple[Any, ...]] = {
     "kt_num_threads": (0, -1, 1.5, "4", True),
     "kt_tp_enabled": (None, 1, "yes"),
     "kt_num_gpu_experts": (-1, 1.0, "2", True),
+    "kt_expert_placement": (
+        "cuda",
+        "",
+        3,
+        True,
+        ["cpu"],
+        {},
+        {"gpu": 3},
+        {"resident": -1},
+        {"resident": 1, "streamed": 2.0},
+        {"streamed": None},
+        {"resident": True},
+        {3: 4},
+    ),
     "kt_weight_path": (3, True, ["weights"]),
     "kt_moe_lora_device": ("cuda", "cuda:0", None),
     "kt_expert_activations": ("keep", None, True),
@@ -99,6 +114,21 @@ def test_cache_depth_is_ignored_with_a_notice(caplog: pytest.LogCaptureFixture) 
         caplog.clear()
         KTConfig(kt_max_cache_depth=None)
         assert not caplog.records
+
+
+def test_two_ways_to_place_experts_are_refused() -> None:
+    for value in ("cpu", {"resident": 2}):
+        with pytest.raises(KTAMXConfigError, match=r"kt_num_gpu_experts=2 and kt_expert_placement=.*leave one out"):
+            KTConfig(kt_num_gpu_experts=2, kt_expert_placement=value)
+        KTConfig(kt_num_gpu_experts=0, kt_expert_placement=value)
+
+
+def test_a_placement_is_the_configs_own() -> None:
+    given = {"resident": 2}
+    config = KTConfig(kt_expert_placement=given)
+    given["resident"] = 3
+    assert config.kt_expert_placement == {"resident": 2}
+    assert hash(config) == hash(copy.deepcopy(config))
 
 
 def test_frozen() -> None:

@@ -4,7 +4,7 @@ Trainer."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,20 @@ class Availability:
     ok: bool
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class CountsRows(Protocol):
+    """What a backend has besides, if it must know on the host how many rows each expert has: whoever waits for a GPU
+    anyway brings the counts along, instead of `forward` waiting for them."""
+
+    def row_counts(self, ids: Tensor) -> Tensor:
+        """[E] int64 on `device`: the rows of each expert in ids [T, K]."""
+
+    def forward_counted(
+        self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
+    ) -> tuple[Tensor, Saved | None]:
+        """As `forward`, which asks for the counts itself."""
 
 
 class ExpertsBackend(Protocol):

@@ -3,9 +3,10 @@
 Each part gets the same tokens, with its own numbers for its experts and -1 for all others, and the parts' outputs and
 input gradients are added: exact, for a backend gives nothing for -1. The order of work in both directions:
 
-1. The inputs' copies to the CPU are issued.
+1. The inputs' copies to the CPU are issued, and in forward that of the row counts which a streamed part needs.
 2. The parts on the GPU are launched. Nothing waits for them.
-3. The copies are waited for, and the parts on the CPU computed.
+3. The copies are waited for. A streamed part is launched with its counts, which takes the host a moment; then the parts
+   on the CPU are computed.
 4. Their results are copied back and added to the others', on the GPU, without a wait.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ExpertsBackend, ExpertShape, Gradients, Saved
+from .base import CountsRows, ExpertsBackend, ExpertShape, Gradients, Saved
 from .finite import all_finite, is_finite
 from .transfer import Arriving, to_device, to_host
 
@@ -38,8 +39,13 @@ class Part:
         self._rows = self.experts.to(device)
 
     @property
+    def counted(self) -> bool:
+        """Whether it is told how many rows each expert has."""
+        return isinstance(self.backend, CountsRows)
+
+    @property
     def on_cpu(self) -> bool:
-        return self.backend.device.type == "cpu"
+        return self.backend.device.type == "cpu" and not self.counted
 
     def own_ids(self, ids: Tensor) -> Tensor:
         """[T, K] of the layer's numbers, on the split's device, to the part's."""
@@ -95,6 +101,10 @@ class SplitBackend:
         self.name = "+".join(dict.fromkeys(backend.name for backend, _ in parts))
         self.own_threads = any(backend.own_threads for backend, _ in parts)
         self._lora_device = torch.device("cpu")
+        numbered = list(enumerate(self.parts))
+        self._here = [i for i, part in numbered if part.on_cpu]
+        self._counted = [i for i, part in numbered if part.counted]
+        self._at_once = [i for i, part in numbered if not part.on_cpu and not part.counted]
 
     @property
     def engine(self) -> Any:
@@ -133,10 +143,14 @@ class SplitBackend:
         own = [part.own_ids(ids) for part in self.parts]
         arriving = self._inputs_to_cpu(x, weights, own)
         results: dict[int, tuple[Tensor, Saved | None]] = {}
-        for i in self._on_gpu():
+        for i in self._at_once:
             results[i] = self.parts[i].backend.forward(x, own[i], weights, save)
-        for i, inputs in self._arrived(arriving):
-            results[i] = self.parts[i].backend.forward(*inputs, save)
+        inputs, counts = self._arrived(arriving)
+        for i in self._counted:
+            backend: Any = self.parts[i].backend
+            results[i] = backend.forward_counted(x, own[i], weights, save, counts[i])
+        for i in self._here:
+            results[i] = self.parts[i].backend.forward(*inputs[i], save)
         total = self._sum([results[i][0] for i in sorted(results)])
         if not save:
             return total, None
@@ -144,11 +158,11 @@ class SplitBackend:
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _SplitSaved)
-        here = self._on_cpu()
+        here = self._here
         wanted = [grad_output, all_finite(grad_output)] if here else []
         arriving = to_host(wanted, [self._cpu_dtypes()[0], torch.bool] if here else [])
         results: dict[int, Gradients] = {}
-        for i in self._on_gpu():
+        for i in (*self._at_once, *self._counted):
             results[i] = self.parts[i].backend.backward(_kept(saved, i), grad_output)
         arrived = arriving.wait()
         for i in here:
@@ -178,35 +192,30 @@ class SplitBackend:
         gradients = part.backend.backward(_kept(saved, i), grad_output)
         if not is_finite(gradients.hidden_states):
             bad = ~torch.isfinite(gradients.hidden_states).all(dim=1)
-            _, inputs = next(
-                one for one in self._arrived(self._inputs_to_cpu(saved.x, saved.weights, saved.ids)) if one[0] == i
-            )
-            gradients = part.backend.careful_backward(*inputs, grad_output, bad) or gradients
+            inputs, _ = self._arrived(self._inputs_to_cpu(saved.x, saved.weights, saved.ids))
+            gradients = part.backend.careful_backward(*inputs[i], grad_output, bad) or gradients
         return gradients
-
-    def _on_gpu(self) -> list[int]:
-        return [i for i, part in enumerate(self.parts) if not part.on_cpu]
-
-    def _on_cpu(self) -> list[int]:
-        return [i for i, part in enumerate(self.parts) if part.on_cpu]
 
     def _cpu_dtypes(self) -> list[torch.dtype]:
         """Of hidden states and routing weights; all parts on the CPU take the same."""
-        return [next((part.backend.dtype for part in self.parts if part.on_cpu), self.dtype), torch.float32]
+        return [self.parts[self._here[0]].backend.dtype if self._here else self.dtype, torch.float32]
 
     def _inputs_to_cpu(self, x: Tensor, weights: Tensor, ids: list[Tensor]) -> Arriving:
-        """x, weights and the own ids of each part on the CPU."""
-        here = self._on_cpu()
-        if not here:
-            return Arriving((), None)
-        return to_host([x, weights, *(ids[i] for i in here)], [*self._cpu_dtypes(), *(torch.int64 for _ in here)])
+        """x, weights and the own ids of each part on the CPU, and the row counts of each part that is told them."""
+        backends: list[Any] = [part.backend for part in self.parts]
+        wanted = [x, weights, *(ids[i] for i in self._here)] if self._here else []
+        dtypes = [*self._cpu_dtypes(), *(torch.int64 for _ in self._here)] if self._here else []
+        counts = [backends[i].row_counts(ids[i]) for i in self._counted]
+        return to_host([*wanted, *counts], [*dtypes, *(torch.int64 for _ in counts)])
 
-    def _arrived(self, arriving: Arriving) -> list[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
-        """(part, its x, ids and weights), of each part on the CPU."""
-        if not self._on_cpu():
-            return []
-        x, weights, *ids = arriving.wait()
-        return [(i, (x, own, weights)) for i, own in zip(self._on_cpu(), ids, strict=True)]
+    def _arrived(self, arriving: Arriving) -> tuple[dict[int, tuple[Tensor, Tensor, Tensor]], dict[int, list[int]]]:
+        """Part -> its x, ids and weights, of each part on the CPU; and part -> its row counts."""
+        tensors = list(arriving.wait())
+        counts = {i: tensors.pop().tolist() for i in reversed(self._counted)}
+        if not tensors:
+            return {}, counts
+        x, weights, *ids = tensors
+        return {i: (x, own, weights) for i, own in zip(self._here, ids, strict=True)}, counts
 
     def _sum(self, values: list[Tensor]) -> Tensor:
         """Parts' tensors on the split's device in its dtype, added."""

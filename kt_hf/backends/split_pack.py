@@ -1,4 +1,4 @@
-"""Packing a layer's experts in two parts: the chosen ones on the GPU, the others as the CPU's backend has them."""
+"""Packing a layer's experts in up to three parts: on the GPU, streamed to it, and as the CPU's backend has them."""
 
 from __future__ import annotations
 
@@ -7,51 +7,82 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import KTAMXConfigError
 from .base import ExpertsBackend, ExpertShape, ExpertWeights
+from .grouped import DTYPE
+from .host_weights import HostWeights
 from .split import SplitBackend
+from .streamed import StreamedBackend
+from .streamer import Streamer
 from .torch_cuda import gpu_backend
 
 
 def pack_split(
     weights: ExpertWeights,
     shape: ExpertShape,
-    gpu: Sequence[int],
-    device: torch.device,
+    resident: Sequence[int],
+    streamed: Sequence[int],
+    streamer: Streamer,
     dtype: torch.dtype,
     pack_cpu: Callable[[ExpertWeights, ExpertShape], ExpertsBackend],
 ) -> ExpertsBackend:
-    """A layer's backend whose experts `gpu` are computed on `device` in `dtype`, and the others by `pack_cpu`'s.
+    """A layer's backend whose experts `resident` and `streamed` are computed on a GPU, and the others by `pack_cpu`'s.
 
     Args:
         weights: Taken over and emptied. If packing is interrupted they are whole again afterwards.
         shape: Of the layer.
-        gpu: Ids of one expert or more.
-        device: The GPU.
+        resident: Ids of the experts that are in the GPU's memory in `dtype`.
+        streamed: Ids, others than these, of those whose weights stay in host memory; `dtype` must be bf16 then. If
+            they are all, their memory is taken over as it is.
+        streamer: Of the model, and with it the GPU.
         dtype: Of the GPU's weights.
         pack_cpu: Builds the backend of the rest around weights that it takes over.
+
+    Raises:
+        KTAMXConfigError: Experts that cannot be streamed.
+        KTAMXError: The system refuses to page-lock their memory.
     """
-    chosen = sorted(gpu)
-    rest = [e for e in range(shape.num_experts) if e not in set(chosen)]
+    resident, streamed = sorted(resident), sorted(streamed)
+    rest = [e for e in range(shape.num_experts) if e not in {*resident, *streamed}]
     source, where = weights.gate_up.dtype, weights.gate_up.device
-    there = _rows(weights, chosen, device, dtype)
-    backend: ExpertsBackend = gpu_backend(there, _held(shape, chosen))
+    if streamed and dtype != DTYPE:
+        raise KTAMXConfigError(
+            f"kt_expert_placement: experts are streamed in bfloat16, this model's are {dtype}. Load it with "
+            "dtype=torch.bfloat16, or leave all experts resident or on the CPU."
+        )
+    held: list[tuple[ExpertWeights | HostWeights, list[int]]] = []
+    parts: list[tuple[ExpertsBackend, list[int]]] = []
+    if resident:
+        there = _rows(weights, resident, streamer.device, dtype)
+        held.append((there, resident))
+        parts.append((gpu_backend(there, _held(shape, resident)), resident))
+    if streamed:
+        whole = len(streamed) == shape.num_experts
+        host = HostWeights.taken_over(weights) if whole else HostWeights.copied(weights, streamed)
+        held.append((host, streamed))
+        parts.append((StreamedBackend(host, _held(shape, streamed), streamer), streamed))
     if not rest:
         weights.gate_up = weights.down = torch.empty(0)
-        weights.taken_by = backend
-        return backend
+        weights.taken_by = _together(parts, shape)
+        return weights.taken_by
     here = _rows(weights, rest, where, source)
+    held.append((here, rest))
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
     try:
-        backend = SplitBackend([(backend, chosen), (pack_cpu(here, _held(shape, rest)), rest)], shape)
+        backend = _together([*parts, (pack_cpu(here, _held(shape, rest)), rest)], shape)
     except BaseException:  # KeyboardInterrupt among them
         if here.taken_by is not None:
-            weights.taken_by = SplitBackend([(backend, chosen), (here.taken_by, rest)], shape)
+            weights.taken_by = _together([*parts, (here.taken_by, rest)], shape)
         else:
-            weights.gate_up = _joined([(there.gate_up, chosen), (here.gate_up, rest)], source, where)
-            weights.down = _joined([(there.down, chosen), (here.down, rest)], source, where)
+            weights.gate_up = _joined([(one.gate_up, experts) for one, experts in held], source, where)
+            weights.down = _joined([(one.down, experts) for one, experts in held], source, where)
         raise
     weights.taken_by = backend
     return backend
+
+
+def _together(parts: list[tuple[ExpertsBackend, list[int]]], shape: ExpertShape) -> ExpertsBackend:
+    return parts[0][0] if len(parts) == 1 else SplitBackend(parts, shape)
 
 
 def _held(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:

@@ -103,5 +103,7 @@ def show(made: Any) -> None:
     console.print(
         f"{made.tokens} tokens a forward{shared}. " + ("It fits." if made.fits else "[red]It does not fit.[/red]")
     )
+    if made.plan:
+        console.print(f"kt_expert_placement auto, by assumed rates (a run measures its machine's): {made.plan}.")
     for line in made.advice:
         console.print(f"  - {line}")

@@ -170,10 +170,26 @@ def _saved_experts(c: Checked, purpose: str) -> None:
 
 
 def _gpu_experts(c: Checked) -> None:
+    """Of both settings that send experts to the GPU, as apply_kt_moe, but before the model is loaded."""
     from ..packing import has_gpu_tier
 
-    count = c.kt.get("kt_num_gpu_experts")
-    if not count:
+    count, placement = c.kt.get("kt_num_gpu_experts"), c.kt.get("kt_expert_placement")
+    if count and placement is not None:
+        c.problem(
+            "kt_num_gpu_experts",
+            f"kt_num_gpu_experts={count} and kt_expert_placement={placement!r} both say which experts the GPU "
+            "computes: leave one out",
+        )
+        return
+    if placement == "auto" and c.trainer.get("use_cpu"):
+        c.kt["kt_expert_placement"] = "cpu"
+        return
+    if placement is None:
+        name, asked, nothing = "kt_num_gpu_experts", bool(count), "0"
+    else:
+        name, nothing = "kt_expert_placement", "cpu"
+        asked = any(placement.values()) if isinstance(placement, dict) else placement == "gpu"
+    if not asked:
         return
     why = "needs a CUDA GPU, and there is none here" if not has_gpu_tier() else None
     if c.trainer.get("use_cpu") and not why:
@@ -181,7 +197,7 @@ def _gpu_experts(c: Checked) -> None:
     if c.kt.get("kt_weight_path"):
         why = "does not go together with kt_weight_path, whose experts are packed for the CPU"
     if why:
-        c.problem("kt_num_gpu_experts", f"kt_num_gpu_experts={count}: it {why}; leave it out, or set it to 0")
+        c.problem(name, f"{name}={c.kt[name]!r}: it {why}; leave it out, or set it to {nothing}")
 
 
 def _output(c: Checked) -> None:

@@ -1,18 +1,23 @@
 """How much memory a run will take, from its configuration alone.
 
 The parts and what they are made of were fitted to measured peaks (benchmarks/memory.py compares them again). All sizes
-are bytes. With a GPU, experts stay in host memory and the rest moves; without one, all of it is in host memory.
+are bytes. With a GPU, experts stay in host memory (but for those that settings send to the GPU) and the rest moves;
+without one, all of it is in host memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..backends import OPERATORS, ExpertShape, shape_problem
+from ..backends.streamer import BUFFERS, CHUNK_BYTES
 from ..errors import KTAMXError
+from ..planner import Room, Split, assumed_rates, plan
 from ..quantized.manifest import MANIFEST, read_manifest
+from ..tiers import Tiers, asked_for
 from .settings import BUILTIN_MODEL, TrainSettings
 from .sizes import ModelSizes
 
@@ -36,6 +41,7 @@ class Estimate:
     sizes: ModelSizes | None = None
     tokens: int = 0
     shared_backward: bool = False
+    plan: Split | None = None  # kt_expert_placement=auto, by assumed rates
 
     @property
     def host_total(self) -> int:
@@ -57,6 +63,7 @@ class Estimate:
             "gpu": self.gpu, "gpu_total": self.gpu_total, "gpu_free": self.gpu_free,
             "fits": self.fits, "advice": self.advice, "tokens_per_batch": self.tokens,
             "shared_backward_weights": self.shared_backward,
+            "assumed_plan": dataclasses.asdict(self.plan) if self.plan else None,
         }  # fmt: skip
 
 
@@ -73,7 +80,7 @@ def estimate(
         host_free: Memory the process may take; None leaves the question open, and backward weights unshared.
         gpu_free: Likewise of the GPU.
     """
-    made = _parts(settings, sizes, kernel, gpu, host_free)
+    made = _parts(settings, sizes, kernel, gpu, host_free, gpu_free)
     made.host_free, made.gpu_free = host_free, gpu_free if gpu else None
     made.advice = [] if made.fits else _advice(settings, made, kernel)
     return made
@@ -88,14 +95,34 @@ def in_words(made: Estimate) -> str:
     return f"at most {host}{free}{gpu}{gpu_free}"
 
 
-def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None) -> Estimate:
+def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, made: Estimate) -> Tiers:
+    """How many experts of each layer are where; a plan by assumed rates is noted in `made`."""
+    if not gpu or not s.own.use_kt:
+        return Tiers()
+    shape = ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate)
+    asked = asked_for(s.kt, [shape], has_gpu=True)
+    if asked is not None:
+        return asked
+    room = Room(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
+    free = 80 * 10**9 if gpu_free is None else gpu_free
+    left = room.free_for_experts(free, made.tokens, shape)
+    made.plan = plan(assumed_rates(shape), shape, m.expert_layers, made.tokens, left)
+    return made.plan.tiers
+
+
+def _parts(
+    s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None, gpu_free: int | None
+) -> Estimate:
     width = 4 if s.own.torch_dtype == "float32" else 2
     T = _tokens(s)
-    # Those of kt_num_gpu_experts, in bf16.
-    moved = m.expert_parameters * min(s.kt.kt_num_gpu_experts or 0, m.experts) // max(m.experts, 1) if gpu else 0
+    made = Estimate(sizes=m, tokens=T)
+    tiers = _tiers(s, m, gpu, gpu_free, made)
+    resident, streamed = (
+        m.expert_parameters * min(n, m.experts) // m.experts for n in (tiers.resident, tiers.streamed)
+    )
+    moved = resident + streamed
     source = m.expert_parameters * width
     rest = m.other_parameters * width
-    made = Estimate(sizes=m, tokens=T)
     host, other = made.host, made.gpu if gpu else made.host
     host["program"] = PROGRAM
     if not s.own.use_kt:
@@ -119,8 +146,11 @@ def _parts(s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: 
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
     if gpu:
         made.gpu["CUDA"] = CUDA_CONTEXT
-        if moved:
-            made.gpu["experts"] = moved * 2
+        if resident:
+            made.gpu["experts"] = resident * 2
+        if streamed:
+            made.gpu["buffers of streamed experts"] = BUFFERS * CHUNK_BYTES
+            host["experts streamed"] = streamed * 2
     other["attention, embeddings and the rest"] = rest
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)

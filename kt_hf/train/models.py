@@ -68,31 +68,44 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
 
 
 def load_model(
-    own: OwnKeys, config: Any, kt: KTConfig | None, console: Console | None = None, placing: Placing | None = None
+    own: OwnKeys,
+    config: Any,
+    kt: KTConfig | None,
+    console: Console | None = None,
+    placing: Placing | None = None,
+    tokens: int | None = None,
 ) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.
 
     The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
     them; they are packed for the run's LoRA rank. Not so where `placing` has to count first which of them go to the
-    GPU: that takes the whole model.
+    GPU: that takes the whole model. A placement that is planned goes by `tokens`, those of a step's forward.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
         KTAMXError: Its experts cannot be computed, or its checkpoint is damaged.
     """
     from .. import apply_kt_moe, load_kt_model
+    from ..packing import has_gpu_tier
+    from ..tiers import order_matters
 
     name = own.model_name_or_path
-    to_gpu = placing if kt is not None and kt.kt_num_gpu_experts else None
+    to_gpu = placing if kt is not None and order_matters(kt, has_gpu_tier()) else None
     placement = to_gpu.saved() if to_gpu else None
     profile = to_gpu.profile if to_gpu and placement is None else None
+
+    def patched(model: Any) -> Any:
+        if kt is None:
+            return model
+        return apply_kt_moe(model, kt, placement=profile(model) if profile else placement, tokens_per_step=tokens)
+
     if is_builtin(name):
         from ..demo.upcycle import load_dense, upcycle_model
 
         dense, _ = load_dense()
         model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
         model.config._name_or_path = model.name_or_path = name
-        return model if kt is None else apply_kt_moe(model, kt, placement=profile(model) if profile else placement)
+        return patched(model)
     from transformers import AutoModelForCausalLM
 
     trusted = own.trust_remote_code and not type(config).__module__.startswith("transformers.")
@@ -102,8 +115,9 @@ def load_model(
             streamed = replace(kt, kt_lora_rank=rank)
             try:
                 return load_kt_model(
-                    name, streamed, dtype=own.torch_dtype, config=config, console=console, placement=placement
-                )
+                    name, streamed, dtype=own.torch_dtype, config=config, console=console, placement=placement,
+                    tokens_per_step=tokens,
+                )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -118,7 +132,7 @@ def load_model(
         raise KTAMXConfigError(
             f"model_name_or_path={name!r} cannot be loaded: {' '.join(str(error).split())}"
         ) from None
-    return model if kt is None else apply_kt_moe(model, kt, placement=profile(model) if profile else placement)
+    return patched(model)
 
 
 def _is_safetensors(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which experts of a run go to the GPU (`kt_num_gpu_experts`): those its data use most, or the resumed checkpoint's."""
+"""Which experts of a run go to the GPU first: those its data use most, or the resumed checkpoint's."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Placing:
             if left <= 0:
                 return
         if left == _TOKENS:
-            raise KTAMXConfigError("kt_num_gpu_experts: the first rows of the data have no tokens to count experts by.")
+            raise KTAMXConfigError("Experts on the GPU: the first rows of the data have no tokens to count experts by.")
 
     def _tokens(self, row: dict[str, Any]) -> list[int]:
         if "messages" in row:

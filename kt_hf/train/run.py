@@ -58,7 +58,7 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
     placing = Placing(settings, train_rows.rows, tokenizer, console)
-    model = load_model(own, config, settings.kt if own.use_kt else None, console, placing)
+    model = load_model(own, config, settings.kt if own.use_kt else None, console, placing, memory.tokens)
     peft_config, told = lora_config(model, own)
     _tell(console, told)
     counter = TokenCounter(model)

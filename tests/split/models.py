@@ -30,6 +30,34 @@ def split_model(case: Case, gpu: list[int], seed: int | None = None, **config: A
     return model
 
 
+def tiered_model(
+    case: Case, resident: list[int], streamed: list[int], seed: int | None = None, **config: Any
+) -> PeftModel:
+    """As `split_model`, with the experts `streamed` of each layer in their tier."""
+    counts = {layer: torch.tensor([2 * int(e in resident) + int(e in streamed) for e in range(E)]) for layer in (0, 1)}
+    placement = {"resident": len(resident), "streamed": len(streamed)}
+    config = make_config(case.backend, kt_expert_placement=placement, **config)
+    model = get_peft_model(apply_kt_moe(MIXTRAL(case.dtype), config, placement=counts), lora_config(MIXTRAL))
+    if seed is not None:
+        fill_lora(model, seed)
+    return model
+
+
+def tiered_layer(
+    case: Case, resident: list[int], streamed: list[int], **config: Any
+) -> tuple[KTExperts, BaseWeights, dict[str, Tensor]]:
+    """The first layer, and what the reference needs."""
+    layer = tiered_model(case, resident, streamed, **config)._kt_wrappers[0]
+    rest = [e for e in range(E) if e not in {*resident, *streamed}]
+    expected = [tier for tier in (sorted(resident), sorted(streamed), rest) if tier]
+    backend = layer._runner.backend
+    parts = [part.experts.tolist() for part in backend.parts] if isinstance(backend, SplitBackend) else [list(range(E))]
+    assert parts == expected
+    base, lora = base_weights(MIXTRAL(case.dtype))[0], random_lora(MIXTRAL)
+    set_lora(layer, lora)
+    return layer, base, lora
+
+
 def split_layer(case: Case, gpu: list[int], **config: Any) -> tuple[KTExperts, BaseWeights, dict[str, Tensor]]:
     """The first layer, and what the reference needs."""
     layer = split_model(case, gpu, **config)._kt_wrappers[0]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError
-from kt_hf.backends import ExpertShape, ExpertWeights
-from kt_hf.backends import torch_cuda as grouped
+from kt_hf.backends import ExpertShape, ExpertWeights, grouped
 from kt_hf.backends.base import LORA_NAMES
 from kt_hf.backends.torch_cuda import GroupedBackend, gpu_backend
 from tests.families.layers import LayerInputs, make_inputs, random_lora
@@ -55,7 +54,7 @@ def test_rows_of_no_expert_contribute_nothing(monkeypatch: pytest.MonkeyPatch) -
     one.set_lora(tuple(lora.values()))
     original = grouped._product
 
-    def poisoned(x: Tensor, w: Tensor, rows: grouped._Rows) -> Tensor:
+    def poisoned(x: Tensor, w: Tensor, rows: grouped.Rows) -> Tensor:
         out = original(x, w, rows)
         out[int(rows.ends[-1]) :] = float("nan")
         return out

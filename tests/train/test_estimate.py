@@ -46,6 +46,20 @@ def test_a_gpu_takes_all_but_the_experts() -> None:
     assert without.gpu == {}
 
 
+def test_experts_in_tiers_are_counted_there() -> None:
+    """In the memory of theirs, and auto as the plan by assumed rates has it, which is told."""
+    plain, split = made(gpu=True), made({"kt_expert_placement": {"resident": 2, "streamed": 4}}, gpu=True)
+    assert split.gpu["experts"] * 2 == split.host["experts streamed"] == plain.host["experts packed"] // 2
+    assert split.host["experts packed"] == plain.host["experts packed"] // 4
+    assert "buffers of streamed experts" in split.gpu
+    assert made({"kt_expert_placement": "gpu"}, gpu=True).host["experts packed"] == 0
+    assert made({"kt_expert_placement": "auto"}).plan is None, "without a GPU it is the CPU"
+    planned = made({"kt_expert_placement": "auto"}, gpu=True)
+    assert planned.plan is not None
+    assert planned.as_json()["assumed_plan"]["resident"] == planned.plan.resident
+    assert planned.gpu.get("experts", 0) == plain.host["experts packed"] * planned.plan.resident // 8
+
+
 def test_what_does_not_fit_comes_with_advice() -> None:
     need = made({"kt_share_backward_weights": False}).host_total
     short = made({"kt_share_backward_weights": False}, free=need - 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from kt_hf import KTAMXConfigError, count_experts, packing, read_placement
+from kt_hf.placement import PLACEMENT
+from kt_hf.planner import Split
 from kt_hf.train.arguments import read_arguments
 from kt_hf.train.placing import Placing
 from tests.train.test_run import trained
@@ -68,6 +71,52 @@ def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
     text = tokenizer().decode(batches[0][0])
     assert "2+2?" in text
     assert all(batch.shape[1] <= 30 for batch in batches)
+
+
+def test_three_tiers_and_a_resume_under_others(
+    tmp_path: Path, cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order is the checkpoint's, the numbers are the new run's; auto is planned with the run's tokens."""
+    model, keys = save_model(tmp_path / "model"), ("save_strategy=steps", "save_steps=1")
+    trained(tmp_path, model, ROWS, "kt_expert_placement={resident: 1, streamed: 1}", *keys)
+    content = json.loads((tmp_path / "out/checkpoint-1" / PLACEMENT).read_text())
+    assert (content["resident"], content["streamed"]) == (1, 1)
+    seen = []
+    monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    monkeypatch.setattr(packing, "make_plan", lambda *a: (seen.append(a), Split(0, 2, 2, 1, 1, 1, 1))[1])
+    more = ("max_steps=2", "resume_from_checkpoint=true", "kt_expert_placement=auto")
+    trained(tmp_path, model, ROWS, *more, "max_length=40", "per_device_train_batch_size=2", *keys)
+    assert seen[0][3] == 80
+    assert len(seen[0][5]) > 0, "the checkpoint's popularity is not used"
+    after = json.loads((tmp_path / "out/checkpoint-2" / PLACEMENT).read_text())
+    assert (after["resident"], after["streamed"], after["layers"]) == (0, 2, content["layers"])
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("kt_expert_placement=gpu", "kt_expert_placement='gpu': it needs a CUDA GPU"),
+        ("kt_expert_placement={streamed: 2}", r"kt_expert_placement={'streamed': 2}: it needs a CUDA GPU"),
+        ("kt_expert_placement=gup", r"kt_expert_placement='gup' is not one of .* Did you mean gpu\?"),
+    ],
+)
+def test_placements_that_are_refused_before_loading(
+    key: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(KTAMXConfigError, match=words):
+        trained(tmp_path, tmp_path, ROWS, key)
+
+
+def test_both_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KTAMXConfigError, match="both say which experts"):
+        trained(tmp_path, tmp_path, ROWS, "kt_num_gpu_experts=2", "kt_expert_placement=auto")
+
+
+def test_without_a_gpu_auto_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trained(tmp_path, save_model(tmp_path / "model"), ROWS, "kt_expert_placement=auto")
+    assert not (tmp_path / "out" / PLACEMENT).exists()
 
 
 def test_without_a_gpu_it_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
