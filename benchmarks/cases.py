@@ -158,7 +158,8 @@ def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dic
     if "torch" in cases:
         found["torch"] = kt("torch", KTConfig(kt_backend="torch", kt_lora_rank=rank))
     if kernel_availability().ok:
-        own = {"kt_share_backward_weights": False, "kt_lora_rank": rank}
+        # Buffers for the longest batch, as the peer is told: the default's, for 32,768 tokens, do not fit everywhere.
+        own = {"kt_share_backward_weights": False, "kt_lora_rank": rank, "kt_max_len": max(longest, 64)}
         if "kt" in cases or "bare" in cases:
             found["kt"] = kt("kt", KTConfig(kt_backend="AMXBF16", **own))
         for name, backend in QUANTISED.items():

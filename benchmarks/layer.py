@@ -5,7 +5,8 @@
 Prints milliseconds and ratios of one run, and appends to results.csv. With LoRA on every expert; rank 0 is without.
 
     default      KTExperts of apply_kt_moe(model): the backend and threads that kt_hf chooses
-    kt           the same with AMXBF16 and backward weights of the layer's own; kt-int8, kt-int4: quantised
+    kt           the same with AMXBF16, backward weights of the layer's own, buffers for the longest batch alone;
+                 kt-int8, kt-int4: quantised
     torch        kt_hf's torch backend on all cores
     bare         kt-kernel's two calls and nothing else, on kt's packed weights
     stock        transformers' grouped_mm with PEFT's LoRA on fused experts (target_parameters), all cores

@@ -60,7 +60,7 @@ def step(results: Results) -> Any:
     panels = results.of(benchmark="step").split("machine", "shape", "tokens")
     if not panels:
         return None
-    figure, axes = grid(len(panels), 1, 1.8)
+    figure, axes = grid(len(panels), 1, 2.2)
     for (axis,), ((machine, shape, tokens), at) in zip(axes, panels, strict=True):
         cases = [str(case) for case in at.each("case")][::-1]
         left = [0.0] * len(cases)
@@ -68,7 +68,7 @@ def step(results: Results) -> Any:
             widths = [(at.ms(case=case, part=part) or 0.0) / 1e3 for case in cases]
             axis.barh(cases, widths, left=left, label=part)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axis.set(title=f"{shape}, {tokens:,} tokens, {machine}", xlabel="seconds a step")
+        axis.set(title=f"{shape}, {tokens:,} tokens\n{machine}", xlabel="seconds a step")
         axis.legend(fontsize=6)
     return figure
 

@@ -25,6 +25,8 @@ from harness import Timing
 Run = Callable[[int], dict[str, float]]  # tokens -> seconds by part
 Build = Callable[[], dict[str, Run]]  # the cases of a process
 PATIENCE = 8.0  # seconds: a case whose run takes longer is run once
+# Seconds after which a process is given up. The operators do not come back when their buffers cannot be allocated.
+BUILD_LIMIT, RUN_LIMIT = 180.0, 900.0
 SHORT = 0.5  # seconds: shorter runs are repeated within a turn, after one that is not measured
 
 
@@ -37,7 +39,11 @@ class Worker:
         self._process = context.Process(target=_serve, args=(there, build), daemon=True)
         self._process.start()
         there.close()
-        self.cases: list[str] = self._answer()
+        try:
+            self.cases: list[str] = self._answer(BUILD_LIMIT)
+        except CaseFailed:
+            self.end()
+            raise
         self._signal(signal.SIGSTOP)
 
     def turn(self, case: str, tokens: int) -> tuple[list[dict[str, float]], int]:
@@ -46,7 +52,7 @@ class Worker:
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says so
                 self._pipe.send((case, tokens))
-            return self._answer()
+            return self._answer(RUN_LIMIT)
         finally:
             self._signal(signal.SIGSTOP)
 
@@ -55,8 +61,11 @@ class Worker:
         self._process.join()
         self._pipe.close()
 
-    def _answer(self) -> Any:
+    def _answer(self, limit: float) -> Any:
         try:
+            if not self._pipe.poll(limit):
+                self._signal(signal.SIGKILL)
+                raise CaseFailed(f"no answer within {limit:.0f} s")
             ok, answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join(5)

@@ -33,8 +33,8 @@ def random_model(shape: Shape, layers: int = 1, vocab: int = 32, head_dim: int =
         architectures=["Qwen3MoeForCausalLM"],
     )  # fmt: skip
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config)
-    model = model.to_empty(device="cpu").bfloat16()
+        model = Qwen3MoeForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are not in the state dict
     block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     for name, parameter in model.named_parameters():

@@ -57,7 +57,7 @@ def layer(results: Results) -> str:
                 for case in cases
             ]
             rows.append([str(shape), f"{tokens:,}", *cells, ratio(at.ms(case="stock"), ours)])
-        return markdown(("shape", "tokens", *cases, "stock / default"), rows)
+        return markdown(("shape", "tokens", *cases, "stock / kt_hf"), rows)
 
     return by_machine(results.of(benchmark="layer"), table)
 

@@ -31,10 +31,14 @@ def case_name(torch_threads: int) -> str:
     return f"PyTorch on {torch_threads}"
 
 
-def build(shape: Shape, workers: int, torch_threads: list[int]) -> Build:
+def build(shape: Shape, workers: int, torch_threads: list[int], longest: int) -> Build:
     def make() -> dict[str, Run]:
         config = KTConfig(
-            kt_backend="AMXBF16", kt_num_threads=workers, kt_lora_rank=RANK, kt_share_backward_weights=False
+            kt_backend="AMXBF16",
+            kt_num_threads=workers,
+            kt_lora_rank=RANK,
+            kt_share_backward_weights=False,
+            kt_max_len=longest,
         )
         experts, parameters, model = patched(shape, RANK, config)
         held = experts.packer.plan.workers
@@ -65,7 +69,10 @@ def main() -> int:
     print(describe())
     keep = len(workers) * 2.5 * shape.bytes < 0.8 * available_memory()
     timings = take_turns(
-        {f"{count} workers": build(shape, count, torch_threads) for count in workers}, given.tokens, given.runs, keep
+        {f"{count} workers": build(shape, count, torch_threads, max(given.tokens)) for count in workers},
+        given.tokens,
+        given.runs,
+        keep,
     )
     worst = 0.0
     for tokens in given.tokens:

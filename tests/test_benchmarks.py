@@ -169,7 +169,7 @@ def test_the_page_is_made_of_the_csv(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("# Page\nKept.\n<!-- table: layer -->\n**Some CPU, 4 cores, AMX**\n")
     assert text.endswith("Kept as well.\n")
-    assert "| shape | tokens | default | stock | stock / default |" in text
+    assert "| shape | tokens | default | stock | stock / kt_hf |" in text
     assert "| tiny r=8 | 64 | 2.00 + 4.00 | 10.0 + 23.5 | 5.58 |" in text
     assert "**Some CPU, 2 cores, AVX512-BF16**" in text
     assert "| tiny r=8 | 64 | 2, PyTorch on 1 | 100 | 3, PyTorch on 1 | 110 | 10.0% |" in text
