@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 CSV, PAGE, PLOT = HERE / "gpu_train.csv", HERE.parent / "docs/gpu.md", HERE.parent / "docs/plots/gpu_experts.svg"
-KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "batch", "checkpointing", "lora_device")
+KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "streamed_experts", "batch",
+       "checkpointing", "lora_device")  # fmt: skip
 Row = dict[str, str]
 
 
@@ -25,6 +26,11 @@ def rows(path: Path = CSV) -> list[Row]:
     """The latest row of each setting, in the order in which they were first measured."""
     with path.open(newline="") as file:
         return list({tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}.values())
+
+
+def on_gpu(row: Row) -> int:
+    """Experts of a layer that the GPU computes, wherever their weights are."""
+    return int(row["gpu_experts"]) + int(row["streamed_experts"])
 
 
 def number(text: str, digits: int) -> str:
@@ -42,7 +48,7 @@ def by_part(found: list[Row]) -> str:
             "step / operators", "wait", "optimizer", "refresh", "other", "GPU peak GB", "host peak GB"]  # fmt: skip
     body = []
     for r in found:
-        if (r["case"], r["family"], r["layers"], r["gpu_experts"]) != ("kt", "deepseek_v2", "27", "0"):
+        if (r["case"], r["family"], r["layers"], on_gpu(r)) != ("kt", "deepseek_v2", "27", 0):
             continue
         inside = float(r["operator forward"]) + float(r["operator backward"])
         parts = [number(r[p], 2) for p in ("operator forward", "operator backward")]
@@ -73,7 +79,8 @@ def against(found: list[Row]) -> str:
             all_here = r["case"] == "stock" or r["gpu_experts"] == "0"
             if (r["family"], r["layers"], r["checkpointing"]) != (family, layers, "on") or not all_here:
                 continue
-            what = f"kt_hf, LoRA on the {r['lora_device'].upper()}" if r["case"] == "kt" else r["case"]
+            where = f"{r['streamed_experts']} of 64 experts streamed" if on_gpu(r) else "experts on the CPU"
+            what = f"kt_hf, {where}, LoRA on the {r['lora_device'].upper()}" if r["case"] == "kt" else r["case"]
             memory = [number(r[p], 1) for p in ("gpu_peak_gb", "host_peak_gb")]
             tokens = f"{r['batch']} x {int(r['sequence']):,}"
             speed = [number(r["step"], 2), number(r["tokens_per_second"], 0)]

@@ -65,7 +65,10 @@ def lock_pages(tensor: Tensor) -> bool:
     Raises:
         KTAMXError: The system refuses, saying why.
     """
-    if not torch.cuda.is_available() or tensor.nbytes == 0 or tensor.is_pinned():
+    if not torch.cuda.is_available() or tensor.nbytes == 0:
+        return False
+    torch.cuda.init()  # before that nothing looks pinned
+    if tensor.is_pinned():
         return False
     code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
     try:
