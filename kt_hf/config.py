@@ -46,7 +46,8 @@ class KTConfig:
             the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again.
         kt_share_backward_weights: Keep one buffer of backward weights for all layers (half the memory, slower
             backward) instead of one a layer. None decides by the free memory.
-        kt_max_len: Most tokens in one operator call; longer batches are computed in pieces. None means 32,768.
+        kt_max_len: Most tokens in one operator call; longer batches are computed in pieces. None means 32,768, or less
+            where the buffers for as many would be larger than the memory.
         kt_lora_rank: LoRA rank the operators are built for. None takes the first adapter's; 0 packs for inference.
         kt_max_cache_depth: Accepted from older configurations and ignored.
 

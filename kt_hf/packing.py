@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from .backends import OPERATORS, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, pack
+from .backends import OPERATORS, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, most_tokens, pack
 from .backends.split_pack import pack_split
 from .backends.streamer import Streamer
 from .backends.torch_cuda import aligned
@@ -132,7 +132,7 @@ class Packer:
                 shape,
                 rank,
                 self.plan,
-                self.config.kt_max_len or DEFAULT_MAX_LEN,
+                self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape)),
                 bool(self._share),
                 share_cache=not self.retain,
                 label=label,

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 
 from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, packing
-from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend
+from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend, operators
 from kt_hf.cpu import ThreadPlan
 from kt_hf.packing import DEFAULT_MAX_LEN, Packer, available_memory
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, Case, make_config
@@ -25,6 +25,9 @@ GIB = 2**30
 NO_WEIGHTS = ExpertWeights(torch.empty(0), torch.empty(0))
 PLAN = ThreadPlan(((0, 1),))
 GROUP = "sys/fs/cgroup/job"
+
+
+SHAPE = ExpertShape(8, 2, 64, 96)
 
 
 def packer(backend: str = "AMXBF16", expert_gib: float = 10, **config: Any) -> Packer:
@@ -52,7 +55,7 @@ def test_backward_weights_are_shared_by_need(
 ) -> None:
     """They cost the experts' size once more, and something must be left."""
     monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
-    packer(expert_gib=expert_gib).pack(NO_WEIGHTS, None, 8, "layer")
+    packer(expert_gib=expert_gib).pack(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
 
 
@@ -75,7 +78,7 @@ def test_need_is_that_of_the_arithmetic_and_is_told(
     one = packer(backend)
     one.streamed = streamed
     with caplog.at_level("INFO", "kt_hf"):
-        one.pack(NO_WEIGHTS, None, 8, "layer")
+        one.pack(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
     copy = 10 * {"AMXBF16": 1, "AMXInt8": 0.5, "AMXInt4": 0.25}[backend]
     told = "one buffer for all layers, slower" if share else "one copy a layer"
@@ -88,7 +91,7 @@ def test_saved_weights_without_those_for_backward_are_always_shared(
     one = packer("AMXInt8", expert_gib=0.001)
     one.saved = SimpleNamespace(backward=False, path="saved")
     with caplog.at_level("INFO", "kt_hf"):
-        one.pack(NO_WEIGHTS, None, 0, "layer")
+        one.pack(NO_WEIGHTS, SHAPE, 0, "layer")
     assert packed[0]["share_backward"] is True
     assert "one buffer for all layers, for saved has none" in caplog.text
 
@@ -99,13 +102,13 @@ def test_memory_is_asked_once(monkeypatch: pytest.MonkeyPatch, packed: list[dict
     monkeypatch.setattr(packing, "available_memory", lambda: next(free))
     one = packer()
     for _ in range(3):
-        one.pack(NO_WEIGHTS, None, 8, "layer")
+        one.pack(NO_WEIGHTS, SHAPE, 8, "layer")
     assert [call["share_backward"] for call in packed] == [False] * 3
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_backward_weights_are_shared_as_asked(packed: list[dict[str, Any]], share: bool) -> None:
-    packer(expert_gib=0.001 if share else 10_000, kt_share_backward_weights=share).pack(NO_WEIGHTS, None, 8, "layer")
+    packer(expert_gib=0.001 if share else 10_000, kt_share_backward_weights=share).pack(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
 
 
@@ -113,12 +116,24 @@ def test_settings_reach_the_backend(packed: list[dict[str, Any]]) -> None:
     one = packer(kt_max_len=99, kt_expert_activations="recompute", kt_share_backward_weights=True)
     told: list[Any] = []
     one.on_pack = told.append
-    built = one.pack(NO_WEIGHTS, None, 4, "layer 7")
+    built = one.pack(NO_WEIGHTS, SHAPE, 4, "layer 7")
     expected = {"name": "AMXBF16", "rank": 4, "plan": PLAN, "max_len": 99, "label": "layer 7"}
     assert packed == [{**expected, "share_backward": True, "share_cache": True}]
     assert told == [built]
-    packer(kt_share_backward_weights=False).pack(NO_WEIGHTS, None, 4, "layer 7")
+    packer(kt_share_backward_weights=False).pack(NO_WEIGHTS, SHAPE, 4, "layer 7")
     assert packed[1] == {**expected, "max_len": DEFAULT_MAX_LEN, "share_backward": False, "share_cache": False}
+
+
+def test_buffers_of_the_longest_call_fit_the_machine(
+    packed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3's layer with room for 32,768 tokens hung on a machine of 24 GiB, in the operators' constructor."""
+    monkeypatch.setattr(operators.psutil, "virtual_memory", lambda: SimpleNamespace(total=24 * GIB))
+    one = packer(kt_share_backward_weights=False)
+    for shape in (SHAPE, ExpertShape(256, 8, 7168, 2048)):
+        one.pack(NO_WEIGHTS, shape, 4, "layer")
+    assert packed[0]["max_len"] == DEFAULT_MAX_LEN
+    assert 8_192 < packed[1]["max_len"] < 24_000
 
 
 def test_torch_packs_without_a_copy() -> None:

@@ -18,7 +18,7 @@ from .base import (
     Gradients,
     Saved,
 )
-from .operators import OPERATORS, QUANTISED, shape_problem
+from .operators import OPERATORS, QUANTISED, most_tokens, shape_problem
 from .saved import SavedLayer
 from .torch_cuda import gpu_backend
 from .torch_grouped import TorchBackend
@@ -46,6 +46,7 @@ __all__ = [
     "TorchBackend",
     "choose_backend",
     "kernel_availability",
+    "most_tokens",
     "pack",
     "save_packed",
     "shape_problem",

@@ -24,7 +24,7 @@ from ._engine import Cache, Engine
 from ._native_output import native_output_to_log, outlive_python
 from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
 from .gate_overflow import careful_backward
-from .operators import OPERATORS, shape_problem
+from .operators import OPERATORS, most_tokens, shape_problem
 from .saved import SavedLayer, check_saved, folder_to_load, folder_to_save
 from .transfer import host_empty, to_host, wait_until_read
 
@@ -123,6 +123,11 @@ class KTKernelBackend:
             )
         if rank < 0 or max_len < 1:
             raise KTAMXConfigError(f"{label}: LoRA rank {rank} and length {max_len} cannot be negative or empty.")
+        if max_len > (most := most_tokens(shape)):
+            raise KTAMXConfigError(
+                f"{label}: kt_max_len={max_len} needs buffers larger than this machine's memory. Set it to {most} or "
+                "less; longer batches are computed in pieces."
+            )
         if isinstance(weights, ExpertWeights):
             _check_weights(weights, shape, label)
         else:

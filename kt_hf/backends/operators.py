@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psutil
+
 from .base import ExpertShape
+
+# What the operators reserve, in bytes for each token of their length, expert of a token, and element of H + I: 11.7 to
+# 14.9 on the shapes of four models. Address space, not memory: pages are used as far as batches are long.
+_RESERVED = 16
 
 
 @dataclass(frozen=True)
@@ -53,3 +59,10 @@ def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") 
     if not 1 <= shape.top_k <= shape.num_experts:
         return f"{shape.top_k} experts a token of {shape.num_experts} make no sense"
     return None
+
+
+def most_tokens(shape: ExpertShape) -> int:
+    """The longest call that experts of this shape can be packed for: what a layer reserves stays below the machine's
+    memory. Beyond it the system may refuse, and the operators' constructor does not return then."""
+    one = _RESERVED * shape.top_k * (shape.hidden_size + shape.intermediate_size)
+    return max(1, int(psutil.virtual_memory().total) // one)

@@ -64,6 +64,9 @@ CASES = {
     "3 longer than max_len": """
         with expect(KTAMXForwardError, "65", "kt_max_len=64"): build().forward(*batch(65), True)
     """,
+    "3 max_len that no memory holds": """
+        with expect(KTAMXConfigError, "layer 3", "kt_max_len=1000000000000"): build(max_len=10**12)
+    """,
     "4 ids of int32": """
         x, ids, w = batch()
         with expect(KTAMXForwardError, "top_k_index", "int32", "int64"): build().forward(x, ids.int(), w, True)
