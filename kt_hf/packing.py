@@ -65,6 +65,7 @@ class Packer:
     told_dropout: bool = field(default=False, init=False)
     _streamer: Streamer | None = field(default=None, init=False, repr=False)
     _share: bool | None = field(default=None, init=False)
+    _locked: int = field(default=0, init=False)  # bytes of host memory that streamed experts take
 
     @property
     def retain(self) -> bool:
@@ -94,8 +95,9 @@ class Packer:
         if self.tiers is None:
             self.tiers = self._planned(list(layers.values()), placement, room or Room())
         tiers = self.tiers
-        sizes = [3 * s.hidden_size * s.intermediate_size * 2 * tiers.on_cpu(s.num_experts) for s in layers.values()]
+        sizes = [expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in layers.values()]
         self.expert_bytes, self.layer_bytes = sum(sizes), max(sizes)
+        self._locked = sum(expert_bytes(shape) * tiers.streamed for shape in layers.values())
         if not tiers.on_gpu:
             return
         self.placement = placement
@@ -106,7 +108,7 @@ class Packer:
         """By the machine's rates, measured now."""
         shape, device = max(shapes, key=expert_bytes), gpu_device()
         tokens = room.tokens or self.config.kt_max_len or _TOKENS
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        free = _free_on(device)
         streaming = aligned(shape) and (self.backend != "torch" or room.dtype in (None, torch.bfloat16))
         rates = measure_rates(shape, device, self.plan, self.backend)
         if self.config.kt_moe_lora_device == "gpu":
@@ -167,7 +169,7 @@ class Packer:
             return self.config.kt_share_backward_weights
         copy = int(self.expert_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
         # When all is packed once: source weights in memory are released layer by layer.
-        free = available_memory() - copy + (0 if self.streamed else self.expert_bytes)
+        free = available_memory() - copy + (-self._locked if self.streamed else self.expert_bytes)
         share = copy > 0.8 * free
         logger.info(
             "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
@@ -212,6 +214,14 @@ def chosen_tiers(config: KTConfig, shapes: Sequence[ExpertShape], backend: str) 
         raise KTAMXConfigError(f"{field} needs a CUDA GPU, and there is none here: leave it out, or {nothing}.")
     check_tiers(tiers, config, shapes, backend != "torch")
     return tiers
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that PyTorch can still allocate there, those it keeps from earlier allocations among them."""
+    if device.type != "cuda":
+        return available_memory()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -15,6 +15,8 @@ from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, packing
 from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend, operators
 from kt_hf.cpu import ThreadPlan
 from kt_hf.packing import DEFAULT_MAX_LEN, Packer, available_memory
+from kt_hf.planner import expert_bytes
+from kt_hf.tiers import Tiers
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, Case, make_config
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 from tests.helpers import MIXTRAL
@@ -57,6 +59,20 @@ def test_backward_weights_are_shared_by_need(
     monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
     packer(expert_gib=expert_gib).pack(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
+
+
+@pytest.mark.parametrize(("sizes_free", "share"), [(13.1, False), (12.9, True)])
+def test_streamed_experts_take_host_memory_too(
+    monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]], sizes_free: float, share: bool
+) -> None:
+    """Of 8 experts 4 are streamed while the model is read: 4 to pack, 4 to keep, 4 again if not shared."""
+    monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))
+    shape, one = ExpertShape(8, 2, 4096, 4096), packer()
+    one.streamed, one.tiers = True, Tiers(0, 4)
+    one.place({0: shape}, None)
+    assert one.expert_bytes == 4 * expert_bytes(shape)
+    monkeypatch.setattr(packing, "available_memory", lambda: int(sizes_free * expert_bytes(shape)))
+    assert one._share_backward() is share
 
 
 # A copy of what is packed is 1, 1/2 or 1/4 of the bf16 weights, which are let go as they are packed, unless streamed.

@@ -104,6 +104,7 @@ def show(made: Any) -> None:
         f"{made.tokens} tokens a forward{shared}. " + ("It fits." if made.fits else "[red]It does not fit.[/red]")
     )
     if made.plan:
-        console.print(f"kt_expert_placement auto, by assumed rates (a run measures its machine's): {made.plan}.")
+        assumed = "by assumed rates" if made.gpu_free is not None else "by assumed rates and on a GPU of 80 GB"
+        console.print(f"kt_expert_placement auto, {assumed} (a run measures its machine's): {made.plan}.")
     for line in made.advice:
         console.print(f"  - {line}")

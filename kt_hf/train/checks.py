@@ -64,7 +64,7 @@ def check_combinations(checked: Checked, purpose: str) -> None:
     _data(checked, purpose)
     _evaluation(checked)
     if checked.own.use_kt:
-        _with_kt(checked)
+        _with_kt(checked, purpose)
         _saved_experts(checked, purpose)
     if purpose == "train":
         _output(checked)
@@ -128,7 +128,7 @@ def _evaluation(c: Checked) -> None:
         c.problem("val_size", f"val_size={c.own.val_size}: a share below 1, or a whole number of examples")
 
 
-def _with_kt(c: Checked) -> None:
+def _with_kt(c: Checked, purpose: str) -> None:
     for key, why in _NOT_WITH_KT.items():
         if c.trainer.get(key):
             c.problem(key, f"{key} does not go together with use_kt: {why}")
@@ -138,7 +138,7 @@ def _with_kt(c: Checked) -> None:
             f"torch_compile_mode={c.trainer['torch_compile_mode']} records CUDA graphs, and experts on the CPU "
             "cannot be recorded: leave it out",
         )
-    _gpu_experts(c)
+    _gpu_experts(c, purpose)
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.own.lora_rank:
         c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.own.lora_rank}: leave it out")
@@ -169,8 +169,9 @@ def _saved_experts(c: Checked, purpose: str) -> None:
             c.problem("kt_weight_path", str(error).rstrip("."))
 
 
-def _gpu_experts(c: Checked) -> None:
-    """Of both settings that send experts to the GPU, as apply_kt_moe, but before the model is loaded."""
+def _gpu_experts(c: Checked, purpose: str) -> None:
+    """Both settings that send experts to the GPU, as apply_kt_moe does, but before the model is loaded. An estimate may
+    be for another machine, which has one."""
     from ..packing import has_gpu_tier
 
     count, placement = c.kt.get("kt_num_gpu_experts"), c.kt.get("kt_expert_placement")
@@ -191,7 +192,7 @@ def _gpu_experts(c: Checked) -> None:
         asked = any(placement.values()) if isinstance(placement, dict) else placement == "gpu"
     if not asked:
         return
-    why = "needs a CUDA GPU, and there is none here" if not has_gpu_tier() else None
+    why = "needs a CUDA GPU, and there is none here" if purpose == "train" and not has_gpu_tier() else None
     if c.trainer.get("use_cpu") and not why:
         why = "does not go together with use_cpu"
     if c.kt.get("kt_weight_path"):

@@ -25,6 +25,7 @@ GIB = 2**30
 # Python, PyTorch, transformers, TRL and their libraries, with one optimizer step done.
 PROGRAM = int(1.0 * GIB)
 CUDA_CONTEXT = int(0.6 * GIB)
+ASSUMED_GPU = 80 * 10**9  # bytes, to plan for where there is none
 _ROWS_PER_EXPERT = 20  # the operators pad each expert's rows
 _LAYERS_READ = 2.5  # in the model's dtype while experts are streamed and packed
 
@@ -104,7 +105,7 @@ def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, mad
     if asked is not None:
         return asked
     room = Room(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
-    free = 80 * 10**9 if gpu_free is None else gpu_free
+    free = ASSUMED_GPU if gpu_free is None else gpu_free
     left = room.free_for_experts(free, made.tokens, shape)
     made.plan = plan(assumed_rates(shape), shape, m.expert_layers, made.tokens, left)
     return made.plan.tiers
@@ -141,13 +142,15 @@ def _parts(
     host_lora = m.lora_experts * (4 + (6 if kernel else 4) + 4 + 8)
     if s.own.use_kt:
         host["LoRA of experts and its optimizer"] = host_lora
-        host["activations of experts"] = _expert_activations(s, m, T, kernel)
+        host["activations of experts"] = _expert_activations(s, m, T, kernel) * tiers.on_cpu(m.experts) // m.experts
     else:
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
     if gpu:
         made.gpu["CUDA"] = CUDA_CONTEXT
         if resident:
             made.gpu["experts"] = resident * 2
+        if moved:  # inputs and outputs of layers; the rest is computed again
+            made.gpu["activations of experts"] = 3 * T * m.hidden * 2 * m.expert_layers
         if streamed:
             made.gpu["buffers of streamed experts"] = BUFFERS * CHUNK_BYTES
             host["experts streamed"] = streamed * 2
@@ -227,7 +230,7 @@ def _other_activations(s: TrainSettings, m: ModelSizes, T: int) -> int:
 
 
 def _quantised_advice(s: TrainSettings, e: Estimate) -> str | None:
-    if e.sizes is None or _backend(s) != "AMXBF16":
+    if e.sizes is None or _backend(s) != "AMXBF16" or not e.host["experts packed"]:
         return None
     shape = ExpertShape(e.sizes.experts, e.sizes.top_k, e.sizes.hidden, e.sizes.intermediate)
     if shape_problem(shape, backend="AMXInt8"):
@@ -241,7 +244,7 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     found = []
     host_short = e.host_free is not None and e.host_total > e.host_free
     if host_short and kernel and s.own.use_kt:
-        if not e.shared_backward:
+        if not e.shared_backward and e.host["backward copies"]:
             saved = e.host["backward copies"] * (1 - 1 / e.sizes.expert_layers if e.sizes else 0)
             found.append(
                 f"kt_share_backward_weights: true saves {saved / GIB:.1f} GiB of host memory (slower backward)"
