@@ -17,6 +17,7 @@ from .errors import KTAMXConfigError, KTAMXError
 from .expert_load import LoadLog
 from .experts import KTExperts, kt_layers
 from .projections import PROJECTIONS
+from .runner import settle_checks
 
 logger = logging.getLogger(__name__)
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -103,6 +104,14 @@ class KTMoECallback(TrainerCallback):
         if self._threads is not None:
             torch.set_num_threads(self._threads)
             self._threads = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        settle_checks()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        settle_checks()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

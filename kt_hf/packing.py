@@ -107,9 +107,12 @@ class Packer:
     def _planned(self, shapes: list[ExpertShape], placement: Placement | None, room: Room) -> Tiers:
         """By the machine's rates, measured now."""
         shape, device = max(shapes, key=expert_bytes), gpu_device()
+        shape = replace(shape, num_experts=min(one.num_experts for one in shapes))
         tokens = room.tokens or self.config.kt_max_len or _TOKENS
         free = _free_on(device)
-        streaming = aligned(shape) and (self.backend != "torch" or room.dtype in (None, torch.bfloat16))
+        streaming = all(aligned(one) for one in shapes) and (
+            self.backend != "torch" or room.dtype in (None, torch.bfloat16)
+        )
         rates = measure_rates(shape, device, self.plan, self.backend)
         if self.config.kt_moe_lora_device == "gpu":
             room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)

@@ -14,6 +14,7 @@ from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, pac
 from .backends.host_weights import lock_pages, unlock_pages
 from .backends.torch_cuda import gpu_backend
 from .cpu import ThreadPlan
+from .errors import KTAMXError
 from .planner import Line, Rates
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,11 @@ def _copy_rate(device: torch.device, size: int) -> float:
     source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
     target = torch.empty(size, dtype=torch.uint8, device=device)
     done: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
-    locked = lock_pages(source)
+    try:
+        locked = lock_pages(source)
+    except KTAMXError as error:
+        logger.warning("kt_hf: experts cannot be streamed, so none are planned to be: %s", error)
+        return 1.0
     best = float("inf")
     try:
         for _ in range(3):

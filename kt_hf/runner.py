@@ -9,6 +9,7 @@ inputs autograd saved, and goes on. Any order of forwards, LoRA changes and back
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
-from .backends.finite import Doubts, all_finite, is_finite
+from .backends.finite import DOUBTS, all_finite, is_finite
 from .backends.transfer import to_device, to_host
 from .errors import KTAMXBackwardError, KTAMXForwardError
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
@@ -41,7 +42,6 @@ class ExpertsRunner:
         self._values = LoraValues(None)
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
-        self._doubts = Doubts()
         self.tokens = 0  # that gradients were computed for, and how many of them each expert got
         self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
 
@@ -68,7 +68,7 @@ class ExpertsRunner:
     def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
         """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
         with CALL_LOCK, torch.no_grad(), self.quiet():
-            self._doubts.settle(wait=True)
+            DOUBTS.settle(wait=True)
             self._swap(LoraValues(key), tensors())
             if self.on_gpu:  # the parameters may be written to from now on, and copies of them be under way
                 torch.cuda.current_stream(self.backend.device).synchronize()
@@ -86,7 +86,7 @@ class ExpertsRunner:
         x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
         """
         with CALL_LOCK, torch.no_grad(), self.quiet():
-            self._doubts.settle()
+            DOUBTS.settle()
             given = self._prepared(x, ids, weights)
             if save and in_backward() and self.retain:
                 known = self._recognise(*given)
@@ -114,7 +114,7 @@ class ExpertsRunner:
     ) -> Gradients:
         """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it."""
         with CALL_LOCK, torch.no_grad(), self.quiet():
-            self._doubts.settle()
+            DOUBTS.settle()
             if number != ticket.number and self._latest is not None and self._latest.number == number:
                 ticket, self._latest = self._latest, None
             if x.shape[0] == 0:
@@ -139,7 +139,7 @@ class ExpertsRunner:
                 gradients = self._recompute(*self._inputs(x, ids, weights), grad_output)
             if self.on_gpu:
                 found = all_finite(gradients.hidden_states, gradients.top_k_weights)
-                self._doubts.ask(lambda _: self._not_finite("its inputs"), found | ~all_finite(grad_output))
+                DOUBTS.ask(functools.partial(_not_finite, self.label, "its inputs"), found | ~all_finite(grad_output))
             else:
                 self.check_finite("top_k_weights", gradients.top_k_weights)
             self.tokens += x.shape[0]
@@ -228,14 +228,14 @@ class ExpertsRunner:
         return None
 
     def _check_finite(self, out: Tensor, x: Tensor) -> None:
+        label = self.label  # a check that is open must not keep the layer alive
+
         def error(input_finite: bool) -> KTAMXForwardError:
             where = "its input was finite" if input_finite else "its input already was not"
-            return KTAMXForwardError(
-                f"{self.label}: the output of the experts is not finite (NaN or infinity); {where}."
-            )
+            return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
 
         if out.is_cuda:
-            self._doubts.ask(lambda seen: error(seen[1]), all_finite(out), all_finite(x))
+            DOUBTS.ask(lambda seen: error(seen[1]), all_finite(out), all_finite(x))
         elif not is_finite(out):
             raise error(is_finite(x))
 
@@ -246,13 +246,7 @@ class ExpertsRunner:
             KTAMXBackwardError: It holds NaN or infinity.
         """
         if not is_finite(gradient):
-            raise self._not_finite(name)
-
-    def _not_finite(self, name: str) -> KTAMXBackwardError:
-        return KTAMXBackwardError(
-            f"{self.label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in "
-            "was."
-        )
+            raise _not_finite(self.label, name)
 
     def parameter_gradients(
         self,
@@ -278,19 +272,39 @@ class ExpertsRunner:
             fine = all_finite(*raw)
             if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
                 fine = fine | ~all_finite(gradients.hidden_states)
-            self._doubts.ask(lambda _: self._not_finite(name), fine)
-        else:  # before they are widened: half the memory to look through
-            for tensor in raw:
-                if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
-                    raise self._not_finite(name)
-        made = to_parameters(raw, free)
-        if made and made[0].is_cuda and device.type == "cpu":
-            return list(to_host(made, [tensor.dtype for tensor in made]).wait())
-        return made
+            made = to_parameters(raw, free)
+            if device.type != "cpu":
+                DOUBTS.ask(functools.partial(_not_finite, self.label, name), fine)
+                return made
+            *arrived, fine = to_host([*made, fine], [*(tensor.dtype for tensor in made), torch.bool]).wait()
+            if not fine:
+                raise _not_finite(self.label, name)
+            return arrived
+        for tensor in raw:  # before they are widened: half the memory to look through
+            if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
+                raise _not_finite(self.label, name)
+        return to_parameters(raw, free)
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
         return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
+
+
+def _not_finite(label: str, name: str, _: object = None) -> KTAMXBackwardError:
+    return KTAMXBackwardError(
+        f"{label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in was."
+    )
+
+
+def settle_checks() -> None:
+    """Look at all checks of results that a GPU has under way.
+
+    Raises:
+        KTAMXForwardError: An output was not finite.
+        KTAMXBackwardError: A gradient was not.
+    """
+    with CALL_LOCK:
+        DOUBTS.settle(wait=True)
 
 
 @contextlib.contextmanager

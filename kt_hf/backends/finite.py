@@ -22,10 +22,10 @@ def all_finite(*tensors: Tensor) -> Tensor:
 
 
 class Doubts:
-    """Checks whose answers are on the way from a GPU. They are looked at when they have arrived.
+    """Checks whose answers are on the way from a GPU. They are looked at when they have arrived, the first asked first.
 
-    So an error comes late: with a later call for the same layer, at the latest when its LoRA values are taken over
-    after the optimizer's step, which is before the step is logged or saved.
+    So an error comes late: with a later call of any layer, at the latest when LoRA values are taken over after the
+    optimizer's step. The parameters are spoiled then, but the step is not logged or saved yet.
     """
 
     def __init__(self) -> None:
@@ -45,5 +45,9 @@ class Doubts:
             answer, error = self._open.pop(0)
             seen = answer.wait()[0].tolist()
             if not seen[0]:
-                self._open.clear()
+                self._open.clear()  # what comes after is its consequence
                 raise error(seen)
+
+
+# Of all layers of the process, for the first one that failed is the one to name.
+DOUBTS = Doubts()

@@ -6,6 +6,7 @@ what a model takes.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 
@@ -74,6 +75,8 @@ def lock_pages(tensor: Tensor) -> bool:
     try:
         torch.cuda.check_error(code)
     except RuntimeError as error:
+        with contextlib.suppress(RuntimeError):  # CUDA would report it once more, at the next launch of anybody's
+            torch.zeros(1, device="cuda")
         raise KTAMXError(
             f"{tensor.nbytes / 2**30:.2f} GiB of expert weights cannot be page-locked for streaming: {error}. A "
             "container may limit locked memory (ulimit -l, RLIMIT_MEMLOCK): raise the limit, or stream fewer experts "

@@ -159,8 +159,11 @@ class Streamer:
             return
         if self._buffers and self._stream:
             self._stream.synchronize()  # the old ones go; once a model, where layers are of different sizes
+        # Anew even after running out of memory half-way.
         self._ahead.clear()
+        self._idle.clear()
         self._buffers = []
+        made: list[_Buffer] = []
         for _ in range(self._count):
             values = torch.empty(needed, dtype=weights.down.dtype, device=self.device)
             buffer = _Buffer(values, None, None)
@@ -168,8 +171,8 @@ class Streamer:
                 values.record_stream(self._stream)  # a copy may be under way when the model is deleted
                 buffer.ready, buffer.free = torch.cuda.Event(), torch.cuda.Event()
             self._now_free(buffer)
-            self._buffers.append(buffer)
-        self._idle = deque(self._buffers)
+            made.append(buffer)
+        self._buffers, self._idle = made, deque(made)
 
     def _taken(self, weights: HostWeights, experts: slice) -> _Coming:
         buffer = self._idle.popleft()

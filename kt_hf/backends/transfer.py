@@ -20,9 +20,11 @@ def host_empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def pin(parameter: torch.nn.Parameter) -> None:
-    """Move a parameter's values to pinned memory, from the CPU's ordinary memory; others, and views, are left alone."""
+    """Move a parameter's values from the CPU's ordinary memory to pinned memory. Views and memory that processes share
+    are left alone; tensors made of `parameter.data` before keep the old memory."""
     data = parameter.data
-    if data.device.type == "cpu" and data.nbytes == data.untyped_storage().nbytes() and not data.is_pinned():
+    whole = data.device.type == "cpu" and data.nbytes == data.untyped_storage().nbytes() and not data.is_shared()
+    if whole and not data.is_pinned():
         parameter.data = host_empty(data.shape, data.dtype).copy_(data)
 
 
@@ -52,14 +54,14 @@ def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequ
     Args:
         tensors: Of one device, or some of them on the CPU.
         dtypes: Of each.
-        into: Contiguous tensors of these sizes and dtypes that those of a GPU are copied to, in place of new memory.
+        into: Contiguous tensors of these sizes and dtypes that they are copied to, in place of new memory.
     """
     arrived: list[Tensor] = []
     device: torch.device | None = None
     for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
         source = tensor.detach()
         if not source.is_cuda:
-            arrived.append(source.to("cpu", dtype).contiguous())
+            arrived.append(into[i].copy_(source) if into else source.to("cpu", dtype).contiguous())
             continue
         device = source.device
         source = source.to(dtype).contiguous()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from kt_hf.backends.finite import DOUBTS
 from tests.families.layers import LayerInputs
 
 
@@ -16,6 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_doubts_left() -> Iterator[None]:
+    """A test's results that are not finite are not the next test's business."""
+    yield
+    DOUBTS._open.clear()
 
 
 def on_gpu(x: LayerInputs) -> LayerInputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +234,29 @@ def test_a_call_that_ends_early_leaves_the_buffers(monkeypatch: pytest.MonkeyPat
         with pytest.raises(KeyboardInterrupt):
             saved_forward(one, x)
     assert len(streamer._idle) + len(streamer._ahead) == 3
+    check(one, x, base, None)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_running_out_of_memory_for_the_buffers(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller batch is tried then, and has to find everything in order."""
+    streamer, base = Watched(1 << 30), base_weights(MIXTRAL(torch.bfloat16))[0]
+    if before:  # buffers of a smaller layer
+        small = HostWeights(torch.ones(2, 32, 16, dtype=torch.bfloat16), torch.ones(2, 16, 16, dtype=torch.bfloat16))
+        first = StreamedBackend(small, ExpertShape(2, 1, 16, 16), streamer)
+        first.forward(torch.ones(3, 16).bfloat16(), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), save=False)
+    one, x, empty, made = backend(streamer), make_inputs(MIXTRAL, 37, torch.bfloat16), torch.empty, [0]
+
+    def scarce(*size: int, **kwargs: Any) -> Tensor:
+        made[0] += size == (E * ONE // 2,)
+        if made[0] == 2:
+            made[0] += 1
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return empty(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        saved_forward(one, x)
     check(one, x, base, None)
 
 
