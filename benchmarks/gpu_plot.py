@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 CSV, PAGE, PLOT = HERE / "gpu_train.csv", HERE.parent / "docs/gpu.md", HERE.parent / "docs/plots/gpu_experts.svg"
-KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "streamed_experts", "batch",
+KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "streamed_experts", "bus", "batch",
        "checkpointing", "lora_device")  # fmt: skip
 Row = dict[str, str]
 

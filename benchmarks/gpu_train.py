@@ -38,8 +38,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from kt_hf import KTConfig, apply_kt_moe, autograd, experts, packing, runner
-from kt_hf.backends import grouped, split, streamed, transfer
+from kt_hf import KTConfig, apply_kt_moe, autograd, experts, packing, rates, runner
+from kt_hf.backends import grouped, split, streamed, streamer, transfer
 from kt_hf.projections import ExpertLora
 
 CONFIG = Path(__file__).parents[1] / "tests/configs/models/deepseek-ai/DeepSeek-V2-Lite-Chat"
@@ -127,9 +127,9 @@ def make_config(family: str, shape: str, layers: int) -> Any:
 
 
 @torch.no_grad()
-def make_model(config: Any, device: torch.device, stock: bool) -> Any:
+def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool = False) -> Any:
     """Random weights: all but the experts on `device`; the experts shared by all layers on the CPU, or with `stock`
-    each layer's own on `device`."""
+    each layer's own on `device`, or with `own_memory` on the CPU."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -140,7 +140,7 @@ def make_model(config: Any, device: torch.device, stock: bool) -> Any:
                 if key not in shared:
                     made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
                     shared[key] = made if stock else made.cpu()
-                value = shared[key].clone() if stock else shared[key]
+                value = shared[key].clone() if stock or own_memory else shared[key]
             else:
                 value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
                 value = value.fill_(1) if "norm" in name else value.normal_(std=0.02)
@@ -288,6 +288,18 @@ def check(model: Any, given: argparse.Namespace, gpu_experts: int, losses: dict[
             print(f"{name}: {' '.join(f'{loss:.3f}' for loss in losses[name])}", flush=True)
 
 
+def slow_down(times: int) -> None:
+    """A bus that takes so many times as long for streamed weights, also where the planner measures it."""
+    copy, rate = streamer.Streamer._copy, rates._copy_rate
+
+    def repeated(self: Any, source: Tensor, target: Tensor) -> None:
+        for _ in range(times):
+            copy(self, source, target)
+
+    streamer.Streamer._copy = repeated  # type: ignore[method-assign]
+    rates._copy_rate = lambda *args: rate(*args) / times
+
+
 def experts_of(config: Any) -> int:
     return int(getattr(config, "n_routed_experts", None) or config.num_experts)
 
@@ -342,14 +354,27 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, help="worker threads of the operators; default: the plan")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--own-memory", action="store_true", help="each layer's experts in memory of their own")
+    parser.add_argument("--gpu-gb", type=float, help="let PyTorch have so much of the GPU's memory")
+    parser.add_argument("--slower-bus", type=int, default=1, help="copy streamed weights so many times: 2 is PCIe 4")
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
     device = torch.device(given.device, torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         packing._TIER = device
     print(f"{machine(device)}\n{torch.get_num_threads()} threads of PyTorch's", flush=True)
+    if given.gpu_gb:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(given.gpu_gb * 1e9 / total, device)
+    slow_down(given.slower_bus)
     config = make_config(given.family, given.shape, given.layers)
-    common = {"family": given.family, "layers": given.layers, "sequence": given.sequence, "rank": given.rank}
+    common = {
+        "bus": f"1/{given.slower_bus}",
+        "family": given.family,
+        "layers": given.layers,
+        "sequence": given.sequence,
+        "rank": given.rank,
+    }
     losses: dict[str, list[float]] = {}
     if given.case != "kt":
         for name, model in others(given, config, device):
@@ -365,7 +390,9 @@ def main() -> None:
         begin = time.perf_counter()
         settings = KTConfig(kt_backend=given.backend, kt_lora_rank=given.rank, kt_num_threads=given.threads, **where)
         tokens = max(given.batch) * given.sequence
-        model = apply_kt_moe(make_model(config, device, stock=False), settings, tokens_per_step=tokens)
+        made = make_model(config, device, stock=False, own_memory=given.own_memory)
+        model = apply_kt_moe(made, settings, tokens_per_step=tokens)
+        del made
         tiers = model._kt_wrappers[0].packer.tiers
         model = adapted(model, given.rank, device)
         print(f"{where}: {tiers}, made and packed in {time.perf_counter() - begin:.1f} s", flush=True)

@@ -220,11 +220,14 @@ def chosen_tiers(config: KTConfig, shapes: Sequence[ExpertShape], backend: str) 
 
 
 def _free_on(device: torch.device) -> int:
-    """Bytes that PyTorch can still allocate there, those it keeps from earlier allocations among them."""
+    """Bytes that PyTorch can still allocate there: those it keeps from earlier allocations among them, and no more than
+    `torch.cuda.set_per_process_memory_fraction` leaves it."""
     if device.type != "cuda":
         return available_memory()
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    used = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - used
+    return max(0, int(min(free + torch.cuda.memory_reserved(device) - used, allowed)))
 
 
 def available_memory(root: Path = Path("/")) -> int:
