@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from .backends import OPERATORS, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, most_tokens, pack
+from .backends.grouped import aligned
 from .backends.split_pack import pack_split
 from .backends.streamer import Streamer
-from .backends.torch_cuda import aligned
 from .config import KTConfig
 from .cpu import ThreadPlan
 from .errors import KTAMXConfigError

@@ -35,7 +35,7 @@ class Rates:
     """What a machine does with experts of one shape.
 
     Attributes:
-        pcie_bytes_per_s: From page-locked memory to the GPU.
+        pcie_bytes_per_s: From page-locked memory to the GPU; 0 if there is no such memory to be had.
         forward: Of the operators, and `backward`.
         gpu_forward_rows_per_s: Tokens for an expert, whose weights are there; and `gpu_backward_rows_per_s`.
         assumed: Not measured.
@@ -131,6 +131,7 @@ def plan(
         popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
         streaming: Whether experts can be streamed.
     """
+    streaming = streaming and rates.pcie_bytes_per_s > 0
     load = _Load.of(shape, tokens, popularity)
     size, E = expert_bytes(shape), shape.num_experts
     best: Split | None = None
@@ -170,7 +171,8 @@ class _Load:
 def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, resident: int, streamed: int) -> Split:
     """The times of one split."""
     on_gpu, E = resident + streamed, shape.num_experts
-    stream = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape) / rates.pcie_bytes_per_s
+    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape)
+    stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate in (

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .backends import ExpertShape
+from .backends.grouped import aligned
 from .config import KTConfig
 from .errors import KTAMXConfigError
 
@@ -83,7 +84,7 @@ def check_tiers(tiers: Tiers, config: KTConfig, shapes: Sequence[ExpertShape], o
                 f"{field} of {E} leaves {E - count} on the CPU, and the operators need {K} (those a token is sent "
                 f"to). Set {what} to {E}, or to {E - K} or less."
             )
-        if tiers.streamed and (shape.hidden_size % 8 or shape.intermediate_size % 8):
+        if tiers.streamed and not aligned(shape):
             raise KTAMXConfigError(
                 f"{field}: experts of hidden size {shape.hidden_size} and intermediate size "
                 f"{shape.intermediate_size} cannot be streamed, only multiples of 8 can. Set streamed to 0."

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu as _silu
 
+from ..errors import KTAMXConfigError
 from .base import ExpertShape
 from .transfer import to_device
 
@@ -179,3 +180,52 @@ def _product(x: Tensor, w: Tensor, rows: Rows) -> Tensor:
 def _outer(left: Tensor, right: Tensor, rows: Rows) -> Tensor:
     """left[rows of e].T @ right[rows of e] for every expert, [E, M, N]; zeros for experts without rows."""
     return torch._grouped_mm(left.t(), right, offs=rows.ends).masked_fill_(rows.idle, 0)
+
+
+class GroupedExperts:
+    """What backends that compute by grouped products have in common: their numbers, and LoRA on their device.
+
+    Args:
+        shape: Sizes; H and I multiples of 8.
+        device: Where experts are computed.
+
+    Raises:
+        KTAMXConfigError: Other sizes.
+    """
+
+    own_threads = False
+    dtype = DTYPE
+    max_rank: int | None = None
+    max_len: int | None = None
+
+    def __init__(self, shape: ExpertShape, device: torch.device) -> None:
+        if not aligned(shape):
+            raise KTAMXConfigError(
+                f"Experts of hidden size {shape.hidden_size} and intermediate size {shape.intermediate_size}: grouped "
+                f"products, on a GPU or streamed to it, need multiples of {ALIGN}."
+            )
+        self.shape = shape
+        self.device = device
+        self._numbers = torch.arange(shape.num_experts, device=device)
+        self._lora: Lora | None = None
+
+    @property
+    def rank(self) -> int:
+        return self._lora.rank if self._lora else 0
+
+    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        # New tensors, never the old ones changed: saved forwards keep reading theirs.
+        self._lora = None
+        if tensors:
+            self._lora = Lora.of(tensors, self.shape, self.device)
+
+    def lora_copy(self) -> tuple[Tensor, ...]:
+        return self._lora.six() if self._lora else ()
+
+    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
+        return None  # what is not finite here is not finite
+
+
+def aligned(shape: ExpertShape) -> bool:
+    """Whether grouped products can compute experts of these sizes."""
+    return shape.hidden_size % ALIGN == 0 and shape.intermediate_size % ALIGN == 0

@@ -13,7 +13,7 @@ input gradients are added: exact, for a backend gives nothing for -1. The order 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .base import CountsRows, ExpertsBackend, ExpertShape, Gradients, Saved
 from .finite import all_finite, is_finite
+from .runs import runs
 from .transfer import Arriving, to_device, to_host
 
 
@@ -35,7 +36,7 @@ class Part:
         table = torch.full((total + 1,), -1, dtype=torch.int64, device="cpu")
         table[self.experts] = torch.arange(len(self.experts), device="cpu")
         self._table = table.to(device)
-        self._runs = list(_runs(self.experts.tolist()))
+        self._runs = list(runs(self.experts.tolist()))
         self._rows = self.experts.to(device)
 
     @property
@@ -238,15 +239,6 @@ class SplitBackend:
                 part.put(to_device(piece, device)[:, :rows, :columns], whole)
             joined.append(whole)
         return tuple(joined)
-
-
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of consecutive numbers in ascending ones: first, one past the last, place of the first."""
-    begin = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
-            yield numbers[begin], numbers[i - 1] + 1, begin
-            begin = i
 
 
 def _kept(saved: _SplitSaved, i: int) -> Saved:

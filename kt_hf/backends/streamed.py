@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import KTAMXConfigError
 from . import grouped
 from .base import ExpertShape, Gradients, Saved
-from .grouped import Lora, Rows
+from .grouped import GroupedExperts, Lora, Rows
 from .host_weights import HostWeights
 from .streamer import Loaded, Streamer
-from .torch_cuda import aligned
 from .transfer import to_host
 
 
@@ -32,7 +30,7 @@ class _StreamedSaved(Saved):
     lora: Lora | None
 
 
-class StreamedBackend:
+class StreamedBackend(GroupedExperts):
     """Experts in bf16, weights in host memory, computed on a GPU without a wait but that for the rows' counts.
 
     Args:
@@ -42,36 +40,11 @@ class StreamedBackend:
     """
 
     name = "streamed"
-    own_threads = False
-    dtype = grouped.DTYPE
-    max_rank: int | None = None
-    max_len: int | None = None
 
     def __init__(self, weights: HostWeights, shape: ExpertShape, streamer: Streamer) -> None:
-        if not aligned(shape):
-            raise KTAMXConfigError(
-                f"Experts with hidden size {shape.hidden_size} and intermediate size {shape.intermediate_size} cannot "
-                f"be streamed: grouped products need multiples of {grouped.ALIGN}."
-            )
-        self.shape = shape
+        super().__init__(shape, streamer.device)
         self.weights = weights
-        self.device = streamer.device
         self._streamer = streamer
-        self._numbers = torch.arange(shape.num_experts, device=self.device)
-        self._lora: Lora | None = None
-
-    @property
-    def rank(self) -> int:
-        return self._lora.rank if self._lora else 0
-
-    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
-        # New tensors, never the old ones changed: saved forwards keep reading theirs.
-        self._lora = None
-        if tensors:
-            self._lora = Lora.of(tensors, self.shape, self.device)
-
-    def lora_copy(self) -> tuple[Tensor, ...]:
-        return self._lora.six() if self._lora else ()
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _StreamedSaved)
@@ -95,9 +68,6 @@ class StreamedBackend:
             y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, own, part)
             spread.index_copy_(0, part.order, y)
         return rows.sum_by_token(spread), _StreamedSaved(rows, counts, x, lora) if save else None
-
-    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
-        return None  # what is not finite here is not finite
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _StreamedSaved)

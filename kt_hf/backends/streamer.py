@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .host_weights import HostWeights
+from .runs import runs
 
 CHUNK_BYTES = 128 * 2**20
 BUFFERS = 3
@@ -189,7 +190,7 @@ class Streamer:
         coming.filled.update(missing)
         there = self._views(coming)
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            for first, last in _runs(missing):
+            for first, last, _ in runs(missing):
                 for source, target in zip((coming.weights.gate_up, coming.weights.down), there, strict=True):
                     at = slice(first - coming.experts.start, last - coming.experts.start)
                     self._copy(source[first:last], target[at])
@@ -219,12 +220,3 @@ class Streamer:
     def _now_free(self, buffer: _Buffer) -> None:
         if buffer.free:
             buffer.free.record(torch.cuda.current_stream(self.device))
-
-
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive numbers in ascending ones: first, one past the last."""
-    begin = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
-            yield numbers[begin], numbers[i - 1] + 1
-            begin = i

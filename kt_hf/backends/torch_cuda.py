@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import KTAMXConfigError
 from . import grouped
 from .base import ExpertShape, ExpertWeights, Gradients, Saved
-from .grouped import Lora, Rows
+from .grouped import GroupedExperts, Lora, Rows, aligned
 from .torch_grouped import TorchBackend
 
 
@@ -24,7 +24,7 @@ class _GroupedSaved(Saved):
     lora: Lora | None
 
 
-class GroupedBackend:
+class GroupedBackend(GroupedExperts):
     """Experts in bf16 on the device of their weights, without a wait for it.
 
     Args:
@@ -33,35 +33,12 @@ class GroupedBackend:
     """
 
     name = "torch"
-    own_threads = False
-    dtype = grouped.DTYPE
-    max_rank: int | None = None
-    max_len: int | None = None
 
     def __init__(self, weights: ExpertWeights, shape: ExpertShape) -> None:
+        super().__init__(shape, weights.gate_up.device)
         if not fits(weights, shape):
-            raise KTAMXConfigError(
-                f"Experts of {weights.gate_up.dtype} with hidden size {shape.hidden_size} and intermediate size "
-                f"{shape.intermediate_size}: grouped products need bfloat16 and multiples of {grouped.ALIGN}."
-            )
-        self.shape = shape
+            raise KTAMXConfigError(f"Experts of {weights.gate_up.dtype}: grouped products need bfloat16.")
         self.weights = weights
-        self.device = weights.gate_up.device
-        self._numbers = torch.arange(shape.num_experts, device=self.device)
-        self._lora: Lora | None = None
-
-    @property
-    def rank(self) -> int:
-        return self._lora.rank if self._lora else 0
-
-    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
-        # New tensors, never the old ones changed: saved forwards keep reading theirs.
-        self._lora = None
-        if tensors:
-            self._lora = Lora.of(tensors, self.shape, self.device)
-
-    def lora_copy(self) -> tuple[Tensor, ...]:
-        return self._lora.six() if self._lora else ()
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _GroupedSaved)
@@ -70,9 +47,6 @@ class GroupedBackend:
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         y = grouped.outputs(x.index_select(0, rows.tokens), self.weights.gate_up, self.weights.down, lora, rows)
         return self._sum_by_token(y, rows), _GroupedSaved(rows, x, lora) if save else None
-
-    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
-        return None  # what is not finite here is not finite
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
         assert isinstance(saved, _GroupedSaved)
@@ -91,11 +65,6 @@ class GroupedBackend:
 def fits(weights: ExpertWeights, shape: ExpertShape) -> bool:
     """Whether `GroupedBackend` can compute these experts."""
     return weights.gate_up.dtype == weights.down.dtype == grouped.DTYPE and aligned(shape)
-
-
-def aligned(shape: ExpertShape) -> bool:
-    """Whether grouped products can compute experts of this shape."""
-    return shape.hidden_size % grouped.ALIGN == shape.intermediate_size % grouped.ALIGN == 0
 
 
 def gpu_backend(weights: ExpertWeights, shape: ExpertShape) -> GroupedBackend | TorchBackend:
