@@ -1,4 +1,4 @@
-"""The most memory a process has while it loads: what stays, and two and a half layers."""
+"""The most memory a process has while it loads: what stays, and one and a half layers."""
 
 from __future__ import annotations
 
@@ -53,11 +53,13 @@ def save(folder: Path, dtype: torch.dtype, layers: int, hidden: int) -> Path:
 @pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=KERNEL_MARKS)])
 def test_peak(backend: str, source: torch.dtype, tmp_path: Path) -> None:
     big, tiny = save(tmp_path / "big", source, LAYERS, 512), save(tmp_path / "tiny", source, 1, 32)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Tensors of a real layer have pages of their own, which go back when they are freed. Here they are small enough for
+    # glibc to put them onto a thread's heap, of which it keeps up to 64 MB; the limit makes them as real ones.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-c", CHILD, str(big), backend, str(tiny)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     before, peak, after = json.loads(done.stdout.splitlines()[-1])
     assert after - before > 0.9 * LAYERS * LAYER  # it measures what it should
-    assert after - before < (LAYERS + 1.5) * LAYER
-    assert peak - after < 2.5 * LAYER
+    assert after - before < (LAYERS + 1.2) * LAYER
+    assert peak - after < 1.5 * LAYER
