@@ -19,8 +19,8 @@ for step in $steps; do
     tests) timeout 240 python -m pytest -q -m gpu tests/gpu tests/regressions/test_gpu.py 2>&1 | tee "$out/tests.log" ;;
     cpu) train cpu 240 --batch 1 4 --lora-device cpu gpu --steps 2 ;;
     stock)
-        train stock 90 --stock --batch 1 4
-        train stock-9 60 --stock --layers 9
+        train stock 90 --case stock --batch 1 4
+        train stock-9 60 --case stock --layers 9
         ;;
     split) train split 200 --layers 9 --gpu-experts 0 8 16 32 64 --lora-device gpu ;;
     check) train check 200 --check --layers 4 --sequence 512 ;;

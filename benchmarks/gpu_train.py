@@ -11,9 +11,7 @@
 
 Weights are random: one layer's experts serve all layers until they are packed. LoRA is on attention and every MLP.
 `--family qwen3_moe` has the same sizes; the peer takes no DeepSeek-V2. gpu_others.py says what the cases are.
-Seconds a step are medians. `operator` is the time inside the CPU's backend, `wait` the host's for the GPU before it
-(attention and what else runs there), `copy in` and `copy out` the GPU's time for copies to and from the CPU, `other`
-the rest of the step. On a GPU `copy in` is part of `wait`, and `copy out` may overlap with anything.
+Seconds a step are medians; gpu_parts.py says what its parts are.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ import csv
 import gc
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,187 +30,20 @@ from typing import Any
 import gpu_others
 import psutil
 import torch
+from gpu_models import adapted, experts_of, make_config, make_model, set_checkpointing, start_again
+from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 from harness import _commit, _cpu, _kernel, _version
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from kt_hf import KTConfig, apply_kt_moe, autograd, experts, packing, rates, runner
-from kt_hf.backends import grouped, split, streamed, streamer, transfer
-from kt_hf.projections import ExpertLora
-
-CONFIG = Path(__file__).parents[1] / "tests/configs/models/deepseek-ai/DeepSeek-V2-Lite-Chat"
-TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 512, "kv_lora_rank": 16,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 16, "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 16}  # fmt: skip
-QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944, "num_experts": 64,
-        "num_experts_per_tok": 6, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128,
-        "vocab_size": 102400, "mlp_only_layers": [0], "norm_topk_prob": True}  # fmt: skip
-PARTS = ("operator forward", "operator backward", "wait", "copy in", "copy out", "optimizer", "refresh", "other")
-
-
-class Parts:
-    """Seconds by part of the current step."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
-
-    @contextlib.contextmanager
-    def host(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - begin
-
-    def of_host(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.host(part):
-                return call(*args, **kwargs)
-
-        return timed
-
-    def of_gpu(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if not self.cuda:
-                return call(*args, **kwargs)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            result = call(*args, **kwargs)
-            end.record()
-            self._events.append((part, begin, end))
-            return result
-
-        return timed
-
-    def take(self) -> dict[str, float]:
-        """After a synchronisation: what was counted since the last call."""
-        for part, begin, end in self._events:
-            self.seconds[part] += begin.elapsed_time(end) / 1e3
-        found, self.seconds, self._events = dict(self.seconds), defaultdict(float), []
-        return found
-
-
-def watch(model: Any, parts: Parts) -> None:
-    """Time the CPU's backends of a patched model, and all transfers."""
-    for layer in model._kt_wrappers:
-        backend = layer._runner.backend
-        for one in [part.backend for part in getattr(backend, "parts", ())] or [backend]:
-            if one.device.type == "cpu" and one.name != "streamed":
-                one.forward = parts.of_host("operator forward", one.forward)
-                one.backward = parts.of_host("operator backward", one.backward)
-
-
-def watch_transfers(parts: Parts) -> None:
-    to_host, to_device = parts.of_gpu("copy in", transfer.to_host), parts.of_gpu("copy out", transfer.to_device)
-    for module in (autograd, runner, split, experts, grouped, streamed):
-        for name, timed in (("to_host", to_host), ("to_device", to_device)):
-            if hasattr(module, name):
-                setattr(module, name, timed)
-    transfer.Arriving.wait = parts.of_host("wait", transfer.Arriving.wait)  # type: ignore[method-assign]
-
-
-def make_config(family: str, shape: str, layers: int) -> Any:
-    if family == "qwen3_moe":
-        sizes = {name: TINY.get(name, value) for name, value in QWEN.items()} if shape == "tiny" else QWEN
-        config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"])
-    else:
-        config = AutoConfig.from_pretrained(CONFIG)
-        config.num_hidden_layers = layers
-        for name, value in (TINY if shape == "tiny" else {}).items():
-            setattr(config, name, value)
-    config.use_cache = False
-    return config
-
-
-@torch.no_grad()
-def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool = False) -> Any:
-    """Random weights: all but the experts on `device`; the experts shared by all layers on the CPU, or with `stock`
-    each layer's own on `device`, or with `own_memory` on the CPU."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    shared: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if name.endswith(".experts"):
-                if key not in shared:
-                    made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
-                    shared[key] = made if stock else made.cpu()
-                value = shared[key].clone() if stock or own_memory else shared[key]
-            else:
-                value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-                value = value.fill_(1) if "norm" in name else value.normal_(std=0.02)
-            setattr(module, key, nn.Parameter(value, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    assert not left, f"still without values: {left}"
-    return model
-
-
-def adapted(model: Any, rank: int, device: torch.device, experts_too: bool = True) -> Any:
-    attention = {"q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets = sorted(attention & names) + (["gate_proj", "up_proj", "down_proj"] if experts_too else [])
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)).to(device)
-    model.enable_input_require_grads()
-    return model.train()
-
-
-@torch.no_grad()
-def start_again(model: Any, lora_device: str, device: torch.device) -> None:
-    """The LoRA values of a fresh run, equal in all runs, on the device asked for."""
-    for module in model.modules():
-        if isinstance(module, ExpertLora):
-            module.follow_to_gpu = lora_device == "gpu"
-            module.weight.data = module.weight.data.to(device if module.follow_to_gpu else "cpu")
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        parameter.grad = None
-        if "lora_A" in name:
-            bound = parameter.shape[-1] ** -0.5
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) * 2 * bound - bound)
-        elif "lora_B" in name:
-            parameter.zero_()
+from kt_hf import KTConfig, apply_kt_moe, packing
 
 
 def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, parts: Parts | None) -> dict[str, Any]:
-    """Train `steps` steps on one batch; seconds of each, losses, and medians by part of all but the first."""
-    device = next(model.parameters()).device
-    vocabulary = min(512, model.config.vocab_size)
-    ids = torch.randint(vocabulary, (batch, given.sequence), generator=torch.Generator().manual_seed(2)).to(device)
-    trained = [p for p in model.parameters() if p.requires_grad] + getattr(model, "more_parameters", [])
-    optimizer = torch.optim.AdamW(trained, lr=given.lr, fused=True)
-    layers = getattr(model, "_kt_wrappers", [])
-    refresh = getattr(model, "refresh", lambda: [layer.update_lora_pointers() for layer in layers])
-    seconds, losses, taken = [], [], []
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    reset_peaks(device)
-    for _ in range(steps):
-        synchronise()
-        begin = time.perf_counter()
-        if parts:
-            parts.take()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        synchronise()
-        middle = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronise()
-        stepped = time.perf_counter()
-        refresh()
-        synchronise()
-        end = time.perf_counter()
-        seconds.append(end - begin)
-        losses.append(loss.item())
-        if parts:
-            found = parts.take() | {"optimizer": stepped - middle, "refresh": end - stepped}
-            counted = ("operator forward", "operator backward", "wait", "optimizer", "refresh")
-            taken.append(found | {"other": end - begin - sum(found.get(part, 0.0) for part in counted)})
-    kept = seconds[1:] or seconds
-    step = statistics.median(kept)
-    medians = {part: statistics.median([one.get(part, 0.0) for one in taken[1:] or taken]) for part in PARTS if taken}
+    """Train `steps` steps on one batch; losses, and medians of the step and its parts over all but the first."""
+    trainer = Steps(model, given.sequence, batch, given.lr)
+    reset_peaks(trainer.device)
+    seconds, losses, taken = zip(*(trainer.one(parts) for _ in range(steps)), strict=True)
+    step = statistics.median(seconds[1:] or seconds)
+    medians = {part: statistics.median([one.get(part, 0.0) for one in taken[1:] or taken]) for part in PARTS if parts}
     return {"losses": losses, "step": step, "tokens_per_second": batch * given.sequence / step} | medians
 
 
@@ -288,22 +118,6 @@ def check(model: Any, given: argparse.Namespace, gpu_experts: int, losses: dict[
             print(f"{name}: {' '.join(f'{loss:.3f}' for loss in losses[name])}", flush=True)
 
 
-def slow_down(times: int) -> None:
-    """A bus that takes so many times as long for streamed weights, also where the planner measures it."""
-    copy, rate = streamer.Streamer._copy, rates._copy_rate
-
-    def repeated(self: Any, source: Tensor, target: Tensor) -> None:
-        for _ in range(times):
-            copy(self, source, target)
-
-    streamer.Streamer._copy = repeated  # type: ignore[method-assign]
-    rates._copy_rate = lambda *args: rate(*args) / times
-
-
-def experts_of(config: Any) -> int:
-    return int(getattr(config, "n_routed_experts", None) or config.num_experts)
-
-
 def others(given: argparse.Namespace, config: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
     """What is measured beside kt_hf: (name, model)."""
     model = make_model(config, device, stock=given.case == "stock")
@@ -324,14 +138,6 @@ def placement(text: str) -> str | dict[str, int]:
         return text
     resident, streamed = (int(part) for part in text.split(","))
     return {"resident": resident, "streamed": streamed}
-
-
-def set_checkpointing(model: Any, on: bool) -> None:
-    if on:
-        kwargs = {"use_reentrant": getattr(model, "reentrant", False)}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_disable()
 
 
 def main() -> None:
@@ -366,7 +172,11 @@ def main() -> None:
     if given.gpu_gb:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(given.gpu_gb * 1e9 / total, device)
-    slow_down(given.slower_bus)
+    with slower_bus(given.slower_bus):
+        run(given, device)
+
+
+def run(given: argparse.Namespace, device: torch.device) -> None:
     config = make_config(given.family, given.shape, given.layers)
     common = {
         "bus": f"1/{given.slower_bus}",
@@ -405,12 +215,17 @@ def main() -> None:
         del model
         gc.collect()
     if losses:
-        steps = list(zip(*losses.values(), strict=True))
-        apart = max(max(step) - min(step) for step in steps)
-        fall = min(run[0] - run[-1] for run in losses.values())
-        print(
-            f"largest difference of a step's losses {apart:.4f} (allowed 0.02), smallest fall {fall:.3f} (at least 0.3)"
-        )
+        judge(losses)
+
+
+def judge(losses: dict[str, list[float]]) -> None:
+    """Stop with an error where the runs' losses are apart, or did not fall."""
+    apart = max(max(step) - min(step) for step in zip(*losses.values(), strict=True))
+    fall = min(run[0] - run[-1] for run in losses.values())
+    told = f"largest difference of a step's losses {apart:.4f} (allowed 0.02), smallest fall {fall:.3f} (at least 0.3)"
+    if not (apart <= 0.02 and fall >= 0.3):  # NaN is neither
+        raise SystemExit(f"FAILED: {told}")
+    print(told)
 
 
 if __name__ == "__main__":
