@@ -143,8 +143,8 @@ def rows(given: argparse.Namespace, tokens: int, bus: int, device: torch.device,
             f"{resident} resident, {streamed} streamed, {E - resident - streamed} CPU{' (chosen)' * (split == choice)}"
         )
         print(
-            f"{tokens} tokens, bus 1/{bus}: {told}: {seconds:.3f} s (fastest {made[-1]['fastest_step']:.3f}), predicted "
-            f"{rest + times.seconds:.3f}, bound {bound:.3f}; "
+            f"{tokens} tokens, bus 1/{bus}: {told}: {seconds:.3f} s (at best {made[-1]['fastest_step']:.3f}), "
+            f"predicted {rest + times.seconds:.3f}, bound {bound:.3f}; "
             + "  ".join(f"{name} {value:.3f}" for name, value in part[split].items()),
             flush=True,
         )
