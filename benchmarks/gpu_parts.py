@@ -71,8 +71,10 @@ def watch(model: Any, parts: Parts) -> None:
         backend = layer._runner.backend
         for one in [part.backend for part in getattr(backend, "parts", ())] or [backend]:
             if one.device.type == "cpu" and one.name != "streamed":
-                one.forward = parts.of_host("operator forward", one.forward)
-                one.backward = parts.of_host("operator backward", one.backward)
+                for direction in ("forward", "backward"):
+                    beside = f"{direction}_beside"  # through which the other goes, where there is one
+                    name = beside if hasattr(one, beside) else direction
+                    setattr(one, name, parts.of_host(f"operator {direction}", getattr(one, name)))
 
 
 def watch_transfers(parts: Parts) -> None:

@@ -2,6 +2,7 @@
 
 The three tiers work at the same time: weights cross the bus, the GPU computes what has arrived, the operators compute
 the rest. So a layer takes as long as the slowest of them, forward and backward, and a step as long as its layers.
+Weights have a start: as many as the buffers hold cross the bus while the GPU computes attention.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from .backends import ExpertShape
 from .backends.streamer import BUFFERS, CHUNK_BYTES
 from .tiers import Tiers
 
+# Seconds of a layer besides its experts, forward and backward (with a checkpoint's recompute): what Python needs to
+# launch a DeepSeek-V2-Lite layer with LoRA (H200, Xeon). More work takes longer.
+REST = 4e-3, 8e-3
+
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of the operators for a layer, in one direction."""
+    """Seconds of a layer's part on the CPU, in one direction: copies from and to the GPU among them."""
 
     fixed: float  # a call
+    per_token: float  # whether it is for one of the experts or for none of them
     per_expert: float  # that has tokens
     per_row: float  # a token for an expert
 
-    def seconds(self, experts: float, rows: float) -> float:
-        return self.fixed + self.per_expert * experts + self.per_row * rows
+    def seconds(self, tokens: float, experts: float, rows: float) -> float:
+        return self.fixed + self.per_token * tokens + self.per_expert * experts + self.per_row * rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Rates:
 
     Attributes:
         pcie_bytes_per_s: From page-locked memory to the GPU; 0 if there is no such memory to be had.
-        forward: Of the operators, and `backward`.
+        forward: Of the part on the CPU, and `backward`.
         gpu_forward_rows_per_s: Tokens for an expert, whose weights are there; and `gpu_backward_rows_per_s`.
         assumed: Not measured.
     """
@@ -139,8 +145,7 @@ def plan(
         cpu = E - resident - streamed
         if cpu < 0 or 0 < cpu < shape.top_k:
             continue
-        buffers = BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
-        if resident * size * layers + buffers > free_gpu_bytes and resident + streamed:
+        if resident * size * layers + buffer_bytes(shape, streamed) > free_gpu_bytes and resident + streamed:
             continue
         found = predicted(rates, shape, layers, load, resident, streamed)
         if best is None or (found.seconds, resident + streamed, resident) < (
@@ -153,8 +158,9 @@ def plan(
 
 @dataclass(frozen=True)
 class _Load:
-    """Sums over the most used experts of a layer, from none to all: their rows, and how many of them have any."""
+    """Tokens, and sums over the most used experts of a layer, from none to all: their rows, and how many have any."""
 
+    tokens: int
     rows: list[float]
     touched: list[float]
 
@@ -165,7 +171,7 @@ class _Load:
         rows = [tokens * shape.top_k * share / sum(shares) for share in shares]
         # Tokens choose independently of each other: an expert that expects n of them has none with probability e^-n.
         touched = [1 - math.exp(-n) for n in rows]
-        return cls([0.0, *itertools.accumulate(rows)], [0.0, *itertools.accumulate(touched)])
+        return cls(tokens, [0.0, *itertools.accumulate(rows)], [0.0, *itertools.accumulate(touched)])
 
 
 def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, resident: int, streamed: int) -> Split:
@@ -173,19 +179,26 @@ def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, reside
     on_gpu, E = resident + streamed, shape.num_experts
     moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape)
     stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
+    ahead = buffer_bytes(shape, streamed) / rates.pcie_bytes_per_s if streamed else 0.0
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
-    for line, gpu_rate in (
-        (rates.forward, rates.gpu_forward_rows_per_s),
-        (rates.backward, rates.gpu_backward_rows_per_s),
+    for line, gpu_rate, rest in (
+        (rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
+        (rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
     ):
-        cpu = line.seconds(cpu_touched, cpu_rows) if on_gpu < E else 0.0
+        cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
         gpu = load.rows[on_gpu] / gpu_rate
-        total += max(stream, cpu, gpu)
+        total += max(stream - min(rest, ahead, stream), cpu, gpu)
         cpu_total, gpu_total = cpu_total + cpu, gpu_total + gpu
     return Split(
         resident, streamed, E - on_gpu, layers * total, 2 * layers * stream, layers * cpu_total, layers * gpu_total
     )
+
+
+def buffer_bytes(shape: ExpertShape, streamed: int) -> int:
+    """Of the GPU's buffers for so many streamed experts a layer."""
+    size = expert_bytes(shape)
+    return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
 
 
 def assumed_rates(shape: ExpertShape) -> Rates:
@@ -193,8 +206,8 @@ def assumed_rates(shape: ExpertShape) -> Rates:
     scale = shape.hidden_size * shape.intermediate_size / (2048 * 1408)
     return Rates(
         pcie_bytes_per_s=55e9,
-        forward=Line(0.5e-3, 80e-6 * scale, 1.9e-6 * scale),
-        backward=Line(0.5e-3, 100e-6 * scale, 3.2e-6 * scale),
+        forward=Line(3e-3, 1e-6, 60e-6 * scale, 2.6e-6 * scale),
+        backward=Line(4e-3, 2e-6, 60e-6 * scale, 4.2e-6 * scale),
         gpu_forward_rows_per_s=12e6 / scale,
         gpu_backward_rows_per_s=4e6 / scale,
         assumed=True,

@@ -1,4 +1,5 @@
-"""Measuring what the planner goes by: the bus, the operators and the GPU, on a few experts that are thrown away."""
+"""Measuring what the planner goes by: the bus, a layer's part on the CPU, and the GPU, on a few experts that are thrown
+away."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, pack
 from .backends.host_weights import lock_pages, unlock_pages
+from .backends.split_pack import pack_split
+from .backends.streamer import Streamer
 from .backends.torch_cuda import gpu_backend
 from .cpu import ThreadPlan
 from .errors import KTAMXError
@@ -21,7 +24,8 @@ logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20
 _RANK = 8
 _EXPERTS = 16  # of the small layer, more where tokens are sent to more
-_TOKENS = (128, 1024)
+_TOKENS = (128, 2048)
+_LONG = 1.0  # seconds, after which a measurement is not repeated
 _GPU_TOKENS = 4096
 
 
@@ -47,15 +51,20 @@ def measure_rates(
     """
     count = min(shape.num_experts, max(_EXPERTS, 2 * shape.top_k))
     small = ExpertShape(count, shape.top_k, shape.hidden_size, shape.intermediate_size)
+    resident = range(count - max(shape.top_k, count // 2))  # the others on the CPU, of which a token needs so many
+
+    def on_cpu(weights: ExpertWeights, shape: ExpertShape) -> ExpertsBackend:
+        return pack(backend, weights, shape, _RANK, plan, max(tokens), False, True, "a measurement")
+
     with CALL_LOCK, torch.no_grad():
-        on_cpu = pack(backend, _weights(small), small, _RANK, plan, max(tokens), False, True, "a measurement")
-        forward, backward = _lines(on_cpu, small, tokens)
-        del on_cpu
+        split = pack_split(_weights(small), small, resident, [], Streamer(device), torch.bfloat16, on_cpu)
+        forward, backward = _lines(split, resident, tokens)
+        del split
         on_gpu = gpu_backend(_moved(_weights(small), device), small)
-        x, ids = _inputs(small, gpu_tokens, count)
-        there = tuple(t.to(device) for t in (x.to(on_gpu.dtype), ids, _even(ids)))
-        there_and_back = _times(on_gpu, small, *there)
-        gpu_forward, gpu_backward = (gpu_tokens * shape.top_k / seconds for seconds in there_and_back)
+        x, ids = _inputs(small, gpu_tokens, range(count))
+        gpu_forward, gpu_backward = (
+            gpu_tokens * shape.top_k / seconds for seconds in _times(on_gpu, x.to(on_gpu.dtype), ids)
+        )
         rates = Rates(_copy_rate(device, copy_bytes), forward, backward, gpu_forward, gpu_backward)
     logger.info("kt_hf: measured %s", rates)
     return rates
@@ -82,30 +91,31 @@ def _moved(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     return ExpertWeights(weights.gate_up.to(device), weights.down.to(device))
 
 
-def _inputs(shape: ExpertShape, tokens: int, used: int) -> tuple[Tensor, Tensor]:
-    """Hidden states, and ids that use the first `used` experts evenly."""
-    ids = (torch.arange(tokens * shape.top_k, device="cpu") % used).view(tokens, shape.top_k)
-    return _random((tokens, shape.hidden_size)), ids
+def _inputs(shape: ExpertShape, tokens: int, used: range) -> tuple[Tensor, Tensor]:
+    """Hidden states, and ids that use these experts evenly."""
+    ids = used.start + torch.arange(tokens * shape.top_k, device="cpu") % len(used)
+    return _random((tokens, shape.hidden_size)), ids.view(tokens, shape.top_k)
 
 
-def _lines(backend: ExpertsBackend, shape: ExpertShape, tokens: Sequence[int]) -> list[Line]:
-    """The operators' model, forward and backward, by least squares over lengths and numbers of experts used."""
-    few = max(shape.top_k, shape.num_experts // 2)
+def _lines(split: ExpertsBackend, resident: range, tokens: Sequence[int]) -> list[Line]:
+    """The model of the part on the CPU, forward and backward, by least squares over lengths, numbers of experts used,
+    and tokens that are for none of them."""
+    shape, first = split.shape, len(resident)
     points, seconds = [], []
-    for T, used in itertools.product(tokens, sorted({few, shape.num_experts})):
+    few = range(first, first + shape.top_k)
+    for T, used, idle in itertools.product(tokens, {range(first, shape.num_experts), few}, (0, 2)):
         x, ids = _inputs(shape, T, used)
-        seconds.append(_times(backend, shape, x.to(backend.dtype), ids, _even(ids)))
-        points.append([1.0, float(used), float(T * shape.top_k)])
+        ids[: T * idle // 3] = -1
+        seconds.append(_times(split, x.to(split.dtype), ids))
+        points.append([1.0, float(T), float(len(used)), float((ids >= 0).sum())])
     return [fitted(points, [pair[direction] for pair in seconds]) for direction in (0, 1)]
 
 
 def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
-    """The line through measured points (1, experts, rows), without negative terms: what would be one is left out."""
-    kept = [0, 1, 2]
-    a, b = (
-        torch.tensor(points, dtype=torch.float64, device="cpu"),
-        torch.tensor(seconds, dtype=torch.float64, device="cpu"),
-    )
+    """The line through measured points (1, tokens, experts, rows), without negative terms: what would be one is left
+    out."""
+    kept = [0, 1, 2, 3]
+    a, b = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (points, seconds))
     while True:
         scale = a[:, kept].amax(0)
         found = torch.linalg.lstsq(a[:, kept] / scale, b.unsqueeze(1), driver="gelsd").solution[:, 0] / scale
@@ -113,19 +123,20 @@ def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
             break
         kept.pop(int(found.argmin()))
     terms = dict(zip(kept, found.clamp(min=0).tolist(), strict=True))
-    return Line(*(terms.get(i, 0.0) for i in range(3)))
+    return Line(*(terms.get(i, 0.0) for i in range(4)))
 
 
-def _times(backend: ExpertsBackend, shape: ExpertShape, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[float, float]:
-    """The best seconds of a forward and of a backward, of three."""
-    backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in shape.lora_shapes(_RANK)))
+def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, float]:
+    """The best seconds of a forward and of a backward, of three at most."""
+    x, ids, weights = (tensor.to(backend.device) for tensor in (x, ids, _even(ids)))
+    backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
     done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
-    found = []
+    found: list[tuple[float, float]] = []
     before = torch.get_num_threads()
     if backend.own_threads:  # as in training
         torch.set_num_threads(1)
     try:
-        for _ in range(3):
+        while len(found) < 3 and sum(map(sum, found)) < _LONG:
             done()
             begin = time.perf_counter()
             _, saved = backend.forward(x, ids, weights, save=True)

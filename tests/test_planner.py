@@ -19,7 +19,7 @@ from kt_hf.backends import ExpertShape
 from kt_hf.backends.streamer import BUFFERS, CHUNK_BYTES
 from kt_hf.cpu import plan_threads
 from kt_hf.placement import Placement
-from kt_hf.planner import Line, Rates, Room, Split, assumed_rates, expert_bytes, plan
+from kt_hf.planner import REST, Line, Rates, Room, Split, assumed_rates, expert_bytes, plan
 from kt_hf.rates import fitted, measure_rates
 from tests.conftest import make_config
 from tests.helpers import MIXTRAL
@@ -28,7 +28,7 @@ LITE = ExpertShape(64, 6, 2048, 1408)
 SMALL = ExpertShape(12, 3, 256, 128)
 RATES = assumed_rates(LITE)
 GB = 10**9
-GENERAL = Rates(20e9, Line(1e-3, 5e-6, 4e-6), Line(1e-3, 9e-6, 7e-6), 3e5, 1e5)
+GENERAL = Rates(20e9, Line(1e-3, 1e-7, 5e-6, 4e-6), Line(1e-3, 2e-7, 9e-6, 7e-6), 3e5, 1e5)
 
 
 def brute_force(
@@ -46,14 +46,14 @@ def brute_force(
             continue
         stream = sum(used[e] for e in range(r, r + s)) * size / rates.pcie_bytes_per_s
         seconds = 0.0
-        for line, gpu in (
-            (rates.forward, rates.gpu_forward_rows_per_s),
-            (rates.backward, rates.gpu_backward_rows_per_s),
+        for line, gpu, attention in (
+            (rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
+            (rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
         ):
-            operators = (
-                line.fixed + sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu) if cpu else 0.0
-            )
-            seconds += max(stream, operators, sum(rows[: r + s]) / gpu)
+            operators = line.fixed + line.per_token * tokens if cpu else 0.0
+            operators += sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu)
+            late = max(0.0, stream - min(attention, buffers / rates.pcie_bytes_per_s))
+            seconds += max(late, operators, sum(rows[: r + s]) / gpu)
         found[r, s] = seconds * layers
     return found
 
@@ -116,7 +116,9 @@ def test_what_it_chooses() -> None:
     slow = dataclasses.replace(RATES, pcie_bytes_per_s=2e9)
     assert plan(slow, LITE, 26, 512, 2 * GB).streamed < 8
     skewed = [0.5, 0.3] + [0.2 / 62] * 62
-    assert plan(RATES, LITE, 26, 8192, 2 * GB, skewed).seconds < little.seconds
+    for tokens, streaming in ((16, True), (8192, False)):
+        even = plan(RATES, LITE, 26, tokens, 2 * GB, streaming=streaming)
+        assert plan(RATES, LITE, 26, tokens, 2 * GB, skewed, streaming).seconds < even.seconds
 
 
 def test_memory_for_experts() -> None:
@@ -131,14 +133,14 @@ def test_memory_for_experts() -> None:
 
 def test_fitting() -> None:
     """Exact lines are found, and noise makes no negative terms."""
-    line = Line(2e-3, 3e-5, 4e-6)
-    points = [(1.0, float(e), float(n)) for e, n in itertools.product((8, 16), (256, 4096))]
-    found = fitted(points, [line.seconds(e, n) for _, e, n in points])
+    line = Line(2e-3, 5e-7, 3e-5, 4e-6)
+    points = [(1.0, float(t), float(e), float(n)) for t, e, n in itertools.product((64, 2048), (8, 16), (256, 4096))]
+    found = fitted(points, [line.seconds(t, e, n) for _, t, e, n in points])
     assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(line), rel=1e-6)
-    steep = fitted(points, [1e-6 * n for _, _, n in points])
+    steep = fitted(points, [1e-6 * n for _, _, _, n in points])
     assert min(dataclasses.astuple(steep)) >= 0
     assert steep.per_row == pytest.approx(1e-6, rel=1e-3)
-    falling = fitted(points, [1.0 - 1e-2 * e for _, e, _ in points])
+    falling = fitted(points, [1.0 - 1e-2 * e for _, _, e, _ in points])
     assert min(dataclasses.astuple(falling)) >= 0
 
 
@@ -150,7 +152,7 @@ def test_measured(backend: str) -> None:
         shape, torch.device("cpu"), plan_threads(1, False), backend, tokens=(8, 64), copy_bytes=1 << 20, gpu_tokens=64
     )
     for line in (rates.forward, rates.backward):
-        assert line.seconds(8, 128) > 0
+        assert line.seconds(64, 8, 128) > 0
     assert min(rates.pcie_bytes_per_s, rates.gpu_forward_rows_per_s, rates.gpu_backward_rows_per_s) > 0
     assert not rates.assumed
     assert torch.equal(torch.get_rng_state(), state)

@@ -7,6 +7,7 @@ what a model takes.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from collections.abc import Sequence
 
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from ..errors import KTAMXError
 from .base import ExpertWeights
-
-_PAGE = 4096
 
 
 class HostWeights:
@@ -94,7 +93,5 @@ def unlock_pages(tensor: Tensor) -> None:
 def _own_pages(size: tuple[int, ...]) -> Tensor:
     """bf16 memory whose pages nobody else uses: a page cannot be locked twice."""
     count = torch.Size(size).numel()
-    used = -(-count * 2 // _PAGE) * _PAGE
-    raw = torch.empty(used + _PAGE, dtype=torch.uint8, device="cpu")
-    skip = -raw.data_ptr() % _PAGE
-    return raw[skip : skip + count * 2].view(torch.bfloat16).view(size)
+    pages = mmap.mmap(-1, 2 * max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.bfloat16, count=max(count, 1))[:count].view(size)

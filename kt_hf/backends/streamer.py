@@ -22,7 +22,7 @@ from torch import Tensor
 from .host_weights import HostWeights
 from .runs import runs
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 256 * 2**20
 BUFFERS = 3
 
 

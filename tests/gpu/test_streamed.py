@@ -260,4 +260,5 @@ def test_measured_rates(name: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     rates = measure_rates(ExpertShape(16, 4, 512, 256), device, plan_threads(None, False), name)
     assert 1e9 < rates.pcie_bytes_per_s < 1e12
-    assert rates.gpu_forward_rows_per_s > rates.gpu_backward_rows_per_s > 0
+    for rows in (rates.gpu_forward_rows_per_s, rates.gpu_backward_rows_per_s):
+        assert 1e4 < rows < 1e9
