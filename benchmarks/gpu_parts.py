@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kt_hf import autograd, experts, rates, runner
 from kt_hf.backends import grouped, split, streamed, streamer, transfer
@@ -71,10 +70,8 @@ def watch(model: Any, parts: Parts) -> None:
         backend = layer._runner.backend
         for one in [part.backend for part in getattr(backend, "parts", ())] or [backend]:
             if one.device.type == "cpu" and one.name != "streamed":
-                for direction in ("forward", "backward"):
-                    beside = f"{direction}_beside"  # through which the other goes, where there is one
-                    name = beside if hasattr(one, beside) else direction
-                    setattr(one, name, parts.of_host(f"operator {direction}", getattr(one, name)))
+                one.forward = parts.of_host("operator forward", one.forward)
+                one.backward = parts.of_host("operator backward", one.backward)
 
 
 def watch_transfers(parts: Parts) -> None:
@@ -134,15 +131,17 @@ class Steps:
 @contextlib.contextmanager
 def slower_bus(times: int) -> Iterator[None]:
     """Copies of streamed weights take so many times as long, also where the planner measures them: 2 is PCIe 4."""
-    copy, rate = streamer.Streamer._copy, rates._copy_rate
+    kept = streamer.Streamer._copy, rates._Bus._copy
 
-    def repeated(self: Any, source: Tensor, target: Tensor) -> None:
-        for _ in range(times):
-            copy(self, source, target)
+    def repeated(copy: Callable[..., None]) -> Callable[..., None]:
+        def copying(*args: Any) -> None:
+            for _ in range(times):
+                copy(*args)
 
-    streamer.Streamer._copy = repeated  # type: ignore[method-assign]
-    rates._copy_rate = lambda *args: rate(*args) / times
+        return copying
+
+    streamer.Streamer._copy, rates._Bus._copy = map(repeated, kept)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        streamer.Streamer._copy, rates._copy_rate = copy, rate  # type: ignore[method-assign]
+        streamer.Streamer._copy, rates._Bus._copy = kept  # type: ignore[method-assign]

@@ -43,6 +43,8 @@ class Rates:
     Attributes:
         pcie_bytes_per_s: From page-locked memory to the GPU; 0 if there is no such memory to be had.
         forward: Of the part on the CPU, and `backward`.
+        busy_forward: Of the same while weights are streamed: they take memory's bandwidth, and the way of the results
+            to the GPU. And `busy_backward`.
         gpu_forward_rows_per_s: Tokens for an expert, whose weights are there; and `gpu_backward_rows_per_s`.
         assumed: Not measured.
     """
@@ -50,6 +52,8 @@ class Rates:
     pcie_bytes_per_s: float
     forward: Line
     backward: Line
+    busy_forward: Line
+    busy_backward: Line
     gpu_forward_rows_per_s: float
     gpu_backward_rows_per_s: float
     assumed: bool = False
@@ -183,8 +187,8 @@ def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, reside
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate, rest in (
-        (rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
-        (rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
+        (rates.busy_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
+        (rates.busy_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
     ):
         cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
         gpu = load.rows[on_gpu] / gpu_rate
@@ -206,8 +210,10 @@ def assumed_rates(shape: ExpertShape) -> Rates:
     scale = shape.hidden_size * shape.intermediate_size / (2048 * 1408)
     return Rates(
         pcie_bytes_per_s=55e9,
-        forward=Line(3e-3, 1e-6, 60e-6 * scale, 2.6e-6 * scale),
-        backward=Line(4e-3, 2e-6, 60e-6 * scale, 4.2e-6 * scale),
+        forward=Line(2.5e-3, 1.2e-6, 40e-6 * scale, 2.8e-6 * scale),
+        backward=Line(4e-3, 2.5e-6, 40e-6 * scale, 4.6e-6 * scale),
+        busy_forward=Line(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
+        busy_backward=Line(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
         gpu_forward_rows_per_s=12e6 / scale,
         gpu_backward_rows_per_s=4e6 / scale,
         assumed=True,

@@ -3,6 +3,7 @@ away."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -25,7 +26,7 @@ _COPY_BYTES = 256 * 2**20
 _RANK = 8
 _EXPERTS = 16  # of the small layer, more where tokens are sent to more
 _TOKENS = (128, 2048)
-_LONG = 1.0  # seconds, after which a measurement is not repeated
+_LONG, _FIRST = 1.0, 0.1  # seconds: a measurement of so many is not repeated; how long the first may take
 _GPU_TOKENS = 4096
 
 
@@ -56,16 +57,15 @@ def measure_rates(
     def on_cpu(weights: ExpertWeights, shape: ExpertShape) -> ExpertsBackend:
         return pack(backend, weights, shape, _RANK, plan, max(tokens), False, True, "a measurement")
 
-    with CALL_LOCK, torch.no_grad():
+    with CALL_LOCK, torch.no_grad(), _Bus(device, copy_bytes) as bus:
         split = pack_split(_weights(small), small, resident, [], Streamer(device), torch.bfloat16, on_cpu)
-        forward, backward = _lines(split, resident, tokens)
+        quiet = _lines(split, resident, tokens, None)
+        busy = _lines(split, resident, tokens, bus) if bus.bytes_per_s else quiet
         del split
         on_gpu = gpu_backend(_moved(_weights(small), device), small)
         x, ids = _inputs(small, gpu_tokens, range(count))
-        gpu_forward, gpu_backward = (
-            gpu_tokens * shape.top_k / seconds for seconds in _times(on_gpu, x.to(on_gpu.dtype), ids)
-        )
-        rates = Rates(_copy_rate(device, copy_bytes), forward, backward, gpu_forward, gpu_backward)
+        forward, backward = (gpu_tokens * shape.top_k / took for took in _times(on_gpu, x.to(on_gpu.dtype), ids, None))
+        rates = Rates(bus.bytes_per_s, *quiet, *busy, forward, backward)
     logger.info("kt_hf: measured %s", rates)
     return rates
 
@@ -97,18 +97,19 @@ def _inputs(shape: ExpertShape, tokens: int, used: range) -> tuple[Tensor, Tenso
     return _random((tokens, shape.hidden_size)), ids.view(tokens, shape.top_k)
 
 
-def _lines(split: ExpertsBackend, resident: range, tokens: Sequence[int]) -> list[Line]:
+def _lines(split: ExpertsBackend, resident: range, tokens: Sequence[int], bus: _Bus | None) -> tuple[Line, Line]:
     """The model of the part on the CPU, forward and backward, by least squares over lengths, numbers of experts used,
-    and tokens that are for none of them."""
+    and tokens that are for none of them; with `bus` while that is busy."""
     shape, first = split.shape, len(resident)
     points, seconds = [], []
     few = range(first, first + shape.top_k)
     for T, used, idle in itertools.product(tokens, {range(first, shape.num_experts), few}, (0, 2)):
         x, ids = _inputs(shape, T, used)
         ids[: T * idle // 3] = -1
-        seconds.append(_times(split, x.to(split.dtype), ids))
+        seconds.append(_times(split, x.to(split.dtype), ids, bus))
         points.append([1.0, float(T), float(len(used)), float((ids >= 0).sum())])
-    return [fitted(points, [pair[direction] for pair in seconds]) for direction in (0, 1)]
+    forward, backward = zip(*seconds, strict=True)
+    return fitted(points, forward), fitted(points, backward)
 
 
 def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
@@ -126,17 +127,19 @@ def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
     return Line(*(terms.get(i, 0.0) for i in range(4)))
 
 
-def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, float]:
+def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor, bus: _Bus | None) -> tuple[float, float]:
     """The best seconds of a forward and of a backward, of three at most."""
     x, ids, weights = (tensor.to(backend.device) for tensor in (x, ids, _even(ids)))
     backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
-    done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
+    done: Callable[[], None] = torch.cuda.current_stream(x.device).synchronize if x.is_cuda else lambda: None
     found: list[tuple[float, float]] = []
     before = torch.get_num_threads()
     if backend.own_threads:  # as in training
         torch.set_num_threads(1)
     try:
         while len(found) < 3 and sum(map(sum, found)) < _LONG:
+            if bus:
+                bus.keep_busy(sum(found[-1]) if found else _FIRST)
             done()
             begin = time.perf_counter()
             _, saved = backend.forward(x, ids, weights, save=True)
@@ -146,30 +149,60 @@ def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, floa
             backend.backward(saved, x)
             done()
             found.append((middle - begin, time.perf_counter() - middle))
+            if bus:
+                bus.wait()
     finally:
         torch.set_num_threads(before)
     return min(f for f, _ in found), min(b for _, b in found)
 
 
-def _copy_rate(device: torch.device, size: int) -> float:
-    """Bytes a second from page-locked memory; 0 where memory cannot be locked."""
-    source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
-    target = torch.empty(size, dtype=torch.uint8, device=device)
-    done: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
-    try:
-        locked = lock_pages(source)
-    except KTAMXError as error:
-        logger.warning("kt_hf: experts cannot be streamed, so none are planned to be: %s", error)
-        return 0.0
-    best = float("inf")
-    try:
+class _Bus:
+    """Copies from page-locked memory to the GPU, beside its other work.
+
+    Attributes:
+        bytes_per_s: Measured; 0 where memory cannot be locked.
+    """
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
+        self._target = torch.empty(size, dtype=torch.uint8, device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._locked = False
+        self.bytes_per_s = 0.0
+
+    def __enter__(self) -> _Bus:
+        try:
+            self._locked = lock_pages(self._source)
+        except KTAMXError as error:
+            logger.warning("kt_hf: experts cannot be streamed, so none are planned to be: %s", error)
+            return self
+        self.bytes_per_s = self._measured()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        if self._locked:
+            unlock_pages(self._source)
+
+    def _measured(self) -> float:
+        best = float("inf")
         for _ in range(3):
-            done()
+            self.wait()
             begin = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            done()
+            self._copy()
+            self.wait()
             best = min(best, time.perf_counter() - begin)
-    finally:
-        if locked:
-            unlock_pages(source)
-    return size / best
+        return self._source.nbytes / best
+
+    def keep_busy(self, seconds: float) -> None:
+        """Copy for about so long; nothing waits for it."""
+        for _ in range(1 + int(seconds * self.bytes_per_s / self._source.nbytes)):
+            self._copy()
+
+    def wait(self) -> None:
+        if self._stream:
+            self._stream.synchronize()
+
+    def _copy(self) -> None:
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            self._target.copy_(self._source, non_blocking=True)

@@ -3,7 +3,6 @@ Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -101,20 +100,6 @@ class CountsRows(Protocol):
         self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
     ) -> tuple[Tensor, Saved | None]:
         """As `forward`, which asks for the counts itself."""
-
-
-@runtime_checkable
-class Asynchronous(Protocol):
-    """What a backend has besides, if the caller can do something else while it computes: `meanwhile` is called once, on
-    the caller's thread, and its errors are the caller's."""
-
-    def forward_beside(
-        self, meanwhile: Callable[[], None] | None, x: Tensor, ids: Tensor, weights: Tensor, save: bool
-    ) -> tuple[Tensor, Saved | None]:
-        """As `forward`."""
-
-    def backward_beside(self, meanwhile: Callable[[], None] | None, saved: Saved, grad_output: Tensor) -> Gradients:
-        """As `backward`."""
 
 
 class ExpertsBackend(Protocol):

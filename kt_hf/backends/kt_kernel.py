@@ -11,7 +11,6 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,18 +263,14 @@ class KTKernelBackend:
         return tuple(t.clone() for t in self._lora) if self._lora_on else ()
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
-        return self.forward_beside(None, x, ids, weights, save)
-
-    def forward_beside(
-        self, meanwhile: Callable[[], None] | None, x: Tensor, ids: Tensor, weights: Tensor, save: bool
-    ) -> tuple[Tensor, Saved | None]:
         T, K = self._check_inputs(x, ids, weights)
         out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
-        pointers = (tensor.data_ptr() for tensor in (ids, weights, x, out))
-        self._call("forward_sft", (length.data_ptr(), K, *pointers, save), meanwhile)
+        self._moe.forward_sft(
+            length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), save
+        )
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
@@ -285,9 +280,6 @@ class KTKernelBackend:
         return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
-        return self.backward_beside(None, saved, grad_output)
-
-    def backward_beside(self, meanwhile: Callable[[], None] | None, saved: Saved, grad_output: Tensor) -> Gradients:
         self._check_process()
         if not self.can_backward(saved):
             raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
@@ -307,21 +299,10 @@ class KTKernelBackend:
                 buffer.zero_()
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
         self._cache.holds = 0  # one backward a saved forward
-        outer = grad_output.data_ptr(), grad_input.data_ptr()
-        self._call("backward", (*outer, *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0), meanwhile)
+        self._moe.backward(
+            grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
+        )
         return Gradients(grad_input, grad_weights, self._grads)
-
-    def _call(self, name: str, arguments: tuple[Any, ...], meanwhile: Callable[[], None] | None) -> None:
-        """Run an operator; with `meanwhile` on kt-kernel's own thread, while this one runs that."""
-        if meanwhile is None:
-            getattr(self._moe, name)(*arguments)
-            return
-        cpu_infer = self._engine.cpu_infer
-        cpu_infer.submit(getattr(self._moe, f"{name}_task")(*arguments))
-        try:
-            meanwhile()
-        finally:  # interrupted as well: the operator reads and writes the caller's tensors
-            cpu_infer.sync()
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
         return careful_backward(self, x, ids, weights, grad_output, bad)

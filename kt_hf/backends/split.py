@@ -4,23 +4,23 @@ Each part gets the same tokens, with its own numbers for its experts and -1 for 
 input gradients are added: exact, for a backend gives nothing for -1. The order of work in both directions:
 
 1. The inputs' copies to the CPU are issued, and in forward that of the row counts which a streamed part needs.
-2. The copies are waited for.
-3. The part on the CPU begins. While it computes, the parts on the GPU are launched, which takes the host some
-   milliseconds; nothing waits for them. (A backend that cannot begin without its caller's waiting is called last.)
-4. Its result is copied back and added to the others', on the GPU, without a wait.
+2. The parts on the GPU are launched. Nothing waits for them.
+3. The copies are waited for. A streamed part is launched with its counts, which takes the host a moment; then the parts
+   on the CPU are computed.
+4. Their results are copied back and added to the others', on the GPU, without a wait.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Asynchronous, CountsRows, ExpertsBackend, ExpertShape, Gradients, Saved
+from .base import CountsRows, ExpertsBackend, ExpertShape, Gradients, Saved
 from .finite import all_finite, is_finite
 from .runs import runs
 from .transfer import Arriving, to_device, to_host
@@ -142,21 +142,16 @@ class SplitBackend:
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         own = [part.own_ids(ids) for part in self.parts]
-        inputs, counts = self._arrived(self._inputs_to_cpu(x, weights, own))
+        arriving = self._inputs_to_cpu(x, weights, own)
         results: dict[int, tuple[Tensor, Saved | None]] = {}
-
-        def launch() -> None:
-            for i in self._at_once:
-                results[i] = self.parts[i].backend.forward(x, own[i], weights, save)
-            for i in self._counted:
-                backend: Any = self.parts[i].backend
-                results[i] = backend.forward_counted(x, own[i], weights, save, counts[i])
-
-        for i, backend, meanwhile in self._on_cpu(launch):
-            if meanwhile:
-                results[i] = backend.forward_beside(meanwhile, *inputs[i], save)
-            else:
-                results[i] = backend.forward(*inputs[i], save)
+        for i in self._at_once:
+            results[i] = self.parts[i].backend.forward(x, own[i], weights, save)
+        inputs, counts = self._arrived(arriving)
+        for i in self._counted:
+            backend: Any = self.parts[i].backend
+            results[i] = backend.forward_counted(x, own[i], weights, save, counts[i])
+        for i in self._here:
+            results[i] = self.parts[i].backend.forward(*inputs[i], save)
         total = self._sum([results[i][0] for i in sorted(results)])
         if not save:
             return total, None
@@ -166,15 +161,13 @@ class SplitBackend:
         assert isinstance(saved, _SplitSaved)
         here = self._here
         wanted = [grad_output, all_finite(grad_output)] if here else []
-        arrived = to_host(wanted, [self._cpu_dtypes()[0], torch.bool] if here else []).wait()
+        arriving = to_host(wanted, [self._cpu_dtypes()[0], torch.bool] if here else [])
         results: dict[int, Gradients] = {}
-
-        def launch() -> None:
-            for i in (*self._at_once, *self._counted):
-                results[i] = self.parts[i].backend.backward(_kept(saved, i), grad_output)
-
-        for i, _, meanwhile in self._on_cpu(launch):
-            results[i] = self._cpu_backward(i, meanwhile, saved, *arrived)
+        for i in (*self._at_once, *self._counted):
+            results[i] = self.parts[i].backend.backward(_kept(saved, i), grad_output)
+        arrived = arriving.wait()
+        for i in here:
+            results[i] = self._cpu_backward(i, saved, *arrived)
         found = [results[i] for i in sorted(results)]
         hidden = self._sum([one.hidden_states for one in found])
         # A part's own weights only: what a backend writes for -1 is no gradient.
@@ -189,37 +182,19 @@ class SplitBackend:
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
         return None  # done part by part in backward
 
-    def _on_cpu(self, launch: Callable[[], None]) -> Iterator[tuple[int, Any, Callable[[], None] | None]]:
-        """The parts on the CPU, with `launch` for the one to call that computes meanwhile. Without any it is called
-        first."""
-        waiting = next((i for i in self._here if isinstance(self.parts[i].backend, Asynchronous)), None)
-        if waiting is None:
-            launch()
-        for i in self._here:
-            yield i, self.parts[i].backend, launch if i == waiting else None
-
-    def _cpu_backward(
-        self, i: int, meanwhile: Callable[[], None] | None, saved: _SplitSaved, grad_output: Tensor, fine: Tensor
-    ) -> Gradients:
+    def _cpu_backward(self, i: int, saved: _SplitSaved, grad_output: Tensor, fine: Tensor) -> Gradients:
         part = self.parts[i]
-        backend: Any = part.backend
         if not fine:  # the GPU's part carries it on, the operators might not
-            if meanwhile:
-                meanwhile()
             T, K = saved.ids[i].shape
-            sizes = backend.shape.lora_shapes(backend.rank) if backend.rank else ()
+            sizes = part.backend.shape.lora_shapes(part.backend.rank) if part.backend.rank else ()
             lora = tuple(torch.full(size, torch.nan, device="cpu") for size in sizes)
             hidden = torch.full(grad_output.shape, torch.nan, device="cpu")
             return Gradients(hidden, torch.full((T, K), torch.nan, device="cpu"), lora)
-        kept = _kept(saved, i)
-        if meanwhile:
-            gradients = backend.backward_beside(meanwhile, kept, grad_output)
-        else:
-            gradients = backend.backward(kept, grad_output)
+        gradients = part.backend.backward(_kept(saved, i), grad_output)
         if not is_finite(gradients.hidden_states):
             bad = ~torch.isfinite(gradients.hidden_states).all(dim=1)
             inputs, _ = self._arrived(self._inputs_to_cpu(saved.x, saved.weights, saved.ids))
-            gradients = backend.careful_backward(*inputs[i], grad_output, bad) or gradients
+            gradients = part.backend.careful_backward(*inputs[i], grad_output, bad) or gradients
         return gradients
 
     def _cpu_dtypes(self) -> list[torch.dtype]:

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import KERNEL_MARKS
 
-from .operator import Operator, engine, error
+from .operator import Operator, error
 
 pytestmark = list(KERNEL_MARKS)
 
@@ -225,27 +225,3 @@ def test_zero_lora_b_equals_rank_zero_to_the_bit():
     with_lora.update_lora()
     batch = without.batch(64)
     assert torch.equal(with_lora.forward(*batch[:3]), without.forward(*batch[:3]))
-
-
-def test_tasks_give_the_bits_of_direct_calls_while_the_caller_computes():
-    op, beside = Operator(), torch.ones(256, 256)
-    batch = op.batch(512)
-    expected = op.forward(*batch[:3]), *(t.clone() for t in (lambda g: (g[0], g[1], *g[2]))(op.backward(batch[3])))
-    direct = op.moe
-
-    class Tasks:
-        """The operator's calls as tasks."""
-
-        def __getattr__(self, name):
-            def call(*args):
-                engine().submit(getattr(direct, f"{name}_task")(*args))
-                for _ in range(20):
-                    beside @ beside
-                engine().sync()
-
-            return call
-
-    op.moe = Tasks()
-    for _ in range(3):
-        got = op.forward(*batch[:3]), *(lambda g: (g[0], g[1], *g[2]))(op.backward(batch[3]))
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
