@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kt_hf import autograd, experts, rates, runner
 from kt_hf.backends import grouped, split, streamed, streamer, transfer
@@ -131,17 +132,15 @@ class Steps:
 @contextlib.contextmanager
 def slower_bus(times: int) -> Iterator[None]:
     """Copies of streamed weights take so many times as long, also where the planner measures them: 2 is PCIe 4."""
-    kept = streamer.Streamer._copy, rates._Bus._copy
+    copy, rate = streamer.Streamer._copy, rates._copy_rate
 
-    def repeated(copy: Callable[..., None]) -> Callable[..., None]:
-        def copying(*args: Any) -> None:
-            for _ in range(times):
-                copy(*args)
+    def repeated(self: Any, source: Tensor, target: Tensor) -> None:
+        for _ in range(times):
+            copy(self, source, target)
 
-        return copying
-
-    streamer.Streamer._copy, rates._Bus._copy = map(repeated, kept)  # type: ignore[method-assign]
+    streamer.Streamer._copy = repeated  # type: ignore[method-assign]
+    rates._copy_rate = lambda *args: rate(*args) / times
     try:
         yield
     finally:
-        streamer.Streamer._copy, rates._Bus._copy = kept  # type: ignore[method-assign]
+        streamer.Streamer._copy, rates._copy_rate = copy, rate  # type: ignore[method-assign]

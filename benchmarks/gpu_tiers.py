@@ -55,7 +55,7 @@ class Planned:
 
 
 def build(given: argparse.Namespace, where: Any, tokens: int, device: torch.device) -> Any:
-    settings = KTConfig(kt_lora_rank=given.rank, kt_expert_placement=where)
+    settings = KTConfig(kt_lora_rank=given.rank, kt_expert_placement=where, kt_moe_lora_device=given.lora_device)
     config = make_config("deepseek_v2", given.shape, given.layers)
     model = apply_kt_moe(make_model(config, device, stock=False), settings, tokens_per_step=tokens)
     model = adapted(model, given.rank, device)

@@ -198,7 +198,14 @@ def run(given: argparse.Namespace, device: torch.device) -> None:
     tried = [{"kt_expert_placement": one} for one in given.placement] or [{"kt_num_gpu_experts": n} for n in counts]
     for where in tried:
         begin = time.perf_counter()
-        settings = KTConfig(kt_backend=given.backend, kt_lora_rank=given.rank, kt_num_threads=given.threads, **where)
+        home = "gpu" if given.lora_device == ["gpu"] else "cpu"
+        settings = KTConfig(
+            kt_backend=given.backend,
+            kt_lora_rank=given.rank,
+            kt_num_threads=given.threads,
+            kt_moe_lora_device=home,
+            **where,
+        )
         tokens = max(given.batch) * given.sequence
         made = make_model(config, device, stock=False, own_memory=given.own_memory)
         model = apply_kt_moe(made, settings, tokens_per_step=tokens)

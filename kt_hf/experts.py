@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ExpertsFunction
-from .backends import CALL_LOCK, ExpertShape, ExpertWeights, SavedLayer, TorchBackend
+from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, TorchBackend
 from .backends.transfer import pin, to_device
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
@@ -86,9 +86,14 @@ class KTExperts(nn.Module):
         return [getattr(self, name) for name in PROJECTIONS]
 
     @property
+    def backend(self) -> ExpertsBackend:
+        """What computes now."""
+        return self._runner.backend
+
+    @property
     def backend_name(self) -> str:
-        """What computes now: `AMXBF16`, `torch`, or `torch` for the time before packing."""
-        return self._runner.backend.name
+        """`AMXBF16`, `torch`, or `torch` for the time before packing."""
+        return self.backend.name
 
     @property
     def packed(self) -> bool:

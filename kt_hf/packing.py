@@ -19,7 +19,7 @@ from .backends.streamer import Streamer
 from .config import KTConfig
 from .cpu import ThreadPlan
 from .errors import KTAMXConfigError
-from .planner import Room, expert_bytes
+from .planner import Room, Split, expert_bytes
 from .planner import plan as make_plan
 from .rates import measure_rates
 from .tiers import Tiers, asked_for, check_tiers, field_of
@@ -49,6 +49,7 @@ class Packer:
         saved: Packed weights on disk (`kt_weight_path`), checked to fit the model and the settings.
         tiers: How many experts of each layer are resident on the GPU and streamed to it; None before that is planned.
         placement: Which of them; None for the first.
+        planned: What was expected of the tiers, where they were planned.
     """
 
     config: KTConfig
@@ -61,6 +62,7 @@ class Packer:
     saved: SavedExperts | None = None
     tiers: Tiers | None = field(default_factory=Tiers)
     placement: Placement | None = field(default=None, init=False, repr=False)
+    planned: Split | None = field(default=None, init=False)
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
     _streamer: Streamer | None = field(default=None, init=False, repr=False)
@@ -121,6 +123,7 @@ class Packer:
         split = make_plan(rates, shape, len(shapes), tokens, left, popularity, streaming)
         check_tiers(split.tiers, self.config, shapes, self.backend != "torch")
         logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, split)
+        self.planned = split
         return split.tiers
 
     def pack(

@@ -2,7 +2,8 @@
 
 The three tiers work at the same time: weights cross the bus, the GPU computes what has arrived, the operators compute
 the rest. So a layer takes as long as the slowest of them, forward and backward, and a step as long as its layers.
-Weights have a start: as many as the buffers hold cross the bus while the GPU computes attention.
+Where the CPU has no part, weights have a start: as many as the buffers hold cross the bus while the GPU computes
+attention. (What the CPU computed comes back over the same bus, behind them.)
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ class Rates:
     Attributes:
         pcie_bytes_per_s: From page-locked memory to the GPU; 0 if there is no such memory to be had.
         forward: Of the part on the CPU, and `backward`.
-        busy_forward: Of the same while weights are streamed: they take memory's bandwidth, and the way of the results
-            to the GPU. And `busy_backward`.
+        beside_forward: Of the same beside a streamed part, which the host has to launch; and `beside_backward`.
         gpu_forward_rows_per_s: Tokens for an expert, whose weights are there; and `gpu_backward_rows_per_s`.
         assumed: Not measured.
     """
@@ -52,8 +52,8 @@ class Rates:
     pcie_bytes_per_s: float
     forward: Line
     backward: Line
-    busy_forward: Line
-    busy_backward: Line
+    beside_forward: Line
+    beside_backward: Line
     gpu_forward_rows_per_s: float
     gpu_backward_rows_per_s: float
     assumed: bool = False
@@ -183,12 +183,12 @@ def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, reside
     on_gpu, E = resident + streamed, shape.num_experts
     moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape)
     stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
-    ahead = buffer_bytes(shape, streamed) / rates.pcie_bytes_per_s if streamed else 0.0
+    ahead = buffer_bytes(shape, streamed) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate, rest in (
-        (rates.busy_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
-        (rates.busy_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
+        (rates.beside_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
+        (rates.beside_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
     ):
         cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
         gpu = load.rows[on_gpu] / gpu_rate
@@ -212,8 +212,8 @@ def assumed_rates(shape: ExpertShape) -> Rates:
         pcie_bytes_per_s=55e9,
         forward=Line(2.5e-3, 1.2e-6, 40e-6 * scale, 2.8e-6 * scale),
         backward=Line(4e-3, 2.5e-6, 40e-6 * scale, 4.6e-6 * scale),
-        busy_forward=Line(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
-        busy_backward=Line(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
+        beside_forward=Line(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
+        beside_backward=Line(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
         gpu_forward_rows_per_s=12e6 / scale,
         gpu_backward_rows_per_s=4e6 / scale,
         assumed=True,

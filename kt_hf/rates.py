@@ -3,7 +3,6 @@ away."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
@@ -13,21 +12,24 @@ import torch
 from torch import Tensor
 
 from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, pack
+from .backends.grouped import aligned
 from .backends.host_weights import lock_pages, unlock_pages
 from .backends.split_pack import pack_split
 from .backends.streamer import Streamer
 from .backends.torch_cuda import gpu_backend
 from .cpu import ThreadPlan
 from .errors import KTAMXError
-from .planner import Line, Rates
+from .planner import Line, Rates, expert_bytes
 
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20
 _RANK = 8
-_EXPERTS = 16  # of the small layer, more where tokens are sent to more
+_LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, that would make them look faster than they are
+_EXPERTS = 16  # of them at least, more where tokens are sent to more
+_BESIDE = 2  # experts in each of the other tiers
 _TOKENS = (128, 2048)
-_LONG, _FIRST = 1.0, 0.1  # seconds: a measurement of so many is not repeated; how long the first may take
 _GPU_TOKENS = 4096
+_LONG = 1.0  # seconds: what takes so long is not repeated
 
 
 def measure_rates(
@@ -50,22 +52,27 @@ def measure_rates(
         copy_bytes: That are copied to the GPU.
         gpu_tokens: Of the GPU's calls.
     """
-    count = min(shape.num_experts, max(_EXPERTS, 2 * shape.top_k))
-    small = ExpertShape(count, shape.top_k, shape.hidden_size, shape.intermediate_size)
-    resident = range(count - max(shape.top_k, count // 2))  # the others on the CPU, of which a token needs so many
+    K, H, I = shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
+    count = max(_EXPERTS, 2 * K, min(shape.num_experts, _LAYER_BYTES // expert_bytes(shape)))
+    alone, layer = (ExpertShape(n, K, H, I) for n in (count, count + 2 * _BESIDE))
+    with CALL_LOCK, torch.no_grad():
+        pcie = _copy_rate(device, copy_bytes)
+        packed = pack(backend, _weights(alone), alone, _RANK, plan, max(tokens), False, True, "a measurement")
 
-    def on_cpu(weights: ExpertWeights, shape: ExpertShape) -> ExpertsBackend:
-        return pack(backend, weights, shape, _RANK, plan, max(tokens), False, True, "a measurement")
+        def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[Line, Line]:
+            weights, streamer = _weights(layer), Streamer(device)
+            split = pack_split(weights, layer, resident, streamed, streamer, torch.bfloat16, lambda *_: packed)
+            return _lines(split, range(2 * _BESIDE, layer.num_experts), streamed, tokens)
 
-    with CALL_LOCK, torch.no_grad(), _Bus(device, copy_bytes) as bus:
-        split = pack_split(_weights(small), small, resident, [], Streamer(device), torch.bfloat16, on_cpu)
-        quiet = _lines(split, resident, tokens, None)
-        busy = _lines(split, resident, tokens, bus) if bus.bytes_per_s else quiet
-        del split
+        quiet = lines(range(2 * _BESIDE), range(0))
+        beside = lines(range(_BESIDE), range(_BESIDE, 2 * _BESIDE)) if pcie and aligned(shape) else quiet
+        del packed
+        small = ExpertShape(_EXPERTS, min(K, _EXPERTS), H, I)
         on_gpu = gpu_backend(_moved(_weights(small), device), small)
-        x, ids = _inputs(small, gpu_tokens, range(count))
-        forward, backward = (gpu_tokens * shape.top_k / took for took in _times(on_gpu, x.to(on_gpu.dtype), ids, None))
-        rates = Rates(bus.bytes_per_s, *quiet, *busy, forward, backward)
+        ids = _ids(gpu_tokens, small.top_k, range(_EXPERTS))
+        took = _times(on_gpu, _random((gpu_tokens, H)), ids)
+        forward, backward = (ids.numel() / seconds for seconds in took)
+    rates = Rates(pcie, *quiet, *beside, forward, backward)
     logger.info("kt_hf: measured %s", rates)
     return rates
 
@@ -91,23 +98,24 @@ def _moved(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     return ExpertWeights(weights.gate_up.to(device), weights.down.to(device))
 
 
-def _inputs(shape: ExpertShape, tokens: int, used: range) -> tuple[Tensor, Tensor]:
-    """Hidden states, and ids that use these experts evenly."""
-    ids = used.start + torch.arange(tokens * shape.top_k, device="cpu") % len(used)
-    return _random((tokens, shape.hidden_size)), ids.view(tokens, shape.top_k)
+def _ids(tokens: int, top_k: int, used: range) -> Tensor:
+    """[T, K] that use these experts evenly."""
+    return (used.start + torch.arange(tokens * top_k, device="cpu") % len(used)).view(tokens, top_k)
 
 
-def _lines(split: ExpertsBackend, resident: range, tokens: Sequence[int], bus: _Bus | None) -> tuple[Line, Line]:
+def _lines(split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequence[int]) -> tuple[Line, Line]:
     """The model of the part on the CPU, forward and backward, by least squares over lengths, numbers of experts used,
-    and tokens that are for none of them; with `bus` while that is busy."""
-    shape, first = split.shape, len(resident)
+    and tokens that are for none of them. With `streamed` every second choice is one of these."""
+    K = split.shape.top_k
     points, seconds = [], []
-    few = range(first, first + shape.top_k)
-    for T, used, idle in itertools.product(tokens, {range(first, shape.num_experts), few}, (0, 2)):
-        x, ids = _inputs(shape, T, used)
+    few = on_cpu[: max(K, len(on_cpu) // 4)]
+    for T, used, idle in itertools.product(tokens, (on_cpu, few), (0, 2)):
+        ids = _ids(T, K, used)
+        if streamed:
+            ids.view(-1)[1::2] = _ids(T, K, streamed).view(-1)[1::2]
         ids[: T * idle // 3] = -1
-        seconds.append(_times(split, x.to(split.dtype), ids, bus))
-        points.append([1.0, float(T), float(len(used)), float((ids >= 0).sum())])
+        seconds.append(_times(split, _random((T, split.shape.hidden_size)), ids))
+        points.append([1.0, float(T), float(len(used)), float((ids >= on_cpu.start).sum())])
     forward, backward = zip(*seconds, strict=True)
     return fitted(points, forward), fitted(points, backward)
 
@@ -127,19 +135,17 @@ def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
     return Line(*(terms.get(i, 0.0) for i in range(4)))
 
 
-def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor, bus: _Bus | None) -> tuple[float, float]:
+def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, float]:
     """The best seconds of a forward and of a backward, of three at most."""
-    x, ids, weights = (tensor.to(backend.device) for tensor in (x, ids, _even(ids)))
+    x, ids, weights = (tensor.to(backend.device) for tensor in (x.to(backend.dtype), ids, _even(ids)))
     backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
-    done: Callable[[], None] = torch.cuda.current_stream(x.device).synchronize if x.is_cuda else lambda: None
+    done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
     found: list[tuple[float, float]] = []
     before = torch.get_num_threads()
     if backend.own_threads:  # as in training
         torch.set_num_threads(1)
     try:
         while len(found) < 3 and sum(map(sum, found)) < _LONG:
-            if bus:
-                bus.keep_busy(sum(found[-1]) if found else _FIRST)
             done()
             begin = time.perf_counter()
             _, saved = backend.forward(x, ids, weights, save=True)
@@ -149,60 +155,30 @@ def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor, bus: _Bus | None) ->
             backend.backward(saved, x)
             done()
             found.append((middle - begin, time.perf_counter() - middle))
-            if bus:
-                bus.wait()
     finally:
         torch.set_num_threads(before)
     return min(f for f, _ in found), min(b for _, b in found)
 
 
-class _Bus:
-    """Copies from page-locked memory to the GPU, beside its other work.
-
-    Attributes:
-        bytes_per_s: Measured; 0 where memory cannot be locked.
-    """
-
-    def __init__(self, device: torch.device, size: int) -> None:
-        self._source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
-        self._target = torch.empty(size, dtype=torch.uint8, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._locked = False
-        self.bytes_per_s = 0.0
-
-    def __enter__(self) -> _Bus:
-        try:
-            self._locked = lock_pages(self._source)
-        except KTAMXError as error:
-            logger.warning("kt_hf: experts cannot be streamed, so none are planned to be: %s", error)
-            return self
-        self.bytes_per_s = self._measured()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-        if self._locked:
-            unlock_pages(self._source)
-
-    def _measured(self) -> float:
-        best = float("inf")
+def _copy_rate(device: torch.device, size: int) -> float:
+    """Bytes a second from page-locked memory; 0 where memory cannot be locked."""
+    source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    done: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
+    try:
+        locked = lock_pages(source)
+    except KTAMXError as error:
+        logger.warning("kt_hf: experts cannot be streamed, so none are planned to be: %s", error)
+        return 0.0
+    best = float("inf")
+    try:
         for _ in range(3):
-            self.wait()
+            done()
             begin = time.perf_counter()
-            self._copy()
-            self.wait()
+            target.copy_(source, non_blocking=True)
+            done()
             best = min(best, time.perf_counter() - begin)
-        return self._source.nbytes / best
-
-    def keep_busy(self, seconds: float) -> None:
-        """Copy for about so long; nothing waits for it."""
-        for _ in range(1 + int(seconds * self.bytes_per_s / self._source.nbytes)):
-            self._copy()
-
-    def wait(self) -> None:
-        if self._stream:
-            self._stream.synchronize()
-
-    def _copy(self) -> None:
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            self._target.copy_(self._source, non_blocking=True)
+    finally:
+        if locked:
+            unlock_pages(source)
+    return size / best

@@ -29,8 +29,8 @@ SMALL = ExpertShape(12, 3, 256, 128)
 RATES = assumed_rates(LITE)
 GB = 10**9
 QUIET = Line(1e-3, 1e-7, 5e-6, 4e-6), Line(1e-3, 2e-7, 9e-6, 7e-6)
-BUSY = Line(2e-3, 1e-7, 6e-6, 5e-6), Line(2e-3, 2e-7, 9e-6, 8e-6)
-GENERAL = Rates(20e9, *QUIET, *BUSY, 3e5, 1e5)
+BESIDE = Line(2e-3, 1e-7, 6e-6, 5e-6), Line(2e-3, 2e-7, 9e-6, 8e-6)
+GENERAL = Rates(20e9, *QUIET, *BESIDE, 3e5, 1e5)
 
 
 def brute_force(
@@ -49,12 +49,12 @@ def brute_force(
         stream = sum(used[e] for e in range(r, r + s)) * size / rates.pcie_bytes_per_s
         seconds = 0.0
         for line, gpu, attention in (
-            (rates.busy_forward if s else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
-            (rates.busy_backward if s else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
+            (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
+            (rates.beside_backward if s else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
         ):
             operators = line.fixed + line.per_token * tokens if cpu else 0.0
             operators += sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu)
-            late = max(0.0, stream - min(attention, buffers / rates.pcie_bytes_per_s))
+            late = stream if cpu else max(0.0, stream - min(attention, buffers / rates.pcie_bytes_per_s))
             seconds += max(late, operators, sum(rows[: r + s]) / gpu)
         found[r, s] = seconds * layers
     return found
@@ -153,7 +153,7 @@ def test_measured(backend: str) -> None:
     rates = measure_rates(
         shape, torch.device("cpu"), plan_threads(1, False), backend, tokens=(8, 64), copy_bytes=1 << 20, gpu_tokens=64
     )
-    for line in (rates.forward, rates.backward, rates.busy_forward, rates.busy_backward):
+    for line in (rates.forward, rates.backward, rates.beside_forward, rates.beside_backward):
         assert line.seconds(64, 8, 128) > 0
     assert min(rates.pcie_bytes_per_s, rates.gpu_forward_rows_per_s, rates.gpu_backward_rows_per_s) > 0
     assert not rates.assumed

@@ -13,6 +13,7 @@ input gradients are added: exact, for a backend gives nothing for -1. The order 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,9 @@ class SplitBackend:
 
     `device` is the GPU's where there is one: inputs come from there, and outputs and input gradients are left there.
     LoRA gradients are in fp32, in memory of their own, on the device that `set_lora` last got tensors from.
+
+    Attributes:
+        cpu_seconds: That the parts on the CPU have taken so far.
     """
 
     def __init__(self, parts: Sequence[tuple[ExpertsBackend, Sequence[int]]], shape: ExpertShape) -> None:
@@ -101,6 +105,7 @@ class SplitBackend:
         self.parts = [Part(backend, experts, shape.num_experts, self.device) for backend, experts in parts]
         self.name = "+".join(dict.fromkeys(backend.name for backend, _ in parts))
         self.own_threads = any(backend.own_threads for backend, _ in parts)
+        self.cpu_seconds = 0.0
         self._lora_device = torch.device("cpu")
         numbered = list(enumerate(self.parts))
         self._here = [i for i, part in numbered if part.on_cpu]
@@ -150,8 +155,10 @@ class SplitBackend:
         for i in self._counted:
             backend: Any = self.parts[i].backend
             results[i] = backend.forward_counted(x, own[i], weights, save, counts[i])
+        begin = time.perf_counter()
         for i in self._here:
             results[i] = self.parts[i].backend.forward(*inputs[i], save)
+        self.cpu_seconds += time.perf_counter() - begin
         total = self._sum([results[i][0] for i in sorted(results)])
         if not save:
             return total, None
@@ -166,8 +173,10 @@ class SplitBackend:
         for i in (*self._at_once, *self._counted):
             results[i] = self.parts[i].backend.backward(_kept(saved, i), grad_output)
         arrived = arriving.wait()
+        begin = time.perf_counter()
         for i in here:
             results[i] = self._cpu_backward(i, saved, *arrived)
+        self.cpu_seconds += time.perf_counter() - begin
         found = [results[i] for i in sorted(results)]
         hidden = self._sum([one.hidden_states for one in found])
         # A part's own weights only: what a backend writes for -1 is no gradient.

@@ -81,6 +81,7 @@ class Streamer:
         self._known: dict[_Step, tuple[HostWeights, list[int]]] = {}  # the weights, and experts that had rows last time
         self._next: dict[tuple[_Step | None, _Step], _Step] = {}  # after the last two steps
         self._last: tuple[_Step | None, _Step] | None = None
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
 
     def chunks(self, weights: HostWeights, rows: Sequence[int], backward: bool) -> Iterator[Loaded]:
         """The experts that have rows, a chunk at a time: used on the current stream before the next is asked for.
@@ -189,14 +190,36 @@ class Streamer:
             return
         coming.filled.update(missing)
         there = self._views(coming)
+        begin = self._mark()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             for first, last, _ in runs(missing):
                 for source, target in zip((coming.weights.gate_up, coming.weights.down), there, strict=True):
                     at = slice(first - coming.experts.start, last - coming.experts.start)
                     self._copy(source[first:last], target[at])
+        end = self._mark()
+        if begin and end and self._spans is not None:
+            self._spans.append((begin, end))
         if self._stream:
             assert coming.buffer.ready
             coming.buffer.ready.record(self._stream)
+
+    def watch(self) -> None:
+        """Time the copies from now on."""
+        self._spans = []
+
+    def watched(self) -> float:
+        """Seconds that copies took since `watch`, which ends; 0 where there are none. Waits for them."""
+        if self._stream:
+            self._stream.synchronize()
+        spans, self._spans = self._spans or [], None
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._spans is None or self._stream is None:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)

@@ -255,6 +255,19 @@ def test_a_model_that_goes_while_copies_are_under_way() -> None:
     assert not any(t.any() for t in fresh)
 
 
+def test_copies_are_timed() -> None:
+    """The copies themselves, wherever they are in the queue; none after."""
+    one = streamer.Streamer(torch.device("cuda", torch.cuda.current_device()), 2 * ONE)
+    weights = HostWeights.taken_over(layer_weights())
+    one.watch()
+    for _ in one.chunks(weights, [1] * E, backward=False):
+        torch.cuda._sleep(SLEEP)
+    assert 0 < one.watched() < 1e-3
+    for _ in one.chunks(weights, [1] * E, backward=False):
+        pass
+    assert one.watched() == 0
+
+
 @pytest.mark.parametrize("name", [pytest.param("AMXBF16", marks=KERNEL_MARKS), "torch"])
 def test_measured_rates(name: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
