@@ -115,7 +115,7 @@ class Packer:
         streaming = all(aligned(one) for one in shapes) and (
             self.backend != "torch" or room.dtype in (None, torch.bfloat16)
         )
-        rates = measure_rates(shape, device, self.plan, self.backend)
+        rates = measure_rates(shape, device, self.plan, self.backend, tokens)
         if self.config.kt_moe_lora_device == "gpu":
             room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)
         left = room.free_for_experts(free, tokens, shape)

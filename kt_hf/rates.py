@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -27,7 +28,7 @@ _RANK = 8
 _LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, that would make them look faster than they are
 _EXPERTS = 16  # of them at least, more where tokens are sent to more
 _BESIDE = 2  # experts in each of the other tiers
-_TOKENS = (128, 2048)
+_SHORT, _LEAST, _MOST = 128, 1024, 4096  # tokens of the calls that are timed: few, and as the run's within bounds
 _GPU_TOKENS = 4096
 _LONG = 1.0  # seconds: what takes so long is not repeated
 
@@ -37,7 +38,7 @@ def measure_rates(
     device: torch.device,
     plan: ThreadPlan,
     backend: str = "AMXBF16",
-    tokens: Sequence[int] = _TOKENS,
+    tokens: int = _MOST,
     copy_bytes: int = _COPY_BYTES,
     gpu_tokens: int = _GPU_TOKENS,
 ) -> Rates:
@@ -48,21 +49,22 @@ def measure_rates(
         device: The GPU.
         plan: Worker threads of the operators.
         backend: What computes experts on the CPU.
-        tokens: Of the calls that are timed.
+        tokens: Of the run's forwards; no more than 4,096 are timed.
         copy_bytes: That are copied to the GPU.
         gpu_tokens: Of the GPU's calls.
     """
+    lengths = _SHORT, min(max(tokens, _LEAST), _MOST)
     K, H, I = shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
     count = max(_EXPERTS, 2 * K, min(shape.num_experts, _LAYER_BYTES // expert_bytes(shape)))
     alone, layer = (ExpertShape(n, K, H, I) for n in (count, count + 2 * _BESIDE))
     with CALL_LOCK, torch.no_grad():
         pcie = _copy_rate(device, copy_bytes)
-        packed = pack(backend, _weights(alone), alone, _RANK, plan, max(tokens), False, True, "a measurement")
+        packed = pack(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")
 
         def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[Line, Line]:
             weights, streamer = _weights(layer), Streamer(device)
             split = pack_split(weights, layer, resident, streamed, streamer, torch.bfloat16, lambda *_: packed)
-            return _lines(split, range(2 * _BESIDE, layer.num_experts), streamed, tokens)
+            return _lines(split, range(2 * _BESIDE, layer.num_experts), streamed, lengths)
 
         quiet = lines(range(2 * _BESIDE), range(0))
         beside = lines(range(_BESIDE), range(_BESIDE, 2 * _BESIDE)) if pcie and aligned(shape) else quiet
@@ -99,8 +101,9 @@ def _moved(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
 
 
 def _ids(tokens: int, top_k: int, used: range) -> Tensor:
-    """[T, K] that use these experts evenly."""
-    return (used.start + torch.arange(tokens * top_k, device="cpu") % len(used)).view(tokens, top_k)
+    """[T, K]: each token's own experts, by chance."""
+    chance = torch.rand(tokens, len(used), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    return used.start + chance.topk(top_k, dim=1).indices
 
 
 def _lines(split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequence[int]) -> tuple[Line, Line]:
@@ -112,7 +115,7 @@ def _lines(split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequen
     for T, used, idle in itertools.product(tokens, (on_cpu, few), (0, 2)):
         ids = _ids(T, K, used)
         if streamed:
-            ids.view(-1)[1::2] = _ids(T, K, streamed).view(-1)[1::2]
+            ids.view(-1)[1::2] = streamed.start + torch.arange(ids.numel() // 2, device="cpu") % len(streamed)
         ids[: T * idle // 3] = -1
         seconds.append(_times(split, _random((T, split.shape.hidden_size)), ids))
         points.append([1.0, float(T), float(len(used)), float((ids >= on_cpu.start).sum())])
@@ -136,7 +139,7 @@ def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
 
 
 def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, float]:
-    """The best seconds of a forward and of a backward, of three at most."""
+    """The median seconds of a forward and of a backward, of three at most."""
     x, ids, weights = (tensor.to(backend.device) for tensor in (x.to(backend.dtype), ids, _even(ids)))
     backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
     done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
@@ -157,7 +160,8 @@ def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, floa
             found.append((middle - begin, time.perf_counter() - middle))
     finally:
         torch.set_num_threads(before)
-    return min(f for f, _ in found), min(b for _, b in found)
+    forward, backward = zip(*found, strict=True)
+    return statistics.median(forward), statistics.median(backward)
 
 
 def _copy_rate(device: torch.device, size: int) -> float:
