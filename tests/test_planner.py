@@ -129,7 +129,7 @@ def test_experts_are_left_to_the_cpu_for_more_than_a_tenth(cpu_seconds: float, o
     """The bus takes a second for all of them, 0.75 for all but those the CPU then has to compute."""
     size = 12 * expert_bytes(SMALL)
     quiet, beside = [Line(10.0, 0, 0, 0)] * 2, [Line(cpu_seconds, 0, 0, 0)] * 2
-    found = plan(Rates(size, *quiet, *beside, 1e12, 1e12), SMALL, 1, 10_000, BUFFERS * size)
+    found = plan(Rates(size, *quiet, *beside, 1e12, 1e12), SMALL, 100, 10_000, BUFFERS * size)
     assert (found.resident, found.cpu) == (0, on_cpu)
 
 
