@@ -1,4 +1,4 @@
-"""Tables and the plot of docs/gpu.md, made of gpu_train.csv: `python benchmarks/gpu_plot.py`.
+"""Tables and plots of docs/gpu.md, made of gpu_train.csv and gpu_tiers.csv: `python benchmarks/gpu_plot.py`.
 
 Of rows that measured the same the last counts. Tables go between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 CSV, PAGE, PLOT = HERE / "gpu_train.csv", HERE.parent / "docs/gpu.md", HERE.parent / "docs/plots/gpu_experts.svg"
+TIERS, SWEEPS = HERE / "gpu_tiers.csv", HERE.parent / "docs/plots/gpu_tiers.svg"
 KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "streamed_experts", "bus", "batch",
        "checkpointing", "lora_device")  # fmt: skip
 Row = dict[str, str]
@@ -76,10 +77,10 @@ def against(found: list[Row]) -> str:
     body = []
     for family, layers in (("deepseek_v2", "27"), ("qwen3_moe", "27"), ("qwen3_moe", "6")):
         for r in found:
-            all_here = r["case"] == "stock" or r["gpu_experts"] == "0"
-            if (r["family"], r["layers"], r["checkpointing"]) != (family, layers, "on") or not all_here:
+            if (r["family"], r["layers"], r["checkpointing"]) != (family, layers, "on"):
                 continue
-            where = f"{r['streamed_experts']} of 64 experts streamed" if on_gpu(r) else "experts on the CPU"
+            tiers = f"{r['gpu_experts']} of 64 experts resident, {r['streamed_experts']} streamed"
+            where = tiers if on_gpu(r) else "experts on the CPU"
             what = f"kt_hf, {where}, LoRA on the {r['lora_device'].upper()}" if r["case"] == "kt" else r["case"]
             memory = [number(r[p], 1) for p in ("gpu_peak_gb", "host_peak_gb")]
             tokens = f"{r['batch']} x {int(r['sequence']):,}"
@@ -123,7 +124,92 @@ def plot(found: list[Row], path: Path = PLOT) -> None:
     plt.close(figure)
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"by part": by_part, "against": against, "split": split}
+def sweeps(path: Path = TIERS) -> list[list[Row]]:
+    """Of gpu_tiers.csv: the rows of each sweep, the latest of those that measured the same; one with a choice each."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = tuple(row[name] for name in ("bus", "tokens", "layers"))
+            if (row["resident"], row["streamed"]) in {(r["resident"], r["streamed"]) for r in found.get(key, [])}:
+                found[key] = []  # the next sweep begins
+            found.setdefault(key, []).append(row)
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], int(key[1])))]
+
+
+def chosen_and_best(sweep: list[Row]) -> tuple[Row, Row]:
+    """The planner's split, and the fastest of those with no more experts resident."""
+    (chosen,) = (r for r in sweep if r["chosen"] == "1")
+    return chosen, min(
+        (r for r in sweep if int(r["resident"]) <= int(chosen["resident"])), key=lambda r: float(r["step"])
+    )
+
+
+def predicted(row: Row) -> float:
+    return float(row["rest"]) + float(row["predicted_experts"])
+
+
+def plans(found: list[list[Row]]) -> str:
+    """The planner's choices beside the best of the sweeps."""
+    head = ["tokens a step", "bus", "chosen: resident, streamed, CPU", "s a step", "predicted", "bound", "step / bound",
+            "best split", "its s", "chosen / best", "all on the CPU, s"]  # fmt: skip
+    body = []
+    for sweep in found:
+        chosen, best = chosen_and_best(sweep)
+        (cpu,) = (r for r in sweep if on_tiers(r) == (0, 0))
+        body.append(
+            [
+                f"{int(chosen['tokens']):,}",
+                f"{number(chosen['gb_per_s'], 0)} GB/s",
+                ", ".join(map(str, (*on_tiers(chosen), 64 - sum(on_tiers(chosen))))),
+                number(chosen["step"], 3),
+                f"{predicted(chosen):.3f}",
+                number(chosen["bound"], 3),
+                f"{float(chosen['step']) / float(chosen['bound']):.2f}",
+                ", ".join(map(str, (*on_tiers(best), 64 - sum(on_tiers(best))))),
+                number(best["step"], 3),
+                f"{float(chosen['step']) / float(best['step']):.2f}",
+                number(cpu["step"], 3),
+            ]
+        )
+    return table(head, body)
+
+
+def on_tiers(row: Row) -> tuple[int, int]:
+    return int(row["resident"]), int(row["streamed"])
+
+
+def plot_sweeps(found: list[list[Row]], path: Path = SWEEPS) -> None:
+    """Seconds a step over streamed experts, measured and predicted, a panel a sweep."""
+    mpl.rcParams["svg.hashsalt"] = "kt_hf"
+    columns = 4
+    figure, panels = plt.subplots(-(-len(found) // columns), columns, figsize=(11, 5.4), squeeze=False)
+    for axes, sweep in zip(panels.flat, found, strict=False):
+        chosen, _ = chosen_and_best(sweep)
+        line = sorted((r for r in sweep if r["resident"] == chosen["resident"]), key=lambda r: int(r["streamed"]))
+        x = [int(r["streamed"]) for r in line]
+        axes.plot(x, [float(r["step"]) for r in line], marker="o", ms=3, label="measured")
+        axes.plot(x, [predicted(r) for r in line], ls="--", color="gray", label="predicted")
+        axes.plot(int(chosen["streamed"]), float(chosen["step"]), "r*", ms=11, label="chosen")
+        axes.set_title(f"{int(chosen['tokens']):,} tokens, {number(chosen['gb_per_s'], 0)} GB/s", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for axes in panels.flat[len(found) :]:
+        axes.set_axis_off()
+    panels[0, 0].legend(fontsize=7)
+    figure.supxlabel("experts of each layer streamed", fontsize=9)
+    figure.supylabel("seconds a step", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "by part": by_part,
+    "against": against,
+    "split": split,
+    "plans": lambda _: plans(sweeps()),
+}
 
 
 def fill(page: str, found: list[Row]) -> str:
@@ -145,6 +231,7 @@ def main() -> None:
     found = rows()
     PAGE.write_text(fill(PAGE.read_text(), found))
     plot(found)
+    plot_sweeps(sweeps())
 
 
 if __name__ == "__main__":

@@ -124,13 +124,15 @@ def test_what_it_chooses() -> None:
         assert plan(RATES, LITE, 26, tokens, 2 * GB, skewed, streaming).seconds < even.seconds
 
 
-@pytest.mark.parametrize(("cpu_seconds", "on_cpu"), [(0.1, 3), (0.85, 3), (0.95, 0)])
-def test_experts_are_left_to_the_cpu_for_more_than_a_tenth(cpu_seconds: float, on_cpu: int) -> None:
-    """The bus takes a second for all of them, 0.75 for all but those the CPU then has to compute."""
+@pytest.mark.parametrize(("cpu_seconds", "left"), [(0.1, True), (0.85, True), (0.95, False)])
+def test_experts_are_left_to_the_cpu_for_more_than_a_tenth(cpu_seconds: float, left: bool) -> None:
+    """The bus takes a second for all of them, less for all but those that are left to the CPU."""
     size = 12 * expert_bytes(SMALL)
     quiet, beside = [Line(10.0, 0, 0, 0)] * 2, [Line(cpu_seconds, 0, 0, 0)] * 2
     found = plan(Rates(size, *quiet, *beside, 1e12, 1e12), SMALL, 100, 10_000, BUFFERS * size)
-    assert (found.resident, found.cpu) == (0, on_cpu)
+    assert found.resident == 0
+    assert found.streamed > 0
+    assert (found.cpu > 0) == left
 
 
 def test_memory_for_experts() -> None:
