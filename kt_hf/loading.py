@@ -102,8 +102,9 @@ def load_kt_model(
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
     outline = skeleton(config, trusted)
     found = find_experts(outline, weightless=True)
-    packer = make_packer(cfg, {place.name: place.shape for place in found}, streamed=True, model_type=config.model_type)
     coming = dtype if isinstance(dtype, torch.dtype) else _checked_dtype(config.dtype or torch.bfloat16)
+    named = {place.name: place.shape for place in found}
+    packer = make_packer(cfg, named, coming, streamed=True, model_type=config.model_type)
     room = room_of(outline, config, tokens_per_step, coming)
     packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement), room)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
 from .adapters.save import save_native_verified
-from .backends import ExpertShape, ExpertWeights, SavedLayer, choose_backend, describe_cpu
+from .backends import FEW_CORES, ExpertShape, ExpertWeights, SavedLayer, choose_backend, describe_cpu
 from .config import KTConfig
 from .cpu import plan_threads
 from .errors import KTAMXConfigError, KTAMXError
@@ -79,7 +79,8 @@ def apply_kt_moe(
 
     peft_compat.install()
     found = find_experts(model)
-    packer = make_packer(cfg, {place.name: place.shape for place in found}, model_type=base.config.model_type)
+    named = {place.name: place.shape for place in found}
+    packer = make_packer(cfg, named, base.dtype, model_type=base.config.model_type)
     shapes = {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
     packer.place(shapes, as_placement(placement), room_of(model, base.config, tokens_per_step))
     saved = packer.saved
@@ -97,13 +98,18 @@ def apply_kt_moe(
 
 
 def make_packer(
-    cfg: KTConfig, shapes: Mapping[str, ExpertShape], streamed: bool = False, model_type: str | None = None
+    cfg: KTConfig,
+    shapes: Mapping[str, ExpertShape],
+    dtype: torch.dtype,
+    streamed: bool = False,
+    model_type: str | None = None,
 ) -> Packer:
     """Choose the backend for layers of these shapes, and tell which.
 
     Args:
         cfg: Settings.
         shapes: Of all layers, by the names of their experts modules.
+        dtype: The model's.
         streamed: The weights are not in memory yet.
         model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
 
@@ -116,7 +122,8 @@ def make_packer(
     saved = None
     if cfg.kt_weight_path is not None:
         saved = saved_experts(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
-    chosen = {choose_backend(cfg.kt_backend, shape, len(plan.pools)) for shape in shapes.values()}
+    workers = plan.workers if cfg.kt_num_threads is None else None
+    chosen = {choose_backend(cfg.kt_backend, shape, len(plan.pools), workers, dtype) for shape in shapes.values()}
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
     if saved is not None:
         saved.check(shapes, backend, len(plan.pools), cfg.kt_share_backward_weights, model_type)
@@ -127,7 +134,7 @@ def make_packer(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
     )  # fmt: skip
-    if cfg.kt_backend == "auto" and backend == "torch":
+    if cfg.kt_backend == "auto" and backend == "torch" and reason != FEW_CORES:
         logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
     return packer
 

@@ -9,10 +9,12 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from kt_hf import KTAMXConfigError, KTAMXNotAvailableError, apply_kt_moe, backends
 from kt_hf.backends import Availability, ExpertShape, choose_backend
 from kt_hf.backends import kt_kernel as kernel_module
+from kt_hf.cpu import CpuFeatures
 from tests.conftest import KERNEL_MARKS, make_config
 from tests.helpers import MIXTRAL
 from tests.test_cpu import features
@@ -83,6 +85,26 @@ def test_auto_takes_the_operators_where_they_run() -> None:
     assert choose_backend("auto", SHAPE) == ("AMXBF16", "kt-kernel 0.7.2, amx variant")
     assert choose_backend("AMXBF16", SHAPE)[0] == "AMXBF16"
     assert choose_backend("torch", SHAPE) == ("torch", "asked for")
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize(
+    ("amx", "workers", "dtype", "expected"),
+    [
+        (False, 1, torch.bfloat16, "torch"),
+        (False, 1, None, "torch"),
+        (False, 1, torch.float32, "AMXBF16"),  # PyTorch would compute in fp32
+        (True, 1, torch.bfloat16, "AMXBF16"),
+        (False, 2, torch.bfloat16, "AMXBF16"),
+        (False, None, torch.bfloat16, "AMXBF16"),  # the user has set the number
+    ],
+)
+def test_auto_computes_by_pytorch_on_few_cores(
+    amx: bool, workers: int | None, dtype: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "cpu_features", lambda: CpuFeatures("", amx, True, True))
+    assert choose_backend("auto", SHAPE, workers=workers, dtype=dtype)[0] == expected
+    assert choose_backend("AMXBF16", SHAPE, workers=workers, dtype=dtype)[0] == "AMXBF16"
 
 
 @pytest.mark.usefixtures("available")

@@ -14,6 +14,7 @@ Rows are sorted by expert once, in forward; backward uses the same permutation.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,21 +29,40 @@ from .base import ExpertShape, ExpertWeights, Gradients, Saved
 # Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
 # forward (in backward, where the weight's rows are the sum's, always).
 _WIDEN_FROM_ROWS = 4
+# On a CPU, 16-bit products are compiled for each number of rows: 0.5 ms the first time, and oneDNN keeps 1,024 of them,
+# which the experts of a few layers exceed (a quarter of a SmolLM2 step). So an expert's rows are filled to a multiple
+# of this, or below it to a power of two.
+_ROW_STEP = 16
 
 
 @dataclass
 class _Groups:
-    """Rows of [T*K] sorted by expert: sorted row i is flat row `order[i]`; rows of no expert are left out."""
+    """Rows of [T*K] sorted by expert: the i-th is flat row `order[i]`; rows of no expert are left out.
+
+    They are row `place[i]` of S, where an expert's rows may be followed by rows of zeros; None if there are no such.
+    """
 
     order: Tensor
     tokens: Tensor
     spans: list[tuple[int, int, int]]  # expert, first row, row after the last
     offsets: Tensor  # [E] int32, row after each expert's last
+    place: Tensor | None
+    S: int
     T: int
     K: int
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
         return ((e, slice(i, j)) for e, i, j in self.spans)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[len(order), ...] -> [S, ...]."""
+        if self.place is None:
+            return values
+        return values.new_zeros(self.S, *values.shape[1:]).index_copy_(0, self.place, values)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """[S, ...] -> [len(order), ...]."""
+        return rows if self.place is None else rows.index_select(0, self.place)
 
 
 @dataclass
@@ -92,6 +112,7 @@ class TorchBackend:
         narrow = self.dtype in (torch.bfloat16, torch.float16)
         self._widen = self.device.type == "cpu" and narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._grouped_mm = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        self._fill = self.device.type == "cpu" and narrow and not self._widen
         self._math = torch.float32 if self._widen else self.dtype
         self._lora: _Lora | None = None
 
@@ -118,8 +139,8 @@ class TorchBackend:
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         groups = self._group(ids)
         I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
-        xs = x.index_select(0, groups.tokens).to(self._math)
-        ws = weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1)
+        xs = groups.spread(x.index_select(0, groups.tokens).to(self._math))
+        ws = groups.spread(weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1))
         gu = self._products(xs, self.weights.gate_up, groups, transpose=True)
         xa = xs.new_empty(xs.shape[0], 2 * r)
         if lora:
@@ -149,7 +170,7 @@ class TorchBackend:
         s = torch.sigmoid(g)
         silu = g * s
         h = silu * u
-        d = grad_output.index_select(0, groups.tokens).to(self._math)
+        d = groups.spread(grad_output.index_select(0, groups.tokens).to(self._math))
         grads = tuple(
             torch.zeros(n, dtype=torch.float32, device=self.device) for n in self.shape.lora_shapes(r) if lora
         )
@@ -162,7 +183,7 @@ class TorchBackend:
                 grads[4][e] = db.mul_(ws[rows]).t() @ h[rows]
                 grads[5][e] = d[rows].t() @ (h[rows] @ lora.down_a[e].t()).mul_(ws[rows])
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
-        grad_weights.index_copy_(0, groups.order, (q.float() * h).sum(1))
+        grad_weights.index_copy_(0, groups.order, groups.gathered((q.float() * h).sum(1)))
 
         q.mul_(ws)
         dgu = torch.empty_like(saved.gu)
@@ -191,13 +212,17 @@ class TorchBackend:
         edges = counts.cumsum(0)
         ends = edges.tolist()
         order = order[ends[0] :]
-        spans = [
-            (e, ends[e] - ends[0], ends[e + 1] - ends[0])
-            for e in range(self.shape.num_experts)
-            if ends[e + 1] > ends[e]
-        ]
+        held = [end - begin for begin, end in itertools.pairwise(ends)]
+        filled = [_filled(count) if self._fill else count for count in held]
+        starts = [0, *itertools.accumulate(filled)]
+        spans = [(e, starts[e], starts[e + 1]) for e, count in enumerate(held) if count]
         tokens = order.div(K, rounding_mode="floor")
-        return _Groups(order, tokens, spans, (edges[1:] - ends[0]).to(torch.int32), T, K)
+        place, S = None, len(order)
+        if filled != held:
+            moved = torch.tensor([start - end + ends[0] for start, end in zip(starts[:-1], ends[:-1], strict=True)])
+            place = torch.arange(S) + moved.repeat_interleave(torch.tensor(held))
+            S = starts[-1]
+        return _Groups(order, tokens, spans, (edges[1:] - ends[0]).to(torch.int32), place, S, T, K)
 
     def _products(self, x: Tensor, weight: Tensor, groups: _Groups, transpose: bool) -> Tensor:
         """x[rows of e] @ weight[e] (its transpose with `transpose`) for every expert, [S, out]."""
@@ -219,9 +244,16 @@ class TorchBackend:
     def _sum_by_token(self, rows: Tensor, groups: _Groups) -> Tensor:
         """Sum over each token's experts, in fp32 and in a fixed order: [S, H] -> [T, H] in the backend's dtype."""
         spread = torch.zeros(groups.T * groups.K, rows.shape[1], dtype=rows.dtype, device=rows.device)
-        spread.index_copy_(0, groups.order, rows)
+        spread.index_copy_(0, groups.order, groups.gathered(rows))
         return (
             spread.view(groups.T, groups.K, -1)
             .sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
             .to(self.dtype)
         )
+
+
+def _filled(count: int) -> int:
+    """Rows that so many are filled up to."""
+    if count <= _ROW_STEP:
+        return 1 << (count - 1).bit_length() if count else 0
+    return -(-count // _ROW_STEP) * _ROW_STEP

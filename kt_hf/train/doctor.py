@@ -57,7 +57,7 @@ def _cpu() -> Iterator[Finding]:
 def _kernel() -> Iterator[Finding]:
     from ..backends import choose_backend, kernel_availability
     from ..backends.base import ExpertShape
-    from ..cpu import cpu_features
+    from ..cpu import cpu_features, plan_threads
 
     found, features = kernel_availability(), cpu_features()
     capable = features.amx or features.avx512_bf16
@@ -68,7 +68,7 @@ def _kernel() -> Iterator[Finding]:
         found.ok or (None if not capable else False),
         "" if found.ok or not capable else f"pip install kt-kernel=={KERNEL}; unset KT_KERNEL_CPU_VARIANT",
     )
-    backend, why = choose_backend("auto", ExpertShape(8, 2, 64, 64))
+    backend, why = choose_backend("auto", ExpertShape(8, 2, 64, 64), workers=plan_threads().workers)
     yield Finding("kernel", "backend auto", f"{backend} ({why})" if backend == "torch" else backend)
 
 

@@ -96,13 +96,15 @@ def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
     import torch
 
     from ..backends import ExpertShape, choose_backend
+    from ..cpu import plan_threads
     from ..packing import available_memory
 
     sizes = model_sizes(config, settings.own)
     kernel = False
     if settings.own.use_kt:
         shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
-        kernel = choose_backend(settings.kt.kt_backend, shape)[0] != "torch"
+        workers = plan_threads().workers if settings.kt.kt_num_threads is None else None
+        kernel = choose_backend(settings.kt.kt_backend, shape, workers=workers)[0] != "torch"
     gpu = torch.cuda.is_available() and not settings.trainer.get("use_cpu")
     gpu_free = torch.cuda.mem_get_info()[0] if gpu else None
     # The program's own part is in memory already.
