@@ -42,7 +42,7 @@ format: $(VENV)/ready
 # About ten minutes on two cores, on a machine that does nothing else. The scripts' defaults measure more.
 bench: $(VENV)/ready
 	$(PY) benchmarks/layer.py --tokens 1 64 512 2048 --runs 2 --ranks 8 0 --cases default kt torch bare stock peer
-	$(PY) benchmarks/step.py --runs 2 --cases kt stock peer peer-default
+	$(PY) benchmarks/step.py --runs 2 --cases kt operators stock peer
 	$(PY) benchmarks/threads.py --tokens 64 512 2048 --runs 3
 	$(PY) benchmarks/growth.py --runs 5
 	$(PY) benchmarks/optimizer.py

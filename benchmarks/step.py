@@ -7,6 +7,7 @@ eight experts) on a real text; other names are slices of `--layers` layers of a 
 small vocabulary.
 
     kt            apply_kt_moe(model) with nothing set, threads as KTMoECallback sets them
+    operators     the same with kt_backend=AMXBF16, which the first has where there are more than two cores or AMX
     torch         the same with kt_backend=torch
     stock         transformers' grouped_mm, PEFT's LoRA on attention and fused experts, PyTorch on all cores
     stock-eager   transformers' loop over experts, the same LoRA
@@ -41,7 +42,7 @@ from kt_hf.backends import kernel_availability
 from kt_hf.cpu import plan_threads
 from kt_hf.demo.upcycle import upcycle
 
-CASES = ("kt", "torch", "stock", "stock-eager", "peer", "peer-default")
+CASES = ("kt", "operators", "torch", "stock", "stock-eager", "peer", "peer-default")
 RANK = 8
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -116,6 +117,7 @@ def peer_case(model: Any, ids: Tensor, best: bool, longest: int) -> Run:
 def builds(cases: list[str], load: Callable[[], tuple[Any, Tensor]], longest: int) -> dict[str, Build]:
     makers: dict[str, Callable[[Any, Tensor], Run]] = {
         "kt": lambda model, ids: kt_case(model, ids, KTConfig()),
+        "operators": lambda model, ids: kt_case(model, ids, KTConfig(kt_backend="AMXBF16")),
         "torch": lambda model, ids: kt_case(model, ids, KTConfig(kt_backend="torch")),
         "stock": lambda model, ids: stock_case(model, ids, "grouped_mm"),
         "stock-eager": lambda model, ids: stock_case(model, ids, "eager"),

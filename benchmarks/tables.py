@@ -105,16 +105,19 @@ def step(results: Results) -> str:
 def threads(results: Results) -> str:
     """The best number of workers and of PyTorch's threads, and how much longer the default takes."""
 
+    def told(key: tuple[object, ...]) -> str:
+        name = str(key[0]).removesuffix(", planned")
+        return f"{key[1]}, {name}" if int(str(key[1])) else f"backend torch, {name}"
+
     def table(found: Results) -> str:
         rows = []
         for (shape, tokens), at in found.split("shape", "tokens"):
             times = {(case, count): held.ms() or 0.0 for (case, count), held in at.split("case", "threads")}
             best = min(times, key=lambda key: times[key])
             plan = next((key for key in times if "planned" in str(key[0])), None)
-            name = str(best[0]).removesuffix(", planned")
             rows.append([
-                str(shape), f"{tokens:,}", f"{best[1]}, {name}", number(times[best]),
-                f"{plan[1]}, PyTorch on 1" if plan else "–", number(times[plan]) if plan else "–",
+                str(shape), f"{tokens:,}", told(best), number(times[best]),
+                told(plan) if plan else "–", number(times[plan]) if plan else "–",
                 f"{times[plan] / times[best] - 1:.1%}" if plan else "–",
             ])  # fmt: skip
         return markdown(

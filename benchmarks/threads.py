@@ -1,11 +1,11 @@
-"""Workers of the operators, and PyTorch's threads beside them, against tokens: is the default plan the best?
+"""Workers of the operators, PyTorch's threads beside them or without them, against tokens: is the default the best?
 
     python benchmarks/threads.py [--shape deepseek-v2-lite] [--tokens 64 ...] [--workers 1 2 ...]
 
 One expert layer with LoRA, forward + backward. Each number of workers is a process of its own, and they take turns.
-Prints for each number of tokens the best combination and how much longer the default plan takes (the physical cores
-less one, PyTorch on one thread). With --check it ends with status 1 if that is more than 5 % anywhere from 64
-tokens on.
+No workers stand for backend torch. Prints for each number of tokens the best combination and how much longer the default
+takes: what kt_backend=auto chooses, the operators on the physical cores less one with PyTorch on one thread, or backend
+torch on all cores. With --check it ends with status 1 if that is more than 5 % anywhere from 64 tokens on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shapes import fitting
 from sizes import SIZES, Shape
 
 from kt_hf import KTConfig
-from kt_hf.backends import kernel_availability
+from kt_hf.backends import ExpertShape, choose_backend, kernel_availability
 from kt_hf.cpu import plan_threads
 from kt_hf.packing import available_memory
 
@@ -34,15 +34,15 @@ def case_name(torch_threads: int) -> str:
 def build(shape: Shape, workers: int, torch_threads: list[int], longest: int) -> Build:
     def make() -> dict[str, Run]:
         config = KTConfig(
-            kt_backend="AMXBF16",
-            kt_num_threads=workers,
+            kt_backend="AMXBF16" if workers else "torch",
+            kt_num_threads=workers or None,
             kt_lora_rank=RANK,
             kt_share_backward_weights=False,
             kt_max_len=longest,
         )
         experts, parameters, model = patched(shape, RANK, config)
         held = experts.packer.plan.workers
-        if held != workers:
+        if workers and held != workers:
             raise ValueError(f"{workers} workers were asked for, {held} compute")
         return {
             f"{workers}/{case_name(count)}": step(experts, parameters, shape, count, lambda: model)
@@ -62,8 +62,10 @@ def main() -> int:
     if not kernel_availability().ok:
         raise SystemExit(f"Only the operators have workers: {kernel_availability().reason}.")
     most, planned = cores(), plan_threads().workers
-    few = [2**n for n in range(most.bit_length())] + [most, most - 1, most - 2, planned]
-    workers = given.workers or sorted({count for count in few if 1 <= count <= most})
+    chosen, _ = choose_backend("auto", ExpertShape(*SIZES[given.shape]), workers=planned)
+    default = (0, most) if chosen == "torch" else (planned, 1)
+    few = [0] + [2**n for n in range(most.bit_length())] + [most, most - 1, most - 2, planned]
+    workers = given.workers or sorted({count for count in few if 0 <= count <= most})
     torch_threads = sorted({1, max(1, most // 2), most})
     shape = fitting(given.shape, 1)
     print(describe())
@@ -85,7 +87,7 @@ def main() -> int:
                     found[count, beside] = timing
         for count in workers:
             rows = {
-                case_name(beside) + (PLANNED if (held, beside) == (planned, 1) else ""): timing
+                case_name(beside) + (PLANNED if (held, beside) == default else ""): timing
                 for (held, beside), timing in found.items()
                 if held == count
             }
@@ -95,11 +97,11 @@ def main() -> int:
         for count in workers:
             cells = [found.get((count, beside)) for beside in torch_threads]
             print(f"  {count:7d}  " + "".join(f"{cell.median() * 1e3:16.2f}" if cell else " " * 16 for cell in cells))
-        if (planned, 1) in found:
+        if default in found:
             best = min(found, key=lambda key: found[key].median())
-            behind = found[planned, 1].median() / found[best].median() - 1
+            behind = found[default].median() / found[best].median() - 1
             worst = max(worst, behind if tokens >= 64 else 0.0)
-            print(f"  best: {best[0]} workers, {case_name(best[1])}; default: {planned} and 1, {behind:.1%} more")
+            print(f"  best: {best[0]} workers, {case_name(best[1])}; default: {default}, {behind:.1%} more")
     return int(given.check and worst > 0.05)
 
 

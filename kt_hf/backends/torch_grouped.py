@@ -219,8 +219,9 @@ class TorchBackend:
         tokens = order.div(K, rounding_mode="floor")
         place, S = None, len(order)
         if filled != held:
-            moved = torch.tensor([start - end + ends[0] for start, end in zip(starts[:-1], ends[:-1], strict=True)])
-            place = torch.arange(S) + moved.repeat_interleave(torch.tensor(held))
+            shift = [start - end + ends[0] for start, end in zip(starts[:-1], ends[:-1], strict=True)]
+            moved, counted = (torch.tensor(values, device="cpu") for values in (shift, held))
+            place = torch.arange(S, device="cpu") + moved.repeat_interleave(counted)
             S = starts[-1]
         return _Groups(order, tokens, spans, (edges[1:] - ends[0]).to(torch.int32), place, S, T, K)
 
