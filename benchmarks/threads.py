@@ -3,9 +3,9 @@
     python benchmarks/threads.py [--shape deepseek-v2-lite] [--tokens 64 ...] [--workers 1 2 ...]
 
 One expert layer with LoRA, forward + backward. Each number of workers is a process of its own, and they take turns.
-No workers stand for backend torch. Prints for each number of tokens the best combination and how much longer the default
-takes: what kt_backend=auto chooses, the operators on the physical cores less one with PyTorch on one thread, or backend
-torch on all cores. With --check it ends with status 1 if that is more than 5 % anywhere from 64 tokens on.
+No workers stand for backend torch. Prints for each number of tokens the best combination and how much longer the
+default takes: what kt_backend=auto chooses, the operators on the physical cores less one with PyTorch on one thread, or
+backend torch on all cores. With --check it ends with status 1 if that is more than 5 % anywhere from 64 tokens on.
 """
 
 from __future__ import annotations
