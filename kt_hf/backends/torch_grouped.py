@@ -1,4 +1,4 @@
-"""Experts by grouped matrix products of PyTorch, LoRA not merged: any device, any floating dtype.
+"""Experts one after another by matrix products of PyTorch, LoRA not merged: any device, any floating dtype.
 
 The mathematics, for a token x sent to expert e with routing weight w (LoRA scalings are folded into the B tensors):
 
@@ -45,7 +45,6 @@ class _Groups:
     order: Tensor
     tokens: Tensor
     spans: list[tuple[int, int, int]]  # expert, first row, row after the last
-    offsets: Tensor  # [E] int32, row after each expert's last
     place: Tensor | None
     S: int
     T: int
@@ -111,7 +110,6 @@ class TorchBackend:
         self.device = weights.gate_up.device
         narrow = self.dtype in (torch.bfloat16, torch.float16)
         self._widen = self.device.type == "cpu" and narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self._grouped_mm = self.device.type == "cuda" and self.dtype == torch.bfloat16
         self._fill = self.device.type == "cpu" and narrow and not self._widen
         self._math = torch.float32 if self._widen else self.dtype
         self._lora: _Lora | None = None
@@ -141,20 +139,23 @@ class TorchBackend:
         I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
         xs = groups.spread(x.index_select(0, groups.tokens).to(self._math))
         ws = groups.spread(weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1))
-        gu = self._products(xs, self.weights.gate_up, groups, transpose=True)
-        xa = xs.new_empty(xs.shape[0], 2 * r)
-        if lora:
-            for e, rows in groups:
+        scratch = self._scratch()
+        gu, xa = xs.new_empty(xs.shape[0] if save else 0, 2 * I), xs.new_empty(xs.shape[0], 2 * r)
+        y = torch.empty_like(xs)
+        # Expert by expert to the end: what is between the products stays in the cache.
+        for e, rows in groups:
+            inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, 2 * I), y[rows]
+            self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch)
+            if lora:
                 torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
-                gu[rows, :I].addmm_(xa[rows, :r], lora.gate_b[e].t())
-                gu[rows, I:].addmm_(xa[rows, r:], lora.up_b[e].t())
-        h = _silu(gu[:, :I]).mul_(gu[:, I:])
-        y = self._products(h, self.weights.down, groups, transpose=True)
-        if lora:
-            for e, rows in groups:
-                y[rows].addmm_(h[rows] @ lora.down_a[e].t(), lora.down_b[e].t())
-        out = self._sum_by_token(y.mul_(ws), groups)
-        return out, _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
+                inner[:, :I].addmm_(xa[rows, :r], lora.gate_b[e].t())
+                inner[:, I:].addmm_(xa[rows, r:], lora.up_b[e].t())
+            h = _silu(inner[:, :I]).mul_(inner[:, I:])
+            self._product(h, self.weights.down[e], True, out, scratch)
+            if lora:
+                out.addmm_(h @ lora.down_a[e].t(), lora.down_b[e].t())
+            out.mul_(ws[rows])
+        return self._sum_by_token(y, groups), _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
         return None  # what is not finite here is not finite
@@ -166,42 +167,41 @@ class TorchBackend:
         groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
         I = self.shape.intermediate_size  # noqa: E741
         r = lora.rank if lora else 0
-        g, u = saved.gu[:, :I], saved.gu[:, I:]
-        s = torch.sigmoid(g)
-        silu = g * s
-        h = silu * u
-        d = groups.spread(grad_output.index_select(0, groups.tokens).to(self._math))
+        grad = groups.spread(grad_output.index_select(0, groups.tokens).to(self._math))
         grads = tuple(
             torch.zeros(n, dtype=torch.float32, device=self.device) for n in self.shape.lora_shapes(r) if lora
         )
-
-        q = self._products(d, self.weights.down, groups, transpose=False)
-        if lora:
-            for e, rows in groups:
-                db = d[rows] @ lora.down_b[e]
-                q[rows].addmm_(db, lora.down_a[e])
-                grads[4][e] = db.mul_(ws[rows]).t() @ h[rows]
-                grads[5][e] = d[rows].t() @ (h[rows] @ lora.down_a[e].t()).mul_(ws[rows])
-        grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
-        grad_weights.index_copy_(0, groups.order, groups.gathered((q.float() * h).sum(1)))
-
-        q.mul_(ws)
-        dgu = torch.empty_like(saved.gu)
-        # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-        torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
-        torch.mul(q, silu, out=dgu[:, I:])
-        dx = self._products(dgu, self.weights.gate_up, groups, transpose=False)
-        if lora:
-            da = d.new_empty(d.shape[0], 2 * r)
-            for e, rows in groups:
-                dg, du = dgu[rows, :I], dgu[rows, I:]
-                torch.mm(dg, lora.gate_b[e], out=da[rows, :r])
-                torch.mm(du, lora.up_b[e], out=da[rows, r:])
-                dx[rows].addmm_(da[rows], lora.a[e])
-                both = da[rows].t() @ xs[rows]
+        scratch = self._scratch()
+        dx, dw = torch.empty_like(grad), torch.zeros(grad.shape[0], dtype=torch.float32, device=self.device)
+        for e, rows in groups:
+            d, w, out = grad[rows], ws[rows], dx[rows]
+            g, u = saved.gu[rows, :I], saved.gu[rows, I:]
+            s = torch.sigmoid(g)
+            silu = g * s
+            h = silu * u
+            q = torch.empty_like(h)
+            self._product(d, self.weights.down[e], False, q, scratch)
+            if lora:
+                db = d @ lora.down_b[e]
+                q.addmm_(db, lora.down_a[e])
+                grads[4][e] = db.mul_(w).t() @ h
+                grads[5][e] = d.t() @ (h @ lora.down_a[e].t()).mul_(w)
+            torch.sum(q.float() * h, 1, out=dw[rows])
+            q.mul_(w)
+            dgu = q.new_empty(q.shape[0], 2 * I)
+            # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+            dg = torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
+            du = torch.mul(q, silu, out=dgu[:, I:])
+            self._product(dgu, self.weights.gate_up[e], False, out, scratch)
+            if lora:
+                da = torch.cat([dg @ lora.gate_b[e], du @ lora.up_b[e]], 1)
+                out.addmm_(da, lora.a[e])
+                both = da.t() @ xs[rows]
                 grads[0][e], grads[2][e] = both[:r], both[r:]
                 grads[1][e] = dg.t() @ saved.xa[rows, :r]
                 grads[3][e] = du.t() @ saved.xa[rows, r:]
+        grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
+        grad_weights.index_copy_(0, groups.order, groups.gathered(dw))
         return Gradients(self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads)
 
     def _group(self, ids: Tensor) -> _Groups:
@@ -209,8 +209,7 @@ class TorchBackend:
         flat = ids.reshape(-1)
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat + 1, minlength=self.shape.num_experts + 1)  # [0] counts the rows of no expert
-        edges = counts.cumsum(0)
-        ends = edges.tolist()
+        ends = counts.cumsum(0).tolist()
         order = order[ends[0] :]
         held = [end - begin for begin, end in itertools.pairwise(ends)]
         filled = [_filled(count) if self._fill else count for count in held]
@@ -223,24 +222,23 @@ class TorchBackend:
             moved, counted = (torch.tensor(values, device="cpu") for values in (shift, held))
             place = torch.arange(S, device="cpu") + moved.repeat_interleave(counted)
             S = starts[-1]
-        return _Groups(order, tokens, spans, (edges[1:] - ends[0]).to(torch.int32), place, S, T, K)
+        return _Groups(order, tokens, spans, place, S, T, K)
 
-    def _products(self, x: Tensor, weight: Tensor, groups: _Groups, transpose: bool) -> Tensor:
-        """x[rows of e] @ weight[e] (its transpose with `transpose`) for every expert, [S, out]."""
-        w = weight.transpose(1, 2) if transpose else weight
-        if self._grouped_mm and x.shape[0]:
-            return torch._grouped_mm(x, w, offs=groups.offsets)
-        out = x.new_empty(x.shape[0], w.shape[2])
-        scratch = torch.empty(weight.shape[1:], dtype=torch.float32, device=self.device) if self._widen else None
-        for e, rows in groups:
-            if scratch is None:
-                torch.mm(x[rows], w[e], out=out[rows])
-            elif transpose and rows.stop - rows.start < _WIDEN_FROM_ROWS:
-                out[rows] = x[rows].to(weight.dtype) @ w[e]
-            else:
-                scratch.copy_(weight[e])
-                torch.mm(x[rows], scratch.t() if transpose else scratch, out=out[rows])
-        return out
+    def _scratch(self) -> Tensor | None:
+        """Memory for one widened weight, where they are."""
+        shape = self.shape
+        size = 2 * shape.intermediate_size * shape.hidden_size
+        return torch.empty(size, dtype=torch.float32, device=self.device) if self._widen else None
+
+    def _product(self, x: Tensor, weight: Tensor, transpose: bool, out: Tensor, scratch: Tensor | None) -> None:
+        """out = x @ weight, or its transpose."""
+        if scratch is None:
+            torch.mm(x, weight.t() if transpose else weight, out=out)
+        elif transpose and x.shape[0] < _WIDEN_FROM_ROWS:
+            out.copy_(x.to(weight.dtype) @ weight.t())
+        else:
+            wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
+            torch.mm(x, wide.t() if transpose else wide, out=out)
 
     def _sum_by_token(self, rows: Tensor, groups: _Groups) -> Tensor:
         """Sum over each token's experts, in fp32 and in a fixed order: [S, H] -> [T, H] in the backend's dtype."""
