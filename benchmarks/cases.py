@@ -16,7 +16,7 @@ from sizes import Shape
 from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
-from kt_hf.backends import kernel_availability
+from kt_hf.backends import ExpertShape, choose_backend, kernel_availability
 from kt_hf.cpu import plan_threads
 
 QUANTISED = {"kt-int8": "AMXInt8", "kt-int4": "AMXInt4"}
@@ -82,6 +82,12 @@ def patched(shape: Shape, rank: int, config: KTConfig) -> tuple[Any, list[nn.Par
     experts = model._kt_wrappers[0]
     experts.update_lora_pointers()
     return experts, [p for p in model.parameters() if p.requires_grad], model
+
+
+def default_backend(shape: Shape) -> str:
+    """What kt_backend=auto chooses with nothing else set."""
+    backend, _ = choose_backend("auto", ExpertShape(shape.E, shape.K, shape.H, shape.inner), 1, plan_threads().workers)
+    return backend
 
 
 def torch_threads(backend: str) -> int:
@@ -154,7 +160,7 @@ def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dic
     threads = dict.fromkeys(("torch", "stock", "stock-eager"), every)
     if "default" in cases:
         found["default"] = kt("default", KTConfig(kt_lora_rank=rank))
-        threads["default"] = workers if kernel_availability().ok else every
+        threads["default"] = every if default_backend(shape) == "torch" else workers
     if "torch" in cases:
         found["torch"] = kt("torch", KTConfig(kt_backend="torch", kt_lora_rank=rank))
     if kernel_availability().ok:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import sys
 
-from cases import patched, step
+from cases import default_backend, patched, step
 from harness import Timing, append, cores, describe, parser
 from processes import Build, Run, take_turns
 from shapes import fitting
 from sizes import SIZES, Shape
 
 from kt_hf import KTConfig
-from kt_hf.backends import ExpertShape, choose_backend, kernel_availability
+from kt_hf.backends import kernel_availability
 from kt_hf.cpu import plan_threads
 from kt_hf.packing import available_memory
 
@@ -62,12 +62,11 @@ def main() -> int:
     if not kernel_availability().ok:
         raise SystemExit(f"Only the operators have workers: {kernel_availability().reason}.")
     most, planned = cores(), plan_threads().workers
-    chosen, _ = choose_backend("auto", ExpertShape(*SIZES[given.shape]), workers=planned)
-    default = (0, most) if chosen == "torch" else (planned, 1)
     few = [0] + [2**n for n in range(most.bit_length())] + [most, most - 1, most - 2, planned]
     workers = given.workers or sorted({count for count in few if 0 <= count <= most})
     torch_threads = sorted({1, max(1, most // 2), most})
     shape = fitting(given.shape, 1)
+    default = (0, most) if default_backend(shape) == "torch" else (planned, 1)
     print(describe())
     keep = len(workers) * 2.5 * shape.bytes < 0.8 * available_memory()
     timings = take_turns(
