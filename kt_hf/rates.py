@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20
 _RANK = 8
 _LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, that would make them look faster than they are
-_EXPERTS = 16  # of them at least, more where tokens are sent to more
+_EXPERTS = 16  # of them at least where the layer has so many, and on the GPU at most
 _BESIDE = 2  # experts in each of the other tiers
 _SHORT, _LEAST, _MOST = 128, 1024, 4096  # tokens of the calls that are timed: few, and as the run's within bounds
 _GPU_TOKENS = 4096
@@ -55,7 +55,8 @@ def measure_rates(
     """
     lengths = _SHORT, min(max(tokens, _LEAST), _MOST)
     K, H, I = shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
-    count = max(_EXPERTS, 2 * K, min(shape.num_experts, _LAYER_BYTES // expert_bytes(shape)))
+    E, fitting = shape.num_experts, _LAYER_BYTES // expert_bytes(shape)
+    count = max(2 * K, min(E, max(_EXPERTS, fitting)))
     alone, layer = (ExpertShape(n, K, H, I) for n in (count, count + 2 * _BESIDE))
     with CALL_LOCK, torch.no_grad():
         pcie = _copy_rate(device, copy_bytes)
@@ -69,9 +70,9 @@ def measure_rates(
         quiet = lines(range(2 * _BESIDE), range(0))
         beside = lines(range(_BESIDE), range(_BESIDE, 2 * _BESIDE)) if pcie and aligned(shape) else quiet
         del packed
-        small = ExpertShape(_EXPERTS, min(K, _EXPERTS), H, I)
+        small = ExpertShape(max(K, min(E, _EXPERTS, fitting)), K, H, I)
         on_gpu = gpu_backend(_moved(_weights(small), device), small)
-        ids = _ids(gpu_tokens, small.top_k, range(_EXPERTS))
+        ids = _ids(gpu_tokens, K, range(small.num_experts))
         took = _times(on_gpu, _random((gpu_tokens, H)), ids)
         forward, backward = (ids.numel() / seconds for seconds in took)
     rates = Rates(pcie, *quiet, *beside, forward, backward)

@@ -158,9 +158,10 @@ def test_fitting() -> None:
     assert min(dataclasses.astuple(falling)) >= 0
 
 
-def test_measured(backend: str) -> None:
+@pytest.mark.parametrize(("E", "K"), [(8, 2), (8, 6), (4, 1)])
+def test_measured(backend: str, E: int, K: int) -> None:
     """On a small shape, the CPU for the GPU: positive, and the state of random numbers is as it was."""
-    shape, state = ExpertShape(8, 2, 64, 64), torch.get_rng_state()
+    shape, state = ExpertShape(E, K, 64, 64), torch.get_rng_state()
     threads = torch.get_num_threads()
     rates = measure_rates(
         shape, torch.device("cpu"), plan_threads(1, False), backend, tokens=64, copy_bytes=1 << 20, gpu_tokens=64
