@@ -101,7 +101,7 @@ def child(what: str, folder: Path, backend: str, threads: int, share: bool) -> d
     keep: list[Any] = []
     before, _ = memory()
     if what == "pack":
-        packer = make_packer(cfg, shapes)
+        packer = make_packer(cfg, shapes, torch.bfloat16)
         weights = [checkpoint.read(layer, torch.bfloat16) for layer in checkpoint.layers]
         start = time.perf_counter()
         for layer, one in zip(checkpoint.layers, weights, strict=True):

@@ -69,7 +69,7 @@ def measure_rates(
 
         quiet = lines(range(2 * _BESIDE), range(0))
         beside = lines(range(_BESIDE), range(_BESIDE, 2 * _BESIDE)) if pcie and aligned(shape) else quiet
-        del packed
+        del lines, packed
         small = ExpertShape(max(K, min(E, _EXPERTS, fitting)), K, H, I)
         on_gpu = gpu_backend(_moved(_weights(small), device), small)
         ids = _ids(gpu_tokens, K, range(small.num_experts))
@@ -119,7 +119,8 @@ def _lines(split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequen
             ids.view(-1)[1::2] = streamed.start + torch.arange(ids.numel() // 2, device="cpu") % len(streamed)
         ids[: T * idle // 3] = -1
         seconds.append(_times(split, _random((T, split.shape.hidden_size)), ids))
-        points.append([1.0, float(T), float(len(used)), float((ids >= on_cpu.start).sum())])
+        here = ids[ids >= on_cpu.start]
+        points.append([1.0, float(T), float(here.unique().numel()), float(here.numel())])
     forward, backward = zip(*seconds, strict=True)
     return fitted(points, forward), fitted(points, backward)
 

@@ -103,8 +103,11 @@ def test_auto_computes_by_pytorch_on_few_cores(
     amx: bool, workers: int | None, dtype: Any, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "cpu_features", lambda: CpuFeatures("", amx, True, True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert choose_backend("auto", SHAPE, workers=workers, dtype=dtype)[0] == expected
     assert choose_backend("AMXBF16", SHAPE, workers=workers, dtype=dtype)[0] == "AMXBF16"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)  # two cores of many
+    assert choose_backend("auto", SHAPE, workers=workers, dtype=dtype)[0] == "AMXBF16"
 
 
 @pytest.mark.usefixtures("available")

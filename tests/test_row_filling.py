@@ -76,8 +76,13 @@ def test_a_token_that_is_not_finite_stays_alone() -> None:
     assert not torch.isfinite(got[0][0]).any()
     assert torch.isfinite(got[0][1:]).all()
     assert torch.isfinite(got[1][1:]).all()
+    others = [e for e in range(6) if e not in ids[0].tolist()]
+    for gradient in got[3:]:
+        assert torch.isfinite(gradient[others]).all()
 
 
 def test_only_16_bits_on_a_cpu_are_filled() -> None:
     weights = ExpertWeights(torch.zeros(6, 96, 32), torch.zeros(6, 32, 48))
     assert not TorchBackend(weights, SHAPE)._fill
+    narrow = TorchBackend(ExpertWeights(weights.gate_up.bfloat16(), weights.down.bfloat16()), SHAPE)
+    assert narrow._fill == torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -100,7 +100,9 @@ def choose_backend(
             return "torch", available.reason
         if problem:
             return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
-        if workers == 1 and dtype in (None, torch.bfloat16) and not cpu_features().amx:
+        # Not where a control group leaves two cores of many: PyTorch would start as many threads as there are.
+        two = workers == 1 and torch.get_num_threads() == 2
+        if two and dtype in (None, torch.bfloat16) and not cpu_features().amx:
             return "torch", FEW_CORES
         return name, available.reason
     if not available.ok:

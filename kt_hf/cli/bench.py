@@ -48,8 +48,9 @@ def main(
         own = OwnKeys(model_name_or_path=model)
         sizes = model_sizes(load_config(own)[0], own)
         shape = (sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
-        chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, ExpertShape(*shape))
         planned = plan_threads().workers
+        own_number = None if threads else planned
+        chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, ExpertShape(*shape), workers=own_number)
         counts = _numbers("--threads", threads) if threads else sorted({max(1, planned // 2), planned})
         rows = [row for count in counts for row in bench.measure(shape, rank, chosen, count, lengths, runs)]
         title = f"{model}: {sizes.experts} experts, {sizes.top_k} a token, {sizes.hidden} x {sizes.intermediate}"

@@ -104,7 +104,8 @@ def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
     if settings.own.use_kt:
         shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
         workers = plan_threads().workers if settings.kt.kt_num_threads is None else None
-        kernel = choose_backend(settings.kt.kt_backend, shape, workers=workers)[0] != "torch"
+        dtype = getattr(torch, settings.own.torch_dtype, None)
+        kernel = choose_backend(settings.kt.kt_backend, shape, workers=workers, dtype=dtype)[0] != "torch"
     gpu = torch.cuda.is_available() and not settings.trainer.get("use_cpu")
     gpu_free = torch.cuda.mem_get_info()[0] if gpu else None
     # The program's own part is in memory already.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import weakref
 from pathlib import Path
 
 import pytest
 from peft import get_peft_model
 
-from kt_hf import apply_kt_moe, packing
+from kt_hf import KTMoECallback, apply_kt_moe, packing
 from kt_hf.planner import Split
 from tests.conftest import TORCH_BF16, make_config
 from tests.families.patched import lora_config
@@ -49,6 +51,21 @@ def test_what_a_plan_took(forwards: int, tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.usefixtures("planned")
 def test_nothing_was_planned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert told(tmp_path, caplog, {"resident": 2, "streamed": 3}) == []
+
+
+@pytest.mark.usefixtures("planned")
+def test_the_callback_keeps_no_expert_alive(tmp_path: Path) -> None:
+    """Also of a run that ended before its steps were timed."""
+    config = make_config("torch", kt_expert_placement="auto", kt_lora_rank=8)
+    model = get_peft_model(apply_kt_moe(MIXTRAL(TORCH_BF16.dtype), config), lora_config(MIXTRAL))
+    trainer = trainer_for(model, tmp_path, max_steps=3)
+    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, KTMoECallback))
+    trainer.train()
+    layers = [weakref.ref(layer) for layer in model._kt_wrappers]
+    del trainer, model
+    gc.collect()
+    assert callback.expert_load.total
+    assert [layer() for layer in layers] == [None, None]
 
 
 def test_everything_stays_on_the_cpu(
