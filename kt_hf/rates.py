@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, pack
+from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, most_tokens, pack
 from .backends.grouped import aligned
 from .backends.host_weights import lock_pages, unlock_pages
 from .backends.split_pack import pack_split
@@ -53,11 +53,12 @@ def measure_rates(
         copy_bytes: That are copied to the GPU.
         gpu_tokens: Of the GPU's calls.
     """
-    lengths = _SHORT, min(max(tokens, _LEAST), _MOST)
     K, H, I = shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
     E, fitting = shape.num_experts, _LAYER_BYTES // expert_bytes(shape)
     count = max(2 * K, min(E, max(_EXPERTS, fitting)))
     alone, layer = (ExpertShape(n, K, H, I) for n in (count, count + 2 * _BESIDE))
+    longest = min(max(tokens, _LEAST), _MOST, most_tokens(alone))  # the operators refuse more than memory holds
+    lengths = min(_SHORT, longest), longest
     with CALL_LOCK, torch.no_grad():
         pcie = _copy_rate(device, copy_bytes)
         packed = pack(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")

@@ -174,6 +174,16 @@ def test_measured(backend: str, E: int, K: int) -> None:
     assert torch.get_num_threads() == threads
 
 
+def test_no_longer_calls_than_memory_holds_are_measured(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators refuse them, naming a setting that nobody has set."""
+    for module in ("kt_hf.rates", "kt_hf.backends.kt_kernel"):
+        monkeypatch.setattr(f"{module}.most_tokens", lambda _: 40)
+    rates = measure_rates(
+        ExpertShape(8, 2, 64, 64), torch.device("cpu"), plan_threads(1, False), backend, 4096, 1 << 20, gpu_tokens=64
+    )
+    assert rates.forward.seconds(40, 8, 80) > 0
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))

@@ -63,8 +63,8 @@ def kernel_availability() -> Availability:
     return kt_kernel.availability()
 
 
-# Measured on two AVX512-BF16 cores: a SmolLM2 step takes 3.6 s so, 4.5 with the operators' one worker and 6.3 with two
-# (a core of two is lost to the operators' queue thread, which spins); a DeepSeek-V2-Lite layer 8 % less.
+# Measured on two AVX512-BF16 cores: a SmolLM2 step of 512 tokens takes 3.2 s so, 4.6 with the operators' one worker
+# (the other core is lost to their queue thread, which spins); two DeepSeek-V2-Lite layers, 2,048 tokens, 4.8 and 8.9.
 FEW_CORES = "two cores without AMX compute them faster so than by the operators, which set kt_num_threads would ask for"
 
 
