@@ -2,29 +2,32 @@
 
 Three layouts are known, told by the tensors' names, whatever the family: one tensor an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
-(`experts.gate_up_proj`). Each in bf16, fp16, fp32 or block-wise FP8.
+(`experts.gate_up_proj`). Each in bf16, fp16, fp32, or of 8 bits with scales (`eight_bit`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .backends import ExpertShape, ExpertWeights
+from .backends.host_weights import own_pages
+from .backends.scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
+from .eight_bit import FLOATING, KNOWN, SCALE_PATTERN, block_size, check_scales
 from .errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from .find import find_experts, skeleton
-from .fp8 import FLOATING, FP8, SCALE, block_size, check_scales
 from .matrices import Matrix, read_matrices
-from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles
+from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_tensors
 
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_ONE_EXPERT = re.compile(rf"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight(?:{SCALE})?)$")
-_FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?({SCALE})?$")
+_ONE_EXPERT = re.compile(rf"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$")
+_FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?({SCALE_PATTERN})?$")
 _OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
 # A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
 _ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)*")
@@ -45,11 +48,11 @@ class ExpertCheckpoint:
         model_class: The class transformers loads it by.
         expert_classes: The classes of its experts modules.
         files: The checkpoint's tensors.
-        block: Rows and columns of an FP8 block.
+        block: Rows and columns of a weight of 8 bits that share a scale.
 
     Raises:
         KTAMXModelNotSupportedError: A model without experts that can be computed, or saved under unknown names.
-        KTAMXConfigError: The folder has no safetensors checkpoint, or it is quantised in another way than FP8.
+        KTAMXConfigError: The folder has no safetensors checkpoint, or it is quantised in another way.
         KTAMXError: A file or a tensor is missing, doubled, truncated or of another shape, naming file and tensor.
     """
 
@@ -65,29 +68,69 @@ class ExpertCheckpoint:
         self.files = TensorFiles(Path(folder))
         self._matrices = self._find()
 
-    def read(self, layer: str, dtype: torch.dtype) -> ExpertWeights:
+    def read(self, layer: str, dtype: torch.dtype, apart: Sequence[int] = ()) -> ExpertWeights:
         """A layer's weights, stacked and fused, in memory of their own on the CPU.
 
         Args:
             layer: One of `layers`.
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
+            apart: Ids of experts that are read as they are, of 8 bits; `of_8_bits` says whether they can be.
 
         Returns:
-            gate_up [E, 2I, H] and down [E, H, I].
+            gate_up [E, 2I, H] and down [E, H, I]; without the experts that are `apart`.
 
         Raises:
             KTAMXError: A file has changed since it was checked.
         """
         if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
-        shape = self.shapes[layer]
-        E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
-        gate_up = torch.empty(E, 2 * I, H, dtype=dtype, device="cpu")
-        down = torch.empty(E, H, I, dtype=dtype, device="cpu")
-        targets = {"gate_proj": gate_up[:, :I], "up_proj": gate_up[:, I:], "gate_up_proj": gate_up, "down_proj": down}
-        jobs = [(one, targets[name][e]) for (e, name), one in self._matrices[layer].items()]
-        read_matrices(jobs, self.block)
-        return ExpertWeights(gate_up, down)
+        shape, matrices = self.shapes[layer], self._matrices[layer]
+        H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
+        rest = [e for e in range(shape.num_experts) if e not in set(apart)]
+        gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
+        down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
+        place = {e: i for i, e in enumerate(rest)}
+        targets = _targets(gate_up, down)
+        read_matrices([(one, targets[name][place[e]]) for (e, name), one in matrices.items() if e in place])
+        return ExpertWeights(gate_up, down, scaled=self._read_scaled(layer, sorted(apart)) if apart else None)
+
+    def of_8_bits(self) -> bool:
+        """Whether all experts are of 8 bits, those of a layer of one dtype."""
+        for matrices in self._matrices.values():
+            kinds = {(one.weight.dtype, one.scales.dtype if one.scales else None) for one in matrices.values()}
+            if len(kinds) != 1 or kinds.pop()[0] not in EIGHT_BIT:
+                return False
+        return True
+
+    def _read_scaled(self, layer: str, experts: list[int]) -> ScaledExperts:
+        """Experts of a layer as they are in the files."""
+        shape, matrices = self.shapes[layer], self._matrices[layer]
+        H, I, n = shape.hidden_size, shape.intermediate_size, len(experts)  # noqa: E741
+        fused = (experts[0], "gate_up_proj") in matrices
+        dtype = matrices[experts[0], "down_proj"].weight.dtype
+        gate_up, down = own_pages((n, 2 * I, H), dtype), own_pages((n, H, I), dtype)
+        targets = _targets(gate_up, down)
+        jobs: list[tuple[StoredTensor, Tensor]] = []
+        scales: dict[str, Tensor] = {}
+        for name in ["gate_up_proj"] * fused or ["gate_proj", "up_proj"]:
+            scales[name] = self._scales_of(layer, name, experts, jobs)
+        scales["down_proj"] = self._scales_of(layer, "down_proj", experts, jobs)
+        jobs += [(matrices[e, name].weight, targets[name][i]) for i, e in enumerate(experts) for name in scales]
+        read_tensors(jobs)
+        *above, below = (stored.float() for stored in scales.values())
+        return ScaledExperts(
+            experts,
+            ScaledMatrices(gate_up, torch.stack(above, 1), self.block),
+            ScaledMatrices(down, below[:, None], self.block),
+        )
+
+    def _scales_of(self, layer: str, name: str, experts: list[int], jobs: list[tuple[StoredTensor, Tensor]]) -> Tensor:
+        """Memory [n, R, C] for the scales of a projection of some experts; what is to be read is added to `jobs`."""
+        stored = [self._matrices[layer][e, name].scales for e in experts]
+        found = [one for one in stored if one is not None]
+        into = torch.empty(len(experts), *found[0].shape, dtype=found[0].dtype, device="cpu")
+        jobs += zip(found, into, strict=True)
+        return into
 
     def source_bytes(self, layer: str) -> int:
         """Bytes of a layer's experts in the files."""
@@ -111,7 +154,7 @@ class ExpertCheckpoint:
             if match.re is _OTHER:
                 strange.setdefault(layer, tensor)
                 continue
-            into = (scales if name.endswith(SCALE) else found)[layer]
+            into = (scales if match.groups()[-1] else found)[layer]
             shape = self.shapes[layer]
             for key, part in _parts(match, tensor, shape):
                 if key in into:
@@ -138,8 +181,8 @@ class ExpertCheckpoint:
         sizes = {"gate_proj": (I, H), "up_proj": (I, H), "gate_up_proj": (2 * I, H), "down_proj": (H, I)}
         if not found and strange is not None:
             raise KTAMXConfigError(
-                f"{strange}: experts of {layer} are saved in a form that is not known. Give a checkpoint in bfloat16, "
-                "float16, float32 or block-wise FP8, one tensor an expert or fused."
+                f"{strange}: experts of {layer} are saved in a form that is not known. Give a checkpoint in {KNOWN}, "
+                "one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
             for name in ("gate_proj", "up_proj", "down_proj"):
@@ -157,16 +200,14 @@ class ExpertCheckpoint:
                     f"{weight} has the shape {list(weight.shape)} an expert; by the model's config it is "
                     f"{list(sizes[name])}."
                 )
-            matrices[expert, name] = Matrix(weight, self._scales(weight, scales.get((expert, name))))
+            matrices[expert, name] = Matrix(weight, self._scales(weight, scales.get((expert, name))), self.block)
         return matrices
 
     def _scales(self, weight: StoredTensor, scales: StoredTensor | None) -> StoredTensor | None:
         if weight.dtype in FLOATING and scales is None:
             return None
-        if weight.dtype != FP8 and scales is None:
-            raise KTAMXError(
-                f"{weight} is of {weight.dtype}; known are bfloat16, float16, float32 and FP8 with scales."
-            )
+        if weight.dtype not in EIGHT_BIT and scales is None:
+            raise KTAMXError(f"{weight} is of {weight.dtype}; known are {KNOWN}.")
         return check_scales(weight, scales, self.block).scales
 
     def _missing(self, layer: str, expert: int, name: str, found: dict[tuple[int, str], StoredTensor]) -> str:
@@ -191,6 +232,12 @@ class ExpertCheckpoint:
     def _layer(self, tensor: str) -> str | None:
         match = _OTHER.match(tensor)
         return next((name for name in self.layers if match and _plain(name) == _plain(match[1])), None)
+
+
+def _targets(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """Projection -> where its matrices [n, out, in] are in gate_up [n, 2I, H] and down [n, H, I]."""
+    I = down.shape[2]  # noqa: E741
+    return {"gate_proj": gate_up[:, :I], "up_proj": gate_up[:, I:], "gate_up_proj": gate_up, "down_proj": down}
 
 
 def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:

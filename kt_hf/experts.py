@@ -44,7 +44,7 @@ class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
 
     Args:
-        weights: Taken over. Saved ones are loaded at once, for the rank `kt_lora_rank`.
+        weights: Taken over. Saved ones, and those of 8 bits, are packed at once, for the rank `kt_lora_rank`.
         shape: Sizes.
         layer_idx: Position among the model's layers.
         label: Full name in the model, for messages.
@@ -72,9 +72,9 @@ class KTExperts(nn.Module):
         # keys precomputed reference log-probabilities by the state dict.
         self.register_buffer("base_fingerprint", fingerprint(weights))
         self._unpacked: ExpertWeights | None = None
-        if isinstance(weights, SavedLayer):
+        if isinstance(weights, SavedLayer) or weights.scaled is not None:
             with CALL_LOCK:
-                backend = packer.pack(weights, shape, packer.config.kt_lora_rank or 0, label)
+                backend = packer.pack(weights, shape, packer.config.kt_lora_rank or 0, label, layer_idx)
             self._runner = ExpertsRunner(backend, label, packer.retain)
             return
         # Until the LoRA rank is known: PyTorch on the weights as they are.

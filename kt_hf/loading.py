@@ -10,9 +10,10 @@ import copy
 import logging
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch import nn
 from .backends import ExpertWeights
 from .checkpoint import ExpertCheckpoint, checkpoint_folder
 from .config import KTConfig
+from .eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, quantised_rest
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .find import Place, find_experts, layer_index, skeleton
-from .fp8 import FLOATING, SCALE, block_size, dequantise_rest, quantised_rest
 from .loading_progress import LayersBar
 from .packing import return_freed_memory
 from .patch import make_packer, refuse_parallel, replace_experts, room_of
@@ -69,9 +70,10 @@ def load_kt_model(
     the weights of two layers.
 
     The experts are streamed from the checkpoint's safetensors files: one tensor an expert or fused, in one file or
-    several, in bf16, fp16, fp32, or block-wise FP8, which is de-quantised. All of them are checked by the files'
-    headers before anything is loaded. An FP8 checkpoint's other weights are de-quantised as well, so that the model is
-    a plain one of `dtype`.
+    several, in bf16, fp16, fp32, or of 8 bits (FP8 or INT8 with a scale for each block or row), which is de-quantised;
+    experts that are streamed to a GPU stay of 8 bits, if `kt_lora_rank` is given, and are de-quantised there. All of
+    them are checked by the files' headers before anything is loaded. A checkpoint's other weights of 8 bits are
+    de-quantised as well, so that the model is a plain one of `dtype`.
 
     Args:
         path_or_name: Folder, or name of a model of the hub, which is downloaded if it is not in the cache.
@@ -105,14 +107,18 @@ def load_kt_model(
     coming = dtype if isinstance(dtype, torch.dtype) else _checked_dtype(config.dtype or torch.bfloat16)
     named = {place.name: place.shape for place in found}
     packer = make_packer(cfg, named, coming, streamed=True, model_type=config.model_type)
-    room = room_of(outline, config, tokens_per_step, coming)
-    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, as_placement(placement), room)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
             "the LoRA rank. Give KTConfig(kt_lora_rank=...), the adapter's rank or more; 0 for inference."
         )
+    placement = as_placement(placement)
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
+    room = room_of(outline, config, tokens_per_step, coming)
+    # Experts that are packed later, at the first adapter, are bf16 until then.
+    whole = packer.saved is not None or cfg.kt_lora_rank is None or coming != torch.bfloat16
+    room = replace(room, of_8_bits=not whole and checkpoint.of_8_bits())
+    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, placement, room)
     model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
     expert_dtype = _checked_dtype(model.config.dtype or model.dtype)
     if packer.saved is not None:
@@ -123,8 +129,9 @@ def load_kt_model(
     peft_compat.install()
     model.requires_grad_(False)
     saved = packer.saved
+    apart = [packer.read_scaled(place.shape, layer_index(place.name, i)) for i, place in enumerate(places)]
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
-    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, expert_dtype)) as weights:
+    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, expert_dtype, apart)) as weights:
         counted = bar.each(places, sizes)
         replace_experts(model, counted, packer, lambda at: saved.layer(at.name) if saved else next(weights))
     return_freed_memory()
@@ -167,13 +174,13 @@ def _load_rest(
     by_auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
     more = {"trust_remote_code": trusted} if by_auto else {}
     loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
-    # With the FP8 configuration transformers would make modules that compute in FP8, or de-quantise by blocks of its
-    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). Values of FP8 are exact in any dtype
+    # With the configuration's FP8 transformers would make modules that compute in FP8, or de-quantise by blocks of its
+    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). Values of 8 bits are exact in any dtype
     # of the model, so they are loaded as they are, and multiplied by their scales after.
     quantised = quantised_rest(checkpoint.files, block_size(config))
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    ignored = [r"\.experts\."] + ([rf"{SCALE}$"] if quantised else [])
+    ignored = [r"\.experts\."] + ([rf"{SCALE_PATTERN}$"] if quantised else [])
     with _without_experts(checkpoint, ignored):
         model = loader.from_pretrained(str(path_or_name), config=config, dtype=dtype, **more, **kwargs)
     dequantise_rest(model, quantised)
@@ -230,12 +237,15 @@ def _place(model: Any, name: str, checkpoint: ExpertCheckpoint) -> Place:
     return Place(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
 
 
-def _stream(checkpoint: ExpertCheckpoint, dtype: torch.dtype) -> Generator[ExpertWeights, None, None]:
-    """The layers' weights in order, each read while the one before is in use."""
+def _stream(
+    checkpoint: ExpertCheckpoint, dtype: torch.dtype, apart: Sequence[Sequence[int]]
+) -> Generator[ExpertWeights, None, None]:
+    """The layers' weights in order, each read while the one before is in use; `apart`, of each layer, as they are."""
     with ThreadPoolExecutor(1, "kt_hf-read") as reader:
-        coming = reader.submit(checkpoint.read, checkpoint.layers[0], dtype)
-        for following in [*checkpoint.layers[1:], None]:
+        jobs = list(zip(checkpoint.layers, apart, strict=True))
+        coming = reader.submit(checkpoint.read, jobs[0][0], dtype, jobs[0][1])
+        for following in [*jobs[1:], None]:
             weights = coming.result()
             if following is not None:
-                coming = reader.submit(checkpoint.read, following, dtype)
+                coming = reader.submit(checkpoint.read, following[0], dtype, following[1])
             yield weights

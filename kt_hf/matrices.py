@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fp8 import dequantise
+from .eight_bit import dequantise
 from .tensor_files import StoredTensor, read_tensors
 
 _STAGING = 64 * 2**20  # bytes read at a time where they are not the bytes wanted
@@ -16,10 +16,12 @@ _STAGING = 64 * 2**20  # bytes read at a time where they are not the bytes wante
 
 @dataclass(frozen=True)
 class Matrix:
-    """One expert's projection in the checkpoint: [out, in], and the FP8 scales, if it is of FP8."""
+    """One expert's projection in the checkpoint: [out, in], and where it is of 8 bits its scales, each of a block of
+    rows and columns."""
 
     weight: StoredTensor
     scales: StoredTensor | None
+    block: tuple[int, int]
 
     @property
     def tensors(self) -> list[StoredTensor]:
@@ -34,20 +36,17 @@ class Matrix:
 Job = tuple[Matrix, Tensor]
 
 
-def read_matrices(jobs: Sequence[Job], block: tuple[int, int]) -> None:
+def read_matrices(jobs: Sequence[Job]) -> None:
     """Read each matrix into the tensor beside it, contiguous, of its shape, on the CPU, of any floating dtype.
-
-    Args:
-        block: Rows and columns that share a scale, of those in FP8.
 
     Raises:
         KTAMXError: A file has changed since its header was read.
     """
     read_tensors([(one.weight, target) for one, target in jobs if one.weight.dtype == target.dtype])
-    _convert([(one, target) for one, target in jobs if one.weight.dtype != target.dtype], block)
+    _convert([(one, target) for one, target in jobs if one.weight.dtype != target.dtype])
 
 
-def _convert(jobs: list[Job], block: tuple[int, int]) -> None:
+def _convert(jobs: list[Job]) -> None:
     """Read matrices of another dtype than their targets', a few at a time."""
     if not jobs:
         return
@@ -64,7 +63,7 @@ def _convert(jobs: list[Job], block: tuple[int, int]) -> None:
             if one.scales is None:
                 target.copy_(parts[one.weight])
             else:
-                dequantise(parts[one.weight], parts[one.scales], block, target)
+                dequantise(parts[one.weight], parts[one.scales], one.block, target)
 
 
 def _room(tensor: StoredTensor) -> int:

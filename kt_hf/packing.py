@@ -50,6 +50,7 @@ class Packer:
         tiers: How many experts of each layer are resident on the GPU and streamed to it; None before that is planned.
         placement: Which of them; None for the first.
         planned: What was expected of the tiers, where they were planned.
+        of_8_bits: Whether streamed experts stay of 8 bits, as their checkpoint has them.
     """
 
     config: KTConfig
@@ -63,6 +64,7 @@ class Packer:
     tiers: Tiers | None = field(default_factory=Tiers)
     placement: Placement | None = field(default=None, init=False, repr=False)
     planned: Split | None = field(default=None, init=False)
+    of_8_bits: bool = field(default=False, init=False)
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
     _streamer: Streamer | None = field(default=None, init=False, repr=False)
@@ -94,12 +96,13 @@ class Packer:
         if placement is not None and (self.tiers is None or self.tiers.on_gpu):
             for layer, shape in layers.items():
                 placement.check(layer, shape.num_experts)
+        room = room or Room()
         if self.tiers is None:
-            self.tiers = self._planned(list(layers.values()), placement, room or Room())
-        tiers = self.tiers
+            self.tiers = self._planned(list(layers.values()), placement, room)
+        tiers, self.of_8_bits = self.tiers, room.of_8_bits
         sizes = [expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in layers.values()]
         self.expert_bytes, self.layer_bytes = sum(sizes), max(sizes)
-        self._locked = sum(expert_bytes(shape) * tiers.streamed for shape in layers.values())
+        self._locked = sum(expert_bytes(shape, self.of_8_bits) * tiers.streamed for shape in layers.values())
         if not tiers.on_gpu:
             return
         self.placement = placement
@@ -120,7 +123,7 @@ class Packer:
             room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)
         left = room.free_for_experts(free, tokens, shape)
         popularity = placement.share if placement else ()
-        split = make_plan(rates, shape, len(shapes), tokens, left, popularity, streaming)
+        split = make_plan(rates, shape, len(shapes), tokens, left, popularity, streaming, room.of_8_bits)
         check_tiers(split.tiers, self.config, shapes, self.backend != "torch")
         logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, split)
         self.planned = split
@@ -153,8 +156,7 @@ class Packer:
         elif self.tiers is None or not self.tiers.on_gpu:
             backend = on_cpu(weights, shape)
         else:
-            order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))
-            resident, streamed = order[: self.tiers.resident], order[self.tiers.resident : self.tiers.on_gpu]
+            resident, streamed = self._on_gpu(shape, layer)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
             backend = pack_split(weights, shape, resident, streamed, self.streamer, dtype, on_cpu)
         if self.on_pack:
@@ -162,6 +164,16 @@ class Packer:
         if self.backend != "torch":
             return_freed_memory()
         return backend
+
+    def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Ids of a layer's resident and of its streamed experts."""
+        order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))
+        tiers = self.tiers or Tiers()
+        return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
+
+    def read_scaled(self, shape: ExpertShape, layer: int) -> Sequence[int]:
+        """Ids of the experts of a layer that are to be left as their checkpoint has them, of 8 bits."""
+        return self._on_gpu(shape, layer)[1] if self.of_8_bits else ()
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""

@@ -102,6 +102,7 @@ class Room:
         vocabulary: Logits a token.
         dtype: The model's; None for bf16.
         lora_rank: Of the experts' LoRA, if its parameters and their optimizer are on the GPU.
+        of_8_bits: Whether experts that are streamed stay of 8 bits.
     """
 
     tokens: int | None = None
@@ -110,6 +111,7 @@ class Room:
     vocabulary: int = 0
     dtype: torch.dtype | None = None
     lora_rank: int = 0
+    of_8_bits: bool = False
 
     def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
         """Bytes of a GPU's `free` ones that weights of experts may take, with checkpointing: what is left by the rest
@@ -121,9 +123,9 @@ class Room:
         return max(0, int(0.9 * free) - self.rest_bytes - activations - lora)
 
 
-def expert_bytes(shape: ExpertShape) -> int:
-    """Of one expert in bf16."""
-    return 3 * shape.hidden_size * shape.intermediate_size * 2
+def expert_bytes(shape: ExpertShape, of_8_bits: bool = False) -> int:
+    """Of one expert in bf16, or of 8 bits."""
+    return 3 * shape.hidden_size * shape.intermediate_size * (1 if of_8_bits else 2)
 
 
 def plan(
@@ -134,6 +136,7 @@ def plan(
     free_gpu_bytes: int,
     popularity: Sequence[float] = (),
     streaming: bool = True,
+    of_8_bits: bool = False,
 ) -> Split:
     """The split with the least expert time in a step; of equals, that with the fewest experts on the GPU. One without
     experts on the CPU is taken unless it is a tenth slower.
@@ -146,6 +149,7 @@ def plan(
         free_gpu_bytes: For weights of all layers' resident experts, and for the buffers if any are streamed.
         popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
         streaming: Whether experts can be streamed.
+        of_8_bits: Whether they are of 8 bits then (their scales are not counted).
     """
     streaming = streaming and rates.pcie_bytes_per_s > 0
     load = _Load.of(shape, tokens, popularity)
@@ -155,9 +159,9 @@ def plan(
         cpu = E - resident - streamed
         if cpu < 0 or 0 < cpu < shape.top_k:
             continue
-        if resident * size * layers + buffer_bytes(shape, streamed) > free_gpu_bytes and resident + streamed:
+        if resident * size * layers + buffer_bytes(shape, streamed, of_8_bits) > free_gpu_bytes and resident + streamed:
             continue
-        found.append(predicted(rates, shape, layers, load, resident, streamed))
+        found.append(predicted(rates, shape, layers, load, resident, streamed, of_8_bits))
 
     def cost(split: Split) -> tuple[float, int, int]:
         return split.seconds * (_MARGIN if split.cpu == 0 else 1), split.resident + split.streamed, split.resident
@@ -183,12 +187,14 @@ class _Load:
         return cls(tokens, [0.0, *itertools.accumulate(rows)], [0.0, *itertools.accumulate(touched)])
 
 
-def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, resident: int, streamed: int) -> Split:
+def predicted(
+    rates: Rates, shape: ExpertShape, layers: int, load: _Load, resident: int, streamed: int, of_8_bits: bool = False
+) -> Split:
     """The times of one split."""
     on_gpu, E = resident + streamed, shape.num_experts
-    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape)
+    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, of_8_bits)
     stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
-    ahead = buffer_bytes(shape, streamed) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
+    ahead = _ahead_bytes(shape, streamed, of_8_bits) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate, rest in (
@@ -204,10 +210,22 @@ def predicted(rates: Rates, shape: ExpertShape, layers: int, load: _Load, reside
     )
 
 
-def buffer_bytes(shape: ExpertShape, streamed: int) -> int:
-    """Of the GPU's buffers for so many streamed experts a layer."""
+def buffer_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool = False) -> int:
+    """Of the GPU's buffers for so many streamed experts a layer; where they are of 8 bits, with the chunk in bf16."""
+    if not streamed:
+        return 0
+    return _ahead_bytes(shape, streamed, of_8_bits) + (_chunk_bytes(shape, streamed) if of_8_bits else 0)
+
+
+def _ahead_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool) -> int:
+    """That the buffers hold."""
+    return BUFFERS * _chunk_bytes(shape, streamed) // (2 if of_8_bits else 1)
+
+
+def _chunk_bytes(shape: ExpertShape, streamed: int) -> int:
+    """Of a chunk in bf16."""
     size = expert_bytes(shape)
-    return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
+    return max(size, min(CHUNK_BYTES, streamed * size))
 
 
 def assumed_rates(shape: ExpertShape) -> Rates:

@@ -205,8 +205,8 @@ def test_auto(backend: str, tokens: int | None, expected: int, measured: list[An
     counts = {i: torch.tensor([1, 9, 1, 5, 1, 1, 1, 1]) for i in (0, 1)}
     config = make_config(backend, kt_expert_placement="auto", kt_lora_rank=8)
     model = apply_kt_moe(MIXTRAL(torch.bfloat16), config, placement=counts, tokens_per_step=tokens)
-    ((_, shape, layers, given_tokens, free, popularity, streaming),) = measured
-    assert (shape.num_experts, layers, given_tokens, streaming) == (8, 2, expected, True)
+    ((_, shape, layers, given_tokens, free, popularity, streaming, of_8_bits),) = measured
+    assert (shape.num_experts, layers, given_tokens, streaming, of_8_bits) == (8, 2, expected, True, False)
     assert popularity == pytest.approx([0.45, 0.25, *[0.05] * 6])
     assert free > 0
     parts = model._kt_wrappers[0]._runner.backend.parts

@@ -3,11 +3,14 @@ Trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .scaled import ScaledExperts
 
 # The order in which LoRA tensors are passed everywhere.
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
@@ -50,11 +53,21 @@ class ExpertWeights:
         gate_up: [E, 2I, H], the gate's rows before the up-projection's.
         down: [E, H, I], of the same dtype and device.
         taken_by: The backend that has packed them, should packing be interrupted between that and its return.
+        scaled: Experts that are of 8 bits yet, to be streamed so: gate_up and down are those of the others then.
     """
 
     gate_up: Tensor
     down: Tensor
     taken_by: ExpertsBackend | None = None
+    scaled: ScaledExperts | None = None
+
+    def places(self, experts: Sequence[int]) -> list[int]:
+        """Where experts of the layer are in gate_up and down."""
+        if self.scaled is None:
+            return list(experts)
+        apart = set(self.scaled.experts)
+        held = [e for e in range(len(self.gate_up) + len(apart)) if e not in apart]
+        return [held.index(e) for e in experts]
 
 
 class Saved:

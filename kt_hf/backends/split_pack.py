@@ -29,7 +29,8 @@ def pack_split(
     """A layer's backend whose experts `resident` and `streamed` are computed on a GPU, and the others by `pack_cpu`'s.
 
     Args:
-        weights: Taken over and emptied. If packing is interrupted they are whole again afterwards.
+        weights: Taken over and emptied. If packing is interrupted they are whole again afterwards. Those that are
+            `scaled` must be the streamed ones.
         shape: Of the layer.
         resident: Ids of the experts that are in the GPU's memory in `dtype`.
         streamed: Ids, others than these, of those whose weights stay in host memory; `dtype` must be bf16 then. If
@@ -50,23 +51,24 @@ def pack_split(
             f"kt_expert_placement: experts are streamed in bfloat16, this model's are {dtype}. Load it with "
             "dtype=torch.bfloat16, or leave all experts resident or on the CPU."
         )
-    held: list[tuple[ExpertWeights | HostWeights, list[int]]] = []
+    assert weights.scaled is None or list(weights.scaled.experts) == streamed
+    held: list[tuple[ExpertWeights | HostWeights, list[int]]] = []  # with their places in `weights`
     parts: list[tuple[ExpertsBackend, list[int]]] = []
     if resident:
         there = _rows(weights, resident, streamer.device, dtype)
-        held.append((there, resident))
+        held.append((there, weights.places(resident)))
         parts.append((gpu_backend(there, _held(shape, resident)), resident))
     if streamed:
-        whole = len(streamed) == shape.num_experts
-        host = HostWeights.taken_over(weights) if whole else HostWeights.copied(weights, streamed)
-        held.append((host, streamed))
+        host = _host_weights(weights, streamed)
+        if weights.scaled is None:
+            held.append((host, streamed))  # the scaled ones stay as they are
         parts.append((StreamedBackend(host, _held(shape, streamed), streamer), streamed))
     if not rest:
         weights.gate_up = weights.down = torch.empty(0)
         weights.taken_by = _together(parts, shape)
         return weights.taken_by
     here = _rows(weights, rest, where, source)
-    held.append((here, rest))
+    held.append((here, weights.places(rest)))
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
     try:
         backend = _together([*parts, (pack_cpu(here, _held(shape, rest)), rest)], shape)
@@ -74,8 +76,8 @@ def pack_split(
         if here.taken_by is not None:
             weights.taken_by = _together([*parts, (here.taken_by, rest)], shape)
         else:
-            weights.gate_up = _joined([(one.gate_up, experts) for one, experts in held], source, where)
-            weights.down = _joined([(one.down, experts) for one, experts in held], source, where)
+            weights.gate_up = _joined([(one.gate_up, places) for one, places in held], source, where)
+            weights.down = _joined([(one.down, places) for one, places in held], source, where)
         raise
     weights.taken_by = backend
     return backend
@@ -89,15 +91,22 @@ def _held(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
     return ExpertShape(len(experts), shape.top_k, shape.hidden_size, shape.intermediate_size)
 
 
+def _host_weights(weights: ExpertWeights, streamed: Sequence[int]) -> HostWeights:
+    if weights.scaled is not None:
+        return HostWeights.of_scaled(weights.scaled)
+    whole = len(streamed) == len(weights.gate_up)
+    return HostWeights.taken_over(weights) if whole else HostWeights.copied(weights, streamed)
+
+
 def _rows(weights: ExpertWeights, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
-    index = torch.tensor(list(experts), device=weights.gate_up.device)
+    index = torch.tensor(weights.places(experts), device=weights.gate_up.device)
     gate_up, down = (t.detach().index_select(0, index).to(device, dtype) for t in (weights.gate_up, weights.down))
     return ExpertWeights(gate_up, down)
 
 
 def _joined(pieces: Sequence[tuple[Tensor, Sequence[int]]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    total = sum(len(experts) for _, experts in pieces)
+    total = sum(len(places) for _, places in pieces)
     whole = torch.empty((total, *pieces[0][0].shape[1:]), dtype=dtype, device=device)
-    for piece, experts in pieces:
-        whole[torch.tensor(list(experts), device=device)] = piece.to(device, dtype)
+    for piece, places in pieces:
+        whole[torch.tensor(list(places), device=device)] = piece.to(device, dtype)
     return whole

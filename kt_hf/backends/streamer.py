@@ -6,6 +6,9 @@ that a chunk is there, another the copies that a buffer is free. Nothing waits o
 When a layer is done, the first chunks of the one expected next are sent for, so that they travel while attention is
 computed. What is expected is what came after the last two layers the time before (two, for where checkpointing computes
 a layer's forward again, its backward follows and not the next layer's forward). A wrong guess costs its copies' time.
+
+Weights of 8 bits travel as they are: half the bytes. They are made bf16 where they arrive, in memory of their own, and
+leave their buffer at once.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ BUFFERS = 3
 
 
 class Loaded(NamedTuple):
-    """A chunk of weights where they are computed: gate_up and down of `experts`, only of those with rows defined."""
+    """A chunk of weights in bf16 where they are computed: gate_up and down of `experts`, only of those with rows
+    defined."""
 
     experts: slice
     gate_up: Tensor
@@ -43,7 +47,7 @@ class _Step(NamedTuple):
 
 @dataclass
 class _Buffer:
-    values: Tensor  # flat, bf16
+    memory: Tensor  # bytes
     ready: torch.cuda.Event | None
     free: torch.cuda.Event | None
 
@@ -63,7 +67,7 @@ class Streamer:
 
     Args:
         device: A GPU; or the CPU, where the weights are used in place.
-        chunk_bytes: Size of a chunk, of one expert at least.
+        chunk_bytes: Size of a chunk in bf16, of one expert at least.
         buffers: Chunks on the device at a time.
         copies: Whether weights are copied to buffers; None where the device is a GPU.
     """
@@ -99,7 +103,7 @@ class Streamer:
         self._last = (self._last[1] if self._last else None), step
         if not self._copies:
             for experts, _ in self._split(weights, active):
-                yield Loaded(experts, weights.gate_up[experts], weights.down[experts])
+                yield Loaded(experts, *weights.products_of([tensor[experts] for tensor in weights.tensors]))
             return
         self._make_buffers(weights)
         yield from self._through_buffers(weights, active)
@@ -115,18 +119,28 @@ class Streamer:
                 self._idle.append(coming.buffer)
         self._ahead.clear()
         pending: deque[_Coming] = deque()
+
+        def send_for_more() -> None:
+            while wanted and (wanted[0][0].start in here or self._idle):
+                experts, numbers = wanted.popleft()
+                at = experts.start
+                coming = here.pop(at) if at in here else self._taken(weights, experts)
+                pending.append(coming)
+                self._fill(coming, numbers)
+
         try:
             while wanted or pending:
                 if not (pending or self._idle or wanted[0][0].start in here):
                     self._idle.append(here.popitem()[1].buffer)  # sent for too early
-                while wanted and (wanted[0][0].start in here or self._idle):
-                    experts, numbers = wanted.popleft()
-                    at = experts.start
-                    coming = here.pop(at) if at in here else self._taken(weights, experts)
-                    pending.append(coming)
-                    self._fill(coming, numbers)
-                yield self._arrived(pending[0])
-                self._give_back(pending.popleft())
+                send_for_more()
+                loaded = self._arrived(pending[0])
+                if weights.scaled:  # the buffer is free before the products
+                    self._give_back(pending.popleft())
+                    send_for_more()
+                    yield loaded
+                else:
+                    yield loaded
+                    self._give_back(pending.popleft())
         finally:  # an error of whoever computes leaves the buffers to the next
             for coming in (*pending, *here.values()):
                 self._give_back(coming)
@@ -152,12 +166,11 @@ class Streamer:
         return [(slice(first, min(first + size, len(weights.down))), found[first]) for first in sorted(found)]
 
     def _experts_in_a_chunk(self, weights: HostWeights) -> int:
-        one = (weights.gate_up[0].numel() + weights.down[0].numel()) * weights.down.element_size()
-        return min(max(1, self._chunk_bytes // one), len(weights.down))
+        return min(max(1, self._chunk_bytes // (2 * weights.expert_elements)), len(weights.down))
 
     def _make_buffers(self, weights: HostWeights) -> None:
-        needed = self._experts_in_a_chunk(weights) * (weights.gate_up[0].numel() + weights.down[0].numel())
-        if self._buffers and self._buffers[0].values.numel() >= needed:
+        needed = self._places(weights, self._experts_in_a_chunk(weights))[-1].stop
+        if self._buffers and self._buffers[0].memory.numel() >= needed:
             return
         if self._buffers and self._stream:
             self._stream.synchronize()  # the old ones go; once a model, where layers are of different sizes
@@ -167,10 +180,10 @@ class Streamer:
         self._buffers = []
         made: list[_Buffer] = []
         for _ in range(self._count):
-            values = torch.empty(needed, dtype=weights.down.dtype, device=self.device)
-            buffer = _Buffer(values, None, None)
+            memory = torch.empty(needed, dtype=torch.uint8, device=self.device)
+            buffer = _Buffer(memory, None, None)
             if self._stream:
-                values.record_stream(self._stream)  # a copy may be under way when the model is deleted
+                memory.record_stream(self._stream)  # a copy may be under way when the model is deleted
                 buffer.ready, buffer.free = torch.cuda.Event(), torch.cuda.Event()
             self._now_free(buffer)
             made.append(buffer)
@@ -193,7 +206,7 @@ class Streamer:
         begin = self._mark()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             for first, last, _ in runs(missing):
-                for source, target in zip((coming.weights.gate_up, coming.weights.down), there, strict=True):
+                for source, target in zip(coming.weights.tensors, there, strict=True):
                     at = slice(first - coming.experts.start, last - coming.experts.start)
                     self._copy(source[first:last], target[at])
         end = self._mark()
@@ -224,17 +237,24 @@ class Streamer:
     def _copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def _views(self, coming: _Coming) -> tuple[Tensor, Tensor]:
-        gate_up, down = coming.weights.gate_up, coming.weights.down
+    def _places(self, weights: HostWeights, count: int) -> list[slice]:
+        """The bytes of a buffer that each of the tensors takes, of so many experts; each begins where any dtype may."""
+        found, end = [], 0
+        for tensor in weights.tensors:
+            size = count * tensor[0].nbytes
+            found.append(slice(end, end + size))
+            end += -(-size // 16) * 16
+        return found
+
+    def _views(self, coming: _Coming) -> list[Tensor]:
         count = coming.experts.stop - coming.experts.start
-        edge, end = count * gate_up[0].numel(), count * (gate_up[0].numel() + down[0].numel())
-        values = coming.buffer.values
-        return values[:edge].view(count, *gate_up.shape[1:]), values[edge:end].view(count, *down.shape[1:])
+        places = zip(coming.weights.tensors, self._places(coming.weights, count), strict=True)
+        return [coming.buffer.memory[at].view(one.dtype).view(count, *one.shape[1:]) for one, at in places]
 
     def _arrived(self, coming: _Coming) -> Loaded:
         if coming.buffer.ready:
             torch.cuda.current_stream(self.device).wait_event(coming.buffer.ready)
-        return Loaded(coming.experts, *self._views(coming))
+        return Loaded(coming.experts, *coming.weights.products_of(self._views(coming)))
 
     def _give_back(self, coming: _Coming) -> None:
         self._now_free(coming.buffer)

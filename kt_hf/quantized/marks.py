@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..backends import ExpertWeights
+from ..backends.scaled import ScaledMatrices
 from ..tensor_files import StoredTensor, TensorFiles, read_tensors
 from .manifest import Mark
 
@@ -25,8 +27,28 @@ def mark(tensor: Tensor) -> Mark:
 
 
 def marks_of_weights(weights: ExpertWeights) -> dict[str, Mark]:
-    """Of a layer's experts, by the names of the parameters in transformers."""
-    return {"gate_up_proj": mark(weights.gate_up), "down_proj": mark(weights.down)}
+    """Of a layer's experts, by the names of the parameters in transformers: the same if some are of 8 bits yet."""
+    if weights.scaled is None:
+        return {"gate_up_proj": mark(weights.gate_up), "down_proj": mark(weights.down)}
+    there = weights.scaled
+    return {
+        "gate_up_proj": _mark_of_parts(weights, weights.gate_up, there.gate_up, there.experts),
+        "down_proj": _mark_of_parts(weights, weights.down, there.down, there.experts),
+    }
+
+
+def _mark_of_parts(weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices, experts: Sequence[int]) -> Mark:
+    """Of all experts' matrices: those of `experts` are in `scaled`, the others in `wide`."""
+    number, (height, columns) = len(wide) + len(experts), wide.shape[1:]
+    rows = []
+    for index in _sample(number * height):
+        expert, row = divmod(index, height)
+        if expert in experts:
+            at = slice(experts.index(expert), experts.index(expert) + 1)
+            rows.append(replace(scaled, values=scaled.values[at], scales=scaled.scales[at]).widened(wide.dtype)[0, row])
+        else:
+            rows.append(wide[weights.places([expert])[0], row])
+    return _mark([number, height, columns], wide.dtype, torch.stack(rows))
 
 
 def combined(marks: Mapping[str, Mark]) -> str:

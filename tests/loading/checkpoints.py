@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,30 +78,62 @@ def set_header(file: Path, content: Mapping[str, Any] | str) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :])
 
 
-def to_fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(FP8 values, scales, the fp32 matrix they stand for), block by block, the largest value of each at 448."""
+@dataclass(frozen=True)
+class EightBit:
+    """A way to quantise: the values' dtype, the scales' name and dtype, what the configuration says."""
+
+    dtype: torch.dtype
+    tail: str
+    config: Callable[[tuple[int, int]], dict[str, Any]]
+    rows: bool = False  # a scale a row
+    scales: torch.dtype = torch.float32
+
+    def block(self, asked: tuple[int, int]) -> tuple[int, int]:
+        return (1, 1 << 40) if self.rows else asked
+
+
+def _compressed(strategy: str, block: tuple[int, int] | None = None) -> dict[str, Any]:
+    weights = {"num_bits": 8, "strategy": strategy, "symmetric": True, "block_structure": block and list(block)}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}}}
+    return {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": groups}
+
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+EIGHT_BITS = {
+    "fp8": EightBit(FP8, "_scale_inv", lambda b: {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(b)}),
+    "int8": EightBit(INT8, "_scale_inv", lambda b: {"quant_method": "blockwise_int8", "weight_block_size": list(b)}),
+    "int8 rows": EightBit(INT8, "_scale", lambda _: {"quant_method": "w8a8_int8"}, rows=True),
+    "compressed fp8": EightBit(FP8, "_scale", lambda b: _compressed("block", b)),
+    "compressed int8 rows": EightBit(INT8, "_scale", lambda _: _compressed("channel"), True, torch.bfloat16),
+}
+
+
+def to_8_bits(weight: Tensor, block: tuple[int, int], way: EightBit) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, scales, the fp32 matrix they stand for), block by block, the largest value of each at the limit."""
     rows, columns = weight.shape
-    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    values = torch.empty(rows, columns, dtype=way.dtype)
+    limit = 448 if way.dtype == FP8 else 127
     scales = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
     exact = torch.empty(rows, columns)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             part = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
-            scales[i, j] = weight[part].float().abs().max() / 448
-            values[part] = (weight[part].float() / scales[i, j]).to(torch.float8_e4m3fn)
+            scales[i, j] = (weight[part].float().abs().max() / limit).to(way.scales).float()
+            value = weight[part].float() / scales[i, j]
+            values[part] = (value if way.dtype == FP8 else value.round().clamp(-127, 127)).to(way.dtype)
             exact[part] = values[part].float() * scales[i, j]
-    return values, scales, exact
+    return values, scales.to(way.scales), exact
 
 
-def make_fp8(folder: Path, block: tuple[int, int]) -> dict[str, Tensor]:
-    """Turn a DeepSeek-V3 checkpoint into the hub's block-wise FP8, and return what its weights then are, in fp32."""
+def make_8_bits(folder: Path, block: tuple[int, int], kind: str = "fp8") -> dict[str, Tensor]:
+    """Quantise a checkpoint's projections as the hub's are, and return what its weights then are, in fp32."""
+    way = EIGHT_BITS[kind]
     content, exact = {}, {}
     for name, tensor in tensors(folder).items():
         exact[name] = tensor.float()
         content[name] = tensor
         if name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
-            content[name], content[f"{name}_scale_inv"], exact[name] = to_fp8(tensor, block)
+            content[name], content[name + way.tail], exact[name] = to_8_bits(tensor, way.block(block), way)
     write(folder, content)
-    quantised = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
-    set_config(folder, quantization_config=quantised)
+    set_config(folder, quantization_config=way.config(block) | {"activation_scheme": "dynamic"})
     return exact

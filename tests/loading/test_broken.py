@@ -21,7 +21,7 @@ from tests.loading.checkpoints import (
     edit,
     fuse,
     header,
-    make_fp8,
+    make_8_bits,
     read_index,
     saved,
     set_config,
@@ -267,8 +267,14 @@ def _(folder: Path) -> tuple[str, ...]:
 
 @case("an expert is of integers")
 def _(folder: Path) -> tuple[str, ...]:
+    changed(folder, lambda content: content.update({UP: content[UP].to(torch.int16)}))
+    return f"{folder / SINGLE}: {UP} is of torch.int16", "known are bfloat16"
+
+
+@case("an expert of 8 bits has no scales")
+def _(folder: Path) -> tuple[str, ...]:
     changed(folder, lambda content: content.update({UP: content[UP].to(torch.int8)}))
-    return f"{folder / SINGLE}: {UP} is of torch.int8", "known are bfloat16"
+    return f"{folder / SINGLE}: {UP} is of torch.int8", f"{UP}_scale_inv, its scales, is missing"
 
 
 @case("experts are packed in four bits")
@@ -319,14 +325,14 @@ def _(folder: Path) -> tuple[str, ...]:
 
 @case("FP8 without scales")
 def _(folder: Path) -> tuple[str, ...]:
-    make_fp8(saved(V3, folder), (32, 16))
+    make_8_bits(saved(V3, folder), (32, 16))
     edit(folder, lambda content: (content.pop(f"{UP}_scale_inv"), None)[1])
     return f"{folder / SINGLE}: {UP} is of torch.float8_e4m3fn", f"{UP}_scale_inv, its scales, is missing"
 
 
 @case("FP8 with scales of other blocks")
 def _(folder: Path) -> tuple[str, ...]:
-    make_fp8(saved(V3, folder), (32, 16))
+    make_8_bits(saved(V3, folder), (32, 16))
     set_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
     return str(folder / SINGLE), "_scale_inv", "blocks of 16 × 16"
 
@@ -340,7 +346,7 @@ def _(folder: Path) -> tuple[str, ...]:
 @case("attention in FP8 without scales")
 def _(folder: Path) -> tuple[str, ...]:
     name = "model.layers.1.self_attn.o_proj.weight"
-    make_fp8(saved(V3, folder), (32, 16))
+    make_8_bits(saved(V3, folder), (32, 16))
     edit(folder, lambda content: (content.pop(f"{name}_scale_inv"), None)[1])
     return f"{folder / SINGLE}: {name} is of torch.float8_e4m3fn", f"{name}_scale_inv"
 

@@ -133,9 +133,9 @@ def test_layers_are_read_one_ahead(
     order: list[str] = []
     read, pack = ExpertCheckpoint.read, Packer.pack
 
-    def watched_read(self: Any, layer: str, dtype: torch.dtype) -> Any:
+    def watched_read(self: Any, layer: str, *rest: Any) -> Any:
         order.append(f"read {layer}")
-        return read(self, layer, dtype)
+        return read(self, layer, *rest)
 
     def watched_pack(self: Any, weights: Any, shape: Any, rank: int, label: str, layer: int = 0) -> Any:
         made = pack(self, weights, shape, rank, label, layer)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from kt_hf import KTAMXConfigError, KTAMXError, apply_kt_moe, load_kt_model
 from kt_hf.quantized import MANIFEST, open_saved
-from tests.loading.checkpoints import make_fp8, tensors, write
+from tests.loading.checkpoints import make_8_bits, tensors, write
 from tests.models import FAMILIES, Family
 
 from .conftest import wide
@@ -111,7 +111,7 @@ def test_fp8_checkpoints_are_quantised_from_what_they_stand_for(tmp_path: Path) 
 
     family = replace(v3, make_config=config, hidden=128, intermediate=64)
     checkpoint = save_checkpoint(tmp_path / "model", family)
-    make_fp8(checkpoint, (32, 32))
+    make_8_bits(checkpoint, (32, 32))
     folder = quantised(checkpoint, tmp_path / "saved")
     share = {"kt_share_backward_weights": False}
     online, saved = (

@@ -248,7 +248,7 @@ def test_running_out_of_memory_for_the_buffers(before: bool, monkeypatch: pytest
     one, x, empty, made = backend(streamer), make_inputs(MIXTRAL, 37, torch.bfloat16), torch.empty, [0]
 
     def scarce(*size: int, **kwargs: Any) -> Tensor:
-        made[0] += size == (E * ONE // 2,)
+        made[0] += size == (E * ONE,)
         if made[0] == 2:
             made[0] += 1
             raise torch.cuda.OutOfMemoryError("no memory")

@@ -1,0 +1,70 @@
+"""Weights of 8 bits as checkpoints have them: FP8 or INT8 values, and a scale for each block of rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+
+
+@dataclass
+class ScaledMatrices:
+    """A stack of matrices; a weight is its value times its block's scale.
+
+    Attributes:
+        values: [n, rows, columns], of a dtype of `EIGHT_BIT`.
+        scales: [n, parts, R, C], fp32. A matrix is made of `parts` of equal height, one above the other, whose blocks
+            begin anew: gate and up of an expert, where the checkpoint has them separately.
+        block: Rows and columns that share a scale; those at the edges may be fewer.
+    """
+
+    values: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """[n, rows, columns] in a floating dtype: products in fp32, rounded once."""
+        wide = self.values.to(dtype)  # exactly, even in bf16
+        scale_(wide.view(*self.scales.shape[:2], -1, wide.shape[-1]), self.scales, self.block)
+        return wide
+
+
+@dataclass
+class ScaledExperts:
+    """Some experts of a layer.
+
+    Attributes:
+        experts: Their ids, ascending.
+        gate_up: [n, 2I, H], and down [n, H, I].
+    """
+
+    experts: Sequence[int]
+    gate_up: ScaledMatrices
+    down: ScaledMatrices
+
+
+def scale_(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
+    """weight *= its block's scale, computed in fp32 and rounded once.
+
+    Args:
+        weight: [..., rows, columns], floating.
+        scales: [..., rows / block rows, columns / block columns], rounded up, fp32, on the same device.
+        block: Rows and columns.
+    """
+    for rows, over, height in _pieces(weight.shape[-2], block[0]):
+        for columns, along, width in _pieces(weight.shape[-1], block[1]):
+            blocks = weight[..., rows, columns].unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
+            blocks.mul_(scales[..., over, along][..., :, None, :, None])
+
+
+def _pieces(total: int, size: int) -> Iterator[tuple[slice, slice, int]]:
+    """(a span of `total`, its blocks, their size): of whole blocks, and what is left."""
+    count, rest = divmod(total, size)
+    if count:
+        yield slice(0, count * size), slice(0, count), size
+    if rest:
+        yield slice(count * size, total), slice(count, count + 1), rest

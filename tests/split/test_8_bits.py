@@ -1,0 +1,221 @@
+"""Streamed experts of a checkpoint of 8 bits stay so in host memory, and give what their de-quantised weights give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from kt_hf import apply_kt_moe, load_kt_model, packing
+from kt_hf.backends import ExpertShape, ExpertWeights, streamer
+from kt_hf.backends.host_weights import HostWeights
+from kt_hf.backends.scaled import ScaledExperts, ScaledMatrices
+from kt_hf.backends.split import SplitBackend
+from kt_hf.backends.split_pack import pack_split
+from kt_hf.backends.streamed import StreamedBackend
+from kt_hf.backends.streamer import Streamer
+from kt_hf.backends.torch_grouped import TorchBackend
+from tests.conftest import KERNEL_MARKS, make_config
+from tests.families.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
+from tests.loading.checkpoints import EIGHT_BITS, fuse, make_8_bits, saved, set_config, tensors, to_8_bits, write
+from tests.models import FAMILIES
+from tests.reference import assert_close
+from tests.split.test_streamed import Watched
+
+V3, QWEN3 = FAMILIES["deepseek_v3"], FAMILIES["qwen3_moe"]
+BLOCK = (32, 16)
+E = V3.num_experts
+TIERS = [{"resident": 0, "streamed": E}, {"resident": 1, "streamed": 3}, {"resident": 2, "streamed": E - 2}]
+BACKENDS = ["torch", pytest.param("AMXBF16", marks=KERNEL_MARKS)]
+
+
+@pytest.fixture(params=[False, True], ids=["in place", "copied"])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two experts, used where they are or copied through buffers as on a GPU."""
+    size, original = 2 * 3 * V3.hidden * V3.intermediate * 2, streamer.Streamer
+    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, size, copies=request.param))
+
+
+def both(folder: Path, block: tuple[int, int], kind: str) -> tuple[Path, Path]:
+    """A checkpoint of 8 bits, and one of the same weights in bf16."""
+    eight, plain = saved(V3, folder / "eight"), saved(V3, folder / "plain")
+    exact = make_8_bits(eight, block, kind)
+    write(plain, {name: tensor.bfloat16() for name, tensor in exact.items()})
+    return eight, plain
+
+
+def loaded(folder: Path, backend: str, tiers: dict[str, int], **more: Any) -> Any:
+    counts = {i: torch.arange(E).roll(i) for i in V3.moe_layers}
+    config = make_config(backend, kt_expert_placement=tiers, **({"kt_lora_rank": 8} | more))
+    return load_kt_model(folder, config, placement=counts, dtype=torch.bfloat16)
+
+
+def streamed_parts(model: Any) -> list[StreamedBackend]:
+    found = []
+    for layer in model._kt_wrappers:
+        backend = layer._runner.backend
+        parts = [part.backend for part in backend.parts] if isinstance(backend, SplitBackend) else [backend]
+        found += [part for part in parts if isinstance(part, StreamedBackend)]
+    return found
+
+
+def trained(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits with an adapter, and all its gradients."""
+    model = get_peft_model(model, lora_config(V3))
+    fill_lora(model, 3)
+    return logits_of(model, V3.inputs()), gradients_of(model, loss_of(model, V3.inputs()))
+
+
+def check(eight: Path, plain: Path, backend: str, tiers: dict[str, int], dtype: torch.dtype) -> None:
+    model, expected = loaded(eight, backend, tiers), loaded(plain, backend, tiers)
+    for one, other in zip(streamed_parts(model), streamed_parts(expected), strict=True):
+        assert one.weights.gate_up.dtype == one.weights.down.dtype == dtype
+        assert one.weights.gate_up.shape == other.weights.gate_up.shape
+        assert other.weights.down.dtype == torch.bfloat16
+    for layer, other in zip(model._kt_wrappers, expected._kt_wrappers, strict=True):
+        assert torch.equal(layer.base_fingerprint, other.base_fingerprint)
+    (logits, grads), (same_logits, same_grads) = trained(model), trained(expected)
+    assert torch.equal(logits, same_logits)
+    assert grads.keys() == same_grads.keys()
+    assert all(torch.equal(grad, same_grads[name]) for name, grad in grads.items())
+    assert all(grad.any() for grad in grads.values())
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("tiers", TIERS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp8_to_the_bit(backend: str, tiers: dict[str, int], tmp_path: Path) -> None:
+    check(*both(tmp_path, BLOCK, "fp8"), backend, tiers, torch.float8_e4m3fn)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("block", [(128, 128), (20, 7)], ids=str)
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_every_kind_to_the_bit(kind: str, block: tuple[int, int], tmp_path: Path) -> None:
+    """Blocks larger than a matrix, and such as leave some over at the edges of gate, up and down."""
+    check(*both(tmp_path, block, kind), "torch", TIERS[1], EIGHT_BITS[kind].dtype)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_fused_to_the_bit(tmp_path: Path) -> None:
+    """Blocks of a fused matrix go on from gate to up."""
+    plain = saved(QWEN3, tmp_path / "plain")
+    fuse(plain, QWEN3(torch.bfloat16))
+    eight = saved(QWEN3, tmp_path / "eight")
+    way, content, exact = EIGHT_BITS["fp8"], dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in tensors(plain).items():
+        content[name] = exact[name] = tensor
+        if ".experts." in name:
+            values, scales, wide = (
+                torch.stack(x) for x in zip(*(to_8_bits(t, (20, 7), way) for t in tensor), strict=True)
+            )
+            content[name], content[f"{name}_scale_inv"], exact[name] = values, scales, wide.bfloat16()
+    write(eight, content)
+    write(plain, exact)
+    set_config(eight, quantization_config=way.config((20, 7)))
+    config = make_config("torch", kt_expert_placement={"resident": 1, "streamed": 4}, kt_lora_rank=8)
+    model, expected = load_kt_model(eight, config), load_kt_model(plain, config)
+    assert {part.weights.down.dtype for part in streamed_parts(model)} == {torch.float8_e4m3fn}
+    assert torch.equal(logits_of(model, QWEN3.inputs()), logits_of(expected, QWEN3.inputs()))
+
+
+@pytest.mark.parametrize(
+    "more", [{"kt_lora_rank": None}, {"dtype": torch.bfloat16, "mixed": True}], ids=["packed later", "mixed"]
+)
+def test_what_is_streamed_in_bf16(more: dict[str, Any], tmp_path: Path) -> None:
+    """Experts that are packed at the first adapter, and those of which some are of other dtypes."""
+    eight, plain = both(tmp_path, BLOCK, "fp8")
+    if more.pop("mixed", False):
+        content, name = tensors(eight), f"model.layers.{V3.moe_layers[0]}.mlp.experts.2.up_proj.weight"
+        content[name] = tensors(plain)[name]
+        del content[f"{name}_scale_inv"], more["dtype"]
+        write(eight, content)
+    model, expected = (loaded(folder, "torch", TIERS[1], **more) for folder in (eight, plain))
+    (logits, _), (same, _) = trained(model), trained(expected)
+    assert {part.weights.down.dtype for part in streamed_parts(model)} == {torch.bfloat16}
+    assert torch.equal(logits, same)
+
+
+def scaled_layer(experts: Sequence[int] = range(8)) -> tuple[ScaledExperts, Tensor, Tensor]:
+    """Some of 8 experts of 64 x 32 in FP8, and all of them in bf16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def stack(rows: int, columns: int, parts: int) -> tuple[ScaledMatrices, Tensor]:
+        values = torch.randn(8, rows, columns, generator=generator).to(torch.float8_e4m3fn)
+        scales = torch.rand(8, parts, rows // parts // 16, columns // 16, generator=generator)
+        wide = ScaledMatrices(values, scales, (16, 16)).widened(torch.bfloat16)
+        some = values.view(torch.uint8)[list(experts)].view(values.dtype)
+        return ScaledMatrices(some, scales[list(experts)], (16, 16)), wide
+
+    (gate_up, wide_gate_up), (down, wide_down) = stack(64, 64, 2), stack(64, 32, 1)
+    return ScaledExperts(experts, gate_up, down), wide_gate_up, wide_down
+
+
+def test_half_the_bytes_are_copied_and_held() -> None:
+    scaled, gate_up, down = scaled_layer()
+    one = 2 * (gate_up[0].numel() + down[0].numel())
+    weights, wide = HostWeights.of_scaled(scaled), HostWeights(gate_up, down)
+    sizes = {}
+    for name, held in (("eight", weights), ("wide", wide)):
+        watched = Watched(2 * one)
+        copied = []
+        watched._copy = lambda source, target, copied=copied: (copied.append(source.nbytes), target.copy_(source))
+        seen = 0
+        for chunk in watched.chunks(held, [1, 1, 0, 1, 1, 1, 1, 1], False):
+            for e in range(chunk.experts.start, chunk.experts.stop):
+                if e != 2:
+                    assert torch.equal(chunk.gate_up[e - chunk.experts.start], gate_up[e])
+                    assert torch.equal(chunk.down[e - chunk.experts.start], down[e])
+            seen += chunk.experts.stop - chunk.experts.start
+        assert seen == 8
+        sizes[name] = sum(copied), sum(buffer.memory.numel() for buffer in watched._buffers)
+    scales = sum(t[0].nbytes for t in weights.tensors[2:])
+    assert sizes["wide"] == (7 * one, 6 * one)
+    assert sizes["eight"] == (7 * (one // 2 + scales), 6 * (one // 2 + scales))
+
+
+def test_a_buffer_is_free_before_the_products() -> None:
+    """So that copies are as many chunks ahead as there are buffers, and not one less."""
+    scaled, gate_up, down = scaled_layer()
+    one = 2 * (gate_up[0].numel() + down[0].numel())
+    watched = Watched(one, buffers=2)
+    chunks = watched.chunks(HostWeights.of_scaled(scaled), [1] * 8, False)
+    next(chunks)
+    assert len(watched.copied) == 3 * 4
+    chunks.close()
+    assert len(watched._idle) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_three_tiers_and_an_interruption_while_the_rest_is_packed(interrupted: bool) -> None:
+    """Everything is as it was then, and packs."""
+    apart, rest = [1, 4, 6], [0, 2, 3, 5, 7]
+    scaled, gate_up, down = scaled_layer(apart)
+    weights, shape = ExpertWeights(gate_up[rest], down[rest], scaled=scaled), ExpertShape(8, 2, 64, 32)
+
+    def pack(on_cpu: Callable[[ExpertWeights, ExpertShape], Any]) -> Any:
+        return pack_split(weights, shape, [3, 5], apart, Streamer(torch.device("cpu")), torch.bfloat16, on_cpu)
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            pack(stopped)
+        assert torch.equal(weights.gate_up, gate_up[rest])
+        assert torch.equal(weights.down, down[rest])
+    split, whole = pack(TorchBackend), TorchBackend(ExpertWeights(gate_up, down), shape)
+    x, ids, routing = torch.randn(40, 64).bfloat16(), torch.rand(40, 8).topk(2).indices, torch.rand(40, 2)
+    actual, expected = (one.forward(x, ids, routing, save=False)[0] for one in (split, whole))
+    assert_close(actual, expected, 0.01, "output")
+
+
+def test_apply_kt_moe_has_none_of_8_bits() -> None:
+    config = make_config("torch", kt_expert_placement=TIERS[1], kt_lora_rank=8)
+    model = apply_kt_moe(V3(torch.bfloat16), config)
+    assert {part.weights.down.dtype for part in streamed_parts(model)} == {torch.bfloat16}
