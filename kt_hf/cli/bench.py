@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kt_hf.cli.failures import plain_failures
+
+if TYPE_CHECKING:
+    from kt_hf.backends import ExpertShape
+    from kt_hf.train.bench import Row
 
 
 def main(
@@ -20,7 +25,16 @@ def main(
     threads: Annotated[
         str | None, typer.Option(help="Worker threads, separated by commas; by default the planned number and half.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, AMXBF16, AMXInt8, AMXInt4 or torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, AMXBF16, AMXInt8, AMXInt4 or torch, of experts on the CPU.")] = (
+        "auto"
+    ),
+    placement: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As kt_expert_placement: cpu, gpu, auto, or numbers as in '{resident: 8, streamed: 40}'. Give it "
+            "several times for several; by default cpu, and auto where there is a GPU."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, max=1024, help="LoRA rank.")] = 8,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each; medians are shown.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Also draw a PNG.")] = None,
@@ -33,9 +47,6 @@ def main(
     Weights are random, so only the model's configuration is read. One layer is held in memory, twice.
     """
     with plain_failures():
-        from rich.console import Console
-        from rich.table import Table
-
         from kt_hf import KTConfig
         from kt_hf.backends import ExpertShape, choose_backend
         from kt_hf.cpu import plan_threads
@@ -52,29 +63,79 @@ def main(
         own_number = None if threads else planned
         chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, ExpertShape(*shape), workers=own_number)
         counts = _numbers("--threads", threads) if threads else sorted({max(1, planned // 2), planned})
-        rows = [row for count in counts for row in bench.measure(shape, rank, chosen, count, lengths, runs)]
+        rows = [
+            row
+            for where in _placements(placement, ExpertShape(*shape), chosen)
+            for count in counts
+            for row in bench.measure(bench.Asked(sizes, rank, chosen, count, lengths, runs, where))
+        ]
         title = f"{model}: {sizes.experts} experts, {sizes.top_k} a token, {sizes.hidden} x {sizes.intermediate}"
         if plot:
-            bench.plot(rows, plot, title)
+            bench.plot(rows, plot, title, sizes.experts)
         if as_json:
             typer.echo(json.dumps({"model": model, "shape": shape, "rank": rank, "rows": [asdict(r) for r in rows]}))
             return
-        table = Table("backend", "threads", "tokens", "forward ms", "backward ms", "tokens/s", title=title, box=None)
-        for row in rows:
-            table.add_row(
-                row.backend, str(row.threads), str(row.tokens), f"{row.forward_ms:.1f}", f"{row.backward_ms:.1f}",
-                f"{row.tokens_per_second:.0f}",
-            )  # fmt: skip
-        console = Console(highlight=False)
-        console.print(table)
-        layers = sizes.expert_layers
-        best = max(rows, key=lambda row: row.tokens_per_second)
-        console.print(
-            f"The experts of all {layers} layers: at most {best.tokens_per_second / layers:.0f} tokens/s, "
-            f"{best.threads} threads, {best.tokens} tokens a batch."
-        )
+        _show(rows, title, sizes.experts, sizes.expert_layers)
         if plot:
-            console.print(f"Drawn: {plot}")
+            typer.echo(f"Drawn: {plot}")
+
+
+def _show(rows: Sequence[Row], title: str, experts: int, layers: int) -> None:
+    """Tables for people, of a model with `layers` layers of `experts`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    predictions = any(row.predicted_ms is not None for row in rows)
+    columns = ["backend", "threads", "placement", "tokens", "forward ms", "backward ms", "tokens/s"]
+    table = Table(*columns, *["predicted ms"] * predictions, title=title, box=None)
+    for row in rows:
+        cells = [
+            row.backend, str(row.threads), row.where(experts), str(row.tokens), f"{row.forward_ms:.1f}",
+            f"{row.backward_ms:.1f}", f"{row.tokens_per_second:.0f}",
+        ]  # fmt: skip
+        told = "" if row.predicted_ms is None else f"{row.predicted_ms:.1f}"
+        table.add_row(*cells, *[told] * predictions)
+    console = Console(highlight=False)
+    console.print(table)
+    if predictions:
+        console.print(
+            "Predicted: forward and backward together, by the rates from which auto chose these experts' places; in a "
+            "model, where some weights are on their way while attention is computed."
+        )
+    best = max(rows, key=lambda row: row.tokens_per_second)
+    where = f", {best.where(experts)}" if best.resident or best.streamed else ""
+    console.print(
+        f"The experts of all {layers} layers: at most {best.tokens_per_second / layers:.0f} tokens/s, "
+        f"{best.threads} threads, {best.tokens} tokens a batch{where}."
+    )
+
+
+def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -> list[Any]:
+    """Values of kt_expert_placement, each placement once: off a GPU `auto` is `cpu`.
+
+    Raises:
+        KTAMXConfigError: One that a run would refuse on this machine.
+    """
+    import yaml
+
+    from kt_hf import KTConfig
+    from kt_hf.errors import KTAMXConfigError
+    from kt_hf.packing import chosen_tiers, has_gpu_tier
+
+    found: dict[Any, Any] = {}  # by tiers
+    for text in asked or (("cpu", "auto") if has_gpu_tier() else ("cpu",)):
+        try:
+            read = yaml.safe_load(text)
+            value = text if read is None else read
+            found.setdefault(chosen_tiers(KTConfig(kt_expert_placement=value), [shape], backend), value)
+        except yaml.YAMLError:
+            raise KTAMXConfigError(
+                f"--placement={text!r} cannot be read: write cpu, gpu, auto, or numbers as in "
+                "'{resident: 8, streamed: 40}'."
+            ) from None
+        except KTAMXConfigError as error:
+            raise KTAMXConfigError(f"--placement={text!r}: {error}") from None
+    return list(found.values())
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -1,8 +1,7 @@
-"""Forward and backward of one layer of experts on this machine, over tokens and threads.
+"""Forward and backward of one layer of experts on this machine, over placements, threads and tokens.
 
-As a program it measures one number of threads and prints JSON: worker threads are made once in a process.
-
-python -m kt_hf.train.bench '{"shape": [64, 6, 2048, 1408], "rank": 8, "backend": "AMXBF16", ...}'
+As a program it measures one placement with one number of threads and prints JSON: worker threads are made once in a
+process. Its argument is an `Asked` as JSON.
 """
 
 from __future__ import annotations
@@ -12,99 +11,209 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights
+from ..backends.host_weights import own_pages
+from ..backends.scaled import ScaledExperts, ScaledMatrices
+from ..config import KTConfig
 from ..errors import KTAMXError
+from ..packing import Packer
+from ..patch import make_packer
+from ..planner import Room
+from ..tiers import Tiers
+from .sizes import ModelSizes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a process measures.
+
+    Attributes:
+        sizes: Of the model; `auto` plans for all of its layers, one is measured.
+        rank: Of LoRA.
+        backend: `AMXBF16`, `AMXInt8`, `AMXInt4` or `torch`, of the experts on the CPU.
+        threads: Worker threads, PyTorch's for the backend `torch`.
+        tokens: Of the batches.
+        runs: Of each batch.
+        placement: As `kt_expert_placement`.
+    """
+
+    sizes: ModelSizes
+    rank: int
+    backend: str
+    threads: int
+    tokens: Sequence[int]
+    runs: int
+    placement: str | Mapping[str, int] = "cpu"
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Of a layer."""
+        return ExpertShape(self.sizes.experts, self.sizes.top_k, self.sizes.hidden, self.sizes.intermediate)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds, medians over the runs, of a batch of `tokens`."""
+    """Milliseconds, medians over the runs, of a batch of `tokens`.
+
+    Attributes:
+        resident: Experts in the GPU's memory, and `streamed` to it; the others are on the CPU.
+        predicted_ms: Forward and backward as `auto` expected them of the placement it chose; None for the others.
+    """
 
     backend: str
     threads: int
     tokens: int
     forward_ms: float
     backward_ms: float
+    resident: int = 0
+    streamed: int = 0
+    predicted_ms: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Through one such layer, forward and backward."""
         return self.tokens / (self.forward_ms + self.backward_ms) * 1000
 
+    def where(self, experts: int) -> str:
+        """The placement of the layer's `experts`, in words."""
+        cpu = experts - self.resident - self.streamed
+        if cpu == experts:
+            return "CPU"
+        tiers = (self.resident, "resident"), (self.streamed, "streamed"), (cpu, "CPU")
+        return " + ".join(f"{count} {name}" for count, name in tiers if count)
 
-def measure(
-    shape: tuple[int, int, int, int], rank: int, backend: str, threads: int, tokens: Sequence[int], runs: int
-) -> list[Row]:
+
+def measure(asked: Asked) -> list[Row]:
     """Measure in a new process, with its own worker threads.
-
-    Args:
-        shape: Experts E, experts a token K, hidden size H, intermediate size I.
-        rank: Of LoRA.
-        backend: `AMXBF16`, `AMXInt8`, `AMXInt4` or `torch`.
-        threads: Worker threads, PyTorch's for the backend `torch`.
 
     Raises:
         KTAMXError: The process failed; the message is its last line.
     """
-    asked = {"shape": shape, "rank": rank, "backend": backend, "threads": threads, "tokens": list(tokens), "runs": runs}
-    command = [sys.executable, "-m", "kt_hf.train.bench", json.dumps(asked)]
+    command = [sys.executable, "-m", "kt_hf.train.bench", json.dumps(asdict(asked))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise KTAMXError(f"The benchmark failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _measure(asked: dict[str, Any]) -> list[Row]:
-    import torch
+def measure_here(asked: Asked) -> list[Row]:
+    """Measure in this process, whose worker threads are those of the first call."""
+    kernel = asked.backend != "torch"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if kernel else asked.threads)  # as in training
+    rows: list[Row] = []
+    layer: ExpertsBackend | None = None
+    held: Tiers | None = None
+    try:
+        with CALL_LOCK, torch.no_grad():
+            # All are planned before a layer takes memory that the plans go by.
+            packers = [_placed(asked, tokens) for tokens in asked.tokens]
+            for tokens in asked.tokens:
+                packer = packers.pop(0)  # what it streams is released with it
+                tiers, planned = packer.tiers, packer.planned
+                assert tiers is not None
+                if layer is None or tiers != held:
+                    layer = None  # its memory is for the next
+                    layer, held = _layer(asked, packer), tiers
+                threads = packer.plan.workers if kernel else asked.threads
+                times = _times(layer, tokens, asked.runs)
+                expected = round(planned.seconds / asked.sizes.expert_layers * 1000, 2) if planned else None
+                rows.append(Row(asked.backend, threads, tokens, *times, tiers.resident, tiers.streamed, expected))
+    finally:
+        torch.set_num_threads(before)
+    return rows
 
-    from ..backends import ExpertShape, ExpertWeights, pack
-    from ..cpu import plan_threads
 
-    E, K, H, I = asked["shape"]  # noqa: E741
-    kernel = asked["backend"] != "torch"
-    torch.set_num_threads(1 if kernel else asked["threads"])
-    shape, most = ExpertShape(E, K, H, I), max(asked["tokens"])
+def _placed(asked: Asked, tokens: int) -> Packer:
+    """What packs a layer, as in a run with so many tokens a step."""
+    config = KTConfig(
+        kt_backend=asked.backend,
+        kt_num_threads=asked.threads if asked.backend != "torch" else None,
+        kt_expert_placement=asked.placement,
+        kt_share_backward_weights=False,
+        kt_max_len=max(asked.tokens),
+    )
+    layers = dict.fromkeys(range(asked.sizes.expert_layers), asked.shape)
+    packer = make_packer(config, {f"layer {i}": shape for i, shape in layers.items()}, torch.bfloat16)
+    sizes = asked.sizes
+    room = Room(tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, of_8_bits=sizes.of_8_bits)
+    packer.place(layers, None, room)
+    return packer
+
+
+def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
+    """One of random weights, the first experts in the first tiers; the streamed ones as the checkpoint has them."""
+    shape = asked.shape
+    H, I, apart = shape.hidden_size, shape.intermediate_size, packer.read_scaled(shape, 0)  # noqa: E741
+    E = shape.num_experts - len(apart)
     weights = ExpertWeights(
         torch.randn(E, 2 * I, H, dtype=torch.bfloat16).mul_(0.02),
         torch.randn(E, H, I, dtype=torch.bfloat16).mul_(0.02),
     )
-    plan = plan_threads(asked["threads"]) if kernel else plan_threads(1)
-    layer = pack(asked["backend"], weights, shape, asked["rank"], plan, most, False, False, "benchmark")
-    layer.set_lora(tuple(torch.randn(size).mul_(0.02) for size in shape.lora_shapes(asked["rank"])))
-    rows = []
-    for T in asked["tokens"]:
-        x, grad = (torch.randn(T, H).to(torch.bfloat16) for _ in range(2))
-        ids = torch.rand(T, E).topk(K).indices
-        routing = torch.rand(T, K)
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(asked["runs"] + 1):
-            start = time.perf_counter()
-            _, saved = layer.forward(x, ids, routing, save=True)
-            middle = time.perf_counter()
-            assert saved is not None
-            layer.backward(saved, grad)
-            times[0].append(middle - start)
-            times[1].append(time.perf_counter() - middle)
-        forward, backward = (round(statistics.median(t[1:]) * 1000, 2) for t in times)  # the first warms up
-        rows.append(Row(asked["backend"], plan.workers if kernel else asked["threads"], T, forward, backward))
-    return rows
+    if apart:
+        n = len(apart)
+        weights.scaled = ScaledExperts(sorted(apart), _of_8_bits(n, 2 * I, H, parts=2), _of_8_bits(n, H, I, parts=1))
+    layer = packer.pack(weights, shape, asked.rank, "benchmark")
+    layer.set_lora(tuple(torch.randn(size).mul_(0.02).to(layer.device) for size in shape.lora_shapes(asked.rank)))
+    return layer
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Draw tokens per second over tokens, a curve for each number of threads, into the PNG `path`; returns it."""
+def _of_8_bits(count: int, rows: int, columns: int, parts: int) -> ScaledMatrices:
+    values = own_pages((count, rows, columns), torch.float8_e4m3fn)
+    values.view(torch.uint8).copy_(torch.randn(rows, columns).to(values.dtype).view(torch.uint8))
+    scales = torch.full((count, parts, -(-rows // parts // 128), -(-columns // 128)), 0.02)
+    return ScaledMatrices(values, scales, (128, 128))
+
+
+def _times(layer: ExpertsBackend, tokens: int, runs: int) -> tuple[float, float]:
+    """The median milliseconds of a forward and of a backward, tokens sent to experts by chance."""
+    E, K, H = layer.shape.num_experts, layer.shape.top_k, layer.shape.hidden_size
+    x, grad = (torch.randn(tokens, H).to(layer.device, layer.dtype) for _ in range(2))
+    ids = torch.rand(tokens, E).topk(K).indices.to(layer.device)
+    routing = torch.rand(tokens, K).to(layer.device)
+    done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
+    found: list[tuple[float, float]] = []
+    for _ in range(runs + 1):
+        done()
+        start = time.perf_counter()
+        _, saved = layer.forward(x, ids, routing, save=True)
+        done()
+        middle = time.perf_counter()
+        assert saved is not None
+        layer.backward(saved, grad)
+        done()
+        found.append((middle - start, time.perf_counter() - middle))
+    forward, backward = zip(*found[1:], strict=True)  # the first warms up
+    return round(statistics.median(forward) * 1000, 2), round(statistics.median(backward) * 1000, 2)
+
+
+def curves(rows: Sequence[Row], experts: int) -> dict[str, list[Row]]:
+    """By label: one for each placement of a layer's `experts` and number of threads. What `auto` chose is one, for it
+    goes with the tokens."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        where = row.where(experts) if row.predicted_ms is None else "auto"
+        found.setdefault(f"{row.backend}, {row.threads} thread{'s' if row.threads > 1 else ''}, {where}", []).append(
+            row
+        )
+    return found
+
+
+def plot(rows: Sequence[Row], path: Path, title: str, experts: int) -> Path:
+    """Draw tokens per second over tokens, the `curves`, into the PNG `path`; returns it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for backend, threads in dict.fromkeys((row.backend, row.threads) for row in rows):
-        curve = [row for row in rows if (row.backend, row.threads) == (backend, threads)]
-        label = f"{backend}, {threads} thread{'s' if threads > 1 else ''}"
+    for label, curve in curves(rows, experts).items():
         axes.plot([row.tokens for row in curve], [row.tokens_per_second for row in curve], marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens in a batch")
@@ -119,4 +228,5 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in _measure(json.loads(sys.argv[1]))]))
+    given = json.loads(sys.argv[1])
+    print(json.dumps([asdict(row) for row in measure_here(Asked(**given | {"sizes": ModelSizes(**given["sizes"])}))]))
