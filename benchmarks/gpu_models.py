@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -61,6 +65,43 @@ def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool 
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not left, f"still without values: {left}"
     return model
+
+
+@torch.no_grad()
+def make_fp8_checkpoint(config: Any, folder: Path) -> None:
+    """Random weights as DeepSeek-V3's are saved, a file a layer: experts in FP8 with a scale for each 128 x 128."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    rest: dict[str, Tensor] = {}
+    experts: dict[str, dict[str, Tensor]] = {}
+    for name, t in model.state_dict().items():
+        if ".experts." in name:
+            experts.setdefault(name.rpartition(".experts.")[0], {})[name.rpartition(".")[2]] = t
+        else:
+            made = torch.empty(t.shape, dtype=torch.bfloat16)
+            rest[name] = made.fill_(1) if "norm" in name else made.normal_(std=0.02)
+    weight_map = dict.fromkeys(rest, "rest.safetensors")
+    save_file(rest, folder / "rest.safetensors", {"format": "pt"})
+    random = torch.randn(4096).to(torch.float8_e4m3fn).view(torch.uint8)
+    for number, (layer, stacks) in enumerate(experts.items()):
+        content: dict[str, Tensor] = {}
+        count, double, hidden = stacks["gate_up_proj"].shape
+        wide = (double // 2, hidden)
+        for (projection, size), e in itertools.product(
+            (("gate", wide), ("up", wide), ("down", wide[::-1])), range(count)
+        ):
+            name, elements = f"{layer}.experts.{e}.{projection}_proj.weight", size[0] * size[1]
+            values = random.roll(e).repeat(-(-elements // 4096))[:elements]
+            content[name] = values.view(size).view(torch.float8_e4m3fn)
+            content[f"{name}_scale_inv"] = torch.full([-(-n // 128) for n in size], 0.02)
+        file = f"layer-{number}.safetensors"
+        save_file(content, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(content, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = copy.deepcopy(config)
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
 
 
 def adapted(model: Any, rank: int, device: torch.device, experts_too: bool = True) -> Any:

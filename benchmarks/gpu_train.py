@@ -21,6 +21,7 @@ import contextlib
 import csv
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -30,11 +31,11 @@ from typing import Any
 import gpu_others
 import psutil
 import torch
-from gpu_models import adapted, experts_of, make_config, make_model, set_checkpointing, start_again
+from gpu_models import adapted, experts_of, make_config, make_fp8_checkpoint, make_model, set_checkpointing, start_again
 from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 from harness import _commit, _cpu, _kernel, _version
 
-from kt_hf import KTConfig, apply_kt_moe, packing
+from kt_hf import KTConfig, apply_kt_moe, load_kt_model, packing
 
 
 def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, parts: Parts | None) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="worker threads of the operators; default: the plan")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--own-memory", action="store_true", help="each layer's experts in memory of their own")
+    parser.add_argument("--source", choices=("bf16", "fp8"), default="bf16", help="fp8: load a checkpoint of FP8")
     parser.add_argument("--gpu-gb", type=float, help="let PyTorch have so much of the GPU's memory")
     parser.add_argument("--slower-bus", type=int, default=1, help="copy streamed weights so many times: 2 is PCIe 4")
     parser.add_argument("--csv", type=Path)
@@ -172,11 +174,15 @@ def main() -> None:
     if given.gpu_gb:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(given.gpu_gb * 1e9 / total, device)
-    with slower_bus(given.slower_bus):
-        run(given, device)
+    with slower_bus(given.slower_bus), contextlib.ExitStack() as stack:
+        folder = None
+        if given.source == "fp8":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            make_fp8_checkpoint(make_config(given.family, given.shape, given.layers), folder)
+        run(given, device, folder)
 
 
-def run(given: argparse.Namespace, device: torch.device) -> None:
+def run(given: argparse.Namespace, device: torch.device, folder: Path | None) -> None:
     config = make_config(given.family, given.shape, given.layers)
     common = {
         "bus": f"1/{given.slower_bus}",
@@ -207,9 +213,13 @@ def run(given: argparse.Namespace, device: torch.device) -> None:
             **where,
         )
         tokens = max(given.batch) * given.sequence
-        made = make_model(config, device, stock=False, own_memory=given.own_memory)
-        model = apply_kt_moe(made, settings, tokens_per_step=tokens)
-        del made
+        if folder:
+            model = load_kt_model(folder, settings, tokens_per_step=tokens)
+            model.config.use_cache = False
+        else:
+            made = make_model(config, device, stock=False, own_memory=given.own_memory)
+            model = apply_kt_moe(made, settings, tokens_per_step=tokens)
+            del made
         tiers = model._kt_wrappers[0].packer.tiers
         model = adapted(model, given.rank, device)
         print(f"{where}: {tiers}, made and packed in {time.perf_counter() - begin:.1f} s", flush=True)
@@ -218,7 +228,7 @@ def run(given: argparse.Namespace, device: torch.device) -> None:
         else:
             watch(model, parts)
             placed = {"gpu_experts": tiers.resident, "streamed_experts": tiers.streamed}
-            measure(model, given, {"case": "kt"} | common | placed, parts)
+            measure(model, given, {"case": "kt fp8" if folder else "kt"} | common | placed, parts)
         del model
         gc.collect()
     if losses:

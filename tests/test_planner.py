@@ -34,19 +34,22 @@ GENERAL = Rates(20e9, *QUIET, *BESIDE, 3e5, 1e5)
 
 
 def brute_force(
-    rates: Rates, shape: ExpertShape, layers: int, tokens: int, free: int, shares: list[float]
+    rates: Rates, shape: ExpertShape, layers: int, tokens: int, free: int, shares: list[float], width: int = 2
 ) -> dict[tuple[int, int], float]:
-    """Seconds of every split that the rules allow, expert by expert."""
+    """Seconds of every split that the rules allow, expert by expert; streamed weights have `width` bytes."""
     rows = [tokens * shape.top_k * share for share in shares]
     used = [1 - math.exp(-n) for n in rows]
     size = 3 * shape.hidden_size * shape.intermediate_size * 2
     found = {}
     for r, s in itertools.product(range(shape.num_experts + 1), repeat=2):
         cpu = list(range(r + s, shape.num_experts))
-        buffers = BUFFERS * max(size, min(CHUNK_BYTES, s * size)) if s else 0
-        if r + s > shape.num_experts or 0 < len(cpu) < shape.top_k or (r + s and r * size * layers + buffers > free):
+        chunk = max(size, min(CHUNK_BYTES, s * size)) if s else 0
+        buffers = BUFFERS * chunk * width // 2
+        wide = chunk if width == 1 else 0  # a chunk made bf16 for the products
+        room = r * size * layers + buffers + wide <= free or r + s == 0
+        if r + s > shape.num_experts or 0 < len(cpu) < shape.top_k or not room:
             continue
-        stream = sum(used[e] for e in range(r, r + s)) * size / rates.pcie_bytes_per_s
+        stream = sum(used[e] for e in range(r, r + s)) * size * width / 2 / rates.pcie_bytes_per_s
         seconds = 0.0
         for line, gpu, attention in (
             (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
@@ -66,8 +69,9 @@ def test_it_is_the_best_there_is(seed: int) -> None:
     shares = sorted((rng.random() ** rng.choice([0, 1, 6]) for _ in range(12)), reverse=True)
     shares = [share / sum(shares) for share in shares]
     tokens, free = rng.choice([1, 30, 500, 20_000]), rng.choice([0, 10**6, 3 * 10**6, 10**9])
-    found = plan(GENERAL, SMALL, 2, tokens, free, shares)
-    every = brute_force(GENERAL, SMALL, 2, tokens, free, shares)
+    width = 1 + seed % 2
+    found = plan(GENERAL, SMALL, 2, tokens, free, shares, of_8_bits=width == 1)
+    every = brute_force(GENERAL, SMALL, 2, tokens, free, shares, width)
     cost = {split: seconds * (0.9 if sum(split) == 12 else 1) for split, seconds in every.items()}
     assert cost[found.resident, found.streamed] == pytest.approx(min(cost.values()), rel=1e-9)
     assert every[found.resident, found.streamed] == pytest.approx(found.seconds, rel=1e-9)
@@ -118,6 +122,8 @@ def test_what_it_chooses() -> None:
     assert plan(RATES, LITE, 26, 8192, 2 * GB, streaming=False).streamed == 0
     slow = dataclasses.replace(RATES, pcie_bytes_per_s=2e9)
     assert plan(slow, LITE, 26, 512, 2 * GB).streamed < 8
+    eight = plan(RATES, LITE, 26, 2048, 2 * GB, of_8_bits=True)
+    assert eight.seconds < 0.7 * plan(RATES, LITE, 26, 2048, 2 * GB).seconds, "half the bytes cross the bus"
     skewed = [0.5, 0.3] + [0.2 / 62] * 62
     for tokens, streaming in ((16, True), (8192, False)):
         even = plan(RATES, LITE, 26, tokens, 2 * GB, streaming=streaming)

@@ -107,7 +107,8 @@ def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, mad
     room = Room(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
     free = ASSUMED_GPU if gpu_free is None else gpu_free
     left = room.free_for_experts(free, made.tokens, shape)
-    made.plan = plan(assumed_rates(shape), shape, m.expert_layers, made.tokens, left)
+    rates = assumed_rates(shape)
+    made.plan = plan(rates, shape, m.expert_layers, made.tokens, left, of_8_bits=_streamed_width(s, m) == 1)
     return made.plan.tiers
 
 
@@ -153,7 +154,7 @@ def _parts(
             made.gpu["activations of experts"] = 3 * T * m.hidden * 2 * m.expert_layers
         if streamed:
             made.gpu["buffers of streamed experts"] = BUFFERS * CHUNK_BYTES
-            host["experts streamed"] = streamed * 2
+            host["experts streamed"] = streamed * _streamed_width(s, m)
     other["attention, embeddings and the rest"] = rest
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)
@@ -168,6 +169,11 @@ def _parts(
         if more > 0:
             host["reading and packing"] = more
     return made
+
+
+def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
+    """Bytes of a weight of a streamed expert."""
+    return 1 if m.of_8_bits and _streams(s) and s.own.torch_dtype != "float32" else 2
 
 
 def _backend(s: TrainSettings) -> str:

@@ -93,6 +93,12 @@ def load_model(
     to_gpu = placing if kt is not None and order_matters(kt, has_gpu_tier()) else None
     placement = to_gpu.saved() if to_gpu else None
     profile = to_gpu.profile if to_gpu and placement is None else None
+    if profile and getattr(config, "quantization_config", None) is not None:
+        logger.warning(
+            "%s is quantised: it is not loaded whole to count which experts are used most, and the first of each layer "
+            "go to the GPU. A resumed run, or an adapter's placement, keeps theirs.", name,
+        )  # fmt: skip
+        profile = None
 
     def patched(model: Any) -> Any:
         if kt is None:

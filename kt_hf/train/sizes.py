@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import KTAMXModelNotSupportedError
+from ..eight_bit import block_size
+from ..errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .settings import OwnKeys
 from .targets import lora_targets
 
@@ -28,6 +29,7 @@ class ModelSizes:
         vocabulary: V.
         attention_width: Heads times head size, the larger of keys' and values'.
         kv_width: What a token leaves in the keys and values of a layer, in elements.
+        of_8_bits: Whether the checkpoint's weights are, which streamed experts stay.
     """
 
     expert_layers: int
@@ -43,6 +45,7 @@ class ModelSizes:
     vocabulary: int
     attention_width: int
     kv_width: int
+    of_8_bits: bool = False
 
 
 def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
@@ -89,7 +92,15 @@ def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
         vocabulary=text.vocab_size,
         attention_width=heads * head,
         kv_width=kv,
+        of_8_bits=_of_8_bits(config),
     )
+
+
+def _of_8_bits(config: Any) -> bool:
+    try:
+        return getattr(config, "quantization_config", None) is not None and bool(block_size(config))
+    except KTAMXConfigError:  # what loading refuses
+        return False
 
 
 def _wanted(model: Any, own: OwnKeys) -> set[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_placements_are_measured(backend: str, model: str, built: list[Built]) -
     assert isinstance(built[1].backend, SplitBackend)
     assert built[1].backend.cpu_seconds > 0
     assert torch.get_num_threads() == before
+
+
+def test_streamed_experts_are_as_the_checkpoint_has_them(model: str, built: list[Built], tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    result = invoke(str(tmp_path), "--backend", "torch", "--placement", "{resident: 1, streamed: 3}", "--json")
+    assert result.exit_code == 0, result.output
+    (layer,) = built
+    assert layer.tiers == {"resident": 1, "streamed": 3}
+    (part,) = [part.backend for part in layer.backend.parts if isinstance(part.backend, StreamedBackend)]
+    assert part.weights.gate_up.dtype == part.weights.down.dtype == torch.float8_e4m3fn
 
 
 def test_auto_is_planned_and_predicted(backend: str, model: str, built: list[Built]) -> None:

@@ -132,7 +132,7 @@ def make_8_bits(folder: Path, block: tuple[int, int], kind: str = "fp8") -> dict
     for name, tensor in tensors(folder).items():
         exact[name] = tensor.float()
         content[name] = tensor
-        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
+        if name.endswith(("_proj.weight", "_proj_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
             content[name], content[name + way.tail], exact[name] = to_8_bits(tensor, way.block(block), way)
     write(folder, content)
     set_config(folder, quantization_config=way.config(block) | {"activation_scheme": "dynamic"})

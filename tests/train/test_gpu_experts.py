@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kt_hf.placement import PLACEMENT
 from kt_hf.planner import Split
 from kt_hf.train.arguments import read_arguments
 from kt_hf.train.placing import Placing
+from tests.loading.checkpoints import make_8_bits
 from tests.train.test_run import trained
 from tests.train.tiny import save_model, write_yaml
 
@@ -43,6 +45,26 @@ def test_profile_then_the_checkpoints(tmp_path: Path, cpu_for_gpu: None, monkeyp
     trained(tmp_path, model, ROWS[::-1], *keys, "max_steps=2", "resume_from_checkpoint=true")
     assert len(seen) == 1, "the resumed run counted again"
     assert read_placement(tmp_path / "out/checkpoint-2").order == first
+
+
+def test_a_quantised_model_is_not_loaded_whole(
+    tmp_path: Path, cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its streamed experts stay of 8 bits, and which are used most is not counted, which is told."""
+    model, seen = save_model(tmp_path / "model"), []
+    make_8_bits(model, (32, 32))
+    made = packing.Packer.pack
+
+    def watched(*args: Any) -> Any:
+        seen.append(args[1].scaled)
+        return made(*args)
+
+    monkeypatch.setattr("kt_hf.train.placing.count_experts", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(packing.Packer, "pack", watched)
+    trained(tmp_path, model, ROWS, "kt_expert_placement={resident: 1, streamed: 1}")
+    assert [list(one.experts) for one in seen] == [[1], [1]]
+    assert "is quantised: it is not loaded whole" in caplog.text
+    assert read_placement(tmp_path / "out") is None
 
 
 @pytest.mark.parametrize(
