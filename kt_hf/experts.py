@@ -185,7 +185,7 @@ class KTExperts(nn.Module):
             made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
 
             def to_parameters(gradients: tuple[Tensor, ...], free: bool) -> list[Tensor]:
-                return parameter_gradients(gradients, made, free)
+                return parameter_gradients(gradients, made, free, self.packer.recycled)
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)

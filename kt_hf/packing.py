@@ -19,6 +19,7 @@ from .backends.streamer import Streamer
 from .config import KTConfig
 from .cpu import ThreadPlan
 from .errors import KTAMXConfigError
+from .gradients import Recycled
 from .planner import Room, Split, expert_bytes
 from .planner import plan as make_plan
 from .rates import measure_rates
@@ -51,6 +52,7 @@ class Packer:
         placement: Which of them; None for the first.
         planned: What was expected of the tiers, where they were planned.
         of_8_bits: Whether streamed experts stay of 8 bits, as their checkpoint has them.
+        recycled: Memory of LoRA gradients.
     """
 
     config: KTConfig
@@ -67,6 +69,7 @@ class Packer:
     of_8_bits: bool = field(default=False, init=False)
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
+    recycled: Recycled = field(default_factory=Recycled, init=False, repr=False)
     _streamer: Streamer | None = field(default=None, init=False, repr=False)
     _share: bool | None = field(default=None, init=False)
     _locked: int = field(default=0, init=False)  # bytes of host memory that streamed experts take
