@@ -211,21 +211,15 @@ def predicted(
 
 
 def buffer_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool = False) -> int:
-    """Of the GPU's buffers for so many streamed experts a layer; where they are of 8 bits, with the chunk in bf16."""
-    if not streamed:
-        return 0
-    return _ahead_bytes(shape, streamed, of_8_bits) + (_chunk_bytes(shape, streamed) if of_8_bits else 0)
+    """Of the GPU's buffers for so many streamed experts a layer; where they are of 8 bits, with a chunk in bf16."""
+    ahead = _ahead_bytes(shape, streamed, of_8_bits)
+    return ahead + 2 * ahead // BUFFERS if of_8_bits else ahead
 
 
 def _ahead_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool) -> int:
     """That the buffers hold."""
-    return BUFFERS * _chunk_bytes(shape, streamed) // (2 if of_8_bits else 1)
-
-
-def _chunk_bytes(shape: ExpertShape, streamed: int) -> int:
-    """Of a chunk in bf16."""
-    size = expert_bytes(shape)
-    return max(size, min(CHUNK_BYTES, streamed * size))
+    size = expert_bytes(shape, of_8_bits)
+    return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
 
 
 def assumed_rates(shape: ExpertShape) -> Rates:

@@ -43,9 +43,10 @@ def brute_force(
     found = {}
     for r, s in itertools.product(range(shape.num_experts + 1), repeat=2):
         cpu = list(range(r + s, shape.num_experts))
-        chunk = max(size, min(CHUNK_BYTES, s * size)) if s else 0
-        buffers = BUFFERS * chunk * width // 2
-        wide = chunk if width == 1 else 0  # a chunk made bf16 for the products
+        stored = size * width // 2
+        chunk = max(stored, min(CHUNK_BYTES, s * stored)) if s else 0
+        buffers = BUFFERS * chunk
+        wide = 2 * chunk if width == 1 else 0  # a chunk made bf16 for the products
         room = r * size * layers + buffers + wide <= free or r + s == 0
         if r + s > shape.num_experts or 0 < len(cpu) < shape.top_k or not room:
             continue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 
 
@@ -28,6 +30,10 @@ class ScaledMatrices:
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """[n, rows, columns] in a floating dtype: products in fp32, rounded once."""
+        if self.values.is_cuda and dtype == torch.bfloat16:
+            found = _by_kernel(self.values, self.scales, self.block)
+            if found is not None:
+                return found
         wide = self.values.to(dtype)  # exactly, even in bf16
         scale_(wide.view(*self.scales.shape[:2], -1, wide.shape[-1]), self.scales, self.block)
         return wide
@@ -45,6 +51,30 @@ class ScaledExperts:
     experts: Sequence[int]
     gate_up: ScaledMatrices
     down: ScaledMatrices
+
+
+# Whether Triton builds the kernel here; None before it was tried.
+_kernel_runs: bool | None = None
+
+
+def _by_kernel(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor | None:
+    """By `_widen_kernel`; None where it cannot be built."""
+    global _kernel_runs
+    if _kernel_runs is False:
+        return None
+    try:
+        from ._widen_kernel import widened
+
+        found = widened(values, scales, block)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, no compiler: what is raised then is not documented
+        if _kernel_runs:  # it was built: this is something else, memory that ran out for instance
+            raise
+        logger.info("kt_hf: PyTorch de-quantises, for Triton's kernel does not run here: %s", error)
+        found = None
+    _kernel_runs = found is not None
+    return found
 
 
 def scale_(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> None:

@@ -67,7 +67,7 @@ class Streamer:
 
     Args:
         device: A GPU; or the CPU, where the weights are used in place.
-        chunk_bytes: Size of a chunk in bf16, of one expert at least.
+        chunk_bytes: Size of a chunk as it is copied, of one expert at least.
         buffers: Chunks on the device at a time.
         copies: Whether weights are copied to buffers; None where the device is a GPU.
     """
@@ -166,7 +166,8 @@ class Streamer:
         return [(slice(first, min(first + size, len(weights.down))), found[first]) for first in sorted(found)]
 
     def _experts_in_a_chunk(self, weights: HostWeights) -> int:
-        return min(max(1, self._chunk_bytes // (2 * weights.expert_elements)), len(weights.down))
+        one = weights.expert_elements * weights.down.element_size()
+        return min(max(1, self._chunk_bytes // one), len(weights.down))
 
     def _make_buffers(self, weights: HostWeights) -> None:
         needed = self._places(weights, self._experts_in_a_chunk(weights))[-1].stop

@@ -153,7 +153,8 @@ def _parts(
         if moved:  # inputs and outputs of layers; the rest is computed again
             made.gpu["activations of experts"] = 3 * T * m.hidden * 2 * m.expert_layers
         if streamed:
-            made.gpu["buffers of streamed experts"] = BUFFERS * CHUNK_BYTES
+            chunks = BUFFERS + (2 if _streamed_width(s, m) == 1 else 0)  # and one in bf16
+            made.gpu["buffers of streamed experts"] = chunks * CHUNK_BYTES
             host["experts streamed"] = streamed * _streamed_width(s, m)
     other["attention, embeddings and the rest"] = rest
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16

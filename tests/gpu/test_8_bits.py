@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from kt_hf import load_kt_model, packing
-from kt_hf.backends import ExpertShape, grouped, streamer
+from kt_hf.backends import ExpertShape, grouped, scaled, streamer
 from kt_hf.backends.host_weights import HostWeights
 from kt_hf.backends.scaled import ScaledExperts, ScaledMatrices
 from kt_hf.backends.streamed import StreamedBackend
@@ -39,10 +39,25 @@ def quantised(stack: Tensor, kind: str, block: tuple[int, int]) -> ScaledMatrice
 
 @pytest.mark.parametrize("block", [(128, 128), (32, 16), (20, 7)], ids=str)
 @pytest.mark.parametrize("kind", EIGHT_BITS)
-def test_widened_as_on_the_cpu(kind: str, block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kernel", [True, False], ids=["Triton", "PyTorch"])
+def test_widened_as_on_the_cpu(
+    kernel: bool, kind: str, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaled, "_kernel_runs", None if kernel else False)
     given = quantised(layer_weights().gate_up, kind, block)
     there = ScaledMatrices(given.values.cuda(), given.scales.cuda(), given.block)
     assert torch.equal(there.widened(torch.bfloat16).cpu(), given.widened(torch.bfloat16))
+    assert scaled._kernel_runs == kernel
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_large_matrices_are_widened_to_the_bit(parts: int) -> None:
+    """More columns than a program computes, and not a multiple; gate and up of their own blocks."""
+    values = torch.randn(3, 2 * 700, 1300, device="cuda").mul_(20).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, parts, -(-2 * 700 // parts // 128), -(-1300 // 128), device="cuda")
+    given = ScaledMatrices(values, scales, (128, 128))
+    wanted = ScaledMatrices(values.cpu(), scales.cpu(), (128, 128)).widened(torch.bfloat16)
+    assert torch.equal(given.widened(torch.bfloat16).cpu(), wanted)
 
 
 def backends(chunk: int, buffers: int) -> tuple[StreamedBackend, StreamedBackend]:

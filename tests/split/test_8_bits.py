@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,7 +166,7 @@ def test_half_the_bytes_are_copied_and_held() -> None:
     weights, wide = HostWeights.of_scaled(scaled), HostWeights(gate_up, down)
     sizes = {}
     for name, held in (("eight", weights), ("wide", wide)):
-        watched = Watched(2 * one)
+        watched = Watched(one if name == "eight" else 2 * one)
         copied = []
         watched._copy = lambda source, target, copied=copied: (copied.append(source.nbytes), target.copy_(source))
         seen = 0
@@ -179,11 +183,57 @@ def test_half_the_bytes_are_copied_and_held() -> None:
     assert sizes["eight"] == (7 * (one // 2 + scales), 6 * (one // 2 + scales))
 
 
+INTERPRETED = """
+import torch
+from kt_hf.backends import _widen_kernel
+from kt_hf.backends.scaled import ScaledMatrices
+for block in ((128, 128), (32, 16), (20, 7), (1, 1 << 40)):
+    for parts in (1, 2):
+        values = torch.randint(-127, 128, (2, 96, 700), dtype=torch.int8)
+        scales = torch.rand(2, parts, -(-96 // parts // block[0]), -(-700 // block[1]))
+        wanted = ScaledMatrices(values, scales, block).widened(torch.float32)
+        found = _widen_kernel.widened(values, scales, block).float()
+        assert ((found - wanted).abs() <= wanted.abs() * 2**-7).all(), (block, parts)
+print("compared")
+"""
+
+
+def test_the_kernel_takes_the_right_scales() -> None:
+    """As Triton's interpreter computes it, which rounds to bf16 in a way of its own; the GPU's tests compare bits."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "compared", done.stderr[-2000:]
+
+
+def test_where_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried once; but memory that runs out is no reason to think so."""
+    from kt_hf.backends import scaled as module
+
+    given, _, _ = scaled_layer()
+    asked = (given.down.values, given.down.scales, given.down.block)
+    failing: list[BaseException] = [torch.OutOfMemoryError("no memory"), RuntimeError("no compiler")]
+    fake = types.ModuleType("kernel")
+    fake.widened = lambda *_: (_ for _ in ()).throw(failing.pop(0))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kt_hf.backends._widen_kernel", fake)
+    monkeypatch.setattr(module, "_kernel_runs", None)
+    with pytest.raises(torch.OutOfMemoryError):
+        module._by_kernel(*asked)
+    assert module._by_kernel(*asked) is None
+    assert module._by_kernel(*asked) is None, "tried again"
+    assert failing == []
+
+
 def test_a_buffer_is_free_before_the_products() -> None:
     """So that copies are as many chunks ahead as there are buffers, and not one less."""
     scaled, gate_up, down = scaled_layer()
     one = 2 * (gate_up[0].numel() + down[0].numel())
-    watched = Watched(one, buffers=2)
+    watched = Watched(one // 2, buffers=2)
     chunks = watched.chunks(HostWeights.of_scaled(scaled), [1] * 8, False)
     next(chunks)
     assert len(watched.copied) == 3 * 4
