@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 512  # of a row that a program computes
+_COLUMNS = 1024  # of a row that a program computes
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def _widen(values, scales, out, rows, columns, part_rows, R, C, height, width, C
     block_row = (line // rows * (rows // part_rows) + part) * R + (row - part * part_rows) // height
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < columns
-    value = tl.load(values + line * columns + column, mask=there, other=0).to(tl.float32)
-    scale = tl.load(scales + block_row * C + column // width, mask=there, other=0)
+    value = tl.load(values + line * columns + column, mask=there).to(tl.float32)
+    scale = tl.load(scales + block_row * C + column // width, mask=there)
     tl.store(out + line * columns + column, (value * scale).to(tl.bfloat16), mask=there)
 
 

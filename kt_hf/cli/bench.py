@@ -47,6 +47,8 @@ def main(
     Weights are random, so only the model's configuration is read. One layer is held in memory, twice.
     """
     with plain_failures():
+        import torch
+
         from kt_hf import KTConfig
         from kt_hf.backends import ExpertShape, choose_backend
         from kt_hf.cpu import plan_threads
@@ -62,7 +64,8 @@ def main(
         planned = plan_threads().workers
         own_number = None if threads else planned
         chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, ExpertShape(*shape), workers=own_number)
-        counts = _numbers("--threads", threads) if threads else sorted({max(1, planned // 2), planned})
+        most = torch.get_num_threads() if chosen == "torch" else planned  # as in a run
+        counts = _numbers("--threads", threads) if threads else sorted({max(1, most // 2), most})
         rows = [
             row
             for where in _placements(placement, ExpertShape(*shape), chosen)
@@ -86,21 +89,22 @@ def _show(rows: Sequence[Row], title: str, experts: int, layers: int) -> None:
     from rich.table import Table
 
     predictions = any(row.predicted_ms is not None for row in rows)
-    columns = ["backend", "threads", "placement", "tokens", "forward ms", "backward ms", "tokens/s"]
-    table = Table(*columns, *["predicted ms"] * predictions, title=title, box=None)
+    tiers = any(row.resident or row.streamed for row in rows)
+    columns = ["threads", *["resident", "streamed", "CPU"] * tiers, "tokens", "forward ms", "backward ms", "tokens/s"]
+    table = Table(*columns, *["predicted"] * predictions, title=f"{title}, {rows[0].backend}", box=None)
     for row in rows:
-        cells = [
-            row.backend, str(row.threads), row.where(experts), str(row.tokens), f"{row.forward_ms:.1f}",
-            f"{row.backward_ms:.1f}", f"{row.tokens_per_second:.0f}",
-        ]  # fmt: skip
+        places = row.resident, row.streamed, experts - row.resident - row.streamed
         told = "" if row.predicted_ms is None else f"{row.predicted_ms:.1f}"
-        table.add_row(*cells, *[told] * predictions)
+        table.add_row(
+            str(row.threads), *[str(count) for count in places] * tiers, str(row.tokens), f"{row.forward_ms:.1f}",
+            f"{row.backward_ms:.1f}", f"{row.tokens_per_second:.0f}", *[told] * predictions,
+        )  # fmt: skip
     console = Console(highlight=False)
     console.print(table)
     if predictions:
         console.print(
-            "Predicted: forward and backward together, by the rates from which auto chose these experts' places; in a "
-            "model, where some weights are on their way while attention is computed."
+            "Predicted: ms of the slowest of bus, CPU and GPU, forward and backward, where auto chose the places. It "
+            "chose for a model, where some weights are on their way while attention is computed."
         )
     best = max(rows, key=lambda row: row.tokens_per_second)
     where = f", {best.where(experts)}" if best.resident or best.streamed else ""

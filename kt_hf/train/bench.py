@@ -24,7 +24,7 @@ from ..config import KTConfig
 from ..errors import KTAMXError
 from ..packing import Packer
 from ..patch import make_packer
-from ..planner import Room
+from ..planner import Room, Split
 from ..tiers import Tiers
 from .sizes import ModelSizes
 
@@ -63,7 +63,8 @@ class Row:
 
     Attributes:
         resident: Experts in the GPU's memory, and `streamed` to it; the others are on the CPU.
-        predicted_ms: Forward and backward as `auto` expected them of the placement it chose; None for the others.
+        predicted_ms: Forward and backward of the slowest of bus, CPU and GPU, as `auto` expected them of the placement
+            it chose; None for the others.
     """
 
     backend: str
@@ -123,11 +124,17 @@ def measure_here(asked: Asked) -> list[Row]:
                     layer, held = _layer(asked, packer), tiers
                 threads = packer.plan.workers if kernel else asked.threads
                 times = _times(layer, tokens, asked.runs)
-                expected = round(planned.seconds / asked.sizes.expert_layers * 1000, 2) if planned else None
+                expected = _predicted(planned, asked.sizes.expert_layers) if planned else None
                 rows.append(Row(asked.backend, threads, tokens, *times, tiers.resident, tiers.streamed, expected))
     finally:
         torch.set_num_threads(before)
     return rows
+
+
+def _predicted(planned: Split, layers: int) -> float:
+    """Milliseconds of a layer by itself: there is no attention during which weights are on their way."""
+    slowest = max(planned.stream_seconds, planned.cpu_seconds, planned.gpu_seconds)
+    return round(slowest / layers * 1000, 2)
 
 
 def _placed(asked: Asked, tokens: int) -> Packer:
@@ -152,16 +159,18 @@ def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
     shape = asked.shape
     H, I, apart = shape.hidden_size, shape.intermediate_size, packer.read_scaled(shape, 0)  # noqa: E741
     E = shape.num_experts - len(apart)
-    weights = ExpertWeights(
-        torch.randn(E, 2 * I, H, dtype=torch.bfloat16).mul_(0.02),
-        torch.randn(E, H, I, dtype=torch.bfloat16).mul_(0.02),
-    )
+    weights = ExpertWeights(_alike(E, 2 * I, H), _alike(E, H, I))
     if apart:
         n = len(apart)
         weights.scaled = ScaledExperts(sorted(apart), _of_8_bits(n, 2 * I, H, parts=2), _of_8_bits(n, H, I, parts=1))
     layer = packer.pack(weights, shape, asked.rank, "benchmark")
     layer.set_lora(tuple(torch.randn(size).mul_(0.02).to(layer.device) for size in shape.lora_shapes(asked.rank)))
     return layer
+
+
+def _alike(count: int, rows: int, columns: int) -> torch.Tensor:
+    """One random matrix so often: making each would take longer than what is measured."""
+    return torch.randn(rows, columns).mul_(0.02).bfloat16().expand(count, -1, -1).contiguous()
 
 
 def _of_8_bits(count: int, rows: int, columns: int, parts: int) -> ScaledMatrices:

@@ -148,7 +148,8 @@ def test_auto_is_planned_and_predicted(backend: str, model: str, built: list[Bui
     (row,) = json.loads(result.stdout)["rows"]
     (layer,) = built
     assert layer.planned is not None
-    assert row["predicted_ms"] == pytest.approx(layer.planned.seconds / LAYERS * 1000, abs=0.005)
+    parts = layer.planned.stream_seconds, layer.planned.cpu_seconds, layer.planned.gpu_seconds
+    assert row["predicted_ms"] == pytest.approx(max(parts) / LAYERS * 1000, abs=0.005)
     assert row["predicted_ms"] > 0
     assert (row["resident"], row["streamed"]) == (layer.planned.resident, layer.planned.streamed)
     assert (layer.tiers.get("resident", 0), layer.tiers.get("streamed", 0)) == (row["resident"], row["streamed"])
@@ -160,7 +161,7 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
 
     def plan(_: Any, shape: Any, count: int, tokens: int, *rest: Any) -> Split:
         seen.append((count, tokens))
-        return Split(0, 2, 2, 0.02, 1, 1, 1) if tokens < 64 else Split(1, 1, 2, 0.05, 1, 1, 1)
+        return Split(0, 2, 2, 9, 0.02, 0.01, 0.01) if tokens < 64 else Split(1, 1, 2, 9, 0.01, 0.05, 0.01)
 
     def pack(packer: packing.Packer, *args: Any) -> ExpertsBackend:
         assert all(layer() is None for layer in layers), "the layer before is still held"
@@ -183,7 +184,8 @@ def test_a_table_is_shown(model: str, no_gpu: None, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "measure", lambda _: rows)
     text = text_of(invoke(model))
     assert "The experts of all 2 layers: at most 1000 tokens/s, 1 threads, 16 tokens a batch." in text
-    assert "torch 1 CPU 16 2.0 6.0 2000" in text
+    assert "2 a token, 64 x 64, torch threads tokens" in text
+    assert " 1 16 2.0 6.0 2000" in text
     assert "redicted" not in text
 
 
@@ -193,7 +195,7 @@ def test_placements_in_the_table(model: str, cpu_for_gpu: None, monkeypatch: pyt
     monkeypatch.setattr(bench, "measure", lambda one: [rows[one.placement]])
     monkeypatch.setenv("COLUMNS", "200")
     text = text_of(invoke(model))
-    assert "torch 1 CPU 16 2.0 6.0 2000 torch 1 1 resident + 2 streamed + 1 CPU 16 1.0 3.0 4000 3.2" in text
+    assert " 1 0 0 4 16 2.0 6.0 2000 1 1 2 1 16 1.0 3.0 4000 3.2" in text
     assert "at most 2000 tokens/s, 1 threads, 16 tokens a batch, 1 resident + 2 streamed + 1 CPU." in text
     assert list(bench.curves(list(rows.values()), E)) == ["torch, 1 thread, CPU", "torch, 1 thread, auto"]
     assert list(bench.curves([replace(rows["auto"], streamed=3, predicted_ms=None)], E)) == [
@@ -209,6 +211,17 @@ def test_without_a_gpu_auto_is_the_cpu(model: str, no_gpu: None, monkeypatch: py
         assert result.exit_code == 0, result.output
         rows[options] = [(r["resident"], r["streamed"], r["predicted_ms"]) for r in json.loads(result.stdout)["rows"]]
     assert list(rows.values()) == [[(0, 0, None)]] * 3
+
+
+def test_by_default_all_threads_of_a_run_and_half_of_them(
+    model: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(bench, "measure", lambda one: seen.append(one.threads) or [bench.Row("torch", 1, 4, 1.0, 3.0)])
+    result = CliRunner().invoke(app, ["bench", model, "--backend", "torch"])
+    assert result.exit_code == 0, result.output
+    assert seen == [3, 6]
 
 
 def test_a_failed_measurement_is_told() -> None:

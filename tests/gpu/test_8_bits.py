@@ -70,7 +70,8 @@ def backends(chunk: int, buffers: int) -> tuple[StreamedBackend, StreamedBackend
         HostWeights(gate_up.widened(torch.bfloat16), down.widened(torch.bfloat16)),
     ):
         device = torch.device("cuda", torch.cuda.current_device())
-        one = StreamedBackend(weights, shape, Streamer(device, chunk, buffers))
+        same = chunk // 2 if weights.scaled else chunk  # as many experts
+        one = StreamedBackend(weights, shape, Streamer(device, same, buffers))
         one.set_lora(tuple(random_lora(MIXTRAL).values()))
         made.append(one)
     return made[0], made[1]

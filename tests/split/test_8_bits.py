@@ -211,6 +211,21 @@ def test_the_kernel_takes_the_right_scales() -> None:
     assert done.stdout.strip() == "compared", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("dtype", ["fp8e4nv", "i8"])
+def test_the_kernel_compiles(dtype: str) -> None:
+    """For an H100 or H200, which takes no GPU."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from kt_hf.backends._widen_kernel import _widen
+
+    numbers = ("rows", "columns", "part_rows", "R", "C", "height", "width")
+    types = {"values": f"*{dtype}", "scales": "*fp32", "out": "*bf16"} | dict.fromkeys(numbers, "i32")
+    source = ASTSource(_widen, types | {"COLUMNS": "constexpr"}, {"COLUMNS": 1024})
+    assert "st.global" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
 def test_where_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried once; but memory that runs out is no reason to think so."""
     from kt_hf.backends import scaled as module
