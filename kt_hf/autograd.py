@@ -22,7 +22,7 @@ class ExpertsFunction(torch.autograd.Function):
         ids: [T, K] integers.
         weights: [T, K], floating.
         runner: The layer's `ExpertsRunner`, which holds the LoRA values already.
-        to_parameters: Turns the backend's six LoRA gradients into those of `lora`, fp32; told whether it may keep them.
+        to_parameters: Turns the backend's six LoRA gradients into those of `lora`; told whether it may keep them.
         *lora: The LoRA parameters that the values were made of.
 
     Returns [T, H] in x's dtype and on its device.

@@ -1,4 +1,4 @@
-"""fp32 gradients of the LoRA parameters, from those a backend gives for its padded, scaled tensors."""
+"""Gradients of the LoRA parameters, from those a backend gives for its padded, scaled tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Recycled:
-    """fp32 memory on the CPU that comes back when no tensor refers to it any more.
+    """Memory on the CPU that comes back when no tensor refers to it any more.
 
     Gradients are new tensors at every step, and the pages of new memory cost more than what is written to them: 5
     million values take 15 ms to widen into fresh pages and 1.5 ms into these (one core of an AVX512 machine).
@@ -20,16 +20,16 @@ class Recycled:
     def __init__(self) -> None:
         self._free: dict[int, list[mmap.mmap]] = {}  # by bytes
 
-    def empty(self, size: tuple[int, ...]) -> Tensor:
+    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor with any values."""
-        count = 4 * torch.Size(size).numel()
+        count = dtype.itemsize * torch.Size(size).numel()
         if not count:
-            return torch.empty(size, device="cpu")
+            return torch.empty(size, dtype=dtype, device="cpu")
         free = self._free.setdefault(count, [])
         pages = free.pop() if free else mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         lease = (ctypes.c_char * count).from_buffer(pages)  # which the tensor's storage keeps
         weakref.finalize(lease, free.append, pages).atexit = False
-        return torch.frombuffer(lease, dtype=torch.float32).view(size)
+        return torch.frombuffer(lease, dtype=dtype).view(size)
 
 
 def parameter_gradients(
@@ -37,24 +37,30 @@ def parameter_gradients(
     parts: list[tuple[int, int, int, float]],
     free: bool = False,
     memory: Recycled | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Gradients of A and B of each part, fp32 and in memory of their own, from the six of the padded backend tensors.
+    """Gradients of A and B of each part, in memory of their own, from the six of the padded backend tensors.
+
+    They are in fp32, unless the six are of the parameters' dtype: nothing is to be gained then, for the scaling is
+    multiplied in fp32 anyway and rounded.
 
     Args:
         gradients: Six tensors [E, r, in] and [E, out, r], which the backend may overwrite later.
         parts: Of each adapter and projection: index of A among the six, first row, rank, scaling (folded into B).
-        free: The six are memory that nobody else uses: what is in fp32 already need not be copied.
+        free: The six are memory that nobody else uses: what is in the right dtype need not be copied.
         memory: For gradients on the CPU.
+        dtype: Of the parameters.
     """
+    target = dtype if gradients[0].dtype == dtype else torch.float32
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
         for narrow in (gradients[index][:, offset : offset + rank], gradients[index + 1][:, :, offset : offset + rank]):
-            if free and narrow.dtype == torch.float32 and narrow.is_contiguous():
+            if free and narrow.dtype == target and narrow.is_contiguous():
                 made.append(narrow)
             elif memory is not None and narrow.device.type == "cpu":
-                made.append(memory.empty(tuple(narrow.shape)).copy_(narrow))
+                made.append(memory.empty(tuple(narrow.shape), target).copy_(narrow))
             else:
-                made.append(narrow.to(torch.float32, copy=True).contiguous())
+                made.append(narrow.to(target, copy=True).contiguous())
         if scaling != 1.0:
             made[-1].mul_(scaling)
     return made

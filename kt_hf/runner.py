@@ -255,7 +255,7 @@ class ExpertsRunner:
         device: torch.device,
         home: torch.device,
     ) -> list[Tensor]:
-        """Those of the LoRA parameters, in fp32 and scaled, on `device` or `home`.
+        """Those of the LoRA parameters, scaled, on `device` or `home`.
 
         Args:
             gradients: The backend's, LoRA's among them.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 1024  # of a row that a program computes
+_COLUMNS = 2048  # of a row that a program computes
 
 
 @triton.jit

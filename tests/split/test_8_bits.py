@@ -222,7 +222,7 @@ def test_the_kernel_compiles(dtype: str) -> None:
 
     numbers = ("rows", "columns", "part_rows", "R", "C", "height", "width")
     types = {"values": f"*{dtype}", "scales": "*fp32", "out": "*bf16"} | dict.fromkeys(numbers, "i32")
-    source = ASTSource(_widen, types | {"COLUMNS": "constexpr"}, {"COLUMNS": 1024})
+    source = ASTSource(_widen, types | {"COLUMNS": "constexpr"}, {"COLUMNS": 2048})
     assert "st.global" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
