@@ -1,4 +1,4 @@
-"""Tables and plots of docs/gpu.md, made of gpu_train.csv and gpu_tiers.csv: `python benchmarks/gpu_plot.py`.
+"""Tables and plots of docs/gpu.md, made of gpu_train.csv, gpu_tiers.csv and gpu_fp8.csv: `python benchmarks/gpu_plot.py`.
 
 Of rows that measured the same the last counts. Tables go between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 CSV, PAGE, PLOT = HERE / "gpu_train.csv", HERE.parent / "docs/gpu.md", HERE.parent / "docs/plots/gpu_experts.svg"
+FP8 = HERE / "gpu_fp8.csv"
 TIERS, SWEEPS = HERE / "gpu_tiers.csv", HERE.parent / "docs/plots/gpu_tiers.svg"
 KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "streamed_experts", "bus", "batch",
        "checkpointing", "lora_device")  # fmt: skip
@@ -204,11 +205,33 @@ def plot_sweeps(found: list[list[Row]], path: Path = SWEEPS) -> None:
     plt.close(figure)
 
 
+def eight_bits(path: Path = FP8) -> list[tuple[Row, Row]]:
+    """Of gpu_fp8.csv: (FP8, bf16) for each number of tokens, the latest."""
+    with path.open(newline="") as file:
+        latest = {(row["batch"], row["sequence"], row["source"]): row for row in csv.DictReader(file)}
+    return [(row, latest[batch, length, "bf16"]) for (batch, length, source), row in latest.items() if source == "fp8"]
+
+
+def of_8_bits(found: list[tuple[Row, Row]]) -> str:
+    head = ["tokens a step", "FP8: s a step", "tokens/s", "host GB", "bf16: s a step", "tokens/s", "host GB", "FP8 / bf16"]
+    body = []
+    for pair in found:
+        cells = [
+            cell
+            for r in pair
+            for cell in (number(r["step"], 2), number(r["tokens_per_second"], 0), number(r["streamed_gb"], 1))
+        ]
+        ratio = float(pair[0]["step"]) / float(pair[1]["step"])
+        body.append([f"{pair[0]['batch']} x {int(pair[0]['sequence']):,}", *cells, f"{ratio:.2f}"])
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "by part": by_part,
     "against": against,
     "split": split,
     "plans": lambda _: plans(sweeps()),
+    "8 bits": lambda _: of_8_bits(eight_bits()),
 }
 
 

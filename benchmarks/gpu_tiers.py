@@ -134,7 +134,8 @@ def rows(given: argparse.Namespace, tokens: int, bus: int, device: torch.device,
                 "bus": f"1/{bus}", "layers": given.layers, "tokens": tokens, "lora_device": given.lora_device,
                 "resident": resident, "streamed": streamed, "chosen": int(split == choice), "step": seconds,
                 "fastest_step": min(s for s, _ in taken[split]), "predicted_experts": times.seconds,
-                "stream": times.stream_seconds, "gpu": times.gpu_seconds, "cpu": times.cpu_seconds, "rest": rest,
+                "stream": times.stream_seconds, "predicted_gpu": times.gpu_seconds,
+                "predicted_cpu": times.cpu_seconds, "rest": rest,
                 "bound": bound, "gb_per_s": rates.pcie_bytes_per_s / 1e9,
             }
             | part[split]

@@ -8,6 +8,7 @@ small vocabulary.
 
     kt            apply_kt_moe(model) with nothing set, threads as KTMoECallback sets them
     operators     the same with kt_backend=AMXBF16, which the first has where there are more than two cores or AMX
+    operators-all the same with a worker for every core
     torch         the same with kt_backend=torch
     stock         transformers' grouped_mm, PEFT's LoRA on attention and fused experts, PyTorch on all cores
     stock-eager   transformers' loop over experts, the same LoRA
@@ -42,7 +43,7 @@ from kt_hf.backends import kernel_availability
 from kt_hf.cpu import plan_threads
 from kt_hf.demo.upcycle import upcycle
 
-CASES = ("kt", "operators", "torch", "stock", "stock-eager", "peer", "peer-default")
+CASES = ("kt", "operators", "operators-all", "torch", "stock", "stock-eager", "peer", "peer-default")
 RANK = 8
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -118,6 +119,7 @@ def builds(cases: list[str], load: Callable[[], tuple[Any, Tensor]], longest: in
     makers: dict[str, Callable[[Any, Tensor], Run]] = {
         "kt": lambda model, ids: kt_case(model, ids, KTConfig()),
         "operators": lambda model, ids: kt_case(model, ids, KTConfig(kt_backend="AMXBF16")),
+        "operators-all": lambda model, ids: kt_case(model, ids, KTConfig(kt_backend="AMXBF16", kt_num_threads=cores())),
         "torch": lambda model, ids: kt_case(model, ids, KTConfig(kt_backend="torch")),
         "stock": lambda model, ids: stock_case(model, ids, "grouped_mm"),
         "stock-eager": lambda model, ids: stock_case(model, ids, "eager"),
@@ -171,6 +173,8 @@ def main() -> None:
                 timing.threads = workers if operators else cores()
                 if case == "peer-default":
                     timing.threads = 1  # what its KTConfig chooses
+                if case == "operators-all":
+                    timing.threads = cores()
             append("step", label, tokens, 0, found, given.save)
             print(f"{label}, T={tokens}")
             for case, timing in found.items():

@@ -97,6 +97,17 @@ def test_what_was_promised_of_the_planner_was_measured(gpu_plot: Any) -> None:
     assert left["1/4"] > left["1/1"]
 
 
+def test_what_was_promised_of_8_bits_was_measured(gpu_plot: Any) -> None:
+    """Half the host memory, and faster, the more the bus was what a step waited for."""
+    pairs = gpu_plot.eight_bits()
+    assert [int(eight["batch"]) for eight, _ in pairs] == [1, 4]
+    for eight, wide in pairs:
+        assert 0.5 <= float(eight["streamed_gb"]) / float(wide["streamed_gb"]) < 0.51
+    ratios = [speed(eight) / speed(wide) for eight, wide in pairs]
+    assert ratios[0] > 1.4
+    assert ratios[0] > ratios[1] > 1.1
+
+
 def test_the_plot_of_the_sweeps(gpu_plot: Any, tmp_path: Path) -> None:
     gpu_plot.plot_sweeps(gpu_plot.sweeps(), tmp_path / "plots/two.svg")
     assert (tmp_path / "plots/two.svg").read_text().count("<use ") > 5 * len(gpu_plot.sweeps())
