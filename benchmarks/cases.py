@@ -22,14 +22,13 @@ from kt_hf.cpu import plan_threads
 QUANTISED = {"kt-int8": "AMXInt8", "kt-int4": "AMXInt4"}
 
 
-def adapted(model: Any, rank: int, wide: bool = True) -> Any:
-    """LoRA on the experts of a patched model through the ordinary names, in fp32 as PEFT makes it or in the model's
-    dtype; B random, so that nothing is multiplied by zero. Rank 0: none."""
+def adapted(model: Any, rank: int) -> Any:
+    """LoRA on the experts of a patched model through the ordinary names; B random, so that nothing is multiplied by
+    zero. Rank 0: none."""
     if rank == 0:
         return model
     names = ["gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
-    return _random_b(get_peft_model(model, config, autocast_adapter_dtype=wide))
+    return _random_b(get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)))
 
 
 def stock_adapted(model: Any, rank: int) -> Any:
@@ -77,9 +76,9 @@ def step(
     return run
 
 
-def patched(shape: Shape, rank: int, config: KTConfig, wide: bool = True) -> tuple[Any, list[nn.Parameter], Any]:
-    """A layer's `KTExperts`, packed; its LoRA parameters, in fp32 or in bf16; the model, which must live as long."""
-    model = adapted(apply_kt_moe(random_model(shape), config), rank, wide)
+def patched(shape: Shape, rank: int, config: KTConfig) -> tuple[Any, list[nn.Parameter], Any]:
+    """A layer's `KTExperts`, packed; its LoRA parameters; the model, which must live as long."""
+    model = adapted(apply_kt_moe(random_model(shape), config), rank)
     experts = model._kt_wrappers[0]
     experts.update_lora_pointers()
     return experts, [p for p in model.parameters() if p.requires_grad], model
@@ -126,7 +125,7 @@ def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dic
 
     def kt(name: str, config: KTConfig) -> Build:
         def build() -> dict[str, Run]:
-            experts, parameters, model = patched(shape, rank, config, wide=name != "kt-bf16-lora")
+            experts, parameters, model = patched(shape, rank, config)
             run = step(experts, parameters, shape, torch_threads(experts.backend_name), lambda: model)
             found = {name: run} if name in cases else {}
             if name == "kt" and "bare" in cases:
@@ -169,8 +168,6 @@ def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dic
         own = {"kt_share_backward_weights": False, "kt_lora_rank": rank, "kt_max_len": max(longest, 64)}
         if "kt" in cases or "bare" in cases:
             found["kt"] = kt("kt", KTConfig(kt_backend="AMXBF16", **own))
-        if "kt-bf16-lora" in cases and rank:
-            found["kt-bf16-lora"] = kt("kt-bf16-lora", KTConfig(kt_backend="AMXBF16", **own))
         for name, backend in QUANTISED.items():
             if name in cases:
                 found[name] = kt(name, KTConfig(kt_backend=backend, **own))

@@ -1,4 +1,4 @@
-"""Tables and plots of docs/gpu.md, made of gpu_train.csv, gpu_tiers.csv and gpu_fp8.csv: `python benchmarks/gpu_plot.py`.
+"""Tables and plots of docs/gpu.md, of gpu_train.csv, gpu_tiers.csv and gpu_fp8.csv: `python benchmarks/gpu_plot.py`.
 
 Of rows that measured the same the last counts. Tables go between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -213,7 +213,8 @@ def eight_bits(path: Path = FP8) -> list[tuple[Row, Row]]:
 
 
 def of_8_bits(found: list[tuple[Row, Row]]) -> str:
-    head = ["tokens a step", "FP8: s a step", "tokens/s", "host GB", "bf16: s a step", "tokens/s", "host GB", "FP8 / bf16"]
+    each = ["s a step", "tokens/s", "host GB"]
+    head = ["tokens a step", *(f"{source}: {name}" for source in ("FP8", "bf16") for name in each), "FP8 / bf16"]
     body = []
     for pair in found:
         cells = [

@@ -6,7 +6,7 @@ Prints milliseconds and ratios of one run, and appends to results.csv. With LoRA
 
     default      KTExperts of apply_kt_moe(model): the backend and threads that kt_hf chooses
     kt           the same with AMXBF16, backward weights of the layer's own, buffers for the longest batch alone;
-                 kt-int8, kt-int4: quantised; kt-bf16-lora: LoRA parameters in bf16, as the peer's are, not fp32
+                 kt-int8, kt-int4: quantised
     torch        kt_hf's torch backend on all cores
     bare         kt-kernel's two calls and nothing else, on kt's packed weights
     stock        transformers' grouped_mm with PEFT's LoRA on fused experts (target_parameters), all cores
@@ -27,19 +27,7 @@ from sizes import SIZES
 
 from kt_hf.packing import available_memory
 
-CASES = (
-    "default",
-    "kt",
-    "kt-bf16-lora",
-    "kt-int8",
-    "kt-int4",
-    "torch",
-    "bare",
-    "stock",
-    "stock-eager",
-    "peer",
-    "peer-shared",
-)
+CASES = ("default", "kt", "kt-int8", "kt-int4", "torch", "bare", "stock", "stock-eager", "peer", "peer-shared")
 
 
 def main() -> None:

@@ -8,19 +8,7 @@ from lines import fit
 from results import Results
 from sizes import bound, parse
 
-CASES = (
-    "default",
-    "kt",
-    "kt-bf16-lora",
-    "kt-int8",
-    "kt-int4",
-    "torch",
-    "bare",
-    "peer",
-    "peer-shared",
-    "stock",
-    "stock-eager",
-)
+CASES = ("default", "kt", "kt-int8", "kt-int4", "torch", "bare", "peer", "peer-shared", "stock", "stock-eager")
 PARTS = ("forward", "backward", "optimizer", "refresh")
 
 

@@ -80,7 +80,7 @@ def test_each_benchmark_appends_what_it_measured(results: Path) -> None:
     stock = {"default", "torch", "stock", "stock-eager"}
     assert measured(results, "layer", shape="tiny r=8", part="backward") == stock | operators | peers
     assert measured(results, "layer", shape="tiny r=0", part="forward") == {"default", "stock"}
-    peers = {"operators", "peer", "peer-default"} if kernel else set()
+    peers = {"operators", "operators-all", "peer", "peer-default"} if kernel else set()
     assert measured(results, "step", part="refresh") == {"kt", "torch", "stock", "stock-eager"} | peers
     assert measured(results, "growth") == {f"default, {name} varied" for name in "TErL"}
     assert measured(results, "optimizer", part="refresh") == {"kt", "memory"}
