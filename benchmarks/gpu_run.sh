@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, the most valuable first; logs and the CSV go to a folder:
-#     bash benchmarks/gpu_run.sh OUT [STEP ...]      steps: tests cpu stock split check more (default: all but more)
+#     bash benchmarks/gpu_run.sh OUT [STEP ...]      steps: tests cpu stock split check tiers fp8 more (default: the first five)
 set -u
 out=${1:?give a folder for the results}
 shift
@@ -24,6 +24,12 @@ for step in $steps; do
         ;;
     split) train split 200 --layers 9 --gpu-experts 0 8 16 32 64 --lora-device gpu ;;
     check) train check 200 --check --layers 4 --sequence 512 ;;
+    tiers) # half an hour
+        python -W ignore benchmarks/gpu_tiers.py --csv "$out/gpu_tiers.csv" 2>&1 | tee "$out/tiers.log"
+        python -W ignore benchmarks/gpu_tiers.py --tokens 2048 8192 --slower-bus 2 4 --csv "$out/gpu_tiers.csv" 2>&1 |
+            tee -a "$out/tiers.log"
+        ;;
+    fp8) timeout 300 python -W ignore benchmarks/gpu_fp8.py --csv "$out/gpu_fp8.csv" 2>&1 | tee "$out/fp8.log" ;;
     more)
         train off 300 --batch 1 4 --checkpointing off --steps 2
         train split-cpu 200 --layers 9 --gpu-experts 8 32 64 --lora-device cpu
