@@ -112,7 +112,10 @@ class KTMoECallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._refresh(kt_layers(kwargs["model"]))
+        layers = kt_layers(kwargs["model"])
+        self._refresh(layers)
+        for packer in {id(layer.packer): layer.packer for layer in layers}.values():
+            packer.recycled.release()
         self._times = None
         if self._threads is not None:
             torch.set_num_threads(self._threads)

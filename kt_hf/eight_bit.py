@@ -51,10 +51,23 @@ def block_size(config: Any) -> tuple[int, int]:
     return _block("weight_block_size", _get(found, "weight_block_size", _DEFAULT_BLOCK))
 
 
+def has_8_bits(config: Any) -> bool:
+    """Whether the model's `quantization_config` says that its weights are of 8 bits, in a way that is known."""
+    try:
+        return getattr(config, "quantization_config", None) is not None and bool(block_size(config))
+    except KTAMXConfigError:
+        return False
+
+
 def _compressed(config: Any) -> tuple[int, int]:
     """Of compressed-tensors: 8 bits, symmetric, a scale for each row or block, the same for all weights."""
-    groups = _get(config, "config_groups") or {}
-    found = set()
+    groups = _get(config, "config_groups")
+    if _get(config, "transform_config"):
+        raise KTAMXConfigError(
+            "quantization_config: transform_config, rotations of weights when they are used, cannot be streamed. "
+            f"Give a checkpoint in {KNOWN}."
+        )
+    groups, found = groups if isinstance(groups, Mapping) else {}, set()
     for name, group in groups.items():
         weights = _get(group, "weights") or {}
         bits, strategy = _get(weights, "num_bits"), str(_get(weights, "strategy"))
@@ -118,8 +131,8 @@ def check_scales(weight: StoredTensor, scales: StoredTensor | None, block: tuple
     if weight.dtype not in EIGHT_BIT:
         raise KTAMXError(f"{weight} is of {weight.dtype}, but has scales in {scales}; they belong to FP8 or INT8.")
     if scales is None:
-        name = SCALES[block == _A_ROW]
-        raise KTAMXError(f"{weight} is of {weight.dtype}, but {weight.name}{name}, its scales, is missing.")
+        names = " or ".join(weight.name + tail for tail in SCALES)
+        raise KTAMXError(f"{weight} is of {weight.dtype}, but its scales, {names}, are missing.")
     wanted = scale_shape(weight.shape, block) if len(weight.shape) == 2 else None
     if scales.shape != wanted or scales.dtype not in FLOATING:
         raise KTAMXError(
@@ -143,14 +156,16 @@ def quantised_rest(files: TensorFiles, block: tuple[int, int]) -> list[Quantised
     for name, tensor in files.tensors.items():
         scales = scales_of(name, files.tensors)
         other = "experts." not in name.replace("shared_experts.", "")
-        if other and (tensor.dtype in EIGHT_BIT or scales is not None):
+        eight = tensor.dtype in EIGHT_BIT and (tensor.dtype != torch.int8 or name.endswith(".weight"))
+        if other and (eight or scales is not None):
             found.append(check_scales(tensor, scales, block))
     return found
 
 
 def scales_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """The scales of a weight."""
-    return next((tensors[name + tail] for tail in SCALES if name + tail in tensors), None)
+    """The scales of a weight. `x_scale` beside another `x` is none of our business."""
+    tails = SCALES if name.endswith(".weight") else SCALES[:1]
+    return next((tensors[name + tail] for tail in tails if name + tail in tensors), None)
 
 
 @torch.no_grad()

@@ -25,11 +25,21 @@ class Recycled:
         count = dtype.itemsize * torch.Size(size).numel()
         if not count:
             return torch.empty(size, dtype=dtype, device="cpu")
+        if count not in self._free:  # LoRA of another rank, for instance: what the one before used is not kept
+            self.release()
         free = self._free.setdefault(count, [])
-        pages = free.pop() if free else mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         lease = (ctypes.c_char * count).from_buffer(pages)  # which the tensor's storage keeps
         weakref.finalize(lease, free.append, pages).atexit = False
         return torch.frombuffer(lease, dtype=dtype).view(size)
+
+    def release(self) -> None:
+        """Give what no tensor refers to back to the system."""
+        for pages in self._free.values():
+            pages.clear()
 
 
 def parameter_gradients(

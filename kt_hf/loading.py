@@ -24,7 +24,7 @@ from torch import nn
 from .backends import ExpertWeights
 from .checkpoint import ExpertCheckpoint, checkpoint_folder
 from .config import KTConfig
-from .eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, quantised_rest
+from .eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, has_8_bits, quantised_rest
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .find import Place, find_experts, layer_index, skeleton
 from .loading_progress import LayersBar
@@ -112,13 +112,18 @@ def load_kt_model(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
             "the LoRA rank. Give KTConfig(kt_lora_rank=...), the adapter's rank or more; 0 for inference."
         )
-    placement = as_placement(placement)
+    placement, shapes = as_placement(placement), {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
+    packer.check_placement(shapes, placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
     room = room_of(outline, config, tokens_per_step, coming)
     # Experts that are packed later, at the first adapter, are bf16 until then.
     whole = packer.saved is not None or cfg.kt_lora_rank is None or coming != torch.bfloat16
     room = replace(room, of_8_bits=not whole and checkpoint.of_8_bits())
-    packer.place({layer_index(p.name, i): p.shape for i, p in enumerate(found)}, placement, room)
+    packer.place(shapes, placement, room)
+    if packer.tiers and packer.tiers.streamed and has_8_bits(config) and not room.of_8_bits:
+        why = "kt_lora_rank is not given" if cfg.kt_lora_rank is None else f"the model is {coming}"
+        told = why if whole else "not all of them are of 8 bits, and those of a layer of one dtype"
+        logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", told)
     model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
     expert_dtype = _checked_dtype(model.config.dtype or model.dtype)
     if packer.saved is not None:

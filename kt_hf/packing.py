@@ -96,9 +96,7 @@ class Packer:
         Raises:
             KTAMXConfigError: The placement is another model's.
         """
-        if placement is not None and (self.tiers is None or self.tiers.on_gpu):
-            for layer, shape in layers.items():
-                placement.check(layer, shape.num_experts)
+        self.check_placement(layers, placement)
         room = room or Room()
         if self.tiers is None:
             self.tiers = self._planned(list(layers.values()), placement, room)
@@ -111,6 +109,16 @@ class Packer:
         self.placement = placement
         told = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         logger.info("kt_hf: %s (%s), by %s.", tiers, gpu_device(), told)
+
+    def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
+        """Refuse another model's placement, if it would be used.
+
+        Raises:
+            KTAMXConfigError: It is another model's.
+        """
+        if placement is not None and (self.tiers is None or self.tiers.on_gpu):
+            for layer, shape in layers.items():
+                placement.check(layer, shape.num_experts)
 
     def _planned(self, shapes: list[ExpertShape], placement: Placement | None, room: Room) -> Tiers:
         """By the machine's rates, measured now."""

@@ -64,8 +64,24 @@ def test_memory_comes_back_with_the_last_reference() -> None:
     gc.collect()
     again = {memory.empty((7, 5), torch.float32).data_ptr()} | {memory.empty((5, 7), torch.float32).data_ptr()}
     assert address in again, "as many bytes, so the same memory"
-    assert memory.empty((5, 7), torch.bfloat16).data_ptr() != address
+    assert memory.empty((5, 7), torch.bfloat16).nbytes == 70
     assert memory.empty((0, 7), torch.float32).shape == (0, 7)
+
+
+def test_memory_of_another_layout_is_not_kept() -> None:
+    """Of an adapter of another rank, and after training; sizes that take turns keep theirs."""
+    memory = Recycled()
+    for _ in range(3):
+        addresses = [memory.empty((n, 7), torch.float32).data_ptr() for n in (5, 6)]
+    assert [memory.empty((n, 7), torch.float32).data_ptr() for n in (5, 6)] == addresses
+    assert sum(map(len, memory._free.values())) == 2
+    held = memory.empty((9, 7), torch.float32)
+    assert sum(map(len, memory._free.values())) == 0
+    del held
+    gc.collect()
+    assert sum(map(len, memory._free.values())) == 1
+    memory.release()
+    assert sum(map(len, memory._free.values())) == 0
 
 
 def test_tensors_outlive_the_memory_they_are_of() -> None:

@@ -38,6 +38,15 @@ class ScaledMatrices:
         scale_(wide.view(*self.scales.shape[:2], -1, wide.shape[-1]), self.scales, self.block)
         return wide
 
+    def row(self, matrix: int, row: int, dtype: torch.dtype) -> Tensor:
+        """[columns], one row of `widened`."""
+        height = self.values.shape[1] // self.scales.shape[1]
+        part, below = divmod(row, height)
+        wide = self.values[matrix, row : row + 1].to(dtype)
+        block = below // self.block[0]
+        scale_(wide, self.scales[matrix, part, block : block + 1], (1, self.block[1]))
+        return wide[0]
+
 
 @dataclass
 class ScaledExperts:
@@ -53,14 +62,14 @@ class ScaledExperts:
     down: ScaledMatrices
 
 
-# Whether Triton builds the kernel here; None before it was tried.
-_kernel_runs: bool | None = None
+# Whether Triton builds the kernel, for each dtype and device that it was tried on.
+_kernel_runs: dict[tuple[torch.dtype, torch.device], bool] = {}
 
 
 def _by_kernel(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor | None:
     """By `_widen_kernel`; None where it cannot be built."""
-    global _kernel_runs
-    if _kernel_runs is False:
+    kind = values.dtype, values.device
+    if _kernel_runs.get(kind) is False:
         return None
     try:
         from ._widen_kernel import widened
@@ -69,11 +78,11 @@ def _by_kernel(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no compiler: what is raised then is not documented
-        if _kernel_runs:  # it was built: this is something else, memory that ran out for instance
+        if kind in _kernel_runs:  # it was built: this is something else, memory that ran out for instance
             raise
-        logger.info("kt_hf: PyTorch de-quantises, for Triton's kernel does not run here: %s", error)
+        logger.info("kt_hf: PyTorch de-quantises %s, for Triton's kernel does not run here: %s", values.dtype, error)
         found = None
-    _kernel_runs = found is not None
+    _kernel_runs[kind] = found is not None
     return found
 
 

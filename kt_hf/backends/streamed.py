@@ -67,6 +67,7 @@ class StreamedBackend(GroupedExperts):
             own = lora.part(chunk.experts) if lora else None
             y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, own, part)
             spread.index_copy_(0, part.order, y)
+            del chunk
         return rows.sum_by_token(spread), _StreamedSaved(rows, counts, x, lora) if save else None
 
     def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
@@ -84,6 +85,7 @@ class StreamedBackend(GroupedExperts):
             if whole and found.lora:
                 for target, piece in zip(whole.part(chunk.experts).tensors, found.lora.tensors, strict=True):
                     target.copy_(piece)
+            del chunk
         gradients = whole.six() if whole else ()
         return Gradients(rows.sum_by_token(spread), grad_weights.view(rows.T, rows.K), gradients)
 
@@ -92,4 +94,6 @@ class StreamedBackend(GroupedExperts):
         ends = [0, *itertools.accumulate(counts)]
         for chunk in self._streamer.chunks(self.weights, counts, backward):
             span = slice(ends[chunk.experts.start], ends[chunk.experts.stop])
-            yield chunk, rows.part(chunk.experts, span)
+            part = rows.part(chunk.experts, span)
+            yield chunk, part
+            del chunk

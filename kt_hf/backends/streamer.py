@@ -88,7 +88,8 @@ class Streamer:
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
 
     def chunks(self, weights: HostWeights, rows: Sequence[int], backward: bool) -> Iterator[Loaded]:
-        """The experts that have rows, a chunk at a time: used on the current stream before the next is asked for.
+        """The experts that have rows, a chunk at a time: used on the current stream, and let go, before the next is
+        asked for.
 
         Args:
             weights: Of a layer.
@@ -141,6 +142,7 @@ class Streamer:
                 else:
                     yield loaded
                     self._give_back(pending.popleft())
+                del loaded  # before the next is made bf16: there is room for one
         finally:  # an error of whoever computes leaves the buffers to the next
             for coming in (*pending, *here.values()):
                 self._give_back(coming)

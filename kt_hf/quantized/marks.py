@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,8 +43,7 @@ def _mark_of_parts(weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices,
     for index in _sample(number * height):
         expert, row = divmod(index, height)
         if expert in experts:
-            at = slice(experts.index(expert), experts.index(expert) + 1)
-            rows.append(replace(scaled, values=scaled.values[at], scales=scaled.scales[at]).widened(wide.dtype)[0, row])
+            rows.append(scaled.row(experts.index(expert), row, wide.dtype))
         else:
             rows.append(wide[weights.places([expert])[0], row])
     return _mark([number, height, columns], wide.dtype, torch.stack(rows))

@@ -174,7 +174,7 @@ def _parts(
 
 def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
     """Bytes of a weight of a streamed expert."""
-    return 1 if m.of_8_bits and _streams(s) and s.own.torch_dtype != "float32" else 2
+    return 1 if m.of_8_bits and _streams(s) else 2
 
 
 def _backend(s: TrainSettings) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..config import KTConfig
+from ..eight_bit import has_8_bits
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .placing import Placing
 from .settings import BUILTIN_MODEL, OwnKeys
@@ -93,10 +94,10 @@ def load_model(
     to_gpu = placing if kt is not None and order_matters(kt, has_gpu_tier()) else None
     placement = to_gpu.saved() if to_gpu else None
     profile = to_gpu.profile if to_gpu and placement is None else None
-    if profile and getattr(config, "quantization_config", None) is not None:
+    if profile and has_8_bits(config):
         logger.warning(
-            "%s is quantised: it is not loaded whole to count which experts are used most, and the first of each layer "
-            "go to the GPU. A resumed run, or an adapter's placement, keeps theirs.", name,
+            "%s is of 8 bits: it is not loaded whole to count which experts are used most, and the first of each layer "
+            "go to the GPU.", name,
         )  # fmt: skip
         profile = None
 

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..eight_bit import block_size
-from ..errors import KTAMXConfigError, KTAMXModelNotSupportedError
+from ..eight_bit import has_8_bits
+from ..errors import KTAMXModelNotSupportedError
 from .settings import OwnKeys
 from .targets import lora_targets
 
@@ -29,7 +29,7 @@ class ModelSizes:
         vocabulary: V.
         attention_width: Heads times head size, the larger of keys' and values'.
         kv_width: What a token leaves in the keys and values of a layer, in elements.
-        of_8_bits: Whether the checkpoint's weights are, which streamed experts stay.
+        of_8_bits: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
     """
 
     expert_layers: int
@@ -92,15 +92,13 @@ def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
         vocabulary=text.vocab_size,
         attention_width=heads * head,
         kv_width=kv,
-        of_8_bits=_of_8_bits(config),
+        of_8_bits=_of_8_bits(config, own.torch_dtype),
     )
 
 
-def _of_8_bits(config: Any) -> bool:
-    try:
-        return getattr(config, "quantization_config", None) is not None and bool(block_size(config))
-    except KTAMXConfigError:  # what loading refuses
-        return False
+def _of_8_bits(config: Any, asked: str) -> bool:
+    dtype = str(getattr(config, "dtype", None) or "bfloat16") if asked == "auto" else asked
+    return dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config)
 
 
 def _wanted(model: Any, own: OwnKeys) -> set[str] | None:

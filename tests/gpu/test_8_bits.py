@@ -43,11 +43,12 @@ def quantised(stack: Tensor, kind: str, block: tuple[int, int]) -> ScaledMatrice
 def test_widened_as_on_the_cpu(
     kernel: bool, kind: str, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scaled, "_kernel_runs", None if kernel else False)
     given = quantised(layer_weights().gate_up, kind, block)
     there = ScaledMatrices(given.values.cuda(), given.scales.cuda(), given.block)
+    known = there.values.dtype, there.values.device
+    monkeypatch.setattr(scaled, "_kernel_runs", {} if kernel else {known: False})
     assert torch.equal(there.widened(torch.bfloat16).cpu(), given.widened(torch.bfloat16))
-    assert scaled._kernel_runs == kernel
+    assert scaled._kernel_runs == {known: kernel}
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -274,7 +274,7 @@ def _(folder: Path) -> tuple[str, ...]:
 @case("an expert of 8 bits has no scales")
 def _(folder: Path) -> tuple[str, ...]:
     changed(folder, lambda content: content.update({UP: content[UP].to(torch.int8)}))
-    return f"{folder / SINGLE}: {UP} is of torch.int8", f"{UP}_scale_inv, its scales, is missing"
+    return f"{folder / SINGLE}: {UP} is of torch.int8", f"its scales, {UP}_scale_inv or {UP}_scale, are missing"
 
 
 @case("experts are packed in four bits")

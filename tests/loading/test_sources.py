@@ -161,6 +161,18 @@ def test_fp8_layers_for_multi_token_prediction_are_left_out(tmp_path: Path) -> N
     assert torch.equal(after, before)
 
 
+def test_other_tensors_may_be_called_so(tmp_path: Path) -> None:
+    """A scale that is no weight's, and integers that are none."""
+    expected = logits_of(load_kt_model(saved(QWEN3, tmp_path), make_config("torch")), QWEN3.inputs())
+    more = {
+        "model.extra": torch.ones(3),
+        "model.extra_scale": torch.ones(1),
+        "model.mask": torch.ones(4, dtype=torch.int8),
+    }
+    edit(tmp_path, lambda content: content.update(more))
+    assert torch.equal(logits_of(load_kt_model(tmp_path, make_config("torch")), QWEN3.inputs()), expected)
+
+
 def test_scales_of_a_weight_the_model_has_under_another_name_are_refused(tmp_path: Path) -> None:
     make_8_bits(saved(V3, tmp_path), BLOCK)
 
@@ -193,8 +205,22 @@ def compressed(**weights: object) -> dict[str, object]:
         (compressed(strategy="tensor"), "group_0 .* strategy='tensor'"),
         (compressed(strategy="block", block_structure=None), "block_structure=None"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups names no weights"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, "config_groups names no weights"),
+        (compressed() | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "transform_config"),
     ],
-    ids=["gptq", "mxfp4", "per tensor", "one number", "four bits", "asymmetric", "a tensor", "no block", "no groups"],
+    ids=[
+        "gptq",
+        "mxfp4",
+        "per tensor",
+        "one number",
+        "four bits",
+        "asymmetric",
+        "a tensor",
+        "no block",
+        "no groups",
+        "a list",
+        "rotations",
+    ],
 )
 def test_other_quantisation_is_refused(quantised: dict[str, object], message: str, tmp_path: Path) -> None:
     set_config(saved(QWEN3, tmp_path), quantization_config=quantised)

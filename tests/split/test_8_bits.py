@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from kt_hf import apply_kt_moe, load_kt_model, packing
+from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model, packing
 from kt_hf.backends import ExpertShape, ExpertWeights, streamer
 from kt_hf.backends.host_weights import HostWeights
 from kt_hf.backends.scaled import ScaledExperts, ScaledMatrices
@@ -129,20 +130,25 @@ def test_fused_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"kt_lora_rank": None}, {"dtype": torch.bfloat16, "mixed": True}], ids=["packed later", "mixed"]
+    ("more", "told"),
+    [({"kt_lora_rank": None}, "kt_lora_rank is not given"), ({"mixed": True}, "not all of them are of 8 bits")],
+    ids=["packed later", "mixed"],
 )
-def test_what_is_streamed_in_bf16(more: dict[str, Any], tmp_path: Path) -> None:
-    """Experts that are packed at the first adapter, and those of which some are of other dtypes."""
+def test_what_is_streamed_in_bf16(
+    more: dict[str, Any], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Experts that are packed at the first adapter, and those of which some are of other dtypes; it is told."""
     eight, plain = both(tmp_path, BLOCK, "fp8")
     if more.pop("mixed", False):
         content, name = tensors(eight), f"model.layers.{V3.moe_layers[0]}.mlp.experts.2.up_proj.weight"
         content[name] = tensors(plain)[name]
-        del content[f"{name}_scale_inv"], more["dtype"]
+        del content[f"{name}_scale_inv"]
         write(eight, content)
     model, expected = (loaded(folder, "torch", TIERS[1], **more) for folder in (eight, plain))
     (logits, _), (same, _) = trained(model), trained(expected)
     assert {part.weights.down.dtype for part in streamed_parts(model)} == {torch.bfloat16}
     assert torch.equal(logits, same)
+    assert f"held in bf16, twice as large as in the checkpoint: {told}" in caplog.text
 
 
 def scaled_layer(experts: Sequence[int] = range(8)) -> tuple[ScaledExperts, Tensor, Tensor]:
@@ -236,12 +242,50 @@ def test_where_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.ModuleType("kernel")
     fake.widened = lambda *_: (_ for _ in ()).throw(failing.pop(0))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kt_hf.backends._widen_kernel", fake)
-    monkeypatch.setattr(module, "_kernel_runs", None)
+    monkeypatch.setattr(module, "_kernel_runs", {})
     with pytest.raises(torch.OutOfMemoryError):
         module._by_kernel(*asked)
     assert module._by_kernel(*asked) is None
     assert module._by_kernel(*asked) is None, "tried again"
     assert failing == []
+    failing.append(RuntimeError("no such type"))
+    assert module._by_kernel(asked[0].view(torch.int8), *asked[1:]) is None
+    assert failing == [], "another type was not tried"
+
+
+def test_a_row_is_that_of_the_whole() -> None:
+    """Blocks that go up with a part's end or not, one a row, and larger than the matrix."""
+    for block in ((16, 16), (20, 7), (1, 1 << 40), (128, 128)):
+        for parts in (1, 2):
+            values = torch.randint(-127, 128, (3, 64, 50), dtype=torch.int8)
+            scales = torch.rand(3, parts, -(-64 // parts // block[0]), -(-50 // block[1]))
+            given = ScaledMatrices(values, scales, block)
+            whole = given.widened(torch.bfloat16)
+            assert all(torch.equal(given.row(m, r, torch.bfloat16), whole[m, r]) for m in (0, 2) for r in range(64))
+
+
+def test_one_chunk_at_a_time_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next is made the one before has been let go, forward and backward: the GPU has room for one."""
+    scaled, gate_up, _ = scaled_layer()
+    made, seen = HostWeights.products_of, [0, 0]
+    alive: list[weakref.ref[Tensor]] = []
+
+    def watched(weights: HostWeights, copied: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        seen[0] += 1
+        seen[1] += sum(one() is not None for one in alive)
+        found = made(weights, copied)
+        alive[:] = [weakref.ref(tensor.untyped_storage()) for tensor in found]
+        return found
+
+    monkeypatch.setattr(HostWeights, "products_of", watched)
+    streamer = Watched(2 * (gate_up[0].numel() + 64 * 32))
+    one = StreamedBackend(HostWeights.of_scaled(scaled), ExpertShape(8, 2, 64, 32), streamer)
+    one.set_lora(tuple(torch.randn(size) for size in one.shape.lora_shapes(8)))
+    x, ids = torch.randn(40, 64).bfloat16(), torch.rand(40, 8).topk(2).indices
+    _, kept = one.forward(x, ids, torch.rand(40, 2), save=True)
+    assert kept is not None
+    one.backward(kept, x)
+    assert seen == [8, 0]
 
 
 def test_a_buffer_is_free_before_the_products() -> None:
@@ -278,6 +322,13 @@ def test_three_tiers_and_an_interruption_while_the_rest_is_packed(interrupted: b
     x, ids, routing = torch.randn(40, 64).bfloat16(), torch.rand(40, 8).topk(2).indices, torch.rand(40, 2)
     actual, expected = (one.forward(x, ids, routing, save=False)[0] for one in (split, whole))
     assert_close(actual, expected, 0.01, "output")
+
+
+def test_another_models_placement_is_refused_before_the_files_are_looked_for(tmp_path: Path) -> None:
+    V3(torch.bfloat16).config.save_pretrained(tmp_path)
+    config = make_config("torch", kt_expert_placement=TIERS[1], kt_lora_rank=8)
+    with pytest.raises(KTAMXConfigError, match="placement: it has"):
+        load_kt_model(tmp_path, config, placement={0: torch.arange(3)})
 
 
 def test_apply_kt_moe_has_none_of_8_bits() -> None:

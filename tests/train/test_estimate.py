@@ -60,20 +60,24 @@ def test_experts_in_tiers_are_counted_there() -> None:
     assert planned.gpu.get("experts", 0) == plain.host["experts packed"] * planned.plan.resident // 8
 
 
-def test_streamed_experts_of_8_bits_are_half_as_large(tiny_model: Path) -> None:
+@pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 2), ("auto", 2), ("float16", 1), ("float32", 1)])
+def test_streamed_experts_of_8_bits_are_half_as_large(dtype: str, times: int, tiny_model: Path) -> None:
     """Where the configuration says that the checkpoint has them so."""
     found = {}
     for quantised in (None, {"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "awq"}):
-        own = dataclasses.replace(OWN, model_name_or_path=str(tiny_model), torch_dtype="bfloat16")
+        own = dataclasses.replace(OWN, model_name_or_path=str(tiny_model), torch_dtype=dtype)
         config = load_config(own)[0]
         if quantised:
             config.quantization_config = quantised
         sizes = model_sizes(config, own)
         settings = TrainSettings("here", own, KTConfig(kt_expert_placement={"streamed": 2}), {})
         made = estimate(settings, sizes, kernel=True, gpu=True, host_free=None, gpu_free=None)
-        found[(quantised or {}).get("quant_method")] = made.host["experts streamed"]
-    assert found["fp8"] * 2 == found[None]
-    assert found["awq"] == found[None], "what loading refuses changes nothing"
+        found[(quantised or {}).get("quant_method")] = made
+    plain, eight = found[None], found["fp8"]
+    assert eight.host["experts streamed"] * times == plain.host["experts streamed"]
+    buffers = [one.gpu["buffers of streamed experts"] for one in (eight, plain)]
+    assert buffers[0] * 3 == buffers[1] * (5 if times == 2 else 3), "three as they are copied, and one in bf16"
+    assert found["awq"].host == plain.host, "what loading refuses changes nothing"
 
 
 def test_what_does_not_fit_comes_with_advice() -> None:
