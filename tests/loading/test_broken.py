@@ -327,7 +327,10 @@ def _(folder: Path) -> tuple[str, ...]:
 def _(folder: Path) -> tuple[str, ...]:
     make_8_bits(saved(V3, folder), (32, 16))
     edit(folder, lambda content: (content.pop(f"{UP}_scale_inv"), None)[1])
-    return f"{folder / SINGLE}: {UP} is of torch.float8_e4m3fn", f"{UP}_scale_inv, its scales, is missing"
+    return (
+        f"{folder / SINGLE}: {UP} is of torch.float8_e4m3fn",
+        f"its scales, {UP}_scale_inv or {UP}_scale, are missing",
+    )
 
 
 @case("FP8 with scales of other blocks")
