@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu_models import adapted, experts_of, make_config, make_fp8_checkpoint, make_model, set_checkpointing, start_again
-from gpu_parts import Steps
+from gpu_tiers import rounds
 from gpu_train import machine, write
 
 from kt_hf import KTConfig, apply_kt_moe, load_kt_model, packing
@@ -73,13 +73,8 @@ def main() -> None:
     print(machine(device), flush=True)
     models = {source: made(source, given, device) for source in ("fp8", "bf16")}
     for batch in given.batch:
-        steps = {source: Steps(model, given.sequence, batch, 1e-4) for source, (model, _) in models.items()}
-        taken: dict[str, list[float]] = {source: [] for source in steps}
-        for number in range(given.rounds + 2):
-            for source, one in steps.items():
-                seconds = one.one(None)[0]
-                if number >= 2:
-                    taken[source].append(seconds)
+        steps = rounds({source: model for source, (model, _) in models.items()}, given, batch * given.sequence, None)
+        taken = {source: [seconds for seconds, _ in found] for source, found in steps.items()}
         for source, (model, loading) in models.items():
             step = statistics.median(taken[source])
             row = {
@@ -92,7 +87,6 @@ def main() -> None:
                             for name, value in row.items()), flush=True)  # fmt: skip
             if given.csv:
                 write(given.csv, machine(device) | row)
-        del steps
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

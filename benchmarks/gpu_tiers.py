@@ -92,11 +92,11 @@ def splits(choice: Split, E: int, K: int, step: int) -> list[Split]:
     return sorted(s for s in tried if sum(s) == E or E - sum(s) >= K)
 
 
-def rounds(models: dict[Split, Any], given: argparse.Namespace, tokens: int, parts: Parts) -> dict[Split, list[Any]]:
+def rounds(models: dict[Any, Any], given: argparse.Namespace, tokens: int, parts: Parts | None) -> dict[Any, list[Any]]:
     """(seconds, seconds by part) of each round after the first, of every model in turn."""
     sequence = min(given.sequence, tokens)
     steps = {split: Steps(model, sequence, tokens // sequence, 1e-4) for split, model in models.items()}
-    taken: dict[Split, list[Any]] = {split: [] for split in models}
+    taken: dict[Any, list[Any]] = {split: [] for split in models}
     for number in range(given.rounds + 1):
         for split, one in steps.items():
             seconds, _, found = one.one(parts)

@@ -145,26 +145,33 @@ def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, floa
     """The median seconds of a forward and of a backward, of three at most."""
     x, ids, weights = (tensor.to(backend.device) for tensor in (x.to(backend.dtype), ids, _even(ids)))
     backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
-    done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
     found: list[tuple[float, float]] = []
     before = torch.get_num_threads()
     if backend.own_threads:  # as in training
         torch.set_num_threads(1)
     try:
         while len(found) < 3 and sum(map(sum, found)) < _LONG:
-            done()
-            begin = time.perf_counter()
-            _, saved = backend.forward(x, ids, weights, save=True)
-            done()
-            middle = time.perf_counter()
-            assert saved is not None
-            backend.backward(saved, x)
-            done()
-            found.append((middle - begin, time.perf_counter() - middle))
+            found.append(timed_once(backend, x, ids, weights, x))
     finally:
         torch.set_num_threads(before)
     forward, backward = zip(*found, strict=True)
     return statistics.median(forward), statistics.median(backward)
+
+
+def timed_once(
+    backend: ExpertsBackend, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
+) -> tuple[float, float]:
+    """Seconds of a forward and of its backward, with what they launched on a GPU."""
+    done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
+    done()
+    begin = time.perf_counter()
+    _, saved = backend.forward(x, ids, weights, save=True)
+    done()
+    middle = time.perf_counter()
+    assert saved is not None
+    backend.backward(saved, grad_output)
+    done()
+    return middle - begin, time.perf_counter() - middle
 
 
 def _copy_rate(device: torch.device, size: int) -> float:

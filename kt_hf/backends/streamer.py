@@ -54,11 +54,13 @@ class _Buffer:
 
 @dataclass
 class _Coming:
-    """A chunk that is being copied: the buffer's slots are its experts', filled for those in `filled`."""
+    """A chunk that is being copied: the buffer's slots are its experts', filled for those in `filled`. `views` are the
+    buffer's parts as the weights' tensors are."""
 
     weights: HostWeights
     experts: slice
     buffer: _Buffer
+    views: list[Tensor]
     filled: set[int]
 
 
@@ -197,7 +199,7 @@ class Streamer:
         if self._stream:
             assert buffer.free
             self._stream.wait_event(buffer.free)
-        return _Coming(weights, experts, buffer, set())
+        return _Coming(weights, experts, buffer, self._views(weights, experts, buffer), set())
 
     def _fill(self, coming: _Coming, numbers: list[int]) -> None:
         """Copy those of the experts that are not in the buffer yet."""
@@ -205,11 +207,10 @@ class Streamer:
         if not missing:
             return
         coming.filled.update(missing)
-        there = self._views(coming)
         begin = self._mark()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             for first, last, _ in runs(missing):
-                for source, target in zip(coming.weights.tensors, there, strict=True):
+                for source, target in zip(coming.weights.tensors, coming.views, strict=True):
                     at = slice(first - coming.experts.start, last - coming.experts.start)
                     self._copy(source[first:last], target[at])
         end = self._mark()
@@ -249,15 +250,15 @@ class Streamer:
             end += -(-size // 16) * 16
         return found
 
-    def _views(self, coming: _Coming) -> list[Tensor]:
-        count = coming.experts.stop - coming.experts.start
-        places = zip(coming.weights.tensors, self._places(coming.weights, count), strict=True)
-        return [coming.buffer.memory[at].view(one.dtype).view(count, *one.shape[1:]) for one, at in places]
+    def _views(self, weights: HostWeights, experts: slice, buffer: _Buffer) -> list[Tensor]:
+        count = experts.stop - experts.start
+        places = zip(weights.tensors, self._places(weights, count), strict=True)
+        return [buffer.memory[at].view(one.dtype).view(count, *one.shape[1:]) for one, at in places]
 
     def _arrived(self, coming: _Coming) -> Loaded:
         if coming.buffer.ready:
             torch.cuda.current_stream(self.device).wait_event(coming.buffer.ready)
-        return Loaded(coming.experts, *coming.weights.products_of(self._views(coming)))
+        return Loaded(coming.experts, *coming.weights.products_of(coming.views))
 
     def _give_back(self, coming: _Coming) -> None:
         self._now_free(coming.buffer)

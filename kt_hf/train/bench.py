@@ -10,8 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ..errors import KTAMXError
 from ..packing import Packer
 from ..patch import make_packer
 from ..planner import Room, Split
+from ..rates import timed_once
 from ..tiers import Tiers
 from .sizes import ModelSizes
 
@@ -186,19 +186,8 @@ def _times(layer: ExpertsBackend, tokens: int, runs: int) -> tuple[float, float]
     x, grad = (torch.randn(tokens, H).to(layer.device, layer.dtype) for _ in range(2))
     ids = torch.rand(tokens, E).topk(K).indices.to(layer.device)
     routing = torch.rand(tokens, K).to(layer.device)
-    done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
-    found: list[tuple[float, float]] = []
-    for _ in range(runs + 1):
-        done()
-        start = time.perf_counter()
-        _, saved = layer.forward(x, ids, routing, save=True)
-        done()
-        middle = time.perf_counter()
-        assert saved is not None
-        layer.backward(saved, grad)
-        done()
-        found.append((middle - start, time.perf_counter() - middle))
-    forward, backward = zip(*found[1:], strict=True)  # the first warms up
+    timed_once(layer, x, ids, routing, grad)  # warms up
+    forward, backward = zip(*(timed_once(layer, x, ids, routing, grad) for _ in range(runs)), strict=True)
     return round(statistics.median(forward) * 1000, 2), round(statistics.median(backward) * 1000, 2)
 
 
