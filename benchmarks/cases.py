@@ -47,15 +47,22 @@ def _random_b(model: Any) -> Any:
 
 
 def step(
-    experts: Callable[..., Tensor], parameters: list[nn.Parameter], shape: Shape, threads: int, before: Any = None
+    experts: Callable[..., Tensor],
+    parameters: list[nn.Parameter],
+    shape: Shape,
+    threads: int,
+    before: Any = None,
+    device: str = "cpu",
 ) -> Run:
     """Forward and backward of a layer.
 
     Args:
         threads: PyTorch's.
         before: Called before each run, not timed.
+        device: Of the inputs. What a GPU has to do is waited for.
     """
     batches: dict[int, dict[str, Tensor]] = {}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def run(tokens: int) -> dict[str, float]:
         torch.set_num_threads(threads)
@@ -63,22 +70,23 @@ def step(
             before()
         if tokens not in batches:
             batches.clear()
-            batches[tokens] = make_batch(shape, tokens)
+            batches[tokens] = {name: tensor.to(device) for name, tensor in make_batch(shape, tokens).items()}
         batch = batches[tokens]
         for parameter in parameters:
             parameter.grad = None
         x = batch["x"].clone().requires_grad_()
         weights = batch["weights"].clone().requires_grad_()
         out: list[Tensor] = []
-        forward = timed(lambda: out.append(experts(x, batch["ids"], weights)))
-        return {"forward": forward, "backward": timed(lambda: out[0].backward(batch["grad"]))}
+        wait()
+        forward = timed(lambda: (out.append(experts(x, batch["ids"], weights)), wait()))
+        return {"forward": forward, "backward": timed(lambda: (out[0].backward(batch["grad"]), wait()))}
 
     return run
 
 
-def patched(shape: Shape, rank: int, config: KTConfig) -> tuple[Any, list[nn.Parameter], Any]:
+def patched(shape: Shape, rank: int, config: KTConfig, device: str = "cpu") -> tuple[Any, list[nn.Parameter], Any]:
     """A layer's `KTExperts`, packed; its LoRA parameters; the model, which must live as long."""
-    model = adapted(apply_kt_moe(random_model(shape), config), rank)
+    model = adapted(apply_kt_moe(random_model(shape), config), rank).to(device)
     experts = model._kt_wrappers[0]
     experts.update_lora_pointers()
     return experts, [p for p in model.parameters() if p.requires_grad], model
@@ -119,14 +127,19 @@ def bare(backend: Any, shape: Shape) -> Run:
     return run
 
 
-def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dict[str, Build], dict[str, int]]:
-    """Processes for these cases, and the threads each computes on (the workers, else PyTorch's)."""
+def builds(
+    cases: list[str], shape: Shape, rank: int, longest: int, device: str = "cpu"
+) -> tuple[dict[str, Build], dict[str, int]]:
+    """Processes for these cases, and the threads each computes on (the workers, else PyTorch's).
+
+    `device` is where the rest of the model would be, and so the inputs; the bare operators' are on the CPU anyway.
+    """
     workers, every = plan_threads().workers, cores()
 
     def kt(name: str, config: KTConfig) -> Build:
         def build() -> dict[str, Run]:
-            experts, parameters, model = patched(shape, rank, config)
-            run = step(experts, parameters, shape, torch_threads(experts.backend_name), lambda: model)
+            experts, parameters, model = patched(shape, rank, config, device)
+            run = step(experts, parameters, shape, torch_threads(experts.backend_name), lambda: model, device)
             found = {name: run} if name in cases else {}
             if name == "kt" and "bare" in cases:
                 found["bare"] = bare(experts._runner.backend, shape)
@@ -152,7 +165,7 @@ def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dic
     def peer(name: str, share: bool) -> Build:
         def build() -> dict[str, Run]:
             experts, parameters = peer_layer(random_model(shape), rank, workers, share, longest)
-            return {name: step(experts, parameters, shape, 1)}
+            return {name: step(experts, parameters, shape, 1, device=device)}
 
         return build
 
@@ -168,6 +181,8 @@ def builds(cases: list[str], shape: Shape, rank: int, longest: int) -> tuple[dic
         own = {"kt_share_backward_weights": False, "kt_lora_rank": rank, "kt_max_len": max(longest, 64)}
         if "kt" in cases or "bare" in cases:
             found["kt"] = kt("kt", KTConfig(kt_backend="AMXBF16", **own))
+        if "kt-lora-gpu" in cases:
+            found["kt-lora-gpu"] = kt("kt-lora-gpu", KTConfig(kt_backend="AMXBF16", kt_moe_lora_device="gpu", **own))
         for name, backend in QUANTISED.items():
             if name in cases:
                 found[name] = kt(name, KTConfig(kt_backend=backend, **own))

@@ -13,6 +13,11 @@ Prints milliseconds and ratios of one run, and appends to results.csv. With LoRA
     stock-eager  transformers' loop over experts, the same LoRA
     peer         kt_kernel.sft's layer, threads and backward weights as kt's; peer-shared: its default, shared ones
 
+With --device cuda the inputs are on a GPU, where the rest of a model would be, and copies to and from it are part of
+what is timed; the bare operators' stay on the CPU. Stock is left out, for it would compute there. One more case:
+
+    kt-lora-gpu  as kt, with the LoRA parameters on the GPU too
+
 Each case is a process of its own and they take turns, the others stopped; where memory does not hold them all, each
 is started anew for its turn. A case whose run takes more than eight seconds is run once.
 """
@@ -28,6 +33,7 @@ from sizes import SIZES
 from kt_hf.packing import available_memory
 
 CASES = ("default", "kt", "kt-int8", "kt-int4", "torch", "bare", "stock", "stock-eager", "peer", "peer-shared")
+ON_GPU = ("kt", "kt-lora-gpu", "bare", "peer")
 
 
 def main() -> None:
@@ -35,21 +41,27 @@ def main() -> None:
     arguments.add_argument("--shapes", "--shape", nargs="+", choices=SIZES, default=["deepseek-v2-lite"])
     arguments.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512, 2048, 8192])
     arguments.add_argument("--ranks", "--rank", type=int, nargs="+", default=[8])
-    arguments.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--cases", nargs="+", choices=sorted({*CASES, *ON_GPU}))
     given = arguments.parse_args()
+    possible = ON_GPU if given.device == "cuda" else CASES
+    given.cases = given.cases or possible
+    if wrong := sorted(set(given.cases) - set(possible)):
+        arguments.error(f"--device {given.device}: not with {', '.join(wrong)}")
     print(describe())
     for shape, rank in [(fitting(name), rank) for name in given.shapes for rank in given.ranks]:
-        processes, threads = builds(given.cases, shape, rank, max(given.tokens))
+        processes, threads = builds(given.cases, shape, rank, max(given.tokens), given.device)
         # Twice the experts is what a case holds on average; activations of the longest batch beside them.
         held = 2 * shape.bytes + 8 * max(given.tokens) * shape.K * (shape.H + shape.inner) * 2
         keep = len(processes) * held < 0.8 * available_memory()
-        print(f"{shape.label(rank)}{'' if keep else ', a process a turn'}", flush=True)
+        label = shape.label(rank) + (" inputs=GPU" if given.device == "cuda" else "")
+        print(f"{label}{'' if keep else ', a process a turn'}", flush=True)
         timings = take_turns(processes, given.tokens, given.runs, keep)
         for tokens in given.tokens:
             found = {case: timings[case, tokens] for case in given.cases if (case, tokens) in timings}
             for case, timing in found.items():
                 timing.threads = threads[case]
-            append("layer", shape.label(rank), tokens, 0, found, given.save)
+            append("layer", label, tokens, 0, found, given.save)
             print(f" T={tokens}")
             for case, timing in found.items():
                 ratios = [

@@ -8,7 +8,10 @@ from lines import fit
 from results import Results
 from sizes import bound, parse
 
-CASES = ("default", "kt", "kt-int8", "kt-int4", "torch", "bare", "peer", "peer-shared", "stock", "stock-eager")
+CASES = (
+    "default", "kt", "kt-int8", "kt-int4", "torch", "bare", "peer", "peer-shared", "stock", "stock-eager",
+    "kt-lora-gpu",
+)  # fmt: skip
 PARTS = ("forward", "backward", "optimizer", "refresh")
 
 

@@ -22,6 +22,8 @@ from .runner import ExpertsRunner
 
 logger = logging.getLogger(__name__)
 
+Part = tuple[nn.Parameter, nn.Parameter, int, int, int, float]  # see KTExperts._lora_parts
+
 _optimizer_steps = itertools.count(1)
 _serials = itertools.count(1)
 _optimizer_epoch = 0
@@ -150,7 +152,7 @@ class KTExperts(nn.Module):
         if self._home.type == "cuda":
             for parameter in self.lora_params.values():
                 pin(parameter)
-        self._runner.load_lora(self._lora_key(), self._lora_tensors)
+        self._runner.load_lora(_lora_key(self._lora_parts(), self._told_of_changes), self._lora_tensors)
 
     @property
     def _home(self) -> torch.device:
@@ -176,10 +178,10 @@ class KTExperts(nn.Module):
         """
         self._check(hidden_states, top_k_index, top_k_weights)
         self.pack()
-        key = self._lora_key()
+        parts = self._lora_parts()
+        key = _lora_key(parts, self._told_of_changes)
         if key != self._runner.lora_key:
             self._runner.load_lora(key, self._lora_tensors)
-        parts = self._lora_parts()
         lora = [tensor for part in parts for tensor in part[:2]]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *lora)):
             made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
@@ -217,7 +219,7 @@ class KTExperts(nn.Module):
         if problem:
             raise KTAMXForwardError(f"{self.label}: {problem}.")
 
-    def _lora_parts(self) -> list[tuple[nn.Parameter, nn.Parameter, int, int, int, float]]:
+    def _lora_parts(self) -> list[Part]:
         """Of each projection and active adapter: A, B, index of A among the six, first row, rank, scaling."""
         parts = []
         for index, projection in enumerate(self.projections):
@@ -228,14 +230,6 @@ class KTExperts(nn.Module):
                 parts.append((a, b, 2 * index, offset, rank, float(projection.scaling[adapter])))
                 offset += rank
         return parts
-
-    def _lora_key(self) -> Hashable:
-        """Changes whenever the LoRA values may have: parameters replaced, written to, or an optimizer's step."""
-        parts = self._lora_parts()
-        if not parts:
-            return ()
-        tensors = tuple((_serial(t), t.data_ptr(), t.dtype, _version(t)) for part in parts for t in part[:2])
-        return _optimizer_epoch, self._told_of_changes, tensors, tuple(part[2:] for part in parts)
 
     def _lora_tensors(self) -> tuple[Tensor, ...]:
         """The six tensors a backend takes: active adapters side by side along the rank, zero-padded, scaling in B."""
@@ -282,6 +276,14 @@ def fingerprint(weights: ExpertWeights | SavedLayer) -> Tensor:
     """[4] int64 that tell a layer's base weights from others': the mark of a sample of them."""
     mark = weights.mark if isinstance(weights, SavedLayer) else combined(marks_of_weights(weights))
     return torch.frombuffer(bytearray.fromhex(mark), dtype=torch.int64).clone()
+
+
+def _lora_key(parts: list[Part], told_of_changes: int) -> Hashable:
+    """Changes whenever the LoRA values may have: parameters replaced, written to, or an optimizer's step."""
+    if not parts:
+        return ()
+    tensors = tuple((_serial(t), t.data_ptr(), t.dtype, _version(t)) for part in parts for t in part[:2])
+    return _optimizer_epoch, told_of_changes, tensors, tuple(part[2:] for part in parts)
 
 
 def _active(projection: ExpertProjection) -> list[str]:

@@ -9,6 +9,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from .backends.transfer import apart, joined
+
 
 class Recycled:
     """Memory on the CPU that comes back when no tensor refers to it any more.
@@ -62,6 +64,14 @@ def parameter_gradients(
         dtype: Of the parameters.
     """
     target = dtype if gradients[0].dtype == dtype else torch.float32
+    held = joined(gradients)
+    whole = len(parts) == 3 and all(rank == gradients[index].shape[1] for index, _, rank, _ in parts)
+    if held is not gradients and whole and not (free and held[0].dtype == target):  # in one pass
+        if memory is not None and held[0].device.type == "cpu":
+            flat = memory.empty(tuple(held[0].shape), target).copy_(held[0])
+        else:
+            flat = held[0].to(target, copy=True)
+        gradients, free = apart(flat, [tensor.shape for tensor in gradients]), True
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
         for narrow in (gradients[index][:, offset : offset + rank], gradients[index + 1][:, :, offset : offset + rank]):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
 from .backends.finite import DOUBTS, all_finite, is_finite
-from .backends.transfer import to_device, to_host
+from .backends.transfer import all_to_device, apart, joined, to_device, to_host
 from .errors import KTAMXBackwardError, KTAMXForwardError
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
@@ -49,10 +49,11 @@ class ExpertsRunner:
     def quiet(self) -> Iterator[None]:
         """No autocast, and no threads of PyTorch's beside a backend that has its own."""
         with contextlib.ExitStack() as stack:
-            if self.backend.own_threads:
+            if self.backend.own_threads and torch.get_num_threads() > 1:
                 stack.enter_context(_one_thread())
-            for device in {"cpu", self.backend.device.type}:
-                stack.enter_context(torch.autocast(device, enabled=False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
     @property
@@ -143,11 +144,17 @@ class ExpertsRunner:
             else:
                 self.check_finite("top_k_weights", gradients.top_k_weights)
             self.tokens += x.shape[0]
-            flat = ticket.ids.flatten() + 1  # bincount would wait for a GPU
-            self.load += flat.new_zeros(len(self.load) + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
+            self.load += self._counted(ticket.ids.flatten() + 1)[1:]
             if not graph_is_kept():
                 ticket.release()
             return gradients
+
+    def _counted(self, ids: Tensor) -> Tensor:
+        """How often each of 0 … E is among the ids."""
+        count = len(self.load) + 1
+        if not self.on_gpu:
+            return torch.bincount(ids, minlength=count)
+        return ids.new_zeros(count).scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait
 
     def _backward(
         self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor
@@ -267,20 +274,21 @@ class ExpertsRunner:
         raw, free, name = gradients.lora, gradients.lora_is_free, "an expert LoRA tensor"
         where = device if device.type != "cpu" or free else home
         if where.type != "cpu" and raw[0].device.type == "cpu":
-            raw, free = tuple(to_device(tensor, where) for tensor in raw), True
+            raw, free = all_to_device(raw, where), True
         if raw[0].is_cuda:
-            fine = all_finite(*raw)
+            fine = all_finite(*joined(raw))
             if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
                 fine = fine | ~all_finite(gradients.hidden_states)
             made = to_parameters(raw, free)
             if device.type != "cpu":
                 DOUBTS.ask(functools.partial(_not_finite, self.label, name), fine)
                 return made
-            *arrived, fine = to_host([*made, fine], [*(tensor.dtype for tensor in made), torch.bool]).wait()
+            held = joined(made)
+            *arrived, fine = to_host([*held, fine], [*(tensor.dtype for tensor in held), torch.bool]).wait()
             if not fine:
                 raise _not_finite(self.label, name)
-            return arrived
-        for tensor in raw:  # before they are widened: half the memory to look through
+            return arrived if held is made else list(apart(arrived[0], [t.shape for t in made]))
+        for tensor in joined(raw):  # before they are widened: half the memory to look through
             if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
                 raise _not_finite(self.label, name)
         return to_parameters(raw, free)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradient
 from .gate_overflow import careful_backward
 from .operators import OPERATORS, most_tokens, shape_problem
 from .saved import SavedLayer, check_saved, folder_to_load, folder_to_save
-from .transfer import host_empty, to_host, wait_until_read
+from .transfer import apart, host_empty, to_host, wait_until_read
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +291,7 @@ class KTKernelBackend:
             # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
-            self._grads = tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes)
+            self._grads = apart(host_empty((sum(map(math.prod, sizes)),), torch.bfloat16).zero_(), sizes)
         wait_until_read(self._grads)  # copies to a GPU, of the backward before
         grad_input = host_empty((T, H), torch.bfloat16)
         grad_weights = host_empty((T, K), torch.float32)

@@ -8,10 +8,32 @@ faster there and halves what crosses the bus.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def joined(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One flat tensor of them all, if they lie one after the other in one memory; else they themselves."""
+    first, at = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        if (
+            tensor.storage_offset() != at
+            or tensor.dtype != first.dtype
+            or not tensor.is_contiguous()
+            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return tensors
+        at += tensor.numel()
+    return (first.as_strided((at - first.storage_offset(),), (1,)),)
+
+
+def apart(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Views of a flat tensor, one after the other, of these sizes."""
+    pieces = flat.split([math.prod(size) for size in sizes])
+    return tuple(piece.view(tuple(size)) for piece, size in zip(pieces, sizes, strict=True))
 
 
 def host_empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -94,8 +116,19 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return moved.to(dtype)
 
 
+def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Each as by `to_device`; in one copy, views of one tensor then, if they lie together."""
+    held = joined(tensors)
+    moved = tuple(to_device(tensor, device) for tensor in held)
+    if held is tensors:
+        return moved
+    for tensor in tensors:
+        tensor._kt_read = getattr(held[0], "_kt_read", None)  # type: ignore[attr-defined]
+    return apart(moved[0], [tensor.shape for tensor in tensors])
+
+
 def wait_until_read(tensors: Sequence[Tensor]) -> None:
-    """Wait for the copies that `to_device` has begun from these very tensors."""
+    """Wait for the copies that `to_device` and `all_to_device` have begun from these very tensors."""
     for tensor in tensors:
         event = getattr(tensor, "_kt_read", None)
         if event is not None:
