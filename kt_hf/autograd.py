@@ -54,8 +54,8 @@ class ExpertsFunction(torch.autograd.Function):
                 f"{ctx.runner.label}: create_graph=True is not supported, experts have no second derivatives."
             )
         x, ids, weights, number = ctx.saved_tensors
-        gradients = ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0])
         wanted = ctx.needs_input_grad
+        gradients = ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0], any(wanted[5:]))
         grad_x = to_device(gradients.hidden_states, x.device).to(x.dtype) if wanted[0] else None
         grad_weights = None
         if wanted[2]:

@@ -25,6 +25,8 @@ from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
 logger = logging.getLogger(__name__)
 
+Check = Callable[[Gradients], tuple[Gradients, list[bool]]]  # `_checked`
+
 
 class ExpertsRunner:
     """Calls one layer's backend in any order and keeps the tickets.
@@ -111,9 +113,10 @@ class ExpertsRunner:
             return result, ticket
 
     def backward(
-        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
+        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, lora: bool
     ) -> Gradients:
-        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it."""
+        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it; LoRA's too
+        if `lora`. What the CPU computed is on x's device."""
         with CALL_LOCK, torch.no_grad(), self.quiet():
             DOUBTS.settle()
             if number != ticket.number and self._latest is not None and self._latest.number == number:
@@ -133,16 +136,14 @@ class ExpertsRunner:
                         f"{self.label}: the LoRA values of this forward are lost. Please report this."
                     )
                 self._swap(values, values.kept)
-            saved = ticket.saved
+            saved, check = ticket.saved, functools.partial(_checked, home=x.device, lora=lora)
             if saved is not None and self.backend.can_backward(saved):
-                gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output)
+                gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
             else:
-                gradients = self._recompute(*self._inputs(x, ids, weights), grad_output)
+                gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
             if self.on_gpu:
                 found = all_finite(gradients.hidden_states, gradients.top_k_weights)
                 DOUBTS.ask(functools.partial(_not_finite, self.label, "its inputs"), found | ~all_finite(grad_output))
-            else:
-                self.check_finite("top_k_weights", gradients.top_k_weights)
             self.tokens += x.shape[0]
             self.load += self._counted(ticket.ids.flatten() + 1)[1:]
             if not graph_is_kept():
@@ -157,33 +158,41 @@ class ExpertsRunner:
         return ids.new_zeros(count).scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait
 
     def _backward(
-        self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor
+        self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor, check: Check
     ) -> Gradients:
         gradients = self.backend.backward(saved, grad_output)
-        if not self.on_gpu and not is_finite(gradients.hidden_states):
-            bad = ~torch.isfinite(gradients.hidden_states).all(dim=1)
-            gradients = self.backend.careful_backward(*inputs(), grad_output, bad) or gradients
-            self.check_finite("hidden_states", gradients.hidden_states)
+        if self.on_gpu:
+            return gradients
+        gradients, (fine, fine_weights) = check(gradients)
+        if not fine:
+            bad = ~torch.isfinite(gradients.hidden_states).all(dim=1).cpu()
+            found = self.backend.careful_backward(*inputs(), grad_output, bad)
+            if found is not None:
+                gradients, (fine, fine_weights) = check(found)
+        if not fine:
+            raise _not_finite(self.label, "hidden_states")
+        if not fine_weights:
+            raise _not_finite(self.label, "top_k_weights")
         return gradients
 
-    def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> Gradients:
+    def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, check: Check) -> Gradients:
         most = self.backend.max_len or max(x.shape[0], 1)
         if x.shape[0] <= most:
             _, saved = self.backend.forward(x, ids, weights, save=True)
             assert saved is not None
-            return self._backward(saved, lambda: (x, ids, weights), grad)
+            return self._backward(saved, lambda: (x, ids, weights), grad, check)
         # Longer than the operators take: piece by piece, the LoRA gradients summed in fp32.
         parts: list[tuple[Tensor, Tensor]] = []
         lora: tuple[Tensor, ...] = ()
         for piece, grad_piece in zip(
             zip(x.split(most), ids.split(most), weights.split(most), strict=True), grad.split(most), strict=True
         ):
-            part = self._recompute(*piece, grad_piece)
+            part = self._recompute(*piece, grad_piece, check)
             parts.append((part.hidden_states, part.top_k_weights))
             lora = tuple(
                 total.add_(new) for total, new in zip(lora, part.lora, strict=True)
             ) if lora else tuple(new.to(torch.float32, copy=True) for new in part.lora)  # fmt: skip
-        return Gradients(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), lora)
+        return Gradients(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), lora, lora_is_free=True)
 
     def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         most = self.backend.max_len
@@ -246,15 +255,6 @@ class ExpertsRunner:
         elif not is_finite(out):
             raise error(is_finite(x))
 
-    def check_finite(self, name: str, gradient: Tensor) -> None:
-        """Refuse a gradient that is not finite.
-
-        Raises:
-            KTAMXBackwardError: It holds NaN or infinity.
-        """
-        if not is_finite(gradient):
-            raise _not_finite(self.label, name)
-
     def parameter_gradients(
         self,
         gradients: Gradients,
@@ -296,6 +296,20 @@ class ExpertsRunner:
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
         return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
+
+
+def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Gradients, list[bool]]:
+    """Gradients that the CPU computed, on `home`; whether those of the hidden states and of the weights are finite.
+
+    A GPU looks through them faster than a core beside busy operators, and has LoRA's on the way meanwhile.
+    """
+    hidden, weights = gradients.hidden_states, gradients.top_k_weights
+    if home.type != "cuda":
+        return gradients, [is_finite(hidden), is_finite(weights)]
+    hidden, weights = to_device(hidden, home), to_device(weights, home)
+    fine = to_host([torch.stack((all_finite(hidden), all_finite(weights)))], [torch.bool])
+    moved = all_to_device(gradients.lora, home) if lora and gradients.lora else ()
+    return Gradients(hidden, weights, moved, lora_is_free=True), fine.wait()[0].tolist()
 
 
 def _not_finite(label: str, name: str, _: object = None) -> KTAMXBackwardError:
