@@ -114,8 +114,6 @@ class KTMoECallback(TrainerCallback):
     ) -> None:
         layers = kt_layers(kwargs["model"])
         self._refresh(layers)
-        for packer in {id(layer.packer): layer.packer for layer in layers}.values():
-            packer.recycled.release()
         self._times = None
         if self._threads is not None:
             torch.set_num_threads(self._threads)

@@ -185,12 +185,11 @@ class KTExperts(nn.Module):
         lora = [tensor for part in parts for tensor in part[:2]]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *lora)):
             made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
-
-            memory, dtypes = self.packer.recycled, {tensor.dtype for tensor in lora}
+            dtypes = {tensor.dtype for tensor in lora}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
             def to_parameters(gradients: tuple[Tensor, ...], free: bool) -> list[Tensor]:
-                return parameter_gradients(gradients, made, free, memory, dtype)
+                return parameter_gradients(gradients, made, free, dtype)
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from .backends.streamer import Streamer
 from .config import KTConfig
 from .cpu import ThreadPlan
 from .errors import KTAMXConfigError
-from .gradients import Recycled
+from .heap import keep_freed_memory, return_freed_memory
 from .planner import Room, Split, expert_bytes
 from .planner import plan as make_plan
 from .rates import measure_rates
@@ -52,7 +51,6 @@ class Packer:
         placement: Which of them; None for the first.
         planned: What was expected of the tiers, where they were planned.
         of_8_bits: Whether streamed experts stay of 8 bits, as their checkpoint has them.
-        recycled: Memory of LoRA gradients.
     """
 
     config: KTConfig
@@ -69,7 +67,6 @@ class Packer:
     of_8_bits: bool = field(default=False, init=False)
     on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
     told_dropout: bool = field(default=False, init=False)
-    recycled: Recycled = field(default_factory=Recycled, init=False, repr=False)
     _streamer: Streamer | None = field(default=None, init=False, repr=False)
     _share: bool | None = field(default=None, init=False)
     _locked: int = field(default=0, init=False)  # bytes of host memory that streamed experts take
@@ -148,6 +145,7 @@ class Packer:
             self._share = self._share_backward()
 
         def on_cpu(weights: ExpertWeights | SavedLayer, shape: ExpertShape) -> ExpertsBackend:
+            keep_freed_memory()
             return pack(
                 self.backend,
                 weights,
@@ -273,11 +271,3 @@ def available_memory(root: Path = Path("/")) -> int:
         if limit != "max":
             free = min(free, max(0, int(limit) - used))
     return free
-
-
-def return_freed_memory() -> None:
-    """Give freed heap back to the system, where the C library keeps it otherwise (glibc)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return

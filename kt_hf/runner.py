@@ -308,8 +308,10 @@ def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Grad
         return gradients, [is_finite(hidden), is_finite(weights)]
     hidden, weights = to_device(hidden, home), to_device(weights, home)
     fine = to_host([torch.stack((all_finite(hidden), all_finite(weights)))], [torch.bool])
-    moved = all_to_device(gradients.lora, home) if lora and gradients.lora else ()
-    return Gradients(hidden, weights, moved, lora_is_free=True), fine.wait()[0].tolist()
+    found, free = gradients.lora if lora else (), gradients.lora_is_free
+    if found and not free:
+        found, free = all_to_device(found, home), True
+    return Gradients(hidden, weights, found, free), fine.wait()[0].tolist()
 
 
 def _not_finite(label: str, name: str, _: object = None) -> KTAMXBackwardError:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kt_hf import KTAMXBackwardError, KTAMXForwardError
-from kt_hf.backends.finite import is_finite
+from kt_hf.backends.finite import all_finite, is_finite
 from tests.conftest import Case
 from tests.families.layers import forward, forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model
@@ -115,8 +115,12 @@ def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, size: int
     if size > 1:
         good[:2] = torch.tensor([1, -1]) * torch.finfo(dtype).max  # sum or difference may overflow: finite all the same
         assert is_finite(good)
+    assert all_finite(good)
+    assert all_finite(good, good.float())
     for place in {0, size // 2, size - 1} if size else ():
         for value in ("nan", "inf", "-inf"):
             bad = good.clone()
             bad[place] = float(value)
             assert not is_finite(bad), (place, value)
+            assert not all_finite(bad), (place, value)
+            assert not all_finite(good.float(), bad), (place, value)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kt_hf.gradients import Recycled, parameter_gradients
+from kt_hf.backends.transfer import apart, joined
+from kt_hf.gradients import parameter_gradients
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model
@@ -24,15 +23,12 @@ def six(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.randn(size, generator=generator).to(dtype) for size in sizes)
 
 
-@pytest.mark.parametrize("memory", [None, Recycled()], ids=["new", "recycled"])
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_slices_are_scaled_and_rounded_once(
-    dtype: torch.dtype, wanted: torch.dtype, free: bool, memory: Recycled | None
-) -> None:
+def test_slices_are_scaled_and_rounded_once(dtype: torch.dtype, wanted: torch.dtype, free: bool) -> None:
     given = six(dtype)
-    found = parameter_gradients(tuple(t.clone() for t in given), PARTS, free, memory, wanted)
+    found = parameter_gradients(tuple(t.clone() for t in given), PARTS, free, wanted)
     expected = []
     for index, offset, rank, scaling in PARTS:
         expected.append(given[index][:, offset : offset + rank].float())
@@ -45,76 +41,37 @@ def test_slices_are_scaled_and_rounded_once(
 
 def test_they_are_in_memory_of_their_own() -> None:
     given = six(torch.bfloat16)
-    for memory in (None, Recycled()):
-        found = parameter_gradients(given, PARTS, False, memory, torch.bfloat16)
-        kept = [t.clone() for t in found]
-        for tensor in given:
-            tensor.add_(1)
-        assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
+    found = parameter_gradients(given, PARTS, False, torch.bfloat16)
+    kept = [t.clone() for t in found]
+    for tensor in given:
+        tensor.add_(1)
+    assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
-def test_memory_comes_back_with_the_last_reference() -> None:
-    memory = Recycled()
-    first = memory.empty((5, 7), torch.float32)
-    address, part = first.data_ptr(), first.view(-1)[3:].detach()
-    del first
-    assert memory.empty((5, 7), torch.float32).data_ptr() != address, "taken from a tensor that is still there"
-    part.fill_(3)
-    del part
-    gc.collect()
-    again = {memory.empty((7, 5), torch.float32).data_ptr()} | {memory.empty((5, 7), torch.float32).data_ptr()}
-    assert address in again, "as many bytes, so the same memory"
-    assert memory.empty((5, 7), torch.bfloat16).nbytes == 70
-    assert memory.empty((0, 7), torch.float32).shape == (0, 7)
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
+def test_those_that_lie_together_are_made_in_one_pass(wanted: torch.dtype, free: bool) -> None:
+    """An operator's six gradients, for one adapter of the rank it was built for."""
+    apart_ones = six(torch.bfloat16)
+    flat = torch.cat([t.flatten() for t in apart_ones])
+    given = apart(flat, [t.shape for t in apart_ones])
+    parts = [(0, 0, R, 1.5), (2, 0, R, 1.0), (4, 0, R, 2.0)]
+    found = parameter_gradients(given, parts, free, wanted)
+    assert joined(found) is not found, "one memory"
+    assert (found[0].data_ptr() == flat.data_ptr()) == (free and wanted == torch.bfloat16)
+    for one, other in zip(found, parameter_gradients(apart_ones, parts, False, wanted), strict=True):
+        assert one.dtype == wanted
+        assert one.is_contiguous()
+        assert torch.equal(one, other)
 
 
-def test_memory_of_another_layout_is_not_kept() -> None:
-    """Of an adapter of another rank, and after training; sizes that take turns keep theirs."""
-    memory = Recycled()
-    for _ in range(3):
-        addresses = [memory.empty((n, 7), torch.float32).data_ptr() for n in (5, 6)]
-    assert [memory.empty((n, 7), torch.float32).data_ptr() for n in (5, 6)] == addresses
-    assert sum(map(len, memory._free.values())) == 2
-    held = memory.empty((9, 7), torch.float32)
-    assert sum(map(len, memory._free.values())) == 0
-    del held
-    gc.collect()
-    assert sum(map(len, memory._free.values())) == 1
-    memory.release()
-    assert sum(map(len, memory._free.values())) == 0
-
-
-def test_tensors_outlive_the_memory_they_are_of() -> None:
-    memory = Recycled()
-    tensor = memory.empty((4, 4), torch.float32).fill_(2)
-    del memory
-    gc.collect()
-    assert tensor.sum() == 32
-
-
-def test_gradients_accumulate_and_are_freed_as_ever() -> None:
-    """What autograd keeps is ours; the next backward must not write to it."""
-    memory, parameter = Recycled(), nn.Parameter(torch.zeros(4, 6))
-
-    class Given(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, p: Tensor) -> Tensor:
-            return p.sum()
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> Tensor:
-            return memory.empty((4, 6), torch.float32).fill_(float(grad))
-
-    Given.apply(parameter).backward()
-    taken = parameter.grad
-    assert taken is not None
-    kept = taken.detach()
-    (3 * Given.apply(parameter)).backward()
-    assert torch.equal(parameter.grad, torch.full((4, 6), 4.0))
-    parameter.grad = None
-    (5 * Given.apply(parameter)).backward()
-    assert torch.equal(kept, torch.full((4, 6), 4.0)), "written to while somebody holds it"
-    assert torch.equal(parameter.grad, torch.full((4, 6), 5.0))
+def test_what_does_not_lie_together_is_left_apart() -> None:
+    flat = torch.arange(24.0)
+    a, b, c = apart(flat, [(2, 3), (4,), (2, 7)])
+    assert torch.equal(joined([a, b, c])[0], flat)
+    assert torch.equal(joined([b, c])[0], flat[6:])
+    for given in ([a, c], [b, a], [a, b.clone()], [a.t(), b], [a, b.view(torch.int32)]):
+        assert joined(given) is given
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,9 @@ class TorchBackend:
                 grads[3][e] = du.t() @ saved.xa[rows, r:]
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
         grad_weights.index_copy_(0, groups.order, groups.gathered(dw))
-        return Gradients(self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads)
+        return Gradients(
+            self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads, lora_is_free=True
+        )
 
     def _group(self, ids: Tensor) -> _Groups:
         T, K = ids.shape
