@@ -54,7 +54,9 @@ def main() -> None:
         # Twice the experts is what a case holds on average; activations of the longest batch beside them.
         held = 2 * shape.bytes + 8 * max(given.tokens) * shape.K * (shape.H + shape.inner) * 2
         keep = len(processes) * held < 0.8 * available_memory()
-        label = shape.label(rank) + (" inputs=GPU" if given.device == "cuda" else "")
+        label = shape.label(rank)
+        if given.device == "cuda":
+            label = label.replace(" r=", " inputs=GPU r=")
         print(f"{label}{'' if keep else ', a process a turn'}", flush=True)
         timings = take_turns(processes, given.tokens, given.runs, keep)
         for tokens in given.tokens:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Gradients
+from .backends import CALL_LOCK, Gradients
 from .backends.transfer import to_device
 from .errors import KTAMXBackwardError
 from .runner import ExpertsRunner
@@ -54,22 +54,23 @@ class ExpertsFunction(torch.autograd.Function):
                 f"{ctx.runner.label}: create_graph=True is not supported, experts have no second derivatives."
             )
         x, ids, weights, number = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        gradients = ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0], any(wanted[5:]))
+        wanted, runner = ctx.needs_input_grad, ctx.runner
+        lora: list[Tensor | None] = [None] * len(ctx.like)
+        with CALL_LOCK:  # until LoRA's gradients are out of the backend's buffers
+            gradients = runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0], any(wanted[5:]))
+            if any(wanted[5:]):
+                with torch.no_grad(), runner.quiet():
+                    if gradients.lora:
+                        made = runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2])
+                    else:
+                        made = _like(gradients, ctx.like)
+                    for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):
+                        if wanted[5 + i]:
+                            lora[i] = grad.to(device, dtype)
         grad_x = to_device(gradients.hidden_states, x.device).to(x.dtype) if wanted[0] else None
         grad_weights = None
         if wanted[2]:
             grad_weights = to_device(gradients.top_k_weights, weights.device)[:, : weights.shape[1]].to(weights.dtype)
-        lora: list[Tensor | None] = [None] * len(ctx.like)
-        if any(wanted[5:]):
-            with torch.no_grad(), ctx.runner.quiet():
-                if gradients.lora:
-                    made = ctx.runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2], x.device)
-                else:
-                    made = _like(gradients, ctx.like)
-                for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):
-                    if wanted[5 + i]:
-                        lora[i] = grad.to(device, dtype)
         return grad_x, None, grad_weights, None, None, *lora
 
 

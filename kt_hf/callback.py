@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import publish, seal, start_from, tell_interrupted
+from .backends.recycled import RECYCLED
 from .errors import KTAMXConfigError, KTAMXError
 from .expert_load import LoadLog
 from .experts import KTExperts, kt_layers
@@ -114,6 +115,7 @@ class KTMoECallback(TrainerCallback):
     ) -> None:
         layers = kt_layers(kwargs["model"])
         self._refresh(layers)
+        RECYCLED.release()
         self._times = None
         if self._threads is not None:
             torch.set_num_threads(self._threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends.recycled import RECYCLED
 from .backends.transfer import apart, joined
 
 
@@ -14,10 +15,10 @@ def parameter_gradients(
     free: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Gradients of A and B of each part, in memory of their own, from the six of the padded backend tensors.
+    """Gradients of A and B of each part, from the six of the padded backend tensors.
 
-    They are in fp32, unless the six are of the parameters' dtype: nothing is to be gained then, for the scaling is
-    multiplied in fp32 anyway and rounded.
+    Their memory is their own, one for all of them perhaps. They are in fp32, unless the six are of the parameters'
+    dtype: nothing is to be gained then, for the scaling is multiplied in fp32 anyway and rounded.
 
     Args:
         gradients: Six tensors [E, r, in] and [E, out, r], which the backend may overwrite later.
@@ -29,14 +30,21 @@ def parameter_gradients(
     held = joined(gradients)
     whole = len(parts) == 3 and all(rank == gradients[index].shape[1] for index, _, rank, _ in parts)
     if held is not gradients and whole and not (free and held[0].dtype == target):  # in one pass
-        gradients, free = apart(held[0].to(target, copy=True), [tensor.shape for tensor in gradients]), True
+        flat = _empty(held[0], target).copy_(held[0])
+        gradients, free = apart(flat, [tensor.shape for tensor in gradients]), True
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
         for narrow in (gradients[index][:, offset : offset + rank], gradients[index + 1][:, :, offset : offset + rank]):
             if free and narrow.dtype == target and narrow.is_contiguous():
                 made.append(narrow)
             else:
-                made.append(narrow.to(target, copy=True).contiguous())
+                made.append(_empty(narrow, target).copy_(narrow))
         if scaling != 1.0:
             made[-1].mul_(scaling)
     return made
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    if like.device.type == "cpu":
+        return RECYCLED.empty(tuple(like.shape), dtype)
+    return torch.empty(like.shape, dtype=dtype, device=like.device)

@@ -27,8 +27,8 @@ from .config import KTConfig
 from .eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, has_8_bits, quantised_rest
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .find import Place, find_experts, layer_index, skeleton
-from .heap import return_freed_memory
 from .loading_progress import LayersBar
+from .packing import return_freed_memory
 from .patch import make_packer, refuse_parallel, replace_experts, room_of
 from .placement import Placement, as_placement
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,6 @@ from .backends.streamer import Streamer
 from .config import KTConfig
 from .cpu import ThreadPlan
 from .errors import KTAMXConfigError
-from .heap import keep_freed_memory, return_freed_memory
 from .planner import Room, Split, expert_bytes
 from .planner import plan as make_plan
 from .rates import measure_rates
@@ -145,7 +145,6 @@ class Packer:
             self._share = self._share_backward()
 
         def on_cpu(weights: ExpertWeights | SavedLayer, shape: ExpertShape) -> ExpertsBackend:
-            keep_freed_memory()
             return pack(
                 self.backend,
                 weights,
@@ -271,3 +270,11 @@ def available_memory(root: Path = Path("/")) -> int:
         if limit != "max":
             free = min(free, max(0, int(limit) - used))
     return free
+
+
+def return_freed_memory() -> None:
+    """Give freed heap back to the system, where the C library keeps it otherwise (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return

@@ -291,7 +291,10 @@ class KTKernelBackend:
             # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
-            self._grads = apart(host_empty((sum(map(math.prod, sizes)),), torch.bfloat16).zero_(), sizes)
+            if torch.cuda.is_initialized():  # pinned: the sum would be rounded up to a power of two
+                self._grads = tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes)
+            else:
+                self._grads = apart(host_empty((sum(map(math.prod, sizes)),), torch.bfloat16).zero_(), sizes)
         wait_until_read(self._grads)  # copies to a GPU, of the backward before
         grad_input = host_empty((T, H), torch.bfloat16)
         grad_weights = host_empty((T, K), torch.float32)

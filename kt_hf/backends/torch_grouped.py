@@ -15,6 +15,7 @@ Rows are sorted by expert once, in forward; backward uses the same permutation.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
 from .base import ExpertShape, ExpertWeights, Gradients, Saved
+from .recycled import RECYCLED, empty_rows
+from .transfer import apart
 
 # Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
 # forward (in backward, where the weight's rows are the sum's, always).
@@ -54,14 +57,21 @@ class _Groups:
         return ((e, slice(i, j)) for e, i, j in self.spans)
 
     def spread(self, values: Tensor) -> Tensor:
-        """[len(order), ...] -> [S, ...]."""
+        """[len(order), C] -> [S, C]."""
         if self.place is None:
             return values
-        return values.new_zeros(self.S, *values.shape[1:]).index_copy_(0, self.place, values)
+        return empty_rows(self.S, values).zero_().index_copy_(0, self.place, values)
+
+    def taken(self, values: Tensor) -> Tensor:
+        """[T, C] -> [S, C]: each row's token's."""
+        found = empty_rows(len(self.tokens), values)
+        return self.spread(torch.index_select(values, 0, self.tokens, out=found))
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """[S, ...] -> [len(order), ...]."""
-        return rows if self.place is None else rows.index_select(0, self.place)
+        """[S, C] -> [len(order), C]."""
+        if self.place is None:
+            return rows
+        return torch.index_select(rows, 0, self.place, out=empty_rows(len(self.place), rows))
 
 
 @dataclass
@@ -137,11 +147,11 @@ class TorchBackend:
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         groups = self._group(ids)
         I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
-        xs = groups.spread(x.index_select(0, groups.tokens).to(self._math))
+        xs = groups.taken(x.to(self._math))
         ws = groups.spread(weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1))
         scratch = self._scratch()
-        gu, xa = xs.new_empty(xs.shape[0] if save else 0, 2 * I), xs.new_empty(xs.shape[0], 2 * r)
-        y = torch.empty_like(xs)
+        gu, xa = empty_rows(xs.shape[0] if save else 0, xs, 2 * I), xs.new_empty(xs.shape[0], 2 * r)
+        y = empty_rows(xs.shape[0], xs)
         # Expert by expert to the end: what is between the products stays in the cache.
         for e, rows in groups:
             inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, 2 * I), y[rows]
@@ -167,12 +177,13 @@ class TorchBackend:
         groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
         I = self.shape.intermediate_size  # noqa: E741
         r = lora.rank if lora else 0
-        grad = groups.spread(grad_output.index_select(0, groups.tokens).to(self._math))
-        grads = tuple(
-            torch.zeros(n, dtype=torch.float32, device=self.device) for n in self.shape.lora_shapes(r) if lora
-        )
+        grad = groups.taken(grad_output.to(self._math))
+        grads = self._zero_gradients(r) if lora else ()
         scratch = self._scratch()
-        dx, dw = torch.empty_like(grad), torch.zeros(grad.shape[0], dtype=torch.float32, device=self.device)
+        dx, dw = (
+            empty_rows(grad.shape[0], grad),
+            torch.zeros(grad.shape[0], dtype=torch.float32, device=self.device),
+        )
         for e, rows in groups:
             d, w, out = grad[rows], ws[rows], dx[rows]
             g, u = saved.gu[rows, :I], saved.gu[rows, I:]
@@ -201,10 +212,17 @@ class TorchBackend:
                 grads[1][e] = dg.t() @ saved.xa[rows, :r]
                 grads[3][e] = du.t() @ saved.xa[rows, r:]
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
-        grad_weights.index_copy_(0, groups.order, groups.gathered(dw))
+        grad_weights.index_copy_(0, groups.order, groups.gathered(dw.unsqueeze(1)).squeeze(1))
         return Gradients(
             self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads, lora_is_free=True
         )
+
+    def _zero_gradients(self, rank: int) -> tuple[Tensor, ...]:
+        """The six of LoRA, in fp32; one after the other in one memory on the CPU."""
+        sizes = self.shape.lora_shapes(rank)
+        if self.device.type != "cpu":
+            return tuple(torch.zeros(size, dtype=torch.float32, device=self.device) for size in sizes)
+        return apart(RECYCLED.empty((sum(map(math.prod, sizes)),), torch.float32).zero_(), sizes)
 
     def _group(self, ids: Tensor) -> _Groups:
         T, K = ids.shape
@@ -244,7 +262,7 @@ class TorchBackend:
 
     def _sum_by_token(self, rows: Tensor, groups: _Groups) -> Tensor:
         """Sum over each token's experts, in fp32 and in a fixed order: [S, H] -> [T, H] in the backend's dtype."""
-        spread = torch.zeros(groups.T * groups.K, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        spread = empty_rows(groups.T * groups.K, rows).zero_()
         spread.index_copy_(0, groups.order, groups.gathered(rows))
         return (
             spread.view(groups.T, groups.K, -1)

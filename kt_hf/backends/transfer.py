@@ -116,19 +116,8 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return moved.to(dtype)
 
 
-def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Each as by `to_device`; in one copy, views of one tensor then, if they lie together."""
-    held = joined(tensors)
-    moved = tuple(to_device(tensor, device) for tensor in held)
-    if held is tensors:
-        return moved
-    for tensor in tensors:
-        tensor._kt_read = getattr(held[0], "_kt_read", None)  # type: ignore[attr-defined]
-    return apart(moved[0], [tensor.shape for tensor in tensors])
-
-
 def wait_until_read(tensors: Sequence[Tensor]) -> None:
-    """Wait for the copies that `to_device` and `all_to_device` have begun from these very tensors."""
+    """Wait for the copies that `to_device` has begun from these very tensors."""
     for tensor in tensors:
         event = getattr(tensor, "_kt_read", None)
         if event is not None:

@@ -85,7 +85,7 @@ def work(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
     from ..backends import save_packed
     from ..checkpoint import ExpertCheckpoint
     from ..cpu import ThreadPlan
-    from ..heap import return_freed_memory
+    from ..packing import return_freed_memory
     from .marks import marks_of_weights
     from .saved import checksums
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kt_hf.backends import ExpertShape, ExpertWeights, kt_kernel
 from kt_hf.backends._engine import Engine
 from kt_hf.cpu import ThreadPlan
-from kt_hf.heap import return_freed_memory
+from kt_hf.packing import return_freed_memory
 from tests.conftest import KERNEL_MARKS, Case
 from tests.families.patched import adapted_model, fill_lora, logits_of, loss_of, patched_model, trainable
 from tests.helpers import MIXTRAL
