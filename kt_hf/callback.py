@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import publish, seal, start_from, tell_interrupted
+from .backends import CALL_LOCK
 from .backends.recycled import RECYCLED
 from .errors import KTAMXConfigError, KTAMXError
 from .expert_load import LoadLog
@@ -115,7 +116,8 @@ class KTMoECallback(TrainerCallback):
     ) -> None:
         layers = kt_layers(kwargs["model"])
         self._refresh(layers)
-        RECYCLED.release()
+        with CALL_LOCK:
+            RECYCLED.release()
         self._times = None
         if self._threads is not None:
             torch.set_num_threads(self._threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends.recycled import RECYCLED
+from .backends.recycled import empty
 from .backends.transfer import apart, joined
 
 
@@ -30,7 +30,7 @@ def parameter_gradients(
     held = joined(gradients)
     whole = len(parts) == 3 and all(rank == gradients[index].shape[1] for index, _, rank, _ in parts)
     if held is not gradients and whole and not (free and held[0].dtype == target):  # in one pass
-        flat = _empty(held[0], target).copy_(held[0])
+        flat = empty(tuple(held[0].shape), target, held[0].device).copy_(held[0])
         gradients, free = apart(flat, [tensor.shape for tensor in gradients]), True
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
@@ -38,13 +38,7 @@ def parameter_gradients(
             if free and narrow.dtype == target and narrow.is_contiguous():
                 made.append(narrow)
             else:
-                made.append(_empty(narrow, target).copy_(narrow))
+                made.append(empty(tuple(narrow.shape), target, narrow.device).copy_(narrow))
         if scaling != 1.0:
             made[-1].mul_(scaling)
     return made
-
-
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    if like.device.type == "cpu":
-        return RECYCLED.empty(tuple(like.shape), dtype)
-    return torch.empty(like.shape, dtype=dtype, device=like.device)

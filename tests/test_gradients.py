@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
 
+from kt_hf.backends.recycled import RECYCLED
 from kt_hf.backends.transfer import apart, joined
 from kt_hf.gradients import parameter_gradients
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
@@ -63,6 +66,17 @@ def test_those_that_lie_together_are_made_in_one_pass(wanted: torch.dtype, free:
         assert one.dtype == wanted
         assert one.is_contiguous()
         assert torch.equal(one, other)
+
+
+def test_large_ones_are_made_in_memory_that_is_used_again() -> None:
+    RECYCLED.release()
+    given = torch.ones(4, 8, 2**15, dtype=torch.bfloat16), torch.ones(4, 2**15, 8, dtype=torch.bfloat16)
+    found = parameter_gradients(given, [(0, 0, 8, 2.0)])
+    sizes = [tensor.nbytes for tensor in found]
+    del found
+    gc.collect()
+    assert sorted(map(len, RECYCLED._free)) == sizes
+    RECYCLED.release()
 
 
 def test_what_does_not_lie_together_is_left_apart() -> None:

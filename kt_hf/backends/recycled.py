@@ -55,7 +55,11 @@ class Recycled:
 RECYCLED = Recycled()
 
 
+def empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor with any values; on the CPU in memory that is used again."""
+    return RECYCLED.empty(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
+
+
 def empty_rows(rows: int, like: Tensor, columns: int | None = None) -> Tensor:
-    """[rows, columns] with any values, in the dtype and on the device of `like` [., columns]."""
-    size = (rows, like.shape[1] if columns is None else columns)
-    return RECYCLED.empty(size, like.dtype) if like.device.type == "cpu" else like.new_empty(size)
+    """The same, [rows, columns], in the dtype and on the device of `like` [., columns]."""
+    return empty((rows, like.shape[1] if columns is None else columns), like.dtype, like.device)

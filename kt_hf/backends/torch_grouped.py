@@ -26,7 +26,7 @@ from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
 from .base import ExpertShape, ExpertWeights, Gradients, Saved
-from .recycled import RECYCLED, empty_rows
+from .recycled import empty, empty_rows
 from .transfer import apart
 
 # Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
@@ -218,11 +218,9 @@ class TorchBackend:
         )
 
     def _zero_gradients(self, rank: int) -> tuple[Tensor, ...]:
-        """The six of LoRA, in fp32; one after the other in one memory on the CPU."""
+        """The six of LoRA, in fp32, one after the other in one memory."""
         sizes = self.shape.lora_shapes(rank)
-        if self.device.type != "cpu":
-            return tuple(torch.zeros(size, dtype=torch.float32, device=self.device) for size in sizes)
-        return apart(RECYCLED.empty((sum(map(math.prod, sizes)),), torch.float32).zero_(), sizes)
+        return apart(empty((sum(map(math.prod, sizes)),), torch.float32, self.device).zero_(), sizes)
 
     def _group(self, ids: Tensor) -> _Groups:
         T, K = ids.shape
