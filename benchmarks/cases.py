@@ -98,9 +98,9 @@ def default_backend(shape: Shape) -> str:
     return backend
 
 
-def torch_threads(backend: str) -> int:
-    """As KTMoECallback sets them: beside the operators one, for their idle workers spin."""
-    return cores() if backend == "torch" else 1
+def torch_threads(backend: Any) -> int:
+    """As KTMoECallback sets them."""
+    return min(cores(), backend.torch_threads or cores())
 
 
 def bare(backend: Any, shape: Shape) -> Run:
@@ -110,6 +110,7 @@ def bare(backend: Any, shape: Shape) -> Run:
 
     def run(tokens: int) -> dict[str, float]:
         torch.set_num_threads(1)
+        backend._engine.workers.gather()
         batch = make_batch(shape, tokens)
         length, x, ids, grad = torch.tensor([tokens], dtype=torch.int32), batch["x"], batch["ids"], batch["grad"]
         out, grad_input = torch.empty_like(x), torch.empty_like(x)
@@ -139,7 +140,7 @@ def builds(
     def kt(name: str, config: KTConfig) -> Build:
         def build() -> dict[str, Run]:
             experts, parameters, model = patched(shape, rank, config, device)
-            run = step(experts, parameters, shape, torch_threads(experts.backend_name), lambda: model, device)
+            run = step(experts, parameters, shape, torch_threads(experts.backend), lambda: model, device)
             found = {name: run} if name in cases else {}
             if name == "kt" and "bare" in cases:
                 found["bare"] = bare(experts._runner.backend, shape)

@@ -70,7 +70,7 @@ def patched_model(shape: Shape, layers: int) -> Any:
 
 def build(shape: Shape, layers: int) -> dict[str, Run]:
     model = patched_model(shape, layers)
-    threads = torch_threads(kt_layers(model)[0].backend_name)
+    threads = torch_threads(kt_layers(model)[0].backend)
     counts = count_calls(model)
 
     def step(order: str, tokens: int) -> dict[str, float]:

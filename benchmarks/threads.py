@@ -4,8 +4,9 @@
 
 One expert layer with LoRA, forward + backward. Each number of workers is a process of its own, and they take turns.
 No workers stand for backend torch. Prints for each number of tokens the best combination and how much longer the
-default takes: what kt_backend=auto chooses, the operators on the physical cores less one with PyTorch on one thread, or
-backend torch on all cores. With --check it ends with status 1 if that is more than 5 % anywhere from 64 tokens on.
+default takes: what kt_backend=auto chooses, the operators on the physical cores less one with as many threads of
+PyTorch's, or backend torch on all cores. With --check it ends with status 1 if that is more than 5 % anywhere from 64
+tokens on.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def main() -> int:
     most, planned = cores(), plan_threads().workers
     few = [0] + [2**n for n in range(most.bit_length())] + [most, most - 1, most - 2, planned]
     workers = given.workers or sorted({count for count in few if 0 <= count <= most})
-    torch_threads = sorted({1, max(1, most // 2), most})
+    torch_threads = sorted({1, max(1, most // 2), planned, most})
     shape = fitting(given.shape, 1)
-    default = (0, most) if default_backend(shape) == "torch" else (planned, 1)
+    default = (0, most) if default_backend(shape) == "torch" else (planned, planned)
     print(describe())
     keep = len(workers) * 2.5 * shape.bytes < 0.8 * available_memory()
     timings = take_turns(

@@ -82,13 +82,12 @@ class KTMoECallback(TrainerCallback):
         self._refresh(layers)
         self.expert_load.begin(layers)
         self._times = TierTimes(layers[0].packer)
-        if layers[0].backend_name != "torch" and next(model.parameters()).device.type == "cpu":
-            # The rest of the model is on the CPU too. The operators' idle workers spin, so every parallel loop of
-            # PyTorch waits for a core: on 16 cores a step took 0.7 s with one thread of PyTorch's, 1.7 s with 15, 3.5 s
-            # with 16.
-            self._threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            logger.info("kt_hf: PyTorch computes on one thread while the experts' operators have the others.")
+        most, before = layers[0].backend.torch_threads, torch.get_num_threads()
+        if most is not None and most < before and next(model.parameters()).device.type == "cpu":
+            # The rest of the model is on the CPU too: PyTorch leaves a core to the operators' idle workers.
+            self._threads = before
+            torch.set_num_threads(most)
+            logger.info("kt_hf: PyTorch computes on %d of %d threads, beside the operators' own.", most, before)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -147,8 +147,8 @@ def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, floa
     backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
     found: list[tuple[float, float]] = []
     before = torch.get_num_threads()
-    if backend.own_threads:  # as in training
-        torch.set_num_threads(1)
+    if backend.torch_threads is not None:  # as in training
+        torch.set_num_threads(min(before, backend.torch_threads))
     try:
         while len(found) < 3 and sum(map(sum, found)) < _LONG:
             found.append(timed_once(backend, x, ids, weights, x))

@@ -49,10 +49,11 @@ class ExpertsRunner:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """No autocast, and no threads of PyTorch's beside a backend that has its own."""
+        """No autocast, and no more threads of PyTorch's than a backend that has its own leaves cores for."""
         with contextlib.ExitStack() as stack:
-            if self.backend.own_threads and torch.get_num_threads() > 1:
-                stack.enter_context(_one_thread())
+            most = self.backend.torch_threads
+            if most is not None and torch.get_num_threads() > most:
+                stack.enter_context(_threads(most))
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
@@ -327,11 +328,10 @@ def settle_checks() -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: the operators' idle workers spin for 50 ms, and each parallel loop would wait for a
-    core."""
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch on so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -138,18 +138,18 @@ def test_refreshed_at_begin_steps_and_end(case: Case, tmp_path: Path, monkeypatc
     assert held == [True] * 4
 
 
-def test_pytorch_has_one_thread_beside_operators_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs spin; and the user's number is given back at the end."""
+def test_pytorch_leaves_a_core_to_operators_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the user's number of threads is given back at the end; a smaller one than there are cores is kept."""
     model = model_to_train(TORCH_FP32)
     threads, seen = [7], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     model.register_forward_pre_hook(lambda *_: seen.append(threads[-1]))
-    for name in ("torch", "AMXBF16"):
-        monkeypatch.setattr(model._kt_wrappers[0]._runner.backend, "name", name)
+    for most in (None, 5, 9):
+        monkeypatch.setattr(model._kt_wrappers[0].backend, "torch_threads", most)
         trainer_for(model, tmp_path, max_steps=1).train()
         assert threads[-1] == 7
-    assert seen == [7, 1]
+    assert seen == [7, 5, 7]
 
 
 # -- checkpoints

@@ -124,10 +124,13 @@ class ExpertsBackend(Protocol):
     """
 
     name: str
-    own_threads: bool  # whether it computes on threads that are not PyTorch's
     shape: ExpertShape
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def torch_threads(self) -> int | None:
+        """The most threads PyTorch should have beside it; None where it computes on PyTorch's itself."""
 
     @property
     def rank(self) -> int:

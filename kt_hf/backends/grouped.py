@@ -193,7 +193,7 @@ class GroupedExperts:
         KTAMXConfigError: Other sizes.
     """
 
-    own_threads = False
+    torch_threads: int | None = None
     dtype = DTYPE
     max_rank: int | None = None
     max_len: int | None = None

@@ -91,7 +91,6 @@ class KTKernelBackend:
         OSError: The weights could not be written.
     """
 
-    own_threads = True
     dtype = torch.bfloat16
     device = torch.device("cpu")
 
@@ -138,6 +137,7 @@ class KTKernelBackend:
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
+        self._pauses: dict[str, float] = {}
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe: Any = None
         outlive_python(self)
@@ -199,6 +199,7 @@ class KTKernelBackend:
         from kt_kernel import kt_kernel_ext
 
         cpu_infer = self._engine.cpu_infer
+        self._engine.workers.gather()
         with native_output_to_log(logger):
             moe = getattr(kt_kernel_ext.moe, self._operators.class_name)(config)
             try:
@@ -221,6 +222,10 @@ class KTKernelBackend:
     def engine(self) -> Engine:
         """kt-kernel's worker pools (`.cpu_infer`), one object for all layers of the process."""
         return self._engine
+
+    @property
+    def torch_threads(self) -> int:
+        return 1 if torch.cuda.is_initialized() else self._engine.torch_threads
 
     @property
     def rank(self) -> int:
@@ -257,6 +262,7 @@ class KTKernelBackend:
         elif not tensors:
             for buffer in self._lora[1::2]:  # B alone: zero times anything finite is zero
                 buffer.zero_()
+        self._engine.workers.gather()
         self._moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
         self._lora_on = bool(tensors)
 
@@ -269,9 +275,10 @@ class KTKernelBackend:
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
-        self._moe.forward_sft(
-            length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), save
-        )
+        with self._engine.workers.at_work(self._pauses, "forward"):
+            self._moe.forward_sft(
+                length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), save
+            )
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
@@ -303,9 +310,10 @@ class KTKernelBackend:
                 buffer.zero_()
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
         self._cache.holds = 0  # one backward a saved forward
-        self._moe.backward(
-            grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
-        )
+        with self._engine.workers.at_work(self._pauses, "backward"):
+            self._moe.backward(
+                grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
+            )
         return Gradients(grad_input, grad_weights, self._grads)
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:

@@ -104,13 +104,17 @@ class SplitBackend:
         self.shape = shape
         self.parts = [Part(backend, experts, shape.num_experts, self.device) for backend, experts in parts]
         self.name = "+".join(dict.fromkeys(backend.name for backend, _ in parts))
-        self.own_threads = any(backend.own_threads for backend, _ in parts)
         self.cpu_seconds = 0.0
         self._lora_device = torch.device("cpu")
         numbered = list(enumerate(self.parts))
         self._here = [i for i, part in numbered if part.on_cpu]
         self._counted = [i for i, part in numbered if part.counted]
         self._at_once = [i for i, part in numbered if not part.on_cpu and not part.counted]
+
+    @property
+    def torch_threads(self) -> int | None:
+        limits = (part.backend.torch_threads for part in self.parts)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def engine(self) -> Any:

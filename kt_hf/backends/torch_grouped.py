@@ -109,7 +109,7 @@ class TorchBackend:
     """
 
     name = "torch"
-    own_threads = False
+    torch_threads: int | None = None
     max_rank: int | None = None
     max_len: int | None = None
 
