@@ -70,19 +70,23 @@ def test_workers_are_at_home_in_calls_and_aside_between(pinned: dict[int, int]) 
 
 
 @two_cores
-def test_workers_stay_where_the_next_call_follows_at_once(pinned: dict[int, int]) -> None:
-    workers, pauses, home = Workers(set(pinned)), {}, [{core} for core in CORES]
-    call(workers, pauses, pinned)  # nothing is known yet
-    call(workers, pauses, pinned)
-    assert 0 < pauses["forward"] < 0.01
-    pauses["forward"] = 0.0
-    workers._last = None
-    call(workers, pauses, pinned)
-    assert where(pinned) == home
-    time.sleep(0.02)
-    call(workers, pauses, pinned)
-    assert pauses["forward"] > 0.02
-    assert where(pinned) == [{CORES[0]}] * 2
+def test_workers_stay_where_the_next_call_follows_at_once(
+    pinned: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the last pause of the same call. One with the workers aside counts for more, or they would go every other
+    time."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    workers, pauses = Workers(set(pinned)), {}
+    home, aside = [{core} for core in CORES], [{CORES[0]}] * 2
+    short, long = _cores._WORTH / 2, _cores._WORTH * 2
+    seen = []
+    for pause in (long, short, short / _cores._SHORTENED, short, long, long):
+        call(workers, pauses, pinned)
+        seen.append(where(pinned))
+        clock[0] += pause
+    #       at first, long,  short but aside, nothing: home, short, long
+    assert seen == [aside, aside, aside, home, home, aside]
 
 
 @two_cores
@@ -199,7 +203,7 @@ def _trained(queue: Any, threads: int) -> None:
         gathered(self)
 
     Workers.gather = gather  # type: ignore[method-assign]
-    _cores._MOVE = 0.0
+    _cores._WORTH = 0.0
     model = model_to_train(KERNEL_BF16, kt_num_threads=2)
     engine = model._kt_wrappers[0].backend.engine
     engine.torch_threads = 2  # on two cores one would be left

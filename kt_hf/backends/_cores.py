@@ -2,8 +2,8 @@
 
 kt-kernel pins each worker to a core and lets it spin there for 50 ms after a call. GNU OpenMP lets PyTorch's threads
 spin too, after each parallel loop. Where the rest of the model is on the CPU, either waits for the other's cores while
-nobody computes there. A step of two DeepSeek-V2-Lite layers with 512 tokens on 16 AMX cores took 491 ms with one thread
-of PyTorch's and 587 with 16; 362 with eight that sleep after a loop; 222 with 15, the workers being aside.
+nobody computes there. A step of two DeepSeek-V2-Lite layers with 512 tokens on 16 AMX cores took 0.5 s with one thread
+of PyTorch's and 0.6 with 16; 0.37 with eight that sleep after a loop, and 0.22 with 15, the workers being aside.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Seconds to send a spinning worker to another core and to fetch it back, 35 µs on a virtual machine; twice that, for
-# something is to be gained.
-_MOVE = 70e-6
+# A worker is sent to another core and fetched back in 35 µs (on a virtual machine). A pause is worth it from four times
+# that on: a loop that has to wait for cores takes milliseconds.
+_WORTH = 140e-6  # seconds a worker
+_SHORTENED = 8  # how much longer a pause would have been with the workers on their cores, at most
 _LOOP = 32768  # elements that PyTorch gives a thread at least
 
 
@@ -56,12 +57,13 @@ class Workers:
         """Around a call of an operator.
 
         Args:
-            pauses: Seconds from the last call of each name to the next call of anything; kept here, one a layer.
+            pauses: Seconds from the last call of each name to the next call of anything, as they would be with the
+                workers on their cores; kept here, one a layer.
             name: Of the call.
         """
         if self._last is not None:
             of, last, ended = self._last
-            of[last] = time.perf_counter() - ended
+            of[last] = (time.perf_counter() - ended) * (_SHORTENED if self._away else 1)
         self.gather()
         try:
             yield
@@ -69,7 +71,7 @@ class Workers:
             self._last = (pauses, name, time.perf_counter())
             if torch.get_num_threads() > 1 and not torch.cuda.is_initialized():
                 homes = self._homes if self._homes is not None else self._find()
-                if pauses.get(name, math.inf) > _MOVE * len(homes):
+                if pauses.get(name, math.inf) > _WORTH * len(homes):
                     self._step_aside(homes)
 
     def gather(self) -> None:
