@@ -44,7 +44,7 @@ def point_run(backend: str, point: dict[str, int]) -> Run:
     for layer in layers:
         layer.update_lora_pointers()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    threads = torch_threads(layers[0].backend_name)
+    threads = torch_threads(layers[0].backend)
 
     def run(tokens: int) -> dict[str, float]:
         torch.set_num_threads(threads)

@@ -74,17 +74,17 @@ def step(results: Results) -> Any:
 
 
 def threads(results: Results) -> Any:
-    """Forward + backward against workers, relative to the best of that number of tokens; PyTorch on one thread."""
+    """Forward + backward against workers, relative to the best of that number of tokens; PyTorch on the best number of
+    threads."""
     panels = results.of(benchmark="threads").split("machine", "shape")
     if not panels:
         return None
     figure, axes = grid(1, len(panels))
     for axis, ((machine, shape), at) in zip(axes[0], panels, strict=True):
         for (tokens,), held in at.split("tokens"):
-            best = min(one.ms() or 0.0 for _, one in held.split("case", "threads"))
-            alone = Results(r for r in held.rows if r.case.startswith("PyTorch on 1") and r.case[12:13] in ("", ","))
-            counts = alone.each("threads")
-            axis.plot(counts, [(alone.ms(threads=n) or 0.0) / best for n in counts], marker=".", label=f"{tokens:,}")
+            counts = held.each("threads")
+            times = [min(one.ms() or 0.0 for _, one in held.of(threads=n).split("case")) for n in counts]
+            axis.plot(counts, [time / min(times) for time in times], marker=".", label=f"{tokens:,}")
         axis.set(title=f"{shape}\n{machine}", xlabel="workers", ylabel="time / best", ylim=(0, None))
         axis.legend(title="tokens", fontsize=6)
     return figure

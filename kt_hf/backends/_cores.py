@@ -15,22 +15,20 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
 
+from ..cpu import affinity
+
 logger = logging.getLogger(__name__)
 
-# A worker is sent to another core and fetched back in 35 µs (on a virtual machine). A pause is worth it from four times
-# that on: a loop that has to wait for cores takes milliseconds.
-_WORTH = 140e-6  # seconds a worker
-_SHORTENED = 8  # how much longer a pause would have been with the workers on their cores, at most
+# A pause is worth the moves if it is so many times as long: PyTorch's loops that have to wait for cores take
+# milliseconds. With the workers aside it is shorter by as much, perhaps, and worth it if it is longer than the moves.
+_SHORTENED = 4
 _LOOP = 32768  # elements that PyTorch gives a thread at least
-
-
-def native_threads() -> set[int]:
-    """The system's numbers of this process's threads."""
-    return {thread.id for thread in psutil.Process().threads()}
+_TASKS = Path("/proc/self/task")
 
 
 class Workers:
@@ -41,16 +39,16 @@ class Workers:
     priority gets nothing on a core that anything else computes on.
 
     Not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
-
-    Args:
-        threads: Those that came with the worker pools, workers among them.
     """
 
-    def __init__(self, threads: set[int]) -> None:
-        self._threads = threads
-        self._homes: dict[int, int] | None = None
+    def __init__(self) -> None:
+        self._homes: dict[int, int] | None = None  # the core of each worker that has to move
+        self._corner = -1  # the core of the one that has not
         self._away = False
+        self._out = 0.0  # seconds that the last move to the corner took
+        self._moves = math.inf  # there and back; the fastest, for it is not taken again while it seems too slow
         self._last: tuple[dict[str, float], str, float] | None = None
+        self._team: SecondTeam | None = None
 
     @contextlib.contextmanager
     def at_work(self, pauses: dict[str, float], name: str) -> Iterator[None]:
@@ -68,33 +66,38 @@ class Workers:
         try:
             yield
         finally:
-            self._last = (pauses, name, time.perf_counter())
             if torch.get_num_threads() > 1 and not torch.cuda.is_initialized():
-                homes = self._homes if self._homes is not None else self._find()
-                if pauses.get(name, math.inf) > _WORTH * len(homes):
-                    self._step_aside(homes)
+                if self._homes is None:
+                    self._homes, self._corner = _find()
+                if self._homes and pauses.get(name, math.inf) >= _SHORTENED * self._moves:
+                    self._step_aside(self._homes)
+            self._last = (pauses, name, time.perf_counter())
 
     def gather(self) -> None:
         """Each worker to its core, before a call."""
-        if self._away and self._homes is not None:
-            for thread, core in self._homes.items():
-                with contextlib.suppress(OSError):  # the core was taken from this process meanwhile
-                    os.sched_setaffinity(thread, {core})
-            self._away = False
+        if not self._away or self._homes is None:
+            return
+        begin = time.perf_counter()
+        for thread, core in list(self._homes.items()):
+            try:
+                os.sched_setaffinity(thread, {core})
+            except OSError as error:  # the core was taken from this process meanwhile
+                logger.warning("Core %d is not the operators' any more: %s", core, error)
+                del self._homes[thread]
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(thread, affinity())
+        self._away = False
+        self._moves = min(self._moves, self._out + time.perf_counter() - begin)
 
-    def _find(self) -> dict[int, int]:
-        """The core of each worker that has to move. They pin themselves, so not before the first call."""
-        self._homes = {}
-        try:
-            allowed = {thread: os.sched_getaffinity(thread) for thread in sorted(self._threads)}
-        except (OSError, AttributeError):  # a thread has ended; a system without affinities
-            return self._homes
-        pinned = {thread: next(iter(cores)) for thread, cores in allowed.items() if len(cores) == 1}
-        self._corner = next(iter(pinned.values()), 0)
-        self._homes = {thread: core for thread, core in pinned.items() if core != self._corner}
-        return self._homes
+    def end(self) -> None:
+        """The workers are about to end."""
+        if self._team is not None:
+            self._team.end()
 
     def _step_aside(self, homes: dict[int, int]) -> None:
+        if self._team is None:
+            self._team = SecondTeam()
+        begin = time.perf_counter()
         self._away = True  # before the first is moved: an interruption must not leave some of them there
         try:
             for thread in homes:
@@ -103,6 +106,25 @@ class Workers:
             self.gather()
             self._homes = {}
             logger.debug("The operators' workers stay on their cores between calls: %s", error)
+        self._out = time.perf_counter() - begin
+
+
+def _find() -> tuple[dict[int, int], int]:
+    """The workers, each with its core, but the one on whose core all of them will be; and that core.
+
+    kt-kernel calls them numa_0_m_0, numa_0_t_1, ... Some pin themselves a moment after they were made.
+    """
+    found: dict[int, int] = {}
+    allowed = affinity()
+    for thread in sorted(map(int, os.listdir(_TASKS))):
+        with contextlib.suppress(OSError):  # it has ended
+            if (_TASKS / str(thread) / "comm").read_text().startswith("numa_"):
+                cores = os.sched_getaffinity(thread)
+                if len(cores) == 1 and cores <= allowed:
+                    found[thread] = cores.pop()
+    corner = next(iter(found.values()), -1)
+    logger.debug("Of the operators' workers %d have a core that PyTorch's threads can have.", len(found))
+    return {thread: core for thread, core in found.items() if core != corner}, corner
 
 
 class SecondTeam:
@@ -115,13 +137,16 @@ class SecondTeam:
     def __init__(self) -> None:
         self._ended = threading.Event()
         ready = threading.Event()
-        self._master = threading.Thread(target=_hold, args=(ready, self._ended), name="kt_hf OpenMP", daemon=True)
-        self._master.start()
-        ready.wait()
+        threading.Thread(target=_hold, args=(ready, self._ended), name="kt_hf OpenMP", daemon=True).start()
+        try:
+            ready.wait()
+        except BaseException:  # KeyboardInterrupt
+            self.end()
+            raise
 
     def end(self) -> None:
+        """Without waiting for it: this may be called by the garbage collector, anywhere."""
         self._ended.set()
-        self._master.join()
 
 
 def _hold(ready: threading.Event, ended: threading.Event) -> None:

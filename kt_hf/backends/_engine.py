@@ -8,11 +8,9 @@ import os
 import weakref
 from typing import Any
 
-import torch
-
 from ..cpu import ThreadPlan, plan_threads
 from ..errors import KTAMXNotAvailableError
-from ._cores import SecondTeam, Workers, native_threads
+from ._cores import Workers
 from ._native_output import native_output_to_log, outlive_python
 
 logger = logging.getLogger(__name__)
@@ -48,13 +46,11 @@ class Engine:
         self.plan = plan
         self.pid = os.getpid()
         self.shared_cache = Cache()
-        # Of PyTorch's threads, where these have the cores between calls: one is left, where the workers are then.
-        self.torch_threads = plan_threads().workers
-        self._team = SecondTeam() if torch.get_num_threads() > 1 else None
-        before = native_threads()
+        self.workers = Workers()
+        # The most of PyTorch's threads where these have the cores between calls: the workers are on one of them then.
+        self.torch_threads = plan_threads(tp_enabled=False).workers
         with native_output_to_log(logger):
             self.cpu_infer = kt_kernel_ext.CPUInfer(pool_config(plan))
-        self.workers = Workers(native_threads() - before)
         outlive_python(self)
 
     kept = False  # destroyed by nobody any more: the interpreter ends, or this is a fork
@@ -66,8 +62,7 @@ class Engine:
         if self.kept:
             return  # at the interpreter's end even the imports below are gone
         try:
-            if self._team is not None:
-                self._team.end()
+            self.workers.end()
             with native_output_to_log(logger):
                 self.cpu_infer = None
         except Exception:

@@ -275,7 +275,8 @@ class KTKernelBackend:
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
-        with self._engine.workers.at_work(self._pauses, "forward"):
+        # A checkpointed layer's forward is followed by attention, its recompute by the backward.
+        with self._engine.workers.at_work(self._pauses, "saved forward" if save else "forward"):
             self._moe.forward_sft(
                 length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), save
             )

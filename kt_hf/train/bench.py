@@ -107,7 +107,7 @@ def measure_here(asked: Asked) -> list[Row]:
     """Measure in this process, whose worker threads are those of the first call."""
     kernel = asked.backend != "torch"
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if kernel else asked.threads)  # as in training
+    torch.set_num_threads(1 if kernel else asked.threads)  # the calls alone are timed
     rows: list[Row] = []
     layer: ExpertsBackend | None = None
     held: Tiers | None = None
