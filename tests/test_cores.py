@@ -20,6 +20,7 @@ import torch
 
 from kt_hf.backends import _cores
 from kt_hf.backends._cores import SecondTeam, Workers
+from kt_hf.backends._engine import Engine
 from kt_hf.cpu import affinity
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS
 from tests.families.patched import loss_of, trainable
@@ -173,7 +174,7 @@ def test_a_core_that_is_taken_from_the_process(
     for _ in range(2):
         assert call(workers, {}, pinned) == where(pinned) == [{CORES[0]}, affinity()]
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        f"Core {CORES[1]} is not the operators' any more: Invalid argument"
+        f"Core {CORES[1]} cannot be had any more (Invalid argument): its worker computes on any core."
     ]
 
 
@@ -270,22 +271,19 @@ def test_packing_and_new_lora_call_the_workers_home(mark: None, monkeypatch: pyt
     backend.set_lora(backend.lora_copy())
     assert calls == ["home", "update_lora_weights"]
     calls.clear()
-    model_to_train(KERNEL_BF16).get_base_model()
+    model_to_train(KERNEL_BF16)
     assert calls[0] == "home"
 
 
-@kernel
-def test_second_team_ends_with_the_engine(mark: None, three_torch_threads: None) -> None:
-    """Also where the last layer goes with a cycle that is collected while Python's list of threads is locked."""
-    model = model_to_train(KERNEL_BF16)
-    workers = model._kt_wrappers[0].backend.engine.workers
-    workers._team = team = SecondTeam()
-    held: list[Any] = [model]
-    held.append(held)
+def test_second_team_ends_with_the_engine(three_torch_threads: None) -> None:
+    """Also where it goes with a cycle that is collected while Python's list of threads is locked."""
+    engine: Any = Engine.__new__(Engine)  # without worker pools: those of other tests may be alive
+    engine.workers, engine.cpu_infer, engine.itself = Workers(), None, engine
+    engine.workers._team = team = SecondTeam()
     gc.disable()
     try:
-        del model, workers, held
         with threading._active_limbo_lock:  # type: ignore[attr-defined]
+            del engine
             gc.collect()
     finally:
         gc.enable()

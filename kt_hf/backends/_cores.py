@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 
 from ..cpu import affinity
@@ -82,7 +81,7 @@ class Workers:
             try:
                 os.sched_setaffinity(thread, {core})
             except OSError as error:  # the core was taken from this process meanwhile
-                logger.warning("Core %d is not the operators' any more: %s", core, error)
+                logger.warning("Core %d cannot be had any more (%s): its worker computes on any core.", core, error)
                 del self._homes[thread]
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread, affinity())
@@ -112,7 +111,7 @@ class Workers:
 def _find() -> tuple[dict[int, int], int]:
     """The workers, each with its core, but the one on whose core all of them will be; and that core.
 
-    kt-kernel calls them numa_0_m_0, numa_0_t_1, ... Some pin themselves a moment after they were made.
+    kt-kernel names them numa_0_m_0, numa_0_t_1, ... and pins them; looked for after a call, when all have begun.
     """
     found: dict[int, int] = {}
     allowed = affinity()
@@ -151,7 +150,7 @@ class SecondTeam:
 
 def _hold(ready: threading.Event, ended: threading.Event) -> None:
     try:
-        before, cores = torch.get_num_threads(), len(psutil.Process().cpu_affinity())
+        before, cores = torch.get_num_threads(), len(affinity())
         torch.set_num_threads(cores)
         try:
             torch.zeros(cores * _LOOP, dtype=torch.uint8, device="cpu").add_(1)

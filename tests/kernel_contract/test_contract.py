@@ -3,11 +3,15 @@
 Numbers in names are those of the rules in docs/kernel-contract.md.
 """
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.conftest import KERNEL_MARKS
 
+from . import operator as driver
 from .operator import Operator, error
 
 pytestmark = list(KERNEL_MARKS)
@@ -225,3 +229,13 @@ def test_zero_lora_b_equals_rank_zero_to_the_bit():
     with_lora.update_lora()
     batch = without.batch(64)
     assert torch.equal(with_lora.forward(*batch[:3]), without.forward(*batch[:3]))
+
+
+def test_workers_have_names_and_a_core_each():
+    """Or kt_hf cannot move them out of PyTorch's way: everything else would go on, slower."""
+    op = Operator()
+    op.forward(*op.batch(8)[:3])
+    tasks = [Path("/proc/self/task", number) for number in os.listdir("/proc/self/task")]
+    workers = [int(task.name) for task in tasks if (task / "comm").read_text().startswith("numa_")]
+    assert len(workers) == driver._engine.plan.workers
+    assert all(len(os.sched_getaffinity(worker)) == 1 for worker in workers)
