@@ -22,7 +22,7 @@ class ExpertsFunction(torch.autograd.Function):
         ids: [T, K] integers.
         weights: [T, K], floating.
         runner: The layer's `ExpertsRunner`, which holds the LoRA values already.
-        to_parameters: Turns the backend's six LoRA gradients into those of `lora`; told whether it may keep them.
+        to_parameters: Turns the backend's six LoRA gradients into those of `lora`.
         *lora: The LoRA parameters that the values were made of.
 
     Returns [T, H] in x's dtype and on its device.
@@ -35,7 +35,7 @@ class ExpertsFunction(torch.autograd.Function):
         ids: Tensor,
         weights: Tensor,
         runner: ExpertsRunner,
-        to_parameters: Callable[[tuple[Tensor, ...], bool], list[Tensor]],
+        to_parameters: Callable[[Gradients], list[Tensor]],
         *lora: Tensor,
     ) -> Tensor:
         out, ticket = runner.forward(x, ids, weights, save=True)
@@ -56,17 +56,16 @@ class ExpertsFunction(torch.autograd.Function):
         x, ids, weights, number = ctx.saved_tensors
         wanted, runner = ctx.needs_input_grad, ctx.runner
         lora: list[Tensor | None] = [None] * len(ctx.like)
-        with CALL_LOCK:  # until LoRA's gradients are out of the backend's buffers
+        with CALL_LOCK, torch.no_grad(), runner.quiet():
             gradients = runner.backward(ctx.ticket, int(number), x, ids, weights, grad_outputs[0], any(wanted[5:]))
             if any(wanted[5:]):
-                with torch.no_grad(), runner.quiet():
-                    if gradients.lora:
-                        made = runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2])
-                    else:
-                        made = _like(gradients, ctx.like)
-                    for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):
-                        if wanted[5 + i]:
-                            lora[i] = grad.to(device, dtype)
+                if gradients.lora:
+                    made = runner.parameter_gradients(gradients, ctx.to_parameters, ctx.like[0][2])
+                else:
+                    made = _like(gradients, ctx.like)
+                for i, (grad, (_, dtype, device)) in enumerate(zip(made, ctx.like, strict=True)):
+                    if wanted[5 + i]:
+                        lora[i] = grad.to(device, dtype)
         grad_x = to_device(gradients.hidden_states, x.device).to(x.dtype) if wanted[0] else None
         grad_weights = None
         if wanted[2]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ExpertsFunction
-from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, TorchBackend
+from .backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, Gradients, SavedLayer, TorchBackend
 from .backends.transfer import pin, to_device
 from .errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
 from .gradients import parameter_gradients
@@ -188,8 +188,8 @@ class KTExperts(nn.Module):
             dtypes = {tensor.dtype for tensor in lora}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-            def to_parameters(gradients: tuple[Tensor, ...], free: bool) -> list[Tensor]:
-                return parameter_gradients(gradients, made, free, dtype)
+            def to_parameters(gradients: Gradients) -> list[Tensor]:
+                return parameter_gradients(gradients, made, dtype)
 
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)

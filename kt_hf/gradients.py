@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from .backends import Gradients
 from .backends.recycled import empty
-from .backends.transfer import apart, joined
+from .backends.transfer import apart, b_of, joined
+
+# Of a projection and adapter: index of A among the six, first row, rank, scaling.
+LoraPart = tuple[int, int, int, float]
 
 
-def parameter_gradients(
-    gradients: tuple[Tensor, ...],
-    parts: list[tuple[int, int, int, float]],
-    free: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> list[Tensor]:
+def parameter_gradients(gradients: Gradients, parts: list[LoraPart], dtype: torch.dtype) -> list[Tensor]:
     """Gradients of A and B of each part, from the six of the padded backend tensors.
 
     Their memory is their own, one for all of them perhaps. They are in fp32, unless the six are of the parameters'
     dtype: nothing is to be gained then, for the scaling is multiplied in fp32 anyway and rounded.
 
     Args:
-        gradients: Six tensors [E, r, in] and [E, out, r], which the backend may overwrite later.
-        parts: Of each adapter and projection: index of A among the six, first row, rank, scaling (folded into B).
-        free: The six are memory that nobody else uses: what is in the right dtype need not be copied.
+        gradients: With LoRA's: six tensors [E, r, in] and [E, out, r].
+        parts: Of each adapter and projection; the scaling is folded into B.
         dtype: Of the parameters.
     """
-    target = dtype if gradients[0].dtype == dtype else torch.float32
-    held = joined(gradients)
-    whole = len(parts) == 3 and all(rank == gradients[index].shape[1] for index, _, rank, _ in parts)
-    if held is not gradients and whole and not (free and held[0].dtype == target):  # in one pass
-        flat = empty(tuple(held[0].shape), target, held[0].device).copy_(held[0])
-        gradients, free = apart(flat, [tensor.shape for tensor in gradients]), True
+    six = gradients.lora
+    target = dtype if six[0].dtype == dtype else torch.float32
+    free = gradients.lora_is_free and six[0].dtype == target
+    if len(parts) == 3 and all(rank == six[0].shape[1] for _, _, rank, _ in parts):
+        return _of_one_adapter(six, gradients.experts, [part[3] for part in parts], target, free)
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
-        for narrow in (gradients[index][:, offset : offset + rank], gradients[index + 1][:, :, offset : offset + rank]):
-            if free and narrow.dtype == target and narrow.is_contiguous():
+        for narrow in (six[index][:, offset : offset + rank], six[index + 1][:, :, offset : offset + rank]):
+            if free and narrow.is_contiguous():
                 made.append(narrow)
             else:
                 made.append(empty(tuple(narrow.shape), target, narrow.device).copy_(narrow))
         if scaling != 1.0:
             made[-1].mul_(scaling)
     return made
+
+
+def _of_one_adapter(
+    six: tuple[Tensor, ...], experts: Tensor | None, scalings: list[float], target: torch.dtype, free: bool
+) -> list[Tensor]:
+    """Of one adapter of the backend's rank on all projections: in as few passes as can be."""
+    free, flat = free and all(tensor.is_contiguous() for tensor in six), joined(six)
+    if experts is not None:
+        return _of_few(six, experts.tolist(), scalings, target, free)
+    if free:
+        made = six
+    elif flat is None:
+        made = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in six)
+    else:
+        flat = empty(tuple(flat.shape), target, flat.device).copy_(flat)
+        made = apart(flat, [tensor.shape for tensor in six])
+    if flat is not None and len(set(scalings)) == 1:
+        _scale(b_of(flat, six), scalings[0])
+    else:
+        for b, scaling in zip(made[1::2], scalings, strict=True):
+            _scale(b, scaling)
+    return list(made)
+
+
+def _of_few(
+    six: tuple[Tensor, ...], experts: list[int], scalings: list[float], target: torch.dtype, free: bool
+) -> list[Tensor]:
+    """The same where all other experts' are zero."""
+    made = six
+    if not free:
+        sizes = [tensor.shape for tensor in six]
+        made = apart(empty((sum(map(math.prod, sizes)),), target, six[0].device).zero_(), sizes)
+    for i, (mine, given) in enumerate(zip(made, six, strict=True)):
+        for e in experts:
+            if not free:
+                mine[e].copy_(given[e])
+            if i % 2:
+                _scale(mine[e], scalings[i // 2])
+    return list(made)
+
+
+def _scale(b: Tensor, scaling: float) -> None:
+    if scaling != 1.0:
+        b.mul_(scaling)

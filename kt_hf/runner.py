@@ -12,20 +12,23 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
 from .backends.finite import DOUBTS, all_finite, is_finite
-from .backends.transfer import joined, to_device, to_host
+from .backends.transfer import joined, six_to_device, to_device, to_host
 from .errors import KTAMXBackwardError, KTAMXForwardError
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
 logger = logging.getLogger(__name__)
 
 Check = Callable[[Gradients], tuple[Gradients, list[bool]]]  # `_checked`
+# So many values the CPU has looked through before a GPU has been asked to.
+_SMALL = 2**16
 
 
 class ExpertsRunner:
@@ -47,17 +50,12 @@ class ExpertsRunner:
         self.tokens = 0  # that gradients were computed for, and how many of them each expert got
         self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
 
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
         """No autocast, and no more threads of PyTorch's than a backend that has its own leaves cores for."""
-        with contextlib.ExitStack() as stack:
-            most = self.backend.torch_threads
-            if most is not None and torch.get_num_threads() > most:
-                stack.enter_context(_threads(most))
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+        most = self.backend.torch_threads
+        fewer = most if most is not None and torch.get_num_threads() > most else None
+        autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        return _quiet(fewer, autocast) if fewer or autocast else contextlib.nullcontext()
 
     @property
     def on_gpu(self) -> bool:
@@ -91,17 +89,17 @@ class ExpertsRunner:
         """
         with CALL_LOCK, torch.no_grad(), self.quiet():
             DOUBTS.settle()
-            given = self._prepared(x, ids, weights)
-            if save and in_backward() and self.retain:
-                known = self._recognise(*given)
+            if save and self.retain and in_backward():
+                known = self._recognise(*self._prepared(x, ids, weights))
                 if known is not None and known.retained is not None:
                     # Another alias: this one becomes the output of a graph that leads back to the ticket.
                     return to_device(known.retained.output.detach(), x.device), known
-            x, ids, weights = self._brought(given)
+            given = x.detach()
+            x, ids, weights = self._inputs(x, ids, weights)
             keep = save and (self.retain or in_backward())
             out, saved = self._compute(x, ids, weights, keep)
-            result = to_device(out, given[0].device)
-            self._check_finite(result, given[0])
+            result = to_device(out, given.device)
+            self._check_finite(out, result, given)
             if not save:
                 return result, None
             ticket = Ticket(self._values, saved, ids)
@@ -117,39 +115,39 @@ class ExpertsRunner:
         self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, lora: bool
     ) -> Gradients:
         """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it; LoRA's too
-        if `lora`. What the CPU computed is on x's device, unless x is empty or `grad_output` not finite."""
-        with CALL_LOCK, torch.no_grad(), self.quiet():
-            DOUBTS.settle()
-            if number != ticket.number and self._latest is not None and self._latest.number == number:
-                ticket, self._latest = self._latest, None
-            if x.shape[0] == 0:
-                return self._filled(0, ids.shape[1], 0.0)
-            grad_output, fine = self._brought_gradient(grad_output)
-            # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
-            if not fine:
-                return self._filled(x.shape[0], ids.shape[1], float("nan"))
-            values = ticket.values
-            if values is None:
-                raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
-            if values is not self._values:
-                if values.kept is None:
-                    raise KTAMXBackwardError(
-                        f"{self.label}: the LoRA values of this forward are lost. Please report this."
-                    )
-                self._swap(values, values.kept)
-            saved, check = ticket.saved, functools.partial(_checked, home=x.device, lora=lora)
-            if saved is not None and self.backend.can_backward(saved):
-                gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
-            else:
-                gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
-            if self.on_gpu:
-                found = all_finite(gradients.hidden_states, gradients.top_k_weights)
-                DOUBTS.ask(functools.partial(_not_finite, self.label, "its inputs"), found | ~all_finite(grad_output))
-            self.tokens += x.shape[0]
-            self.load += self._counted(ticket.ids.flatten() + 1)[1:]
-            if not graph_is_kept():
-                ticket.release()
-            return gradients
+        if `lora`. What the CPU computed is on x's device, unless x is empty or `grad_output` not finite.
+
+        The caller holds CALL_LOCK until LoRA's gradients are out of the backend's buffers, and is `quiet`.
+        """
+        DOUBTS.settle()
+        if number != ticket.number and self._latest is not None and self._latest.number == number:
+            ticket, self._latest = self._latest, None
+        if x.shape[0] == 0:
+            return self._filled(0, ids.shape[1], 0.0)
+        grad_output, fine = self._brought_gradient(grad_output)
+        # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
+        if not fine:
+            return self._filled(x.shape[0], ids.shape[1], float("nan"))
+        values = ticket.values
+        if values is None:
+            raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
+        if values is not self._values:
+            if values.kept is None:
+                raise KTAMXBackwardError(f"{self.label}: the LoRA values of this forward are lost. Please report this.")
+            self._swap(values, values.kept)
+        saved, check = ticket.saved, functools.partial(_checked, home=x.device, lora=lora)
+        if saved is not None and self.backend.can_backward(saved):
+            gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
+        else:
+            gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
+        if self.on_gpu:
+            found = all_finite(gradients.hidden_states, gradients.top_k_weights)
+            DOUBTS.ask(functools.partial(_not_finite, self.label, "its inputs"), found | ~all_finite(grad_output))
+        self.tokens += x.shape[0]
+        self.load += self._counted(ticket.ids.flatten() + 1)[1:]
+        if not graph_is_kept():
+            ticket.release()
+        return gradients
 
     def _counted(self, ids: Tensor) -> Tensor:
         """How often each of 0 … E is among the ids."""
@@ -205,16 +203,22 @@ class ExpertsRunner:
         return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
 
     def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, ids, weights = self._brought(self._prepared(x, ids, weights))
-        return x, ids, weights
+        """The model's inputs as the backend wants them, on its device."""
+        if self.on_gpu:
+            x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
+            return x, ids, weights
+        # Ids and weights are few: what is done with them takes the CPU less than launching it takes.
+        given = (x, ids, weights)
+        return self._prepared(*to_host(given, (self.backend.dtype, ids.dtype, weights.dtype)).wait())
 
     def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs as the backend wants them, still where the model has them, which costs a GPU nothing. Ids of no
-        local expert become -1, missing columns of K are filled."""
+        """The inputs as the backend wants them, but where they are. Ids of no local expert become -1, missing columns
+        of K are filled."""
         shape = self.backend.shape
         ids = ids.detach().to(torch.int64)
         ids = ids - shape.expert_offset if shape.expert_offset else ids
-        ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
+        if ids.is_cuda or not _within(ids, shape.num_experts):
+            ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
         weights = weights.detach().to(torch.float32)
         missing = shape.top_k - ids.shape[1]
         if missing > 0:
@@ -222,17 +226,13 @@ class ExpertsRunner:
             weights = torch.nn.functional.pad(weights, (0, missing))
         return x.detach().to(self.backend.dtype).contiguous(), ids.contiguous(), weights.contiguous()
 
-    def _brought(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Tensors of the model's on the backend's device."""
-        if not self.on_gpu:
-            return to_host(tensors, [tensor.dtype for tensor in tensors]).wait()
-        return tuple(to_device(tensor, self.backend.device) for tensor in tensors)
-
     def _brought_gradient(self, grad_output: Tensor) -> tuple[Tensor, bool]:
         """It on the backend's device in its dtype, and whether it is finite; taken for so on a GPU."""
         grad = grad_output.detach().to(self.backend.dtype).contiguous()
         if self.on_gpu:
             return to_device(grad, self.backend.device), True
+        if grad.is_cuda and grad.numel() <= _SMALL:
+            (grad,) = to_host((grad,), (grad.dtype,)).wait()
         if not grad.is_cuda:
             return grad, is_finite(grad)
         grad, fine = to_host((grad, all_finite(grad)), (grad.dtype, torch.bool)).wait()
@@ -244,38 +244,38 @@ class ExpertsRunner:
                 return ticket
         return None
 
-    def _check_finite(self, out: Tensor, x: Tensor) -> None:
-        label = self.label  # a check that is open must not keep the layer alive
+    def _check_finite(self, out: Tensor, result: Tensor, x: Tensor) -> None:
+        """Look through the output, `out` as the backend gave it and `result` where it is wanted, of the inputs x."""
+        label, dtype = self.label, self.backend.dtype  # a check that is open must not keep the layer alive
 
-        def error(input_finite: bool) -> KTAMXForwardError:
-            where = "its input was finite" if input_finite else "its input already was not"
+        def error() -> KTAMXForwardError:
+            where = "its input was finite" if is_finite(x.to(dtype)) else "its input already was not"
             return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
 
-        if out.is_cuda:
-            DOUBTS.ask(lambda seen: error(seen[1]), all_finite(out), all_finite(x))
+        if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
+            DOUBTS.ask(error, all_finite(result))
         elif not is_finite(out):
-            raise error(is_finite(x))
+            raise error()
 
     def parameter_gradients(
-        self,
-        gradients: Gradients,
-        to_parameters: Callable[[tuple[Tensor, ...], bool], list[Tensor]],
-        device: torch.device,
+        self, gradients: Gradients, to_parameters: Callable[[Gradients], list[Tensor]], device: torch.device
     ) -> list[Tensor]:
         """Those of the LoRA parameters, scaled, on `device`, where these live.
 
         Args:
             gradients: Of `backward`, LoRA's among them.
-            to_parameters: Makes them of the six tensors; told whether it may keep these.
+            to_parameters: Makes them of the backend's.
         """
-        raw, free, name = gradients.lora, gradients.lora_is_free, "an expert LoRA tensor"
-        if device.type != "cpu" and raw[0].device.type == "cpu":
-            raw, free = tuple(to_device(tensor, device) for tensor in raw), True
+        name = "an expert LoRA tensor"
+        if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
+            gradients = _lora_on(gradients, device)
+        flat, experts = joined(gradients.lora), gradients.experts
+        raw: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
         if raw[0].is_cuda:
             fine = all_finite(*raw)
             if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
                 fine = fine | ~all_finite(gradients.hidden_states)
-            made = to_parameters(raw, free)
+            made = to_parameters(gradients)
             if device.type != "cpu":
                 DOUBTS.ask(functools.partial(_not_finite, self.label, name), fine)
                 return made
@@ -283,10 +283,12 @@ class ExpertsRunner:
             if not fine:
                 raise _not_finite(self.label, name)
             return arrived
-        for tensor in joined(raw):  # before they are widened: half the memory to look through
+        if experts is not None:
+            raw = [tensor.index_select(0, experts) for tensor in gradients.lora]
+        for tensor in raw:  # before they are widened: half the memory to look through
             if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
                 raise _not_finite(self.label, name)
-        return to_parameters(raw, free)
+        return to_parameters(gradients)
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
@@ -300,17 +302,34 @@ def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Grad
     values are copied there, checked, widened and copied back in 1 ms, where such a core takes 5 to widen them.
     """
     hidden, weights = gradients.hidden_states, gradients.top_k_weights
-    found, free = gradients.lora if lora else (), gradients.lora_is_free
+    gradients = gradients if lora else Gradients(hidden, weights)
+    small, fine_weights = home.type != "cuda" or hidden.numel() <= _SMALL, is_finite(weights)
+    if small:
+        fine = is_finite(hidden)
     if home.type != "cuda":
-        return Gradients(hidden, weights, found, free), [is_finite(hidden), is_finite(weights)]
-    hidden, weights = to_device(hidden, home), to_device(weights, home)
-    fine = to_host([torch.stack((all_finite(hidden), all_finite(weights)))], [torch.bool])
-    if not free:
-        found, free = tuple(to_device(tensor, home) for tensor in found), True
-    return Gradients(hidden, weights, found, free), fine.wait()[0].tolist()
+        return gradients, [fine, fine_weights]
+    gradients = replace(gradients, hidden_states=to_device(hidden, home), top_k_weights=to_device(weights, home))
+    answer = None if small else to_host([all_finite(gradients.hidden_states)], [torch.bool])
+    if gradients.lora and not gradients.lora_is_free:
+        gradients = _lora_on(gradients, home)
+    return gradients, [fine if answer is None else bool(answer.wait()[0]), fine_weights]
 
 
-def _not_finite(label: str, name: str, _: object = None) -> KTAMXBackwardError:
+def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
+    """With LoRA's gradients copied from the CPU to a GPU."""
+    six = six_to_device(gradients.lora, device, gradients.experts)
+    return replace(gradients, lora=six, lora_is_free=True, experts=None)
+
+
+def _within(ids: Tensor, count: int) -> bool:
+    """Whether ids on the CPU are each in [0, count) or -1."""
+    if not ids.numel():
+        return True
+    low, high = ids.aminmax()
+    return int(low) >= -1 and int(high) < count
+
+
+def _not_finite(label: str, name: str) -> KTAMXBackwardError:
     return KTAMXBackwardError(
         f"{label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in was."
     )
@@ -328,11 +347,13 @@ def settle_checks() -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """PyTorch on so many threads."""
+def _quiet(threads: int | None, autocast: list[str]) -> Iterator[None]:
+    """PyTorch on so many threads, if any are given, and without autocast on these kinds of device."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
+    with contextlib.ExitStack() as stack:
+        if threads is not None:
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(threads)
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,16 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from kt_hf.backends import Gradients
+from kt_hf.backends.base import few_experts
 from kt_hf.backends.recycled import RECYCLED
-from kt_hf.backends.transfer import apart, joined
+from kt_hf.backends.transfer import apart, b_of, joined
 from kt_hf.gradients import parameter_gradients
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model
 from tests.helpers import MIXTRAL
+from tests.models import base_weights
+from tests.one_layer import expected_grads
+from tests.reference import assert_all_close
 
 E, R, H, I = 3, 8, 20, 12  # noqa: E741
 PARTS = [(0, 0, 4, 1.5), (0, 4, 3, 0.3), (2, 0, 8, 1.0), (4, 1, 2, 2.0)]
+
+
+def of(lora: tuple[Tensor, ...], free: bool = False, experts: Tensor | None = None) -> Gradients:
+    """Gradients of which only LoRA's are looked at."""
+    return Gradients(torch.empty(0), torch.empty(0), lora, free, experts)
 
 
 def six(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -31,7 +41,7 @@ def six(dtype: torch.dtype) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_slices_are_scaled_and_rounded_once(dtype: torch.dtype, wanted: torch.dtype, free: bool) -> None:
     given = six(dtype)
-    found = parameter_gradients(tuple(t.clone() for t in given), PARTS, free, wanted)
+    found = parameter_gradients(of(tuple(t.clone() for t in given), free), PARTS, wanted)
     expected = []
     for index, offset, rank, scaling in PARTS:
         expected.append(given[index][:, offset : offset + rank].float())
@@ -44,34 +54,100 @@ def test_slices_are_scaled_and_rounded_once(dtype: torch.dtype, wanted: torch.dt
 
 def test_they_are_in_memory_of_their_own() -> None:
     given = six(torch.bfloat16)
-    found = parameter_gradients(given, PARTS, False, torch.bfloat16)
+    found = parameter_gradients(of(given), PARTS, torch.bfloat16)
     kept = [t.clone() for t in found]
     for tensor in given:
         tensor.add_(1)
     assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
+def together(given: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The same in one memory, and that."""
+    flat = torch.empty(sum(t.numel() for t in given), dtype=given[0].dtype)
+    views = apart(flat, [t.shape for t in given])
+    for view, value in zip(views, given, strict=True):
+        view.copy_(value)
+    return views, flat
+
+
+@pytest.mark.parametrize("scalings", [(2.0, 2.0, 2.0), (1.5, 1.0, 2.0)])
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
-def test_those_that_lie_together_are_made_in_one_pass(wanted: torch.dtype, free: bool) -> None:
+def test_those_that_lie_together_are_made_in_one_pass(
+    wanted: torch.dtype, free: bool, scalings: tuple[float, ...]
+) -> None:
     """An operator's six gradients, for one adapter of the rank it was built for."""
     apart_ones = six(torch.bfloat16)
-    flat = torch.cat([t.flatten() for t in apart_ones])
-    given = apart(flat, [t.shape for t in apart_ones])
-    parts = [(0, 0, R, 1.5), (2, 0, R, 1.0), (4, 0, R, 2.0)]
-    found = parameter_gradients(given, parts, free, wanted)
-    assert joined(found) is not found, "one memory"
+    given, flat = together(apart_ones)
+    parts = [(2 * i, 0, R, scaling) for i, scaling in enumerate(scalings)]
+    found = parameter_gradients(of(given, free), parts, wanted)
+    assert joined(found) is not None
     assert (found[0].data_ptr() == flat.data_ptr()) == (free and wanted == torch.bfloat16)
-    for one, other in zip(found, parameter_gradients(apart_ones, parts, False, wanted), strict=True):
+    for one, other in zip(found, parameter_gradients(of(apart_ones), parts, wanted), strict=True):
         assert one.dtype == wanted
         assert one.is_contiguous()
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_those_of_a_few_experts(dtype: torch.dtype, free: bool) -> None:
+    """The same as if all were looked at; what lies in the rows of other experts is not."""
+    few, parts = torch.tensor([0, 2]), [(2 * i, 0, R, scaling) for i, scaling in enumerate((2.0, 1.0, 0.3))]
+    given = six(dtype)
+    for tensor in given:
+        tensor[1] = 0
+    exact = parameter_gradients(of(given), parts, torch.float32)
+    handed = tuple(t.clone() for t in given)
+    found = parameter_gradients(of(handed, free, few), parts, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    kept = free and dtype == torch.float32
+    assert (found[0].data_ptr() == handed[0].data_ptr()) == kept
+    assert kept or all(torch.equal(a, b) for a, b in zip(handed, given, strict=True))
+    narrow = parameter_gradients(of(given, False, few), PARTS, torch.float32)
+    assert all(
+        torch.equal(a, b) for a, b in zip(narrow, parameter_gradients(of(given), PARTS, torch.float32), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "few"),
+    [
+        ([[5, 2], [2, -1]], [2, 5]),
+        ([[-1, -1]], []),
+        ([[0, 1], [2, 3]], None),
+        ([[0, 1], [-1, 1]], [0, 1]),
+    ],
+)
+def test_few_experts_are_a_quarter_at_most(ids: list[list[int]], few: list[int] | None) -> None:
+    found = few_experts(torch.tensor(ids), 8)
+    assert (None if found is None else found.tolist()) == few
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(
+    "case", [pytest.param(TORCH_BF16, id="torch"), pytest.param(KERNEL_BF16, marks=KERNEL_MARKS, id="AMXBF16")]
+)
+def test_a_layer_of_which_few_experts_are_reached(case: Case, tokens: int) -> None:
+    """Few at first, then all, then few again: the operators' buffers hold what earlier calls left."""
+    layer = adapted_model(MIXTRAL, case)._kt_wrappers[0]
+    base, lora = base_weights(MIXTRAL(case.dtype))[0], random_lora(MIXTRAL)
+    set_lora(layer, lora)
+    for ids in ([3, 5], None, [0, 5]):
+        x = make_inputs(MIXTRAL, tokens if ids else 64, case.dtype)
+        if ids:
+            x.ids[:] = torch.tensor(ids)
+        found = forward_backward(layer, x).grads
+        assert_all_close(found, expected_grads(x, base, lora), case.grad)
+        for name in lora if ids else ():
+            reached = found[name].flatten(1).abs().sum(1).nonzero().flatten().tolist()
+            assert reached == ids, name
+
+
 def test_large_ones_are_made_in_memory_that_is_used_again() -> None:
     RECYCLED.release()
     given = torch.ones(4, 8, 2**15, dtype=torch.bfloat16), torch.ones(4, 2**15, 8, dtype=torch.bfloat16)
-    found = parameter_gradients(given, [(0, 0, 8, 2.0)])
+    found = parameter_gradients(of(given), [(0, 0, 8, 2.0)], torch.float32)
     sizes = [tensor.nbytes for tensor in found]
     del found
     gc.collect()
@@ -80,12 +156,16 @@ def test_large_ones_are_made_in_memory_that_is_used_again() -> None:
 
 
 def test_what_does_not_lie_together_is_left_apart() -> None:
-    flat = torch.arange(24.0)
-    a, b, c = apart(flat, [(2, 3), (4,), (2, 7)])
-    assert torch.equal(joined([a, b, c])[0], flat)
-    assert torch.equal(joined([b, c])[0], flat[6:])
-    for given in ([a, c], [b, a], [a, b.clone()], [a.t(), b], [a, b.view(torch.int32)]):
-        assert joined(given) is given
+    given, flat = together(six(torch.float32))
+    whole = joined(given)
+    assert whole is not None
+    assert whole.data_ptr() == flat.data_ptr()
+    assert torch.equal(whole, flat)
+    assert torch.equal(b_of(flat, given), torch.cat([b.flatten() for b in given[1::2]]))
+    a, *others = given
+    for first in (a.clone(), a.transpose(1, 2), a.view(torch.int32), others[1]):
+        assert joined((first, *others)) is None
+    assert joined((a, others[0].clone(), *others[1:])) is None
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_inputs_are_recognised_wherever_they_lie(offset: int) -> None:
 def test_the_first_that_failed_is_told_and_the_others_forgotten() -> None:
     doubts = Doubts()
     for name, fine in (("a", True), ("b", False), ("c", False)):
-        doubts.ask(lambda seen, name=name: ValueError(f"{name} {seen}"), torch.tensor(fine), torch.tensor(True))
-    with pytest.raises(ValueError, match=r"b \[False, True\]"):
+        doubts.ask(lambda name=name: ValueError(name), torch.tensor(fine))
+    with pytest.raises(ValueError, match="b"):
         doubts.settle()
     doubts.settle(wait=True)

@@ -40,24 +40,19 @@ class Doubts:
     """
 
     def __init__(self) -> None:
-        self._open: list[tuple[Arriving, Callable[[list[bool]], Exception]]] = []
+        self._open: list[tuple[Arriving, Callable[[], Exception]]] = []
 
-    def ask(self, error: Callable[[list[bool]], Exception], *fine: Tensor) -> None:
-        """Raise `error` some time later unless the first of the bools `fine` ([], on one device) is true.
-
-        Args:
-            error: Makes it; told all of them.
-        """
-        self._open.append((to_host([torch.stack(fine)], [torch.bool]), error))
+    def ask(self, error: Callable[[], Exception], fine: Tensor) -> None:
+        """Raise `error`, which makes it, some time later unless the bool `fine` [] is true."""
+        self._open.append((to_host([fine], [torch.bool]), error))
 
     def settle(self, wait: bool = False) -> None:
         """Look at the answers that are here; with `wait`, at all."""
         while self._open and (wait or self._open[0][0].here):
             answer, error = self._open.pop(0)
-            seen = answer.wait()[0].tolist()
-            if not seen[0]:
+            if not answer.wait()[0]:
                 self._open.clear()  # what comes after is its consequence
-                raise error(seen)
+                raise error()
 
 
 # Of all layers of the process, for the first one that failed is the one to name.

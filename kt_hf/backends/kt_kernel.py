@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..cpu import ThreadPlan, cpu_features
 from ..errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
+from ._cores import Pause
 from ._engine import Cache, Engine
 from ._native_output import native_output_to_log, outlive_python
-from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
+from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved, few_experts
 from .gate_overflow import careful_backward
 from .operators import OPERATORS, most_tokens, shape_problem
 from .saved import SavedLayer, check_saved, folder_to_load, folder_to_save
-from .transfer import apart, host_empty, to_host, wait_until_read
+from .transfer import apart, host_empty, to_host, wait_until_read, written_again
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def availability() -> Availability:
 class _KernelSaved(Saved):
     generation: int
     tokens: int
+    ids: Tensor
 
 
 class KTKernelBackend:
@@ -137,7 +139,7 @@ class KTKernelBackend:
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
-        self._pauses: dict[str, float] = {}
+        self._pauses: dict[str, Pause] = {}
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe: Any = None
         outlive_python(self)
@@ -283,7 +285,7 @@ class KTKernelBackend:
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
-        return out, _KernelSaved(self._cache.holds, T)
+        return out, _KernelSaved(self._cache.holds, T, ids)
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
@@ -300,9 +302,10 @@ class KTKernelBackend:
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
             if torch.cuda.is_initialized():  # pinned: the sum would be rounded up to a power of two
-                self._grads = tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes)
+                self._grads = written_again(tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes))
             else:
-                self._grads = apart(host_empty((sum(map(math.prod, sizes)),), torch.bfloat16).zero_(), sizes)
+                flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.bfloat16, device="cpu")
+                self._grads = apart(flat, sizes)
         wait_until_read(self._grads)  # copies to a GPU, of the backward before
         grad_input = host_empty((T, H), torch.bfloat16)
         grad_weights = host_empty((T, K), torch.float32)
@@ -315,7 +318,8 @@ class KTKernelBackend:
             self._moe.backward(
                 grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
             )
-        return Gradients(grad_input, grad_weights, self._grads)
+        experts = few_experts(saved.ids, self.shape.num_experts) if self.max_rank else None
+        return Gradients(grad_input, grad_weights, self._grads, experts=experts)
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
         return careful_backward(self, x, ids, weights, grad_output, bad)
@@ -335,9 +339,10 @@ class KTKernelBackend:
         _check(weights, "top_k_weights", (T, K), torch.float32, self.label, KTAMXForwardError)
         if self.max_len < T:
             raise KTAMXForwardError(f"{self.label}: {T} tokens in a call, at most kt_max_len={self.max_len}.")
-        if T and not (int(ids.min()) >= -1 and int(ids.max()) < self.shape.num_experts):
+        low, high = (int(end) for end in ids.aminmax()) if T else (-1, -1)
+        if low < -1 or high >= self.shape.num_experts:
             raise KTAMXForwardError(
-                f"{self.label}: top_k_index has ids from {int(ids.min())} to {int(ids.max())}; "
+                f"{self.label}: top_k_index has ids from {low} to {high}; "
                 f"allowed are -1 (no expert) and 0 to {self.shape.num_experts - 1}."
             )
         return T, K

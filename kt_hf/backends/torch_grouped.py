@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
-from .base import ExpertShape, ExpertWeights, Gradients, Saved
+from .base import ExpertShape, ExpertWeights, Gradients, Saved, few_experts
 from .recycled import empty, empty_rows
 from .transfer import apart
 
@@ -48,6 +48,7 @@ class _Groups:
     order: Tensor
     tokens: Tensor
     spans: list[tuple[int, int, int]]  # expert, first row, row after the last
+    few: Tensor | None  # the experts, if they are few
     place: Tensor | None
     S: int
     T: int
@@ -178,7 +179,7 @@ class TorchBackend:
         I = self.shape.intermediate_size  # noqa: E741
         r = lora.rank if lora else 0
         grad = groups.taken(grad_output.to(self._math))
-        grads = self._zero_gradients(r) if lora else ()
+        grads = self._new_gradients(r, groups) if lora else ()
         scratch = self._scratch()
         dx, dw = (
             empty_rows(grad.shape[0], grad),
@@ -213,14 +214,14 @@ class TorchBackend:
                 grads[3][e] = du.t() @ saved.xa[rows, r:]
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
         grad_weights.index_copy_(0, groups.order, groups.gathered(dw.unsqueeze(1)).squeeze(1))
-        return Gradients(
-            self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads, lora_is_free=True
-        )
+        hidden = self._sum_by_token(dx, groups)
+        return Gradients(hidden, grad_weights.view(groups.T, groups.K), grads, lora_is_free=True, experts=groups.few)
 
-    def _zero_gradients(self, rank: int) -> tuple[Tensor, ...]:
-        """The six of LoRA, in fp32, one after the other in one memory."""
+    def _new_gradients(self, rank: int, groups: _Groups) -> tuple[Tensor, ...]:
+        """The six of LoRA in fp32 and in one memory, zero where an expert has no rows."""
         sizes = self.shape.lora_shapes(rank)
-        return apart(empty((sum(map(math.prod, sizes)),), torch.float32, self.device).zero_(), sizes)
+        flat = empty((sum(map(math.prod, sizes)),), torch.float32, self.device)
+        return apart(flat if len(groups.spans) == self.shape.num_experts else flat.zero_(), sizes)
 
     def _group(self, ids: Tensor) -> _Groups:
         T, K = ids.shape
@@ -240,7 +241,8 @@ class TorchBackend:
             moved, counted = (torch.tensor(values, device="cpu") for values in (shift, held))
             place = torch.arange(S, device="cpu") + moved.repeat_interleave(counted)
             S = starts[-1]
-        return _Groups(order, tokens, spans, place, S, T, K)
+        few = few_experts(ids, self.shape.num_experts) if self.device.type == "cpu" else None
+        return _Groups(order, tokens, spans, few, place, S, T, K)
 
     def _scratch(self) -> Tensor | None:
         """Memory for one widened weight, where they are."""

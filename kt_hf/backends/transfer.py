@@ -14,26 +14,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# How six LoRA tensors lie in one memory: the A of all projections before the B, so that these are scaled in one pass.
+_IN_MEMORY = (0, 2, 4, 1, 3, 5)
 
-def joined(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One flat tensor of them all, if they lie one after the other in one memory; else they themselves."""
-    first, at = tensors[0], tensors[0].storage_offset()
-    for tensor in tensors:
+
+def apart(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Six LoRA tensors of these sizes, views of a flat one."""
+    pieces = flat.split([math.prod(sizes[i]) for i in _IN_MEMORY])
+    views = {i: piece.view(tuple(sizes[i])) for i, piece in zip(_IN_MEMORY, pieces, strict=True)}
+    return tuple(views[i] for i in range(len(sizes)))
+
+
+def joined(six: Sequence[Tensor]) -> Tensor | None:
+    """The flat tensor that six LoRA tensors are views of, as `apart` makes them; None if they are not."""
+    first = six[0]
+    memory, at = first.untyped_storage().data_ptr(), first.storage_offset()
+    for i in _IN_MEMORY:
+        tensor = six[i]
         if (
             tensor.storage_offset() != at
             or tensor.dtype != first.dtype
             or not tensor.is_contiguous()
-            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or tensor.untyped_storage().data_ptr() != memory
         ):
-            return tensors
+            return None
         at += tensor.numel()
-    return (first.as_strided((at - first.storage_offset(),), (1,)),)
+    return first.as_strided((at - first.storage_offset(),), (1,))
 
 
-def apart(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Views of a flat tensor, one after the other, of these sizes."""
-    pieces = flat.split([math.prod(size) for size in sizes])
-    return tuple(piece.view(tuple(size)) for piece, size in zip(pieces, sizes, strict=True))
+def b_of(flat: Tensor, six: Sequence[Tensor]) -> Tensor:
+    """The part of their flat tensor that the B of all projections are."""
+    return flat[sum(tensor.numel() for tensor in six[::2]) :]
 
 
 def host_empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -99,7 +110,7 @@ def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequ
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on `device` in `dtype` (None keeps its own); to a GPU without waiting for the copy.
 
-    From pinned memory that its owner writes to again, `wait_until_read` tells the owner when it may.
+    Where the owner of pinned memory writes to it again (`written_again`), `wait_until_read` tells it when it may.
     """
     dtype = dtype or tensor.dtype
     if device.type != "cuda" or tensor.is_cuda:
@@ -110,14 +121,57 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
         source = torch.empty(tensor.shape, dtype=narrow, device="cpu", pin_memory=True).copy_(tensor)
     moved = source.to(device, non_blocking=True)
     if source is tensor:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-        tensor._kt_read = event  # type: ignore[attr-defined]
+        _note_read((tensor,), device)
     return moved.to(dtype)
 
 
+def six_to_device(six: Sequence[Tensor], device: torch.device, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU; copies of pinned ones are not waited for.
+
+    Args:
+        rows: [n] int64, on the CPU: those of each that are copied, for all others are zero.
+    """
+    sizes = [tensor.shape for tensor in six]
+    count, dtype = sum(map(math.prod, sizes)), six[0].dtype
+    if rows is not None:
+        there = apart(torch.zeros(count, dtype=dtype, device=device), sizes)
+        few = [(len(rows), *size[1:]) for size in sizes]
+        source = host_empty((sum(map(math.prod, few)),), dtype)
+        for whole, own in zip(six, apart(source, few), strict=True):
+            torch.index_select(whole, 0, rows, out=own)
+        at = to_device(rows, device)
+        for whole, own in zip(there, apart(source.to(device, non_blocking=True), few), strict=True):
+            whole.index_copy_(0, at, own)
+        return there
+    flat = joined(six)
+    if flat is not None:
+        there = apart(flat.to(device, non_blocking=True), sizes)
+    else:
+        there = apart(torch.empty(count, dtype=dtype, device=device), sizes)
+        for tensor, own in zip(six, there, strict=True):
+            own.copy_(tensor, non_blocking=True)
+    _note_read(six, device)
+    return there
+
+
+def written_again(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Have copies to a GPU from these very tensors noted, for `wait_until_read`."""
+    for tensor in tensors:
+        tensor._kt_read = None  # type: ignore[attr-defined]
+    return tensors
+
+
+def _note_read(tensors: Sequence[Tensor], device: torch.device) -> None:
+    noted = [tensor for tensor in tensors if hasattr(tensor, "_kt_read")]
+    if noted:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        for tensor in noted:
+            tensor._kt_read = event
+
+
 def wait_until_read(tensors: Sequence[Tensor]) -> None:
-    """Wait for the copies that `to_device` has begun from these very tensors."""
+    """Wait for the copies to a GPU that have begun from these very tensors."""
     for tensor in tensors:
         event = getattr(tensor, "_kt_read", None)
         if event is not None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kt_hf import runner
 from kt_hf.backends.finite import Doubts, all_finite
-from kt_hf.backends.transfer import host_empty, to_device, to_host, wait_until_read
+from kt_hf.backends.transfer import apart, host_empty, six_to_device, to_device, to_host, wait_until_read, written_again
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.gpu.conftest import on_gpu
@@ -58,10 +59,35 @@ def test_to_device() -> None:
             assert torch.equal(moved.cpu(), source.to(dtype or source.dtype))
 
 
+SIZES = [(8, 4, 300), (8, 50, 4), (8, 4, 300), (8, 50, 4), (8, 4, 50), (8, 300, 4)]
+
+
+@pytest.mark.parametrize("rows", [None, [1, 6], []])
+@pytest.mark.parametrize("how", ["pinned", "together", "pageable"])
+def test_six_to_device(how: str, rows: list[int] | None) -> None:
+    """Owned by somebody who writes to them again at once, while the GPU is busy yet."""
+    six = tuple(torch.randn(size).bfloat16() for size in SIZES)
+    for tensor in six:
+        tensor[[e for e in range(8) if rows is not None and e not in rows]] = 0
+    expected = [t.clone() for t in six]
+    if how == "together":
+        six = apart(torch.cat([six[i].flatten() for i in (0, 2, 4, 1, 3, 5)]), SIZES)
+    elif how == "pinned":
+        six = tuple(host_empty(size, torch.bfloat16).copy_(t) for size, t in zip(SIZES, six, strict=True))
+    six = written_again(six)
+    torch.cuda._sleep(100_000_000)
+    there = six_to_device(six, torch.device("cuda"), None if rows is None else torch.tensor(rows, dtype=torch.int64))
+    wait_until_read(six)
+    for tensor in six:
+        tensor.fill_(7)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(there, expected, strict=True))
+    assert len({t.untyped_storage().data_ptr() for t in there}) == 1
+
+
 def test_a_buffer_is_not_overwritten_in_flight() -> None:
     """Its owner waits, though the GPU gets to the copy late."""
     torch.zeros(1, device="cuda")
-    buffer = host_empty((1 << 22,), torch.float32).fill_(1)
+    (buffer,) = written_again((host_empty((1 << 22,), torch.float32).fill_(1),))
     assert buffer.is_pinned()
     torch.cuda._sleep(100_000_000)
     moved = to_device(buffer, torch.device("cuda"))
@@ -72,23 +98,33 @@ def test_a_buffer_is_not_overwritten_in_flight() -> None:
 
 def test_doubts_come_late_and_surely() -> None:
     doubts = Doubts()
-    doubts.ask(lambda _: ValueError("fine"), all_finite(torch.ones(3, device="cuda")))
+    doubts.ask(lambda: ValueError("fine"), all_finite(torch.ones(3, device="cuda")))
     doubts.settle(wait=True)
-    doubts.ask(lambda _: ValueError("NaN"), all_finite(torch.tensor([1, float("nan")], device="cuda")))
+    doubts.ask(lambda: ValueError("NaN"), all_finite(torch.tensor([1, float("nan")], device="cuda")))
     with pytest.raises(ValueError, match="NaN"):
         doubts.settle(wait=True)
     doubts.settle(wait=True)
 
 
+@pytest.fixture(params=["looked through by the CPU", "by the GPU"])
+def results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks whether results of the CPU are finite: tiny models' are always small."""
+    if request.param == "by the GPU":
+        monkeypatch.setattr(runner, "_SMALL", 0)
+
+
+@pytest.mark.parametrize("tokens", [64, 1])
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize("gpu", [[1, 4, 6], []], ids=["split", "all on the CPU"])
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_waits_in_secret(case: Case, gpu: list[int], where: str, no_hidden_waits: None) -> None:
+def test_nothing_waits_in_secret(
+    case: Case, gpu: list[int], where: str, tokens: int, results: None, no_hidden_waits: None
+) -> None:
     """Forward and backward of a layer wait by events alone, once each way."""
     model = split_model(case, gpu, kt_moe_lora_device=where).cuda()
     layer = model._kt_wrappers[0]
     set_lora(layer, {name: v.to("cuda" if where == "gpu" else "cpu") for name, v in random_lora(MIXTRAL).items()})
-    x = on_gpu(make_inputs(MIXTRAL, 64, case.dtype))
+    x = on_gpu(make_inputs(MIXTRAL, tokens, case.dtype))
     forward_backward(layer, x)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -102,13 +138,14 @@ def test_nothing_waits_in_secret(case: Case, gpu: list[int], where: str, no_hidd
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize("gpu", [[1, 4, 6], []], ids=["split", "all on the CPU"])
 @pytest.mark.parametrize("case", CASES)
-def test_many_backwards_without_a_wait_between(case: Case, gpu: list[int], where: str) -> None:
-    """Each one's gradients are its own, though the GPU lags behind and buffers are used again."""
+def test_many_backwards_without_a_wait_between(case: Case, gpu: list[int], where: str, results: None) -> None:
+    """Each one's gradients are its own, though the GPU lags behind and buffers are used again; few experts are reached
+    by every other."""
     model = split_model(case, gpu, kt_moe_lora_device=where).cuda()
     layer, lora = model._kt_wrappers[0], random_lora(MIXTRAL)
     base = base_weights(MIXTRAL(case.dtype))[0]
     set_lora(layer, {name: v.to("cuda" if where == "gpu" else "cpu") for name, v in lora.items()})
-    inputs = [make_inputs(MIXTRAL, 30 + seed, case.dtype, seed) for seed in range(6)]
+    inputs = [make_inputs(MIXTRAL, 1 if seed % 2 else 30 + seed, case.dtype, seed) for seed in range(6)]
     there = [on_gpu(x) for x in inputs]
     found = []
     for x in there:
