@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from kt_hf._huge_pages import VARIABLE, huge_pages
 from kt_hf.cpu import affinity, physical_cores
 
 RESULTS = Path(__file__).parent / "results.csv"
@@ -67,6 +68,13 @@ def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def with_pages(label: str) -> str:
+    """The label of a shape or model, with `huge pages` where PyTorch's tensors on the CPU get them."""
+    asked = os.environ.get(VARIABLE) == "1" or "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
+    here = huge_pages()
+    return label.replace(" r=", " huge pages r=") if here == "always" or (asked and here == "madvise") else label
 
 
 def parser(description: str | None, runs: int) -> argparse.ArgumentParser:

@@ -18,6 +18,9 @@ what is timed; the bare operators' stay on the CPU. Stock is left out, for it wo
 
     kt-lora-gpu  as kt, with the LoRA parameters on the GPU too
 
+Started with THP_MEM_ALLOC_ENABLE=1, PyTorch's memory of all cases is in pages of 2 MB where Linux gives them for the
+asking; so it is by `kt-hf`, and for everybody where it gives them always. The rows say `huge pages` then.
+
 Each case is a process of its own and they take turns, the others stopped; where memory does not hold them all, each
 is started anew for its turn. A case whose run takes more than eight seconds is run once.
 """
@@ -25,7 +28,7 @@ is started anew for its turn. A case whose run takes more than eight seconds is 
 from __future__ import annotations
 
 from cases import builds
-from harness import append, describe, parser
+from harness import append, describe, parser, with_pages
 from processes import take_turns
 from shapes import fitting
 from sizes import SIZES
@@ -54,7 +57,7 @@ def main() -> None:
         # Twice the experts is what a case holds on average; activations of the longest batch beside them.
         held = 2 * shape.bytes + 8 * max(given.tokens) * shape.K * (shape.H + shape.inner) * 2
         keep = len(processes) * held < 0.8 * available_memory()
-        label = shape.label(rank)
+        label = with_pages(shape.label(rank))
         if given.device == "cuda":
             label = label.replace(" r=", " inputs=GPU r=")
         print(f"{label}{'' if keep else ', a process a turn'}", flush=True)

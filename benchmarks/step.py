@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # the optimizer's first step would import it, in each process anew
-from harness import append, cores, describe, parser, timed
+from harness import append, cores, describe, parser, timed, with_pages
 from peer import peer_model, settings
 from peft import LoraConfig, get_peft_model
 from processes import Build, Run, Worker, take_turns
@@ -175,6 +175,7 @@ def main() -> None:
                     timing.threads = 1  # what its KTConfig chooses
                 if case == "operators-all":
                     timing.threads = cores()
+            label = with_pages(label)
             append("step", label, tokens, 0, found, given.save)
             print(f"{label}, T={tokens}")
             for case, timing in found.items():

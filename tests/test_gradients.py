@@ -117,6 +117,7 @@ def test_those_of_a_few_experts(dtype: torch.dtype, free: bool) -> None:
         ([[-1, -1]], []),
         ([[0, 1], [2, 3]], None),
         ([[0, 1], [-1, 1]], [0, 1]),
+        ([[0, 1]] * 5, None),
     ],
 )
 def test_few_experts_are_a_quarter_at_most(ids: list[list[int]], few: list[int] | None) -> None:
@@ -124,7 +125,7 @@ def test_few_experts_are_a_quarter_at_most(ids: list[list[int]], few: list[int] 
     assert (None if found is None else found.tolist()) == few
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 4])
 @pytest.mark.parametrize(
     "case", [pytest.param(TORCH_BF16, id="torch"), pytest.param(KERNEL_BF16, marks=KERNEL_MARKS, id="AMXBF16")]
 )

@@ -100,7 +100,12 @@ _FEW = 4
 
 
 def few_experts(ids: Tensor, num_experts: int) -> Tensor | None:
-    """[n] int64: the experts among ids [T, K] (-1 is none), ascending, both on the CPU; None if they are not few."""
+    """[n] int64: the experts among ids [T, K] (-1 is none), ascending, both on the CPU; None if they are not few.
+
+    More ids than experts are not looked through.
+    """
+    if ids.numel() > num_experts:
+        return None
     reached = torch.bincount(ids.flatten() + 1, minlength=num_experts + 1)[1:].nonzero().flatten()
     return reached if _FEW * len(reached) <= num_experts else None
 
