@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ def parameter_gradients(gradients: Gradients, parts: list[LoraPart], dtype: torc
     target = dtype if six[0].dtype == dtype else torch.float32
     free = gradients.lora_is_free and six[0].dtype == target
     if len(parts) == 3 and all(rank == six[0].shape[1] for _, _, rank, _ in parts):
-        return _of_one_adapter(six, gradients.experts, [part[3] for part in parts], target, free)
+        return _of_one_adapter(six, [part[3] for part in parts], target, free)
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
         for narrow in (six[index][:, offset : offset + rank], six[index + 1][:, :, offset : offset + rank]):
@@ -43,14 +41,10 @@ def parameter_gradients(gradients: Gradients, parts: list[LoraPart], dtype: torc
     return made
 
 
-def _of_one_adapter(
-    six: tuple[Tensor, ...], experts: Tensor | None, scalings: list[float], target: torch.dtype, free: bool
-) -> list[Tensor]:
+def _of_one_adapter(six: tuple[Tensor, ...], scalings: list[float], target: torch.dtype, free: bool) -> list[Tensor]:
     """Of one adapter of the backend's rank on all projections: in as few passes as can be."""
-    free, flat = free and all(tensor.is_contiguous() for tensor in six), joined(six)
-    if experts is not None:
-        return _of_few(six, experts.tolist(), scalings, target, free)
-    if free:
+    flat = joined(six)
+    if free and all(tensor.is_contiguous() for tensor in six):
         made = six
     elif flat is None:
         made = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in six)
@@ -62,23 +56,6 @@ def _of_one_adapter(
     else:
         for b, scaling in zip(made[1::2], scalings, strict=True):
             _scale(b, scaling)
-    return list(made)
-
-
-def _of_few(
-    six: tuple[Tensor, ...], experts: list[int], scalings: list[float], target: torch.dtype, free: bool
-) -> list[Tensor]:
-    """The same where all other experts' are zero."""
-    made = six
-    if not free:
-        sizes = [tensor.shape for tensor in six]
-        made = apart(empty((sum(map(math.prod, sizes)),), target, six[0].device).zero_(), sizes)
-    for i, (mine, given) in enumerate(zip(made, six, strict=True)):
-        for e in experts:
-            if not free:
-                mine[e].copy_(given[e])
-            if i % 2:
-                _scale(mine[e], scalings[i // 2])
     return list(made)
 
 

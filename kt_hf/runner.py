@@ -269,7 +269,7 @@ class ExpertsRunner:
         name = "an expert LoRA tensor"
         if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
             gradients = _lora_on(gradients, device)
-        flat, experts = joined(gradients.lora), gradients.experts
+        flat = joined(gradients.lora)
         raw: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
         if raw[0].is_cuda:
             fine = all_finite(*raw)
@@ -283,8 +283,6 @@ class ExpertsRunner:
             if not fine:
                 raise _not_finite(self.label, name)
             return arrived
-        if experts is not None:
-            raw = [tensor.index_select(0, experts) for tensor in gradients.lora]
         for tensor in raw:  # before they are widened: half the memory to look through
             if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
                 raise _not_finite(self.label, name)
@@ -317,8 +315,7 @@ def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Grad
 
 def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
     """With LoRA's gradients copied from the CPU to a GPU."""
-    six = six_to_device(gradients.lora, device, gradients.experts)
-    return replace(gradients, lora=six, lora_is_free=True, experts=None)
+    return replace(gradients, lora=six_to_device(gradients.lora, device), lora_is_free=True)
 
 
 def _within(ids: Tensor, count: int) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kt_hf.backends import Gradients
-from kt_hf.backends.base import few_experts
 from kt_hf.backends.recycled import RECYCLED
 from kt_hf.backends.transfer import apart, b_of, joined
 from kt_hf.gradients import parameter_gradients
@@ -17,17 +16,14 @@ from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model
 from tests.helpers import MIXTRAL
-from tests.models import base_weights
-from tests.one_layer import expected_grads
-from tests.reference import assert_all_close
 
 E, R, H, I = 3, 8, 20, 12  # noqa: E741
 PARTS = [(0, 0, 4, 1.5), (0, 4, 3, 0.3), (2, 0, 8, 1.0), (4, 1, 2, 2.0)]
 
 
-def of(lora: tuple[Tensor, ...], free: bool = False, experts: Tensor | None = None) -> Gradients:
+def of(lora: tuple[Tensor, ...], free: bool = False) -> Gradients:
     """Gradients of which only LoRA's are looked at."""
-    return Gradients(torch.empty(0), torch.empty(0), lora, free, experts)
+    return Gradients(torch.empty(0), torch.empty(0), lora, free)
 
 
 def six(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -87,62 +83,6 @@ def test_those_that_lie_together_are_made_in_one_pass(
         assert one.dtype == wanted
         assert one.is_contiguous()
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("free", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_those_of_a_few_experts(dtype: torch.dtype, free: bool) -> None:
-    """The same as if all were looked at; what lies in the rows of other experts is not."""
-    few, parts = torch.tensor([0, 2]), [(2 * i, 0, R, scaling) for i, scaling in enumerate((2.0, 1.0, 0.3))]
-    given = six(dtype)
-    for tensor in given:
-        tensor[1] = 0
-    exact = parameter_gradients(of(given), parts, torch.float32)
-    handed = tuple(t.clone() for t in given)
-    found = parameter_gradients(of(handed, free, few), parts, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
-    kept = free and dtype == torch.float32
-    assert (found[0].data_ptr() == handed[0].data_ptr()) == kept
-    assert kept or all(torch.equal(a, b) for a, b in zip(handed, given, strict=True))
-    narrow = parameter_gradients(of(given, False, few), PARTS, torch.float32)
-    assert all(
-        torch.equal(a, b) for a, b in zip(narrow, parameter_gradients(of(given), PARTS, torch.float32), strict=True)
-    )
-
-
-@pytest.mark.parametrize(
-    ("ids", "few"),
-    [
-        ([[5, 2], [2, -1]], [2, 5]),
-        ([[-1, -1]], []),
-        ([[0, 1], [2, 3]], None),
-        ([[0, 1], [-1, 1]], [0, 1]),
-        ([[0, 1]] * 5, None),
-    ],
-)
-def test_few_experts_are_a_quarter_at_most(ids: list[list[int]], few: list[int] | None) -> None:
-    found = few_experts(torch.tensor(ids), 8)
-    assert (None if found is None else found.tolist()) == few
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 4])
-@pytest.mark.parametrize(
-    "case", [pytest.param(TORCH_BF16, id="torch"), pytest.param(KERNEL_BF16, marks=KERNEL_MARKS, id="AMXBF16")]
-)
-def test_a_layer_of_which_few_experts_are_reached(case: Case, tokens: int) -> None:
-    """Few at first, then all, then few again: the operators' buffers hold what earlier calls left."""
-    layer = adapted_model(MIXTRAL, case)._kt_wrappers[0]
-    base, lora = base_weights(MIXTRAL(case.dtype))[0], random_lora(MIXTRAL)
-    set_lora(layer, lora)
-    for ids in ([3, 5], None, [0, 5]):
-        x = make_inputs(MIXTRAL, tokens if ids else 64, case.dtype)
-        if ids:
-            x.ids[:] = torch.tensor(ids)
-        found = forward_backward(layer, x).grads
-        assert_all_close(found, expected_grads(x, base, lora), case.grad)
-        for name in lora if ids else ():
-            reached = found[name].flatten(1).abs().sum(1).nonzero().flatten().tolist()
-            assert reached == ids, name
 
 
 def test_large_ones_are_made_in_memory_that_is_used_again() -> None:

@@ -15,7 +15,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,37 +23,19 @@ from ..cpu import affinity
 
 logger = logging.getLogger(__name__)
 
-# Of so many pauses one is spent the way that seems worse, to know whether it still is.
-_AGAIN = 64
+# A pause is worth the moves if it is so many times as long: PyTorch's loops that have to wait for cores take
+# milliseconds. With the workers aside it is shorter by as much, perhaps, and worth it if it is longer than the moves.
+_SHORTENED = 4
 _LOOP = 32768  # elements that PyTorch gives a thread at least
 _TASKS = Path("/proc/self/task")
-
-
-@dataclass
-class Pause:
-    """Seconds from a call to the next of anything: the last time that the workers were on their cores, and aside."""
-
-    here: float = math.nan
-    aside: float = math.nan
-    calls: int = 0
-
-    def worth(self, moves: float) -> bool:
-        """Whether to step aside after this call; the moves there and back take so many seconds."""
-        self.calls += 1
-        if math.isnan(self.here):
-            return False
-        if math.isnan(self.aside):
-            return math.isinf(moves) or self.here > moves
-        shorter = self.aside + moves < self.here
-        return shorter != (self.calls % _AGAIN == 0 and self.here > moves)
 
 
 class Workers:
     """The operators' threads. Between calls they share one core, where that is worth the moves.
 
-    It is not where a GPU does the rest, where PyTorch has one thread only, and after a call that is followed by the
-    next so soon that the moves take longer than they save, as measured. Priorities would do as well, but nobody may
-    raise his own again; and a pinned thread of low priority gets nothing on a core that anything else computes on.
+    It is not where a GPU does the rest, where PyTorch has one thread only, and after a call that the next one followed
+    at once the last time. Priorities would do as well, but nobody may raise his own again; and a pinned thread of low
+    priority gets nothing on a core that anything else computes on.
 
     Not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
     """
@@ -65,21 +46,21 @@ class Workers:
         self._away = False
         self._out = 0.0  # seconds that the last move to the corner took
         self._moves = math.inf  # there and back; the fastest, for it is not taken again while it seems too slow
-        self._last: tuple[Pause, float] | None = None
+        self._last: tuple[dict[str, float], str, float] | None = None
         self._team: SecondTeam | None = None
 
     @contextlib.contextmanager
-    def at_work(self, pauses: dict[str, Pause], name: str) -> Iterator[None]:
+    def at_work(self, pauses: dict[str, float], name: str) -> Iterator[None]:
         """Around a call of an operator.
 
         Args:
-            pauses: By the name of the call before them; kept here, one a layer.
+            pauses: Seconds from the last call of each name to the next call of anything, as they would be with the
+                workers on their cores; kept here, one a layer.
             name: Of the call.
         """
         if self._last is not None:
-            pause, ended = self._last
-            setattr(pause, "aside" if self._away else "here", time.perf_counter() - ended)
-            self._last = None
+            of, last, ended = self._last
+            of[last] = (time.perf_counter() - ended) * (_SHORTENED if self._away else 1)
         self.gather()
         try:
             yield
@@ -87,10 +68,9 @@ class Workers:
             if torch.get_num_threads() > 1 and not torch.cuda.is_initialized():
                 if self._homes is None:
                     self._homes, self._corner = _find()
-                pause = pauses.setdefault(name, Pause())
-                if self._homes and pause.worth(self._moves):
+                if self._homes and pauses.get(name, math.inf) >= _SHORTENED * self._moves:
                     self._step_aside(self._homes)
-                self._last = (pause, time.perf_counter())
+            self._last = (pauses, name, time.perf_counter())
 
     def gather(self) -> None:
         """Each worker to its core, before a call."""

@@ -84,30 +84,12 @@ class Gradients:
         lora: Six tensors in the order and shape of the backend's LoRA, or () at rank 0. They may be the backend's own
             buffers, overwritten by its next backward: use or copy them before.
         lora_is_free: They are not, but memory that nobody else uses.
-        experts: Those that tokens reached, where these are few: all other rows of `lora` are zero, and need no looking
-            through. None where they are not few, or nobody has looked.
     """
 
     hidden_states: Tensor
     top_k_weights: Tensor
     lora: tuple[Tensor, ...] = ()
     lora_is_free: bool = False
-    experts: Tensor | None = None
-
-
-# Reached experts are few if they are at most one in so many.
-_FEW = 4
-
-
-def few_experts(ids: Tensor, num_experts: int) -> Tensor | None:
-    """[n] int64: the experts among ids [T, K] (-1 is none), ascending, both on the CPU; None if they are not few.
-
-    More ids than experts are not looked through.
-    """
-    if ids.numel() > num_experts:
-        return None
-    reached = torch.bincount(ids.flatten() + 1, minlength=num_experts + 1)[1:].nonzero().flatten()
-    return reached if _FEW * len(reached) <= num_experts else None
 
 
 @dataclass

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ..cpu import ThreadPlan, cpu_features
 from ..errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
-from ._cores import Pause
 from ._engine import Cache, Engine
 from ._native_output import native_output_to_log, outlive_python
-from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved, few_experts
+from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
 from .gate_overflow import careful_backward
 from .operators import OPERATORS, most_tokens, shape_problem
 from .saved import SavedLayer, check_saved, folder_to_load, folder_to_save
@@ -67,7 +66,6 @@ def availability() -> Availability:
 class _KernelSaved(Saved):
     generation: int
     tokens: int
-    ids: Tensor
 
 
 class KTKernelBackend:
@@ -139,7 +137,7 @@ class KTKernelBackend:
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
-        self._pauses: dict[str, Pause] = {}
+        self._pauses: dict[str, float] = {}
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe: Any = None
         outlive_python(self)
@@ -285,7 +283,7 @@ class KTKernelBackend:
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
-        return out, _KernelSaved(self._cache.holds, T, ids)
+        return out, _KernelSaved(self._cache.holds, T)
 
     def can_backward(self, saved: Saved) -> bool:
         return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
@@ -318,8 +316,7 @@ class KTKernelBackend:
             self._moe.backward(
                 grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
             )
-        experts = few_experts(saved.ids, self.shape.num_experts) if self.max_rank else None
-        return Gradients(grad_input, grad_weights, self._grads, experts=experts)
+        return Gradients(grad_input, grad_weights, self._grads)
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
         return careful_backward(self, x, ids, weights, grad_output, bad)

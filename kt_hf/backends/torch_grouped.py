@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
-from .base import ExpertShape, ExpertWeights, Gradients, Saved, few_experts
+from .base import ExpertShape, ExpertWeights, Gradients, Saved
 from .recycled import empty, empty_rows
 from .transfer import apart
 
@@ -48,7 +48,6 @@ class _Groups:
     order: Tensor
     tokens: Tensor
     spans: list[tuple[int, int, int]]  # expert, first row, row after the last
-    few: Tensor | None  # the experts, if they are few
     place: Tensor | None
     S: int
     T: int
@@ -214,8 +213,9 @@ class TorchBackend:
                 grads[3][e] = du.t() @ saved.xa[rows, r:]
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
         grad_weights.index_copy_(0, groups.order, groups.gathered(dw.unsqueeze(1)).squeeze(1))
-        hidden = self._sum_by_token(dx, groups)
-        return Gradients(hidden, grad_weights.view(groups.T, groups.K), grads, lora_is_free=True, experts=groups.few)
+        return Gradients(
+            self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads, lora_is_free=True
+        )
 
     def _new_gradients(self, rank: int, groups: _Groups) -> tuple[Tensor, ...]:
         """The six of LoRA in fp32 and in one memory, zero where an expert has no rows."""
@@ -241,8 +241,7 @@ class TorchBackend:
             moved, counted = (torch.tensor(values, device="cpu") for values in (shift, held))
             place = torch.arange(S, device="cpu") + moved.repeat_interleave(counted)
             S = starts[-1]
-        few = few_experts(ids, self.shape.num_experts) if self.device.type == "cpu" else None
-        return _Groups(order, tokens, spans, few, place, S, T, K)
+        return _Groups(order, tokens, spans, place, S, T, K)
 
     def _scratch(self) -> Tensor | None:
         """Memory for one widened weight, where they are."""

@@ -125,29 +125,13 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return moved.to(dtype)
 
 
-def six_to_device(six: Sequence[Tensor], device: torch.device, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU; copies of pinned ones are not waited for.
-
-    Args:
-        rows: [n] int64, on the CPU: those of each that are copied, for all others are zero.
-    """
-    sizes = [tensor.shape for tensor in six]
-    count, dtype = sum(map(math.prod, sizes)), six[0].dtype
-    if rows is not None:
-        there = apart(torch.zeros(count, dtype=dtype, device=device), sizes)
-        few = [(len(rows), *size[1:]) for size in sizes]
-        source = host_empty((sum(map(math.prod, few)),), dtype)
-        for whole, own in zip(six, apart(source, few), strict=True):
-            torch.index_select(whole, 0, rows, out=own)
-        at = to_device(rows, device)
-        for whole, own in zip(there, apart(source.to(device, non_blocking=True), few), strict=True):
-            whole.index_copy_(0, at, own)
-        return there
-    flat = joined(six)
+def six_to_device(six: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU; copies of pinned ones are not waited for."""
+    sizes, flat = [tensor.shape for tensor in six], joined(six)
     if flat is not None:
         there = apart(flat.to(device, non_blocking=True), sizes)
     else:
-        there = apart(torch.empty(count, dtype=dtype, device=device), sizes)
+        there = apart(torch.empty(sum(map(math.prod, sizes)), dtype=six[0].dtype, device=device), sizes)
         for tensor, own in zip(six, there, strict=True):
             own.copy_(tensor, non_blocking=True)
     _note_read(six, device)

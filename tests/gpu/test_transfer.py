@@ -62,13 +62,10 @@ def test_to_device() -> None:
 SIZES = [(8, 4, 300), (8, 50, 4), (8, 4, 300), (8, 50, 4), (8, 4, 50), (8, 300, 4)]
 
 
-@pytest.mark.parametrize("rows", [None, [1, 6], []])
 @pytest.mark.parametrize("how", ["pinned", "together", "pageable"])
-def test_six_to_device(how: str, rows: list[int] | None) -> None:
+def test_six_to_device(how: str) -> None:
     """Owned by somebody who writes to them again at once, while the GPU is busy yet."""
     six = tuple(torch.randn(size).bfloat16() for size in SIZES)
-    for tensor in six:
-        tensor[[e for e in range(8) if rows is not None and e not in rows]] = 0
     expected = [t.clone() for t in six]
     if how == "together":
         six = apart(torch.cat([six[i].flatten() for i in (0, 2, 4, 1, 3, 5)]), SIZES)
@@ -76,7 +73,7 @@ def test_six_to_device(how: str, rows: list[int] | None) -> None:
         six = tuple(host_empty(size, torch.bfloat16).copy_(t) for size, t in zip(SIZES, six, strict=True))
     six = written_again(six)
     torch.cuda._sleep(100_000_000)
-    there = six_to_device(six, torch.device("cuda"), None if rows is None else torch.tensor(rows, dtype=torch.int64))
+    there = six_to_device(six, torch.device("cuda"))
     wait_until_read(six)
     for tensor in six:
         tensor.fill_(7)
@@ -139,13 +136,12 @@ def test_nothing_waits_in_secret(
 @pytest.mark.parametrize("gpu", [[1, 4, 6], []], ids=["split", "all on the CPU"])
 @pytest.mark.parametrize("case", CASES)
 def test_many_backwards_without_a_wait_between(case: Case, gpu: list[int], where: str, results: None) -> None:
-    """Each one's gradients are its own, though the GPU lags behind and buffers are used again; few experts are reached
-    by every other."""
+    """Each one's gradients are its own, though the GPU lags behind and buffers are used again."""
     model = split_model(case, gpu, kt_moe_lora_device=where).cuda()
     layer, lora = model._kt_wrappers[0], random_lora(MIXTRAL)
     base = base_weights(MIXTRAL(case.dtype))[0]
     set_lora(layer, {name: v.to("cuda" if where == "gpu" else "cpu") for name, v in lora.items()})
-    inputs = [make_inputs(MIXTRAL, 1 if seed % 2 else 30 + seed, case.dtype, seed) for seed in range(6)]
+    inputs = [make_inputs(MIXTRAL, 30 + seed, case.dtype, seed) for seed in range(6)]
     there = [on_gpu(x) for x in inputs]
     found = []
     for x in there:
