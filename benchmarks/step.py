@@ -165,6 +165,7 @@ def main() -> None:
                     ids = torch.randint(1024, (1, max(given.tokens)), generator=torch.Generator().manual_seed(0))
                     return random_model(shape, layers, vocab=1024, head_dim=128), ids
 
+            label = with_pages(label)
             timings = take_turns(builds(given.cases, load, max(given.tokens)), given.tokens, given.runs, keep=False)
         for tokens in given.tokens:
             found = {case: timings[case, tokens] for case in given.cases if (case, tokens) in timings}
@@ -175,7 +176,6 @@ def main() -> None:
                     timing.threads = 1  # what its KTConfig chooses
                 if case == "operators-all":
                     timing.threads = cores()
-            label = with_pages(label)
             append("step", label, tokens, 0, found, given.save)
             print(f"{label}, T={tokens}")
             for case, timing in found.items():

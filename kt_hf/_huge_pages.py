@@ -16,8 +16,11 @@ _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def ask_for_huge_pages() -> None:
-    """Have PyTorch ask, unless it is loaded already or the variable is set."""
-    if "torch" not in sys.modules:
+    """Have PyTorch ask where the system gives them for the asking, unless it is loaded already or the variable is set.
+
+    The environment of this process, and of those it starts, has the variable then.
+    """
+    if "torch" not in sys.modules and huge_pages() == "madvise":
         os.environ.setdefault(VARIABLE, "1")
 
 

@@ -29,6 +29,7 @@ def parameter_gradients(gradients: Gradients, parts: list[LoraPart], dtype: torc
     free = gradients.lora_is_free and six[0].dtype == target
     if len(parts) == 3 and all(rank == six[0].shape[1] for _, _, rank, _ in parts):
         return _of_one_adapter(six, [part[3] for part in parts], target, free)
+    free = free and joined(six) is None  # a part of their memory would keep all of it
     made: list[Tensor] = []
     for index, offset, rank, scaling in parts:
         for narrow in (six[index][:, offset : offset + rank], six[index + 1][:, :, offset : offset + rank]):

@@ -27,7 +27,7 @@ from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 logger = logging.getLogger(__name__)
 
 Check = Callable[[Gradients], tuple[Gradients, list[bool]]]  # `_checked`
-# So many values the CPU has looked through before a GPU has been asked to.
+# Values of a result on the CPU that it looks through itself, at once: 20 us, and a GPU takes as long to be asked to.
 _SMALL = 2**16
 
 
@@ -246,16 +246,12 @@ class ExpertsRunner:
 
     def _check_finite(self, out: Tensor, result: Tensor, x: Tensor) -> None:
         """Look through the output, `out` as the backend gave it and `result` where it is wanted, of the inputs x."""
-        label, dtype = self.label, self.backend.dtype  # a check that is open must not keep the layer alive
-
-        def error() -> KTAMXForwardError:
-            where = "its input was finite" if is_finite(x.to(dtype)) else "its input already was not"
-            return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
-
+        x = x.to(self.backend.dtype)
         if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
-            DOUBTS.ask(error, all_finite(result))
+            # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
+            DOUBTS.ask(functools.partial(_output_error, self.label, all_finite(x)), all_finite(result))
         elif not is_finite(out):
-            raise error()
+            raise _output_error(self.label, all_finite(x))
 
     def parameter_gradients(
         self, gradients: Gradients, to_parameters: Callable[[Gradients], list[Tensor]], device: torch.device
@@ -296,21 +292,22 @@ class ExpertsRunner:
 def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Gradients, list[bool]]:
     """Gradients that the CPU computed, on `home`; whether those of the hidden states and of the weights are finite.
 
-    A GPU looks through them faster than a core beside busy operators, and has LoRA's on the way meanwhile: 5 million
-    values are copied there, checked, widened and copied back in 1 ms, where such a core takes 5 to widen them.
+    Where `home` is a GPU it looks through the large ones, and has LoRA's on the way meanwhile: 5 million values are
+    copied there, checked, widened and copied back in 1 ms, where a core beside busy operators takes 5 to widen them.
     """
     hidden, weights = gradients.hidden_states, gradients.top_k_weights
     gradients = gradients if lora else Gradients(hidden, weights)
-    small, fine_weights = home.type != "cuda" or hidden.numel() <= _SMALL, is_finite(weights)
-    if small:
-        fine = is_finite(hidden)
+    fine_weights = is_finite(weights)
     if home.type != "cuda":
-        return gradients, [fine, fine_weights]
+        return gradients, [is_finite(hidden), fine_weights]
+    fine = is_finite(hidden) if hidden.numel() <= _SMALL else None
     gradients = replace(gradients, hidden_states=to_device(hidden, home), top_k_weights=to_device(weights, home))
-    answer = None if small else to_host([all_finite(gradients.hidden_states)], [torch.bool])
+    answer = to_host([all_finite(gradients.hidden_states)], [torch.bool]) if fine is None else None
     if gradients.lora and not gradients.lora_is_free:
         gradients = _lora_on(gradients, home)
-    return gradients, [fine if answer is None else bool(answer.wait()[0]), fine_weights]
+    if answer is not None:
+        fine = bool(answer.wait()[0])
+    return gradients, [bool(fine), fine_weights]
 
 
 def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
@@ -324,6 +321,11 @@ def _within(ids: Tensor, count: int) -> bool:
         return True
     low, high = ids.aminmax()
     return int(low) >= -1 and int(high) < count
+
+
+def _output_error(label: str, input_finite: Tensor) -> KTAMXForwardError:
+    where = "its input was finite" if input_finite else "its input already was not"
+    return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
 
 
 def _not_finite(label: str, name: str) -> KTAMXBackwardError:

@@ -126,14 +126,17 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
 
 
 def six_to_device(six: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU; copies of pinned ones are not waited for."""
-    sizes, flat = [tensor.shape for tensor in six], joined(six)
-    if flat is not None:
-        there = apart(flat.to(device, non_blocking=True), sizes)
-    else:
-        there = apart(torch.empty(sum(map(math.prod, sizes)), dtype=six[0].dtype, device=device), sizes)
-        for tensor, own in zip(six, there, strict=True):
-            own.copy_(tensor, non_blocking=True)
+    """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU, without waiting for the copies."""
+    sizes, dtype = [tensor.shape for tensor in six], six[0].dtype
+    count = sum(map(math.prod, sizes))
+    if not all(tensor.is_pinned() for tensor in six):  # a copy from pageable memory would block
+        source = host_empty((count,), dtype)
+        for own, tensor in zip(apart(source, sizes), six, strict=True):
+            own.copy_(tensor)
+        return apart(source.to(device, non_blocking=True), sizes)
+    there = apart(torch.empty(count, dtype=dtype, device=device), sizes)
+    for own, tensor in zip(there, six, strict=True):
+        own.copy_(tensor, non_blocking=True)
     _note_read(six, device)
     return there
 

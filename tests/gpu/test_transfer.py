@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -64,16 +65,19 @@ SIZES = [(8, 4, 300), (8, 50, 4), (8, 4, 300), (8, 50, 4), (8, 4, 50), (8, 300, 
 
 @pytest.mark.parametrize("how", ["pinned", "together", "pageable"])
 def test_six_to_device(how: str) -> None:
-    """Owned by somebody who writes to them again at once, while the GPU is busy yet."""
+    """Owned by somebody who writes to them again at once, while the GPU is busy yet: after a wait for pinned ones."""
     six = tuple(torch.randn(size).bfloat16() for size in SIZES)
     expected = [t.clone() for t in six]
     if how == "together":
         six = apart(torch.cat([six[i].flatten() for i in (0, 2, 4, 1, 3, 5)]), SIZES)
     elif how == "pinned":
         six = tuple(host_empty(size, torch.bfloat16).copy_(t) for size, t in zip(SIZES, six, strict=True))
-    six = written_again(six)
+    if how == "pinned":
+        six = written_again(six)
     torch.cuda._sleep(100_000_000)
+    begin = time.perf_counter()
     there = six_to_device(six, torch.device("cuda"))
+    assert time.perf_counter() - begin < 0.03, "it has waited for the GPU"
     wait_until_read(six)
     for tensor in six:
         tensor.fill_(7)
