@@ -41,7 +41,8 @@ format: $(VENV)/ready
 
 # About ten minutes on two cores, on a machine that does nothing else. The scripts' defaults measure more.
 bench: $(VENV)/ready
-	$(PY) benchmarks/layer.py --tokens 1 64 512 2048 --runs 2 --ranks 8 0 --cases default kt torch bare stock peer
+	$(PY) benchmarks/layer.py --tokens 1 64 512 2048 --runs 3 --cases default kt torch bare stock peer
+	$(PY) benchmarks/layer.py --tokens 512 2048 --runs 5 --ranks 8 0 --cases default kt bare
 	$(PY) benchmarks/step.py --runs 2 --cases kt operators stock peer
 	$(PY) benchmarks/threads.py --tokens 64 512 2048 --runs 3
 	$(PY) benchmarks/growth.py --runs 5

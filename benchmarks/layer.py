@@ -27,11 +27,13 @@ is started anew for its turn. A case whose run takes more than eight seconds is 
 
 from __future__ import annotations
 
+import argparse
+
 from cases import builds
 from harness import append, describe, parser, with_pages
-from processes import take_turns
+from processes import Build, take_turns
 from shapes import fitting
-from sizes import SIZES
+from sizes import SIZES, Shape
 
 from kt_hf.packing import available_memory
 
@@ -52,18 +54,29 @@ def main() -> None:
     if wrong := sorted(set(given.cases) - set(possible)):
         arguments.error(f"--device {given.device}: not with {', '.join(wrong)}")
     print(describe())
-    for shape, rank in [(fitting(name), rank) for name in given.shapes for rank in given.ranks]:
-        processes, threads = builds(given.cases, shape, rank, max(given.tokens), given.device)
-        # Twice the experts is what a case holds on average; activations of the longest batch beside them.
-        held = 2 * shape.bytes + 8 * max(given.tokens) * shape.K * (shape.H + shape.inner) * 2
-        keep = len(processes) * held < 0.8 * available_memory()
+    for shape in map(fitting, given.shapes):
+        compare(given, shape)
+
+
+def compare(given: argparse.Namespace, shape: Shape) -> None:
+    """The cases of all ranks in turn, so that LoRA's share is of one run too."""
+    processes: dict[str, Build] = {}
+    threads: dict[str, int] = {}
+    for rank in given.ranks:
+        made, threads = builds(given.cases, shape, rank, max(given.tokens), given.device)
+        processes |= {f"{name} r={rank}": of_rank(build, rank) for name, build in made.items()}
+    # Twice the experts is what a case holds on average; activations of the longest batch beside them.
+    held = 2 * shape.bytes + 8 * max(given.tokens) * shape.K * (shape.H + shape.inner) * 2
+    keep = len(processes) * held < 0.8 * available_memory()
+    timings = take_turns(processes, given.tokens, given.runs, keep)
+    for rank in given.ranks:
         label = with_pages(shape.label(rank))
         if given.device == "cuda":
             label = label.replace(" r=", " inputs=GPU r=")
         print(f"{label}{'' if keep else ', a process a turn'}", flush=True)
-        timings = take_turns(processes, given.tokens, given.runs, keep)
         for tokens in given.tokens:
-            found = {case: timings[case, tokens] for case in given.cases if (case, tokens) in timings}
+            keys = {case: (f"{case} r={rank}", tokens) for case in given.cases}
+            found = {case: timings[key] for case, key in keys.items() if key in timings}
             for case, timing in found.items():
                 timing.threads = threads[case]
             append("layer", label, tokens, 0, found, given.save)
@@ -76,6 +89,11 @@ def main() -> None:
                 ]
                 print(f"  {case:12s} {timing.threads:3d} threads  forward {timing.median('forward') * 1e3:9.2f} ms  "
                       f"backward {timing.median('backward') * 1e3:9.2f} ms  {'  '.join(ratios)}")  # fmt: skip
+
+
+def of_rank(build: Build, rank: int) -> Build:
+    """The same cases under names that tell the rank."""
+    return lambda: {f"{case} r={rank}": run for case, run in build().items()}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from kt_hf.backends import _cores
-from kt_hf.backends._cores import SecondTeam, Workers
+from kt_hf.backends._cores import Pause, SecondTeam, Workers
 from kt_hf.backends._engine import Engine
 from kt_hf.cpu import affinity
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS
@@ -70,28 +70,35 @@ def where(threads: list[int]) -> list[set[int]]:
     return [os.sched_getaffinity(thread) for thread in threads]
 
 
-def call(workers: Workers, pauses: dict[str, float], threads: list[int]) -> list[set[int]]:
+def call(workers: Workers, pauses: dict[str, Pause], threads: list[int]) -> list[set[int]]:
     """Where the workers are during a call."""
     with workers.at_work(pauses, "forward"):
         return where(threads)
 
 
+def eager() -> dict[str, Pause]:
+    """The workers are to step aside, for the pause after the last call took nine seconds."""
+    return {"forward": Pause(here=9.0)}
+
+
 @two_cores
 def test_workers_are_at_home_in_calls_and_aside_between(pinned: list[int]) -> None:
     workers, pauses = Workers(), {}
-    for _ in range(3):
+    assert call(workers, pauses, pinned) == HOME
+    assert where(pinned) == HOME  # to know how long it takes so
+    for seconds in (0.2, 0.02, 0.02):
+        time.sleep(seconds)
         assert call(workers, pauses, pinned) == HOME
         assert where(pinned) == ASIDE
-        time.sleep(0.02)
-    assert pauses["forward"] > 0.02 * 2
+    assert pauses["forward"].here > 0.2
+    assert 0.02 < pauses["forward"].aside < 0.1
     workers.gather()
     assert where(pinned) == HOME
 
 
 @two_cores
 def test_workers_stay_where_the_next_call_follows_at_once(pinned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the last pause of the same call and by what the moves took, ten seconds there and back here. One with the
-    workers aside counts for four times as much."""
+    """By the pauses after the same call and by what the moves took, ten seconds there and back here."""
     clock, move = [0.0], os.sched_setaffinity
 
     def moved(thread: int, cores: set[int]) -> None:
@@ -101,11 +108,52 @@ def test_workers_stay_where_the_next_call_follows_at_once(pinned: list[int], mon
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(os, "sched_setaffinity", moved)
     workers, pauses, seen = Workers(), {}, []
-    for pause in (11, 11, 9, 39, 41, 9):
+    for pause in (30, 25, 30, 40, 20, 9, 9):
         call(workers, pauses, pinned)
         seen.append(where(pinned))
         clock[0] += pause
-    assert seen == [ASIDE, ASIDE, ASIDE, HOME, HOME, ASIDE]
+    # First; to be tried; 25 + 10 are no less than 30; nor now; now they are less than 37.5; 20 + 10 still; but 9.
+    assert seen == [HOME, ASIDE, HOME, HOME, ASIDE, ASIDE, ASIDE]
+
+
+def ways(pause: Pause, calls: int, here: float, aside: float, moves: float = 1.0) -> list[int]:
+    """The calls, of so many, after which the workers step aside, where a pause takes so long either way."""
+    found = []
+    for i in range(calls):
+        away = pause.worth(moves)
+        pause.took(aside if away else here, away)
+        found += [i] if away else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("here", "aside", "wanted"),
+    [
+        (3.0, 1.0, [*range(1, 255), *range(256, 300)]),  # worth it: the other way is tried once
+        (3.0, 2.5, [1, *range(15, 300, 16)]),
+        (0.5, 0.1, []),  # cannot become shorter by more than the moves take
+    ],
+)
+def test_the_way_that_is_shorter_is_taken_and_the_other_tried_now_and_then(
+    here: float, aside: float, wanted: list[int]
+) -> None:
+    assert ways(Pause(), 300, here, aside) == wanted
+
+
+def test_a_long_pause_of_another_cause_misleads_nobody() -> None:
+    """A checkpoint was written; an evaluation ran."""
+    for way in (True, False):
+        pause = Pause()
+        ways(pause, 10, 3.0, 1.0)
+        pause.took(1000.0, way)
+        assert ways(pause, 10, 3.0, 1.0) == [*range(10)]
+
+
+def test_other_lengths_are_followed() -> None:
+    """Short sequences at first, where moving costs more than it brings, then long ones."""
+    pause = Pause()
+    assert ways(pause, 20, 1.5, 1.0) == [1, 15]
+    assert len(ways(pause, 100, 30.0, 10.0)) > 60
 
 
 @two_cores
@@ -116,23 +164,23 @@ def test_workers_stay_where_nothing_would_use_their_cores(
     pinned: list[int], monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: int
 ) -> None:
     monkeypatch.setattr(module, name, lambda: value)
-    call(Workers(), {}, pinned)
+    call(Workers(), eager(), pinned)
     assert where(pinned) == HOME
 
 
 @two_cores
 def test_error_in_a_call(pinned: list[int]) -> None:
     workers = Workers()
-    with pytest.raises(KeyError), workers.at_work({}, "forward"):
+    with pytest.raises(KeyError), workers.at_work(eager(), "forward"):
         raise KeyError
     assert where(pinned) == ASIDE
-    assert call(workers, {}, pinned) == HOME
+    assert call(workers, eager(), pinned) == HOME
 
 
 @two_cores
 def test_threads_of_another_name_stay(pinned: list[int]) -> None:
     Path(_cores._TASKS, str(pinned[1]), "comm").write_text("python")
-    call(Workers(), {}, pinned)
+    call(Workers(), eager(), pinned)
     assert where(pinned) == HOME
 
 
@@ -140,7 +188,7 @@ def test_threads_of_another_name_stay(pinned: list[int]) -> None:
 def test_workers_on_cores_that_are_not_the_process_s_stay(pinned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """kt-kernel pins them whatever the process's affinity is; PyTorch's threads cannot have those cores."""
     monkeypatch.setattr(_cores, "affinity", lambda: {CORES[0]})
-    call(Workers(), {}, pinned)
+    call(Workers(), eager(), pinned)
     assert where(pinned) == HOME
 
 
@@ -160,7 +208,7 @@ def test_threads_that_may_not_be_moved(pinned: list[int], monkeypatch: pytest.Mo
     workers = Workers()
     monkeypatch.setattr(os, "sched_setaffinity", refusing({CORES[0]}))
     for _ in range(2):
-        assert call(workers, {}, pinned) == where(pinned) == HOME
+        assert call(workers, eager(), pinned) == where(pinned) == HOME
 
 
 @two_cores
@@ -169,10 +217,10 @@ def test_a_core_that_is_taken_from_the_process(
 ) -> None:
     """Its worker may have any other then: it must not wait for the corner."""
     workers = Workers()
-    call(workers, {}, pinned)
+    call(workers, eager(), pinned)
     monkeypatch.setattr(os, "sched_setaffinity", refusing({CORES[1]}))
     for _ in range(2):
-        assert call(workers, {}, pinned) == where(pinned) == [{CORES[0]}, affinity()]
+        assert call(workers, eager(), pinned) == where(pinned) == [{CORES[0]}, affinity()]
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
         f"Core {CORES[1]} cannot be had any more (Invalid argument): its worker computes on any core."
     ]

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,19 +24,47 @@ from ..cpu import affinity
 
 logger = logging.getLogger(__name__)
 
-# A pause is worth the moves if it is so many times as long: PyTorch's loops that have to wait for cores take
-# milliseconds. With the workers aside it is shorter by as much, perhaps, and worth it if it is longer than the moves.
-_SHORTENED = 4
+# After so many calls the way that seemed worse is tried again. Staying costs loops that wait for cores, moving little.
+_STAY_AGAIN, _MOVE_AGAIN = 256, 16
+# A pause counts for this many times as long as was known at most: an evaluation or a checkpoint may fall into it.
+_LONGER = 1.25
 _LOOP = 32768  # elements that PyTorch gives a thread at least
 _TASKS = Path("/proc/self/task")
+
+
+@dataclass
+class Pause:
+    """Seconds from a call to the next of anything, with the workers on their cores and with them aside; as measured."""
+
+    here: float = math.nan
+    aside: float = math.nan
+    calls: int = 0
+
+    def took(self, seconds: float, aside: bool) -> None:
+        """A pause has ended."""
+        if aside:
+            self.aside = min(seconds, _LONGER * self.aside) if self.aside > 0 else seconds
+        else:
+            self.here = min(seconds, _LONGER * self.here) if self.here > 0 else seconds
+
+    def worth(self, moves: float) -> bool:
+        """Whether to step aside after this call; the moves there and back take so many seconds."""
+        self.calls += 1
+        if math.isnan(self.here) or self.here < moves:
+            return False
+        if math.isnan(self.aside):
+            return True
+        if self.aside + moves < self.here:
+            return self.calls % _STAY_AGAIN != 0
+        return self.calls % _MOVE_AGAIN == 0
 
 
 class Workers:
     """The operators' threads. Between calls they share one core, where that is worth the moves.
 
-    It is not where a GPU does the rest, where PyTorch has one thread only, and after a call that the next one followed
-    at once the last time. Priorities would do as well, but nobody may raise his own again; and a pinned thread of low
-    priority gets nothing on a core that anything else computes on.
+    It is not where a GPU does the rest, where PyTorch has one thread only, and after a call that is followed by the
+    next so soon that the moves take longer than they save, as measured. Priorities would do as well, but nobody may
+    raise his own again; and a pinned thread of low priority gets nothing on a core that anything else computes on.
 
     Not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
     """
@@ -46,21 +75,17 @@ class Workers:
         self._away = False
         self._out = 0.0  # seconds that the last move to the corner took
         self._moves = math.inf  # there and back; the fastest, for it is not taken again while it seems too slow
-        self._last: tuple[dict[str, float], str, float] | None = None
+        self._last: tuple[Pause, float] | None = None
         self._team: SecondTeam | None = None
 
     @contextlib.contextmanager
-    def at_work(self, pauses: dict[str, float], name: str) -> Iterator[None]:
+    def at_work(self, pauses: dict[str, Pause], name: str) -> Iterator[None]:
         """Around a call of an operator.
 
         Args:
-            pauses: Seconds from the last call of each name to the next call of anything, as they would be with the
-                workers on their cores; kept here, one a layer.
+            pauses: By the name of the call before them; kept here, one a layer.
             name: Of the call.
         """
-        if self._last is not None:
-            of, last, ended = self._last
-            of[last] = (time.perf_counter() - ended) * (_SHORTENED if self._away else 1)
         self.gather()
         try:
             yield
@@ -68,12 +93,17 @@ class Workers:
             if torch.get_num_threads() > 1 and not torch.cuda.is_initialized():
                 if self._homes is None:
                     self._homes, self._corner = _find()
-                if self._homes and pauses.get(name, math.inf) >= _SHORTENED * self._moves:
+                pause = pauses.setdefault(name, Pause())
+                if self._homes and pause.worth(self._moves if self._moves < math.inf else 0.0):
                     self._step_aside(self._homes)
-            self._last = (pauses, name, time.perf_counter())
+                self._last = (pause, time.perf_counter())
 
     def gather(self) -> None:
-        """Each worker to its core, before a call."""
+        """Each worker to its core, before a call; or before something else that they do."""
+        if self._last is not None:
+            pause, ended = self._last
+            pause.took(time.perf_counter() - ended, self._away)
+            self._last = None
         if not self._away or self._homes is None:
             return
         begin = time.perf_counter()

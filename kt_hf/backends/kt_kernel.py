@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..cpu import ThreadPlan, cpu_features
 from ..errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
+from ._cores import Pause
 from ._engine import Cache, Engine
 from ._native_output import native_output_to_log, outlive_python
 from .base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
@@ -137,7 +138,7 @@ class KTKernelBackend:
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
-        self._pauses: dict[str, float] = {}
+        self._pauses: dict[str, Pause] = {}
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe: Any = None
         outlive_python(self)
