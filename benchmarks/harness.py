@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from kt_hf._huge_pages import VARIABLE, huge_pages
 from kt_hf.cpu import affinity, physical_cores
 
 RESULTS = Path(__file__).parent / "results.csv"
@@ -71,10 +70,12 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def with_pages(label: str) -> str:
-    """The label of a shape or model, with `huge pages` where PyTorch's tensors on the CPU get them."""
-    asked = os.environ.get(VARIABLE) == "1" or "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
-    here = huge_pages()
-    return label.replace(" r=", " huge pages r=") if here == "always" or (asked and here == "madvise") else label
+    """The label of a shape or model, with `huge pages` where PyTorch's tensors on the CPU are in pages of 2 MB."""
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    mode = modes.read_text() if modes.exists() else ""
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    here = "[always]" in mode or (asked and "[madvise]" in mode)
+    return label.replace(" r=", " huge pages r=") if here else label
 
 
 def parser(description: str | None, runs: int) -> argparse.ArgumentParser:

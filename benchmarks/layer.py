@@ -19,7 +19,7 @@ what is timed; the bare operators' stay on the CPU. Stock is left out, for it wo
     kt-lora-gpu  as kt, with the LoRA parameters on the GPU too
 
 Started with THP_MEM_ALLOC_ENABLE=1, PyTorch's memory of all cases is in pages of 2 MB where Linux gives them for the
-asking; so it is by `kt-hf`, and for everybody where it gives them always. The rows say `huge pages` then.
+asking; where it gives them to everybody it always is. The rows say `huge pages` then.
 
 Each case is a process of its own and they take turns, the others stopped; where memory does not hold them all, each
 is started anew for its turn. A case whose run takes more than eight seconds is run once.

@@ -2,12 +2,10 @@
 
 import sys
 
-from ._huge_pages import ask_for_huge_pages
 from ._versions import check_versions
 from .errors import KTAMXNotAvailableError
 
 try:
-    ask_for_huge_pages()  # before anything here loads PyTorch
     check_versions()
 except KTAMXNotAvailableError as _error:
     if sys.argv[0].endswith("kt-hf"):  # the command: a message, no traceback

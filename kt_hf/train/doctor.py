@@ -73,19 +73,10 @@ def _kernel() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from .._huge_pages import huge_pages
     from ..packing import available_memory
 
     total, free = psutil.virtual_memory().total, available_memory()
     yield Finding("memory", "host", f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB")
-    mode = huge_pages()
-    advices = {
-        "madvise": "kt-hf asks for them; for a script of your own, and for the operators' memory too, start it with "
-        "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",
-        "never": "without them a step on the CPU is slower: as root, echo madvise > "
-        "/sys/kernel/mm/transparent_hugepage/enabled",
-    }
-    yield Finding("memory", "huge pages", mode, None, advices.get(mode, ""))
     swap = psutil.swap_memory()
     if swap.used > 2**30:
         advice = "experts that are swapped out are very slow: free memory first"
