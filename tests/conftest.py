@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"
@@ -48,6 +50,22 @@ def _kernel_missing() -> str | None:
 
 _MISSING = _kernel_missing()
 KERNEL_MARKS = (pytest.mark.kernel, pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)))
+
+
+def _own_adapters_refused() -> str | None:
+    """Why transformers' own `model.add_adapter` refuses the PEFT that is installed, or None."""
+    from transformers.integrations import peft
+
+    wanted, here = getattr(peft, "MIN_PEFT_VERSION", "0"), version("peft")
+    return (
+        f"transformers wants PEFT {wanted} for its own adapters, not {here}"
+        if Version(here) < Version(wanted)
+        else None
+    )
+
+
+_REFUSED = _own_adapters_refused()
+transformers_adapters = pytest.mark.skipif(_REFUSED is not None, reason=str(_REFUSED))
 
 
 def pytest_report_header() -> str:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from kt_hf import apply_kt_moe
-from tests.conftest import Case, make_config
+from tests.conftest import Case, make_config, transformers_adapters
 from tests.families.layers import RANK
 from tests.families.patched import (
     fill_lora,
@@ -107,6 +107,7 @@ def test_two_stock_adapters_are_both_taken_over() -> None:
     assert_close(logits_of(model, IDS), before["default"], 1e-4, "the other")
 
 
+@transformers_adapters
 def test_transformers_own_adapters(case: Case, tmp_path: Path) -> None:
     model = patched_model(MIXTRAL, case)
     model.add_adapter(lora_config(MIXTRAL))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTMoECallback, apply_kt_moe, verify_adapter
 from kt_hf.adapters import MANIFEST, check_checkpoint, convert
-from tests.conftest import TORCH_FP32, Case, make_config
+from tests.conftest import TORCH_FP32, Case, make_config, transformers_adapters
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 from tests.helpers import MIXTRAL
 from tests.trainers import model_to_train, trainer_for
@@ -207,6 +207,7 @@ def test_any_config_saves_and_loads(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded, IDS), expected)
 
 
+@transformers_adapters
 def test_transformers_own_adapters(case: Case, tmp_path: Path) -> None:
     model = patched_model(MIXTRAL, case)
     model.add_adapter(lora_config(MIXTRAL))

@@ -13,7 +13,7 @@ from peft.helpers import rescale_adapter_scale
 from torch import nn
 
 from kt_hf import KTAMXError
-from tests.conftest import TORCH_FP32, Case
+from tests.conftest import TORCH_FP32, Case, transformers_adapters
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model, trainable
 from tests.helpers import MIXTRAL
 from tests.models import FAMILIES
@@ -30,6 +30,7 @@ def grads(model: nn.Module) -> dict[str, torch.Tensor]:
 # -- transformers' own
 
 
+@transformers_adapters
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("targets", [None, "all-linear"], ids=["names", "all-linear"])
 def test_transformers_add_save_load(name: str, targets: str | None, tmp_path: Path) -> None:
@@ -49,6 +50,7 @@ def test_transformers_add_save_load(name: str, targets: str | None, tmp_path: Pa
     assert torch.equal(logits_of(peft, family.inputs()), expected)
 
 
+@transformers_adapters
 def test_transformers_verbs(case: Case, tmp_path: Path) -> None:
     model = patched_model(MIXTRAL, case, kt_lora_rank=8)
     base = logits_of(model, IDS)
