@@ -147,6 +147,10 @@ def test_a_long_pause_of_another_cause_misleads_nobody() -> None:
         ways(pause, 10, 3.0, 1.0)
         pause.took(1000.0, way)
         assert ways(pause, 10, 3.0, 1.0) == [*range(10)]
+        pause = Pause()
+        ways(pause, 10, 3.0, 2.9)
+        pause.took(1000.0, way)
+        assert ways(pause, 5, 3.0, 2.9) == []
 
 
 def test_other_lengths_are_followed() -> None:

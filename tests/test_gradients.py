@@ -85,6 +85,12 @@ def test_those_that_lie_together_are_made_in_one_pass(
         assert torch.equal(one, other)
 
 
+def test_a_part_does_not_keep_the_memory_of_all() -> None:
+    given, flat = together(six(torch.float32))
+    for found in parameter_gradients(of(given, True), [(0, 0, R, 2.0)], torch.float32):
+        assert found.untyped_storage().nbytes() < flat.nbytes
+
+
 def test_large_ones_are_made_in_memory_that_is_used_again() -> None:
     RECYCLED.release()
     given = torch.ones(4, 8, 2**15, dtype=torch.bfloat16), torch.ones(4, 2**15, 8, dtype=torch.bfloat16)
