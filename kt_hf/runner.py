@@ -246,7 +246,6 @@ class ExpertsRunner:
 
     def _check_finite(self, out: Tensor, result: Tensor, x: Tensor) -> None:
         """Look through the output, `out` as the backend gave it and `result` where it is wanted, of the inputs x."""
-        x = x.to(self.backend.dtype)
         if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
             # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
             DOUBTS.ask(functools.partial(_output_error, self.label, all_finite(x)), all_finite(result))
