@@ -36,6 +36,9 @@ _WIDEN_FROM_ROWS = 4
 # which the experts of a few layers exceed (a quarter of a SmolLM2 step). So an expert's rows are filled to a multiple
 # of this, or below it to a power of two.
 _ROW_STEP = 16
+# The B of gate and up are one block-diagonal matrix up to this rank: few rows take 20 µs whatever the size.
+# Half of it are zeros, and from rank 64 on these take longer.
+_ONE_B_TO_RANK = 32
 
 
 @dataclass
@@ -85,10 +88,10 @@ class _TorchSaved(Saved):
 
 
 class _Lora(NamedTuple):
-    """LoRA tensors as they are multiplied: gate and up as one, for at few rows each product takes the same 20 µs."""
+    """LoRA tensors as they are multiplied: gate's A above up's, and their B as one where that is faster."""
 
-    a: Tensor  # [E, 2r, H], gate's above up's
-    b: Tensor  # [E, 2I, 2r], block-diagonal
+    a: Tensor  # [E, 2r, H]
+    b: tuple[Tensor, ...]  # [E, 2I, 2r], block-diagonal; or gate's and up's, [E, I, r]
     down_a: Tensor
     down_b: Tensor
 
@@ -96,8 +99,12 @@ class _Lora(NamedTuple):
     def of(cls, six: tuple[Tensor, ...]) -> _Lora:
         gate_a, gate_b, up_a, up_b, down_a, down_b = six
         E, inner, r = gate_b.shape
-        b = gate_b.new_zeros(E, 2 * inner, 2 * r)
-        b[:, :inner, :r], b[:, inner:, r:] = gate_b, up_b
+        if r <= _ONE_B_TO_RANK:
+            whole = gate_b.new_zeros(E, 2 * inner, 2 * r)
+            whole[:, :inner, :r], whole[:, inner:, r:] = gate_b, up_b
+            b: tuple[Tensor, ...] = (whole,)
+        else:
+            b = gate_b.clone(), up_b.clone()
         return cls(torch.cat([gate_a, up_a], 1), b, down_a.clone(), down_b.clone())
 
     @property
@@ -106,9 +113,31 @@ class _Lora(NamedTuple):
 
     def six(self) -> tuple[Tensor, ...]:
         r, inner = self.rank, self.down_a.shape[2]
-        return (
-            self.a[:, :r], self.b[:, :inner, :r], self.a[:, r:], self.b[:, inner:, r:], self.down_a, self.down_b,
-        )  # fmt: skip
+        whole = self.b[0]
+        gate_b, up_b = self.b if len(self.b) == 2 else (whole[:, :inner, :r], whole[:, inner:, r:])
+        return self.a[:, :r], gate_b, self.a[:, r:], up_b, self.down_a, self.down_b
+
+    def add_b(self, e: int, xa: Tensor, to: Tensor) -> None:
+        """x through both A, [S, 2r], through the B of expert e, added to [S, 2I]."""
+        if len(self.b) == 1:
+            to.addmm_(xa, self.b[0][e].t())
+            return
+        for b, part, own in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
+            own.addmm_(part, b[e].t())
+
+    def back_through_b(self, e: int, dgu: Tensor) -> Tensor:
+        """[S, 2I] -> [S, 2r]."""
+        if len(self.b) == 1:
+            return dgu @ self.b[0][e]
+        return torch.cat([part @ b[e] for b, part in zip(self.b, dgu.chunk(2, 1), strict=True)], 1)
+
+    def b_gradients(self, dgu: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
+        """Of gate's and of up's B, [I, r]."""
+        (dg, du), (gate, up) = dgu.chunk(2, 1), xa.chunk(2, 1)
+        if len(self.b) == 2:
+            return dg.t() @ gate, du.t() @ up
+        both = dgu.t() @ xa  # off the diagonal it is of no use
+        return both[: dg.shape[1], : gate.shape[1]], both[dg.shape[1] :, gate.shape[1] :]
 
 
 class TorchBackend:
@@ -167,7 +196,7 @@ class TorchBackend:
             self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch)
             if lora:
                 torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
-                inner.addmm_(xa[rows], lora.b[e].t())
+                lora.add_b(e, xa[rows], inner)
             h = _silu(inner[:, :I]).mul_(inner[:, I:])
             self._product(h, self.weights.down[e], True, out, scratch)
             if lora:
@@ -213,12 +242,11 @@ class TorchBackend:
             torch.mul(q, silu, out=dgu[:, I:])
             self._product(dgu, self.weights.gate_up[e], False, out, scratch)
             if lora:
-                da = dgu @ lora.b[e]
+                da = lora.back_through_b(e, dgu)
                 out.addmm_(da, lora.a[e])
                 both = da.t() @ xs[rows]
                 grads[0][e], grads[2][e] = both[:r], both[r:]
-                both = dgu.t() @ saved.xa[rows]  # off the diagonal it is of no use
-                grads[1][e], grads[3][e] = both[:I, :r], both[I:, r:]
+                grads[1][e], grads[3][e] = lora.b_gradients(dgu, saved.xa[rows])
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
         grad_weights.index_copy_(0, groups.order, groups.gathered(dw.unsqueeze(1)).squeeze(1))
         return Gradients(
