@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.backends import ExpertShape, choose_backend, kernel_availability
-from kt_hf.cpu import plan_threads
+from kt_hf.system.cpu import plan_threads
 
 QUANTISED = {"kt-int8": "AMXInt8", "kt-int4": "AMXInt4"}
 

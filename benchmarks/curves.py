@@ -27,9 +27,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from kt_hf import KTConfig, apply_kt_moe
-from kt_hf.cpu import plan_threads
-from kt_hf.demo.pydoc_data import collect, import_modules
-from kt_hf.demo.upcycle import load_dense, upcycle_model
+from kt_hf.builtin.pydoc_rows import collect, import_modules
+from kt_hf.builtin.smollm2_moe import load_dense, upcycle_model
+from kt_hf.system.cpu import plan_threads
 
 RANK, ALPHA = 8, 16
 

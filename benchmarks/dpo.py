@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.backends import kernel_availability
-from kt_hf.cpu import plan_threads
 from kt_hf.experts import kt_layers
+from kt_hf.system.cpu import plan_threads
 
 ORDERS = ("reference first", "policy first", "precomputed")
 RANK, VOCAB = 8, 256

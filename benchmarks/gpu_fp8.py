@@ -22,9 +22,10 @@ from gpu_models import adapted, experts_of, make_config, make_fp8_checkpoint, ma
 from gpu_tiers import rounds
 from gpu_train import machine, write
 
-from kt_hf import KTConfig, apply_kt_moe, load_kt_model, packing
-from kt_hf.backends.split import SplitBackend
-from kt_hf.backends.streamed import StreamedBackend
+from kt_hf import KTConfig, apply_kt_moe, load_kt_model
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.tiered import SplitBackend
+from kt_hf.placement import packer as packing
 
 
 def made(source: str, given: argparse.Namespace, device: torch.device) -> tuple[Any, float]:

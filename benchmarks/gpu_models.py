@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from kt_hf.projections import ExpertLora
+from kt_hf.experts.projections import ExpertLora
 
 CONFIG = Path(__file__).parents[1] / "tests/configs/models/deepseek-ai/DeepSeek-V2-Lite-Chat"
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 512, "kv_lora_rank": 16,

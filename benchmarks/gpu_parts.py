@@ -16,8 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_hf import autograd, experts, rates, runner
-from kt_hf.backends import grouped, split, streamed, streamer, transfer
+from kt_hf.backends import tiered as split
+from kt_hf.backends import transfer
+from kt_hf.backends.gpu import grouped_mm as grouped
+from kt_hf.backends.gpu import streamed
+from kt_hf.backends.gpu import weight_stream as streamer
+from kt_hf.experts import function as autograd
+from kt_hf.experts import layer as experts
+from kt_hf.experts import runner
+from kt_hf.placement import calibration as rates
 
 PARTS = ("operator forward", "operator backward", "wait", "copy in", "copy out", "optimizer", "refresh", "other")
 COUNTED = ("operator forward", "operator backward", "wait", "optimizer", "refresh")

@@ -25,8 +25,10 @@ from gpu_models import adapted, make_config, make_model, set_checkpointing, star
 from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 from gpu_train import machine, write
 
-from kt_hf import KTConfig, apply_kt_moe, packing, planner
-from kt_hf.planner import Rates, expert_bytes, predicted
+from kt_hf import KTConfig, apply_kt_moe
+from kt_hf.placement import packer as packing
+from kt_hf.placement import planner
+from kt_hf.placement.planner import Rates, expert_bytes, predicted
 
 Split = tuple[int, int]  # resident, streamed
 

@@ -35,7 +35,8 @@ from gpu_models import adapted, experts_of, make_config, make_fp8_checkpoint, ma
 from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 from harness import _commit, _cpu, _kernel, _version
 
-from kt_hf import KTConfig, apply_kt_moe, load_kt_model, packing
+from kt_hf import KTConfig, apply_kt_moe, load_kt_model
+from kt_hf.placement import packer as packing
 
 
 def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, parts: Parts | None) -> dict[str, Any]:

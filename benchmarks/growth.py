@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.backends import kernel_availability
-from kt_hf.cpu import plan_threads
+from kt_hf.system.cpu import plan_threads
 
 BASE = {"T": 256, "E": 16, "r": 8, "L": 2}
 VARIED = {"T": (64, 128, 256, 512, 1024), "E": (8, 16, 32, 64), "r": (4, 8, 16, 32, 64), "L": (1, 2, 4, 8)}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kt_hf.cpu import affinity, physical_cores
+from kt_hf.system.cpu import affinity, physical_cores
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (

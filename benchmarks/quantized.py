@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kt_hf.backends import LORA_NAMES, ExpertShape, ExpertWeights, pack
-from kt_hf.cpu import plan_threads
+from kt_hf.system.cpu import plan_threads
 from tests.reference import BaseWeights, experts_forward_backward, relative_error
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def errors_of(
 
 def real_layers(layers: list[int]) -> dict[int, tuple[ExpertWeights, Tensor, Tensor, Tensor, Tensor]]:
     """Weights, hidden states, ids, routing weights and output gradients of these layers, for a text and its loss."""
-    from kt_hf.demo.upcycle import upcycle
+    from kt_hf.builtin.smollm2_moe import upcycle
 
     model, tokenizer = upcycle(num_layers=max(layers) + 1)
     model.set_experts_implementation("grouped_mm")
@@ -167,7 +167,7 @@ def measure_memory(backend: str, share: bool, layers: int) -> int:
         )
         return pack(backend, weights, shape, 0, plan, 1024, share, True, "benchmark")
 
-    from kt_hf.packing import return_freed_memory
+    from kt_hf.placement.packer import return_freed_memory
 
     # Scratch memory is the process's, not the layers': made by a small layer first.
     zeros = ExpertWeights(torch.zeros(E, 2 * inner, 128).bfloat16(), torch.zeros(E, 128, inner).bfloat16())

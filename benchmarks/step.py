@@ -40,8 +40,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kt_hf import KTConfig, KTMoECallback, apply_kt_moe
 from kt_hf.backends import kernel_availability
-from kt_hf.cpu import plan_threads
-from kt_hf.demo.upcycle import upcycle
+from kt_hf.builtin.smollm2_moe import upcycle
+from kt_hf.system.cpu import plan_threads
 
 CASES = ("kt", "operators", "operators-all", "torch", "stock", "stock-eager", "peer", "peer-default")
 RANK = 8

@@ -21,8 +21,8 @@ from sizes import SIZES, Shape
 
 from kt_hf import KTConfig
 from kt_hf.backends import kernel_availability
-from kt_hf.cpu import plan_threads
-from kt_hf.packing import available_memory
+from kt_hf.placement.packer import available_memory
+from kt_hf.system.cpu import plan_threads
 
 RANK = 8
 PLANNED = ", planned"  # marks the default in the CSV

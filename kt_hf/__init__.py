@@ -16,19 +16,13 @@ except KTAMXNotAvailableError as _error:
 from .adapters import verify_adapter
 from .callback import KTMoECallback
 from .config import KTConfig
-from .errors import (
-    KTAMXBackwardError,
-    KTAMXConfigError,
-    KTAMXError,
-    KTAMXForwardError,
-    KTAMXModelNotSupportedError,
-)
-from .experts import KTExperts
+from .errors import KTAMXBackwardError, KTAMXConfigError, KTAMXError, KTAMXForwardError, KTAMXModelNotSupportedError
+from .experts.layer import KTExperts
 from .loading import load_kt_model
 from .lora import kt_lora_config
 from .patch import apply_kt_moe
 from .peft_compat import install
-from .placement import Placement, count_experts, read_placement
+from .placement.order import Placement, count_experts, read_placement
 
 install()  # at import, so that an adapter of ours loaded before the patch is refused, not dropped
 

@@ -14,13 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .adapters import publish, seal, start_from, tell_interrupted
 from .backends import CALL_LOCK
-from .backends.recycled import RECYCLED
+from .backends.buffer_pool import RECYCLED
 from .errors import KTAMXConfigError, KTAMXError
-from .expert_load import LoadLog
-from .experts import KTExperts, kt_layers
-from .projections import PROJECTIONS
-from .runner import settle_checks
-from .tier_times import TierTimes
+from .experts.layer import KTExperts, kt_layers
+from .experts.projections import PROJECTIONS
+from .experts.runner import settle_checks
+from .monitoring.expert_load import LoadLog
+from .monitoring.tier_times import TierTimes
 
 logger = logging.getLogger(__name__)
 _ADAPTER_FILE = "adapter_model.safetensors"

@@ -34,8 +34,8 @@ class KTConfig:
             without AMX, unless kt_num_threads is set), `AMXBF16` (kt-kernel's bf16 operators, on AMX or AVX512-BF16),
             `AMXInt8` or `AMXInt4` (the same, weights quantised as they are packed: a half and a quarter of the memory,
             never chosen by `auto`), or `torch` (PyTorch, any device and dtype).
-        kt_num_threads: Worker threads of the operators. None plans them from the machine (`kt_hf.cpu`); more than
-            the machine has are clamped with a warning.
+        kt_num_threads: Worker threads of the operators. None plans them from the machine; more than it
+            has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
         kt_num_gpu_experts: Experts of each layer that are computed on the GPU while the CPU computes the others: the
             most used, if `apply_kt_moe` is given a placement. None means 0.

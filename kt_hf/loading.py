@@ -22,15 +22,15 @@ from rich.console import Console
 from torch import nn
 
 from .backends import ExpertWeights
-from .checkpoint import ExpertCheckpoint, checkpoint_folder
+from .checkpoint.eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, has_8_bits, quantised_rest
+from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
+from .checkpoint.progress import LayersBar
 from .config import KTConfig
-from .eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, has_8_bits, quantised_rest
+from .discovery import Place, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .find import Place, find_experts, layer_index, skeleton
-from .loading_progress import LayersBar
-from .packing import return_freed_memory
 from .patch import make_packer, refuse_parallel, replace_experts, room_of
-from .placement import Placement, as_placement
+from .placement.order import Placement, as_placement
+from .placement.packer import return_freed_memory
 
 logger = logging.getLogger(__name__)
 

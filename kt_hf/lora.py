@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .errors import KTAMXConfigError
-from .experts import kt_layers
-from .projections import ALIASES, PROJECTIONS
+from .experts.layer import kt_layers
+from .experts.projections import ALIASES, PROJECTIONS
 
 logger = logging.getLogger(__name__)
 

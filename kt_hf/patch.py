@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
-from .adapters.save import save_native_verified
 from .backends import FEW_CORES, ExpertShape, ExpertWeights, SavedLayer, choose_backend, describe_cpu
 from .config import KTConfig
-from .cpu import plan_threads
+from .discovery import Place, base_model, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
-from .experts import KTExperts, LoraParamsView, kt_layers, watch_optimizers
-from .find import Place, base_model, find_experts, layer_index
-from .packing import Packer, chosen_tiers
-from .placement import Placement, as_placement, read_placement
-from .planner import Room
+from .experts.layer import KTExperts, LoraParamsView, kt_layers, watch_optimizers
+from .peft_compat.saving import save_native_verified
+from .placement.order import Placement, as_placement, read_placement
+from .placement.packer import Packer, chosen_tiers
+from .placement.planner import Room
 from .quantized import for_run as saved_experts
+from .system.cpu import plan_threads
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kt_hf import KTAMXBackwardError, KTAMXForwardError
-from kt_hf.backends.finite import all_finite, is_finite
+from kt_hf.backends.finite_checks import all_finite, is_finite
 from tests.conftest import Case
 from tests.families.layers import forward, forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model

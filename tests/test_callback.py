@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTMoECallback
-from kt_hf.backends.recycled import RECYCLED
+from kt_hf.backends.buffer_pool import RECYCLED
 from kt_hf.callback import check_saved_experts
 from tests.conftest import TORCH_FP32, Case
 from tests.families.patched import lora_config, patched_model

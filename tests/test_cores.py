@@ -18,10 +18,10 @@ import psutil
 import pytest
 import torch
 
-from kt_hf.backends import _cores
-from kt_hf.backends._cores import Pause, SecondTeam, Workers
-from kt_hf.backends._engine import Engine
-from kt_hf.cpu import affinity
+from kt_hf.backends.kt_kernel import idle_workers as _cores
+from kt_hf.backends.kt_kernel.engine import Engine
+from kt_hf.backends.kt_kernel.idle_workers import Pause, SecondTeam, Workers
+from kt_hf.system.cpu import affinity
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS
 from tests.families.patched import loss_of, trainable
 from tests.helpers import MIXTRAL

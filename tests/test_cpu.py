@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from kt_hf import KTAMXConfigError
-from kt_hf.cpu import (
+from kt_hf.system.cpu import (
     CpuFeatures,
     ThreadPlan,
     affinity,

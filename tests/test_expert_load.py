@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kt_hf import KTMoECallback
-from kt_hf.expert_load import LoadLog, entropy
+from kt_hf.monitoring.expert_load import LoadLog, entropy
 from tests.conftest import TORCH_FP32, Case
 from tests.families.patched import adapted_model, loss_of
 from tests.helpers import MIXTRAL

@@ -143,7 +143,7 @@ def test_calls_of_every_kind(case: Case, mode: str) -> None:
 
 @kernel
 def test_told_once_a_layer(case: Case, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kt_hf.backends.gate_overflow._told", set())
+    monkeypatch.setattr("kt_hf.backends.kt_kernel.gate_overflow._told", set())
     layer, base, lora = layer_with(case)
     x = loud(inputs(case), [3, 5], base, lora, -150.0)
     with caplog.at_level(logging.WARNING, "kt_hf"):

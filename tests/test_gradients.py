@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kt_hf.backends import Gradients
-from kt_hf.backends.recycled import RECYCLED
+from kt_hf.backends.buffer_pool import RECYCLED
 from kt_hf.backends.transfer import apart, b_of, joined
-from kt_hf.gradients import parameter_gradients
+from kt_hf.experts.lora_tensors import parameter_gradients
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from kt_hf import KTAMXConfigError, KTAMXNotAvailableError, apply_kt_moe, backends
+from kt_hf import KTAMXConfigError, KTAMXNotAvailableError, apply_kt_moe
 from kt_hf.backends import Availability, ExpertShape, choose_backend
-from kt_hf.backends import kt_kernel as kernel_module
-from kt_hf.cpu import CpuFeatures
+from kt_hf.backends import registry as backends
+from kt_hf.backends.kt_kernel import backend as kernel_module
+from kt_hf.system.cpu import CpuFeatures
 from tests.conftest import KERNEL_MARKS, make_config
 from tests.helpers import MIXTRAL
 from tests.test_cpu import features

@@ -11,12 +11,14 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, packing
-from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend, operators
-from kt_hf.cpu import ThreadPlan
-from kt_hf.packing import DEFAULT_MAX_LEN, Packer, available_memory
-from kt_hf.planner import expert_bytes
-from kt_hf.tiers import Tiers
+from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe
+from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend
+from kt_hf.backends.kt_kernel import operators
+from kt_hf.placement import packer as packing
+from kt_hf.placement.packer import DEFAULT_MAX_LEN, Packer, available_memory
+from kt_hf.placement.planner import expert_bytes
+from kt_hf.placement.tiers import Tiers
+from kt_hf.system.cpu import ThreadPlan
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, Case, make_config
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 from tests.helpers import MIXTRAL

@@ -23,13 +23,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from kt_hf import (
-    KTAMXConfigError,
-    KTAMXError,
-    KTAMXModelNotSupportedError,
-    KTConfig,
-    apply_kt_moe,
-)
+from kt_hf import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTConfig, apply_kt_moe
 from kt_hf.experts import kt_layers
 from tests.conftest import TORCH_FP32, Case, make_config
 from tests.families.patched import adapted_model, logits_of, patched_model, trainable

@@ -17,8 +17,9 @@ from peft.utils import transformers_weight_conversion as conversion
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
-from kt_hf import KTAMXError, peft_compat
+from kt_hf import KTAMXError
 from kt_hf.adapters import MANIFEST
+from kt_hf.peft_compat import patches as peft_compat
 from tests.conftest import TORCH_FP32, Case
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model, trainable
 from tests.helpers import MIXTRAL

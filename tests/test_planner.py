@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kt_hf import apply_kt_moe, packing
+from kt_hf import apply_kt_moe
 from kt_hf.backends import ExpertShape
-from kt_hf.backends.streamer import BUFFERS, CHUNK_BYTES
-from kt_hf.cpu import plan_threads
+from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.placement import Placement
-from kt_hf.planner import REST, Line, Rates, Room, Split, assumed_rates, expert_bytes, plan
-from kt_hf.rates import fitted, measure_rates
+from kt_hf.placement import packer as packing
+from kt_hf.placement.calibration import fitted, measure_rates
+from kt_hf.placement.planner import REST, Line, Rates, Room, Split, assumed_rates, expert_bytes, plan
+from kt_hf.system.cpu import plan_threads
 from tests.conftest import make_config
 from tests.helpers import MIXTRAL
 
@@ -183,7 +184,7 @@ def test_measured(backend: str, E: int, K: int) -> None:
 
 def test_no_longer_calls_than_memory_holds_are_measured(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators refuse them, naming a setting that nobody has set."""
-    for module in ("kt_hf.rates", "kt_hf.backends.kt_kernel"):
+    for module in ("kt_hf.placement.calibration", "kt_hf.backends.kt_kernel"):
         monkeypatch.setattr(f"{module}.most_tokens", lambda _: 40)
     rates = measure_rates(
         ExpertShape(8, 2, 64, 64), torch.device("cpu"), plan_threads(1, False), backend, 4096, 1 << 20, gpu_tokens=64

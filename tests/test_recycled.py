@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kt_hf.backends.recycled import Recycled
+from kt_hf.backends.buffer_pool import Recycled
 
 MIB = 2**20
 

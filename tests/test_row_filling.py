@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend
-from kt_hf.backends.torch_grouped import _filled
+from kt_hf.backends.torch_loop import _filled
 from tests.helpers import one_torch_thread as one_torch_thread
 
 SHAPE = ExpertShape(6, 2, 32, 48)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kt_hf.backends.finite import Doubts
+from kt_hf.backends.finite_checks import Doubts
 from kt_hf.backends.transfer import pin, to_host
-from kt_hf.tickets import Retained
+from kt_hf.experts.tickets import Retained
 
 
 def test_to_host_into_memory_that_is_there() -> None:

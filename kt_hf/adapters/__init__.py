@@ -1,9 +1,9 @@
 """Adapters: conversion between formats, and the manifest that tells a whole save from a part of one."""
 
+from .adapter import Adapter, Projection
 from .convert import FORMATS, convert, open_adapter
-from .core import Adapter, Projection
+from .load import load_adapter, start_from
 from .manifest import MANIFEST, publish, seal
-from .start import load_adapter, start_from
 from .verify import check_checkpoint, last_complete, tell_interrupted, verify_adapter
 
 __all__ = [

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXConfigError, KTAMXError
+from ..system.files import Lazy, open_safetensors, sync, write_json, write_safetensors
 from . import fused, kt, merge, peft, per_expert
-from .core import ADAPTER, CONFIG, Adapter, nothing, read_config
-from .files import Lazy, open_safetensors, sync, write_json, write_safetensors
+from .adapter import ADAPTER, CONFIG, Adapter, nothing, read_config
 from .manifest import MANIFEST, check_files, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)

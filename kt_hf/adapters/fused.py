@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXError
-from ..projections import PROJECTIONS
-from .core import PREFIX, Adapter, Projection, alpha_for
-from .files import Lazy, Part, part, replacing
+from ..experts.projections import PROJECTIONS
+from ..system.files import Lazy, Part, part, replacing
+from .adapter import PREFIX, Adapter, Projection, alpha_for
 from .kt import add_pair
 
 FILE = "fused_expert_lora.safetensors"

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import KTAMXError
-from ..projections import ALIASES, PROJECTIONS
-from .core import PREFIX, Adapter, patterns, rank_alpha
-from .files import Lazy, Part, part
+from ..experts.projections import ALIASES, PROJECTIONS
+from ..system.files import Lazy, Part, part
+from .adapter import PREFIX, Adapter, patterns, rank_alpha
 
 KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_proj|up_proj|down_proj)\.lora_([AB])\.weight$")
 

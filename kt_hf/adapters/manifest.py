@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
-from ..placement import PLACEMENT, write_placement
-from .core import ADAPTER, CONFIG
-from .files import open_safetensors, replacing, sha256, sync, write_json
+from ..placement.order import PLACEMENT, write_placement
+from ..system.files import open_safetensors, replacing, sha256, sync, write_json
+from .adapter import ADAPTER, CONFIG
 
 MANIFEST = "kt_adapter_manifest.json"
 VERSION = 1

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError, KTAMXError
-from ..projections import ALIASES
-from .core import PREFIX, Adapter, Projection, rank_alpha, scale
-from .files import Lazy, Part, open_safetensors, write_json, write_safetensors
+from ..experts.projections import ALIASES
+from ..system.files import Lazy, Part, open_safetensors, write_json, write_safetensors
+from .adapter import PREFIX, Adapter, Projection, rank_alpha, scale
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {**ALIASES, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}

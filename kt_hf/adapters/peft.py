@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXError
-from ..projections import ALIASES, PROJECTIONS
-from .core import PREFIX, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
-from .files import Lazy, Part, part
+from ..experts.projections import ALIASES, PROJECTIONS
+from ..system.files import Lazy, Part, part
+from .adapter import PREFIX, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
 
 KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)(\.base_layer)?\.lora_([AB])\.weight$")
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ..errors import KTAMXError
-from ..projections import ALIASES
-from .core import PREFIX, Adapter, patterns
-from .files import Lazy, Part, part
+from ..experts.projections import ALIASES
+from ..system.files import Lazy, Part, part
+from .adapter import PREFIX, Adapter, patterns
 from .kt import add_pair
 
 _NAMES = {**ALIASES, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
+from .adapter import PREFIX, Adapter
 from .convert import open_adapter
-from .core import PREFIX, Adapter
 from .manifest import MANIFEST, check_base, check_training, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
     Raises:
         KTAMXError: Naming the first that does not fit.
     """
-    from ..experts import kt_layers
+    from ..experts.layer import kt_layers
 
     layers = {layer.label.removeprefix(PREFIX): layer for layer in kt_layers(model)}
     for module, one in adapter.experts.items():

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .scaled import ScaledExperts
+from .block_scaled import ScaledExperts
 
 # The order in which LoRA tensors are passed everywhere.
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")

@@ -1,5 +1,5 @@
 """`python -m kt_hf.cli` is `kt-hf`."""
 
-from kt_hf.cli import app
+from . import app
 
 app(prog_name="kt-hf")

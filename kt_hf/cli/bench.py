@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kt_hf.cli.failures import plain_failures
+from .failures import plain_failures
 
 if TYPE_CHECKING:
-    from kt_hf.backends import ExpertShape
-    from kt_hf.train.bench import Row
+    from ..backends import ExpertShape
+    from ..tools.bench import Row
 
 
 def main(
@@ -49,13 +49,13 @@ def main(
     with plain_failures():
         import torch
 
-        from kt_hf import KTConfig
-        from kt_hf.backends import ExpertShape, choose_backend
-        from kt_hf.cpu import plan_threads
-        from kt_hf.train import bench
-        from kt_hf.train.models import load_config
-        from kt_hf.train.settings import OwnKeys
-        from kt_hf.train.sizes import model_sizes
+        from .. import KTConfig
+        from ..backends import ExpertShape, choose_backend
+        from ..system.cpu import plan_threads
+        from ..tools import bench
+        from ..train.config.settings import OwnKeys
+        from ..train.model_sizes import model_sizes
+        from ..train.models import load_config
 
         lengths = _numbers("--tokens", tokens)
         own = OwnKeys(model_name_or_path=model)
@@ -122,9 +122,9 @@ def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -
     """
     import yaml
 
-    from kt_hf import KTConfig
-    from kt_hf.errors import KTAMXConfigError
-    from kt_hf.packing import chosen_tiers, has_gpu_tier
+    from .. import KTConfig
+    from ..errors import KTAMXConfigError
+    from ..placement.packer import chosen_tiers, has_gpu_tier
 
     found: dict[Any, Any] = {}  # by tiers
     for text in asked or (("cpu", "auto") if has_gpu_tier() else ("cpu",)):
@@ -143,7 +143,7 @@ def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    from kt_hf.errors import KTAMXConfigError
+    from ..errors import KTAMXConfigError
 
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kt_hf.cli.failures import plain_failures
-from kt_hf.demo import DemoError
-from kt_hf.demo.settings import DemoSettings
+from ..demo import DemoError
+from ..demo.settings import DemoSettings
+from .failures import plain_failures
 
 
 def main(
@@ -36,7 +36,7 @@ def main(
     with plain_failures(DemoError):
         from rich.console import Console
 
-        from kt_hf.demo.run import run_demo
+        from ..demo.run import run_demo
 
         settings = replace(DemoSettings(), backend=backend, lora_target=lora_target, steps=steps)
         run_demo(settings.fast() if fast else settings, output_dir, Console(highlight=False))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kt_hf.cli.failures import FAILED, plain_failures
+from .failures import FAILED, plain_failures
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -18,7 +18,7 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     Ends with a block of text for bug reports. The exit code is 0 when all is well, 1 when something is wrong.
     """
     with plain_failures():
-        from kt_hf.train import doctor
+        from ..tools import doctor
 
         findings = doctor.examine()
         if as_json:
@@ -34,7 +34,7 @@ def show(findings: list[Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from kt_hf.train import doctor
+    from ..tools import doctor
 
     console = Console(highlight=False)
     table = Table(box=None, show_header=False, padding=(0, 1))

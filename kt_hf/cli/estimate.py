@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kt_hf.cli.failures import FAILED, plain_failures
+from .failures import FAILED, plain_failures
 
 
 def main(
@@ -46,12 +46,12 @@ def make(what: str, overrides: list[str], device: str = "auto") -> Any:
     Raises:
         KTAMXError: Bad settings, no such model, or one without experts.
     """
-    from kt_hf.errors import KTAMXConfigError
-    from kt_hf.train.arguments import check_settings, read_arguments
-    from kt_hf.train.estimate import estimate
-    from kt_hf.train.models import load_config
-    from kt_hf.train.sizes import model_sizes
-    from kt_hf.train.yaml_file import Setting, read_overrides
+    from ..errors import KTAMXConfigError
+    from ..train.config.read import check_settings, read_arguments
+    from ..train.config.yaml_file import Setting, read_overrides
+    from ..train.memory import estimate
+    from ..train.model_sizes import model_sizes
+    from ..train.models import load_config
 
     if device not in ("auto", "cuda", "cpu"):
         raise KTAMXConfigError(f"--device={device}: it must be auto, cuda or cpu.")
@@ -62,8 +62,8 @@ def make(what: str, overrides: list[str], device: str = "auto") -> Any:
         settings = check_settings(given, problems, what, purpose="estimate")
     import torch
 
-    from kt_hf.backends import kernel_availability
-    from kt_hf.packing import available_memory
+    from ..backends import kernel_availability
+    from ..placement.packer import available_memory
 
     config, _ = load_config(settings.own)
     here = torch.cuda.is_available()

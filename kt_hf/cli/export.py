@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kt_hf.cli.failures import plain_failures
+from .failures import plain_failures
 
 
 def main(
@@ -25,6 +25,6 @@ def main(
     The exit code is 0 when it is written, 2 when it cannot be.
     """
     with plain_failures():
-        from kt_hf.adapters import convert
+        from ..adapters import convert
 
         typer.echo(f"Written: {convert(adapter, output, to=to, base=base)}")

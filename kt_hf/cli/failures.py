@@ -17,7 +17,7 @@ def plain_failures(*own: type[Exception]) -> Iterator[None]:
     The code is the exception's `exit_code` where it has one. Otherwise 2 for what the user can set right (a setting, a
     missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C.
     """
-    from kt_hf.errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
+    from ..errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
 
     foreseen: tuple[type[Exception], ...] = (KTAMXError, OSError, *own)
     try:

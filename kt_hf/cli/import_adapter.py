@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kt_hf.cli.failures import plain_failures
+from .failures import plain_failures
 
 
 def main(
@@ -25,8 +25,8 @@ def main(
     The exit code is 0 when it is written, 2 when it cannot be.
     """
     with plain_failures():
-        from kt_hf.adapters import convert, open_adapter
-        from kt_hf.errors import KTAMXConfigError
+        from ..adapters import convert, open_adapter
+        from ..errors import KTAMXConfigError
 
         if source is not None:
             with open_adapter(adapter, config) as opened:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kt_hf.cli.failures import plain_failures
+from .failures import plain_failures
 
 _TO = {"int8": "AMXInt8", "int4": "AMXInt4"}
 
@@ -35,8 +35,8 @@ def main(
     it cannot be.
     """
     with plain_failures():
-        from kt_hf.errors import KTAMXConfigError
-        from kt_hf.quantized.command import run
+        from ..errors import KTAMXConfigError
+        from ..tools.quantize import run
 
         if to not in _TO:
             raise KTAMXConfigError(f"--to={to}: it must be {' or '.join(_TO)}.")

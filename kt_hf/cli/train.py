@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kt_hf.cli.failures import INTERRUPTED, plain_failures
+from .failures import INTERRUPTED, plain_failures
 
 
 def main(
@@ -27,14 +27,14 @@ def main(
     with plain_failures():
         from rich.console import Console
 
-        from kt_hf.demo.answers import quiet_libraries
-        from kt_hf.train.arguments import read_arguments
+        from ..demo.answers import quiet_libraries
+        from ..train.config.read import read_arguments
 
         settings = read_arguments(config, overrides or ())
         quiet_libraries()
         # PEFT looks for the base model's vocabulary on the hub.
         warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
-        from kt_hf.train.run import Interrupted, run
+        from ..train.run import Interrupted, run
 
         try:
             run(settings, Console(highlight=False))

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kt_hf.demo import DemoError
-from kt_hf.demo.settings import DemoSettings, OutputFolder
+from . import DemoError
+from .settings import DemoSettings, OutputFolder
 
 
 def ask(model: Any, tokenizer: Any, questions: Sequence[str], new_tokens: int) -> list[list[int]]:
@@ -36,8 +36,8 @@ def as_text(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
 
 def build(settings: DemoSettings) -> tuple[Any, Any]:
     """(the up-cycled model with its experts taken over by kt_hf, the tokenizer)."""
-    from kt_hf import KTConfig, apply_kt_moe
-    from kt_hf.demo.upcycle import upcycle
+    from .. import KTConfig, apply_kt_moe
+    from ..builtin.smollm2_moe import upcycle
 
     model, tokenizer = upcycle(
         settings.num_experts, seed=settings.seed, num_layers=settings.num_layers, dtype=settings.dtype
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where all but the experts runs")
     parser.add_argument("--write", type=Path, help="also write the answers and their token ids to this JSON file")
     options = parser.parse_args(arguments)
-    from kt_hf.errors import KTAMXError
+    from ..errors import KTAMXError
 
     try:
         quiet_libraries()

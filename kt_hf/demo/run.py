@@ -18,16 +18,16 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from kt_hf.demo import DemoError
-from kt_hf.demo.machine import Memory, release_memory, versions
-from kt_hf.demo.settings import DemoSettings, OutputFolder
+from . import DemoError
+from .machine import Memory, release_memory, versions
+from .settings import DemoSettings, OutputFolder
 
 PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
 
 
 def check_packages() -> None:
     """Raise a DemoError that says what to install when something is missing, before any work is done."""
-    from kt_hf.demo.upcycle import find_gguf
+    from ..builtin.smollm2_moe import find_gguf
 
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -117,11 +117,11 @@ def _train(
     with stages("load_libraries", "Load PyTorch, transformers, PEFT and TRL"):
         from transformers import set_seed
 
-        from kt_hf import kt_lora_config
-        from kt_hf.demo import training
-        from kt_hf.demo.answers import as_text, ask, build, quiet_libraries
-        from kt_hf.demo.pydoc_data import collect, import_modules, split
-        from kt_hf.train.plots import loss_points, plot_losses
+        from .. import kt_lora_config
+        from ..builtin.pydoc_rows import collect, import_modules, split
+        from ..train.plots import loss_points, plot_losses
+        from . import training
+        from .answers import as_text, ask, build, quiet_libraries
 
         quiet_libraries()
 

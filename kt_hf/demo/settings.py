@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kt_hf.demo import DemoError
+from . import DemoError
 
 SUMMARY = "demo.json"  # also marks a folder as the demo's own
 PLOT = "loss.png"
@@ -54,7 +54,7 @@ class DemoSettings:
             return self
         import torch
 
-        from kt_hf.cpu import cpu_features
+        from ..system.cpu import cpu_features
 
         cpu = cpu_features()
         return replace(self, dtype="bfloat16" if cpu.amx or cpu.avx512_bf16 or torch.cuda.is_available() else "float32")

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from kt_hf import KTMoECallback
-from kt_hf.demo.pydoc_data import Item
-from kt_hf.demo.settings import DemoSettings
+from .. import KTMoECallback
+from ..builtin.pydoc_rows import Item
+from .settings import DemoSettings
 
 # Asked before and after where they were held out, which is so unless a docstring has changed.
 PREFERRED = ("math.isnan", "textwrap.indent", "str.strip", "sorted", "statistics.fmean", "inspect.getsource")

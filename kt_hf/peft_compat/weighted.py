@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import KTAMXConfigError
-from ..experts import kt_layers
-from ..projections import ExpertProjection
+from ..experts.layer import kt_layers
+from ..experts.projections import ExpertProjection
 
 _SUPPORTED = ("cat", "svd", "linear")
 

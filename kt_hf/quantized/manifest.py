@@ -7,19 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.fingerprint import Mark
 from ..errors import KTAMXConfigError, KTAMXError
 
 MANIFEST = "kt_experts_manifest.json"
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Some rows of a tensor, see `marks.py`: its shape, the dtype it had, and a checksum of the rows in bf16."""
-
-    shape: list[int]
-    dtype: str
-    sha256: str
 
 
 @dataclass(frozen=True)

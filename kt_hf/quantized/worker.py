@@ -83,11 +83,11 @@ def work(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
     from transformers import AutoConfig
 
     from ..backends import save_packed
-    from ..checkpoint import ExpertCheckpoint
-    from ..cpu import ThreadPlan
-    from ..packing import return_freed_memory
-    from .marks import marks_of_weights
-    from .saved import checksums
+    from ..checkpoint.expert_index import ExpertCheckpoint
+    from ..checkpoint.fingerprint import marks_of_weights
+    from ..placement.packer import return_freed_memory
+    from ..system.cpu import ThreadPlan
+    from .folder import checksums
 
     config = AutoConfig.from_pretrained(job.folder, trust_remote_code=job.trust_remote_code)
     checkpoint = ExpertCheckpoint(job.folder, config, job.trust_remote_code)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import OPERATORS, QUANTISED, ExpertShape, choose_backend, kernel_availability
-from ..checkpoint import ExpertCheckpoint
-from ..cpu import ThreadPlan
+from ..checkpoint.expert_index import ExpertCheckpoint
+from ..checkpoint.fingerprint import marks_of_files
 from ..errors import KTAMXConfigError
+from ..system.cpu import ThreadPlan
 from .manifest import Manifest, SavedLayerFiles
-from .marks import marks_of_files
 from .worker import Job, in_new_process, work
 
 _BLOCK = 4096  # of a file system: the last one of a file is not full

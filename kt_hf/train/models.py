@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from ..checkpoint.eight_bit import has_8_bits
 from ..config import KTConfig
-from ..eight_bit import has_8_bits
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
-from .placing import Placing
-from .settings import BUILTIN_MODEL, OwnKeys
+from .config.settings import BUILTIN_MODEL, OwnKeys
+from .expert_profile import Placing
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def load_model(
         KTAMXError: Its experts cannot be computed, or its checkpoint is damaged.
     """
     from .. import apply_kt_moe, load_kt_model
-    from ..packing import has_gpu_tier
-    from ..tiers import order_matters
+    from ..placement.packer import has_gpu_tier
+    from ..placement.tiers import order_matters
 
     name = own.model_name_or_path
     to_gpu = placing if kt is not None and order_matters(kt, has_gpu_tier()) else None
@@ -107,7 +107,7 @@ def load_model(
         return apply_kt_moe(model, kt, placement=profile(model) if profile else placement, tokens_per_step=tokens)
 
     if is_builtin(name):
-        from ..demo.upcycle import load_dense, upcycle_model
+        from ..builtin.smollm2_moe import load_dense, upcycle_model
 
         dense, _ = load_dense()
         model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
@@ -144,8 +144,8 @@ def load_model(
 
 def _is_safetensors(name: str) -> bool:
     """Whether there is a safetensors checkpoint; one of the hub is downloaded."""
-    from ..checkpoint import checkpoint_folder
-    from ..tensor_files import INDEX, SINGLE
+    from ..checkpoint.expert_index import checkpoint_folder
+    from ..checkpoint.tensor_files import INDEX, SINGLE
 
     try:
         folder = checkpoint_folder(name)
@@ -196,7 +196,7 @@ def _builtin_tokenizer() -> Any:
 
     from transformers import AutoTokenizer
 
-    from ..demo.upcycle import find_gguf
+    from ..builtin.smollm2_moe import find_gguf
 
     path = find_gguf()
     try:

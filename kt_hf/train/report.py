@@ -9,12 +9,12 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from .settings import TrainSettings
+from .config.settings import TrainSettings
 
 
 def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: str, rows: int, eval_rows: int) -> None:
     """A table of what is about to happen."""
-    from ..experts import kt_layers
+    from ..experts.layer import kt_layers
 
     model, own, args = trainer.model, settings.own, trainer.args
     table = _table()

@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
-from .arguments import on_this_machine, trainer_config
-from .data import Rows, for_sft, training_and_evaluation
-from .estimate import PROGRAM, Estimate, estimate, in_words
+from .config.read import on_this_machine, trainer_config
+from .config.settings import TrainSettings
+from .data.rows import Rows, for_sft, training_and_evaluation
+from .expert_profile import Placing
+from .memory import PROGRAM, Estimate, estimate, in_words
+from .model_sizes import model_sizes
 from .models import load_config, load_model, load_tokenizer
-from .placing import Placing
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, StopOnInterrupt, TokenCounter
 from .report import show_example, show_result, show_start
-from .settings import TrainSettings
-from .sizes import model_sizes
 from .targets import lora_config
 
 SUMMARY = "kt_hf_summary.json"
@@ -96,8 +96,8 @@ def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
     import torch
 
     from ..backends import ExpertShape, choose_backend
-    from ..cpu import plan_threads
-    from ..packing import available_memory
+    from ..placement.packer import available_memory
+    from ..system.cpu import plan_threads
 
     sizes = model_sizes(config, settings.own)
     kernel = False
@@ -236,7 +236,7 @@ def _finish(settings: TrainSettings, trainer: Any, console: Console, progress: S
 def _expert_load(trainer: Any) -> dict[int, list[float]]:
     """Layer -> each expert's share of the tokens, 1 being even; {} for an unpatched model."""
     from .. import KTMoECallback
-    from ..experts import kt_layers
+    from ..experts.layer import kt_layers
 
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, KTMoECallback)), None)
     if callback is None:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ..errors import KTAMXConfigError
-from .settings import OwnKeys
+from .config.settings import OwnKeys
 
 # Multi-head latent attention (DeepSeek-V2 and V3) has no projections of these names. What computes the same in it:
 _LATENT = {
@@ -44,7 +44,7 @@ def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
         KTAMXConfigError: A target that the model does not have.
     """
     from .. import kt_lora_config
-    from ..experts import kt_layers
+    from ..experts.layer import kt_layers
 
     last_parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets, told = lora_targets(own.lora_target, last_parts)

@@ -13,16 +13,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kt_hf import packing
 from kt_hf.backends import ExpertsBackend
-from kt_hf.backends.split import SplitBackend
-from kt_hf.backends.streamed import StreamedBackend
-from kt_hf.backends.torch_cuda import GroupedBackend
+from kt_hf.backends.gpu.resident import GroupedBackend
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.tiered import SplitBackend
 from kt_hf.cli import app
 from kt_hf.errors import KTAMXError
-from kt_hf.planner import Split
-from kt_hf.train import bench
-from kt_hf.train.sizes import ModelSizes
+from kt_hf.placement import packer as packing
+from kt_hf.placement.planner import Split
+from kt_hf.tools import bench
+from kt_hf.train.model_sizes import ModelSizes
 from tests.conftest import KERNEL_MARKS
 from tests.train.tiny import save_model
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kt_hf.backends import TorchBackend, kernel_availability
 from kt_hf.cli import app
-from kt_hf.train import doctor, selftest
+from kt_hf.tools import doctor, selftest
 from tests.conftest import KERNEL_MARKS
 
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from kt_hf.cli import app
 from kt_hf.cli.estimate import make
-from kt_hf.train.arguments import read_arguments
+from kt_hf.train.config.read import read_arguments
+from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
-from kt_hf.train.settings import OwnKeys
-from kt_hf.train.sizes import model_sizes
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"

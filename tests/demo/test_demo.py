@@ -17,9 +17,10 @@ from rich.console import Console
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from kt_hf.builtin import smollm2_moe as upcycle
 from kt_hf.cli import app
 from kt_hf.cli.failures import plain_failures
-from kt_hf.demo import DemoError, run, upcycle
+from kt_hf.demo import DemoError, run
 from kt_hf.demo.settings import DemoSettings, OutputFolder
 from kt_hf.errors import KTAMXConfigError, KTAMXForwardError
 from kt_hf.train.plots import loss_points, plot_losses

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kt_hf.demo import pydoc_data
-from kt_hf.demo.pydoc_data import Item, collect, first_paragraph, import_modules, short_signature, split
+from kt_hf.builtin import pydoc_rows as pydoc_data
+from kt_hf.builtin.pydoc_rows import Item, collect, first_paragraph, import_modules, short_signature, split
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_split_of_an_item_does_not_depend_on_the_others(items: list[Item]) -
 
 def test_other_processes_make_the_same_items(items: list[Item], tmp_path: Path) -> None:
     code = (
-        "import hashlib; from kt_hf.demo.pydoc_data import *\n"
+        "import hashlib; from kt_hf.builtin.pydoc_rows import *\n"
         "print(hashlib.sha256(repr(split(collect(import_modules()[0]))).encode()).hexdigest())"
     )
     here = hashlib.sha256(repr(split(items)).encode()).hexdigest()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kt_hf.demo import DemoError, upcycle
-from kt_hf.demo.upcycle import find_gguf, load_dense, upcycle_model
+from kt_hf.builtin import smollm2_moe as upcycle
+from kt_hf.builtin.smollm2_moe import find_gguf, load_dense, upcycle_model
+from kt_hf.demo import DemoError
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec(upcycle.GGUF_PACKAGE) is None, reason=f"needs {upcycle.INSTALL_HINT}"

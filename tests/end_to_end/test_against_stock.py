@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model
 
 from kt_hf import apply_kt_moe, kt_lora_config
-from kt_hf.cpu import cpu_features
-from kt_hf.demo.upcycle import load_dense, upcycle_model
+from kt_hf.builtin.smollm2_moe import load_dense, upcycle_model
+from kt_hf.system.cpu import cpu_features
 
 ROOT = Path(__file__).parents[2]
 

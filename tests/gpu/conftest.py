@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kt_hf.backends.finite import DOUBTS
+from kt_hf.backends.finite_checks import DOUBTS
 from tests.families.layers import LayerInputs
 
 

@@ -10,12 +10,16 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from kt_hf import load_kt_model, packing
-from kt_hf.backends import ExpertShape, grouped, scaled, streamer
-from kt_hf.backends.host_weights import HostWeights
-from kt_hf.backends.scaled import ScaledExperts, ScaledMatrices
-from kt_hf.backends.streamed import StreamedBackend
-from kt_hf.backends.streamer import Streamer
+from kt_hf import load_kt_model
+from kt_hf.backends import ExpertShape
+from kt_hf.backends import block_scaled as scaled
+from kt_hf.backends.block_scaled import ScaledExperts, ScaledMatrices
+from kt_hf.backends.gpu import grouped_mm as grouped
+from kt_hf.backends.gpu import weight_stream as streamer
+from kt_hf.backends.gpu.pinned_weights import HostWeights
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.gpu.weight_stream import Streamer
+from kt_hf.placement import packer as packing
 from tests.conftest import KERNEL_MARKS, make_config
 from tests.families.layers import make_inputs, random_lora
 from tests.families.patched import fill_lora, logits_of, lora_config, loss_of

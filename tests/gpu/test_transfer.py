@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kt_hf import runner
-from kt_hf.backends.finite import Doubts, all_finite
+from kt_hf.backends.finite_checks import Doubts, all_finite
 from kt_hf.backends.transfer import apart, host_empty, six_to_device, to_device, to_host, wait_until_read, written_again
+from kt_hf.experts import runner
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.gpu.conftest import on_gpu

@@ -16,8 +16,8 @@ def engine() -> Any:
     """One CPUInfer for all tests: two at a time compute wrong results."""
     global _engine
     if _engine is None:
-        from kt_hf.backends._engine import Engine
-        from kt_hf.cpu import ThreadPlan
+        from kt_hf.backends.kt_kernel.engine import Engine
+        from kt_hf.system.cpu import ThreadPlan
 
         # kt_hf's own, for there must be one a process; the driver uses nothing else of kt_hf.
         _engine = Engine.get(ThreadPlan(((0, 1),)))

@@ -128,7 +128,7 @@ def test_layers_are_read_one_ahead(
 ) -> None:
     """At no time are there weights of more than two layers that are not packed."""
     from kt_hf.checkpoint import ExpertCheckpoint
-    from kt_hf.packing import Packer
+    from kt_hf.placement.packer import Packer
 
     order: list[str] = []
     read, pack = ExpertCheckpoint.read, Packer.pack
@@ -181,7 +181,7 @@ def test_memory_that_is_free_decides_on_backward_weights(
     family = FAMILIES["mixtral"]
     stock = AutoModelForCausalLM.from_pretrained(saved(family, tmp_path))
     experts = sum(p.numel() * 2 for n, p in stock.named_parameters() if ".experts." in n)
-    monkeypatch.setattr("kt_hf.packing.available_memory", lambda *_: int(1.5 * experts))
+    monkeypatch.setattr("kt_hf.placement.packer.available_memory", lambda *_: int(1.5 * experts))
     config = make_config(name, kt_lora_rank=RANK)
     shared = [
         model._kt_wrappers[0].packer._share for model in (apply_kt_moe(stock, config), load_kt_model(tmp_path, config))

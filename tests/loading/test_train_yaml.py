@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import kt_hf
 from kt_hf import KTAMXError
-from kt_hf.train.arguments import read_arguments
+from kt_hf.train.config.read import read_arguments
 from kt_hf.train.run import run
 from tests.loading.checkpoints import SINGLE, edit
 from tests.train.tiny import save_model, write_yaml

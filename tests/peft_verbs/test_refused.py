@@ -28,7 +28,7 @@ from peft import (
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 from kt_hf import KTAMXConfigError, KTAMXError
-from kt_hf.projections import refuse_variants
+from kt_hf.experts.projections import refuse_variants
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_FP32
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model, trainable
 from tests.helpers import MIXTRAL

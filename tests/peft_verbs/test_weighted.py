@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError
-from kt_hf.projections import ExpertProjection
+from kt_hf.experts.projections import ExpertProjection
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_FP32, Case
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 from tests.helpers import MIXTRAL

@@ -13,10 +13,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from kt_hf.backends import ExpertShape, ExpertWeights, kt_kernel
-from kt_hf.backends._engine import Engine
-from kt_hf.cpu import ThreadPlan
-from kt_hf.packing import return_freed_memory
+from kt_hf.backends import ExpertShape, ExpertWeights
+from kt_hf.backends.kt_kernel import backend as kt_kernel
+from kt_hf.backends.kt_kernel.engine import Engine
+from kt_hf.placement.packer import return_freed_memory
+from kt_hf.system.cpu import ThreadPlan
 from tests.conftest import KERNEL_MARKS, Case
 from tests.families.patched import adapted_model, fill_lora, logits_of, loss_of, patched_model, trainable
 from tests.helpers import MIXTRAL

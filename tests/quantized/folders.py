@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.quantized import MANIFEST
-from kt_hf.quantized.command import run
+from kt_hf.tools.quantize import run
 from tests.families.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
 from tests.models import Family
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.quantized import errors_of, normal, random_layer, real_layers
-from kt_hf.demo import upcycle
+from kt_hf.builtin import smollm2_moe as upcycle
 from tests.conftest import KERNEL_BF16, Case
 from tests.families.patched import adapted_model
 from tests.helpers import one_torch_thread as one_torch_thread

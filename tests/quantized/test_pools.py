@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kt_hf.backends._engine import pool_config
-from kt_hf.cpu import plan_threads
+from kt_hf.backends.kt_kernel.engine import pool_config
+from kt_hf.system.cpu import plan_threads
 from tests.test_cpu import TWO_SOCKETS, machine
 from tests.train.tiny import ROOT
 

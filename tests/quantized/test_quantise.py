@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from kt_hf import KTAMXConfigError, KTAMXError, apply_kt_moe
 from kt_hf.backends import ExpertShape
 from kt_hf.cli import app
-from kt_hf.quantized import MANIFEST, bytes_on_disk, command, open_saved, worker, write
+from kt_hf.quantized import MANIFEST, bytes_on_disk, open_saved, worker, write
+from kt_hf.tools import quantize as command
 from tests.models import FAMILIES
 from tests.train.test_run import trained
 from tests.train.tiny import ROOT

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from kt_hf import KTAMXConfigError, apply_kt_moe, patch
-from kt_hf.cpu import ThreadPlan
-from kt_hf.quantized import command, open_saved
+from kt_hf.quantized import open_saved
+from kt_hf.system.cpu import ThreadPlan
+from kt_hf.tools import quantize as command
 from tests.conftest import Case
 from tests.families.layers import SCALING, forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model

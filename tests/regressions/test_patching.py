@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import MixtralForCausalLM
 
 from kt_hf import KTAMXConfigError, KTAMXModelNotSupportedError, KTConfig, apply_kt_moe
-from kt_hf.cpu import plan_threads
+from kt_hf.system.cpu import plan_threads
 from tests.conftest import TORCH_FP32, Case, make_config
 from tests.families.patched import (
     adapted_model,

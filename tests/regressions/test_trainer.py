@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 import kt_hf
 from kt_hf import KTMoECallback, apply_kt_moe
-from kt_hf.cpu import ThreadPlan
+from kt_hf.system.cpu import ThreadPlan
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_FP32, Case, make_config
 from tests.families.patched import fill_lora, lora_config
 from tests.models import FAMILIES

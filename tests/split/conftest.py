@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kt_hf import packing
+from kt_hf.placement import packer as packing
 from tests.helpers import one_torch_thread as one_torch_thread
 
 

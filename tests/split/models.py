@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from kt_hf import KTExperts, apply_kt_moe
-from kt_hf.backends.split import SplitBackend
+from kt_hf.backends.tiered import SplitBackend
 from tests.conftest import Case, make_config
 from tests.families.layers import random_lora, set_lora
 from tests.families.patched import fill_lora, lora_config

@@ -16,15 +16,17 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model, packing
-from kt_hf.backends import ExpertShape, ExpertWeights, streamer
-from kt_hf.backends.host_weights import HostWeights
-from kt_hf.backends.scaled import ScaledExperts, ScaledMatrices
-from kt_hf.backends.split import SplitBackend
-from kt_hf.backends.split_pack import pack_split
-from kt_hf.backends.streamed import StreamedBackend
-from kt_hf.backends.streamer import Streamer
-from kt_hf.backends.torch_grouped import TorchBackend
+from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model
+from kt_hf.backends import ExpertShape, ExpertWeights
+from kt_hf.backends.block_scaled import ScaledExperts, ScaledMatrices
+from kt_hf.backends.build_tiered import pack_split
+from kt_hf.backends.gpu import weight_stream as streamer
+from kt_hf.backends.gpu.pinned_weights import HostWeights
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.gpu.weight_stream import Streamer
+from kt_hf.backends.tiered import SplitBackend
+from kt_hf.backends.torch_loop import TorchBackend
+from kt_hf.placement import packer as packing
 from tests.conftest import KERNEL_MARKS, make_config
 from tests.families.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
 from tests.loading.checkpoints import EIGHT_BITS, fuse, make_8_bits, saved, set_config, tensors, to_8_bits, write
@@ -224,7 +226,7 @@ def test_the_kernel_compiles(dtype: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from kt_hf.backends._widen_kernel import _widen
+    from kt_hf.backends.gpu.dequantize_kernel import _widen
 
     numbers = ("rows", "columns", "part_rows", "R", "C", "height", "width")
     types = {"values": f"*{dtype}", "scales": "*fp32", "out": "*bf16"} | dict.fromkeys(numbers, "i32")
@@ -234,14 +236,14 @@ def test_the_kernel_compiles(dtype: str) -> None:
 
 def test_where_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried once; but memory that runs out is no reason to think so."""
-    from kt_hf.backends import scaled as module
+    from kt_hf.backends import block_scaled as module
 
     given, _, _ = scaled_layer()
     asked = (given.down.values, given.down.scales, given.down.block)
     failing: list[BaseException] = [torch.OutOfMemoryError("no memory"), RuntimeError("no compiler")]
     fake = types.ModuleType("kernel")
     fake.widened = lambda *_: (_ for _ in ()).throw(failing.pop(0))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kt_hf.backends._widen_kernel", fake)
+    monkeypatch.setitem(sys.modules, "kt_hf.backends.gpu.dequantize_kernel", fake)
     monkeypatch.setattr(module, "_kernel_runs", {})
     with pytest.raises(torch.OutOfMemoryError):
         module._by_kernel(*asked)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError
-from kt_hf.backends import ExpertShape, ExpertWeights, grouped
+from kt_hf.backends import ExpertShape, ExpertWeights
 from kt_hf.backends.base import LORA_NAMES
-from kt_hf.backends.torch_cuda import GroupedBackend, gpu_backend
+from kt_hf.backends.gpu import grouped_mm as grouped
+from kt_hf.backends.gpu.resident import GroupedBackend, gpu_backend
 from tests.families.layers import LayerInputs, make_inputs, random_lora
 from tests.helpers import MIXTRAL
 from tests.models import base_weights

@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from kt_hf import KTAMXConfigError, KTAMXForwardError, apply_kt_moe, packing
+from kt_hf import KTAMXConfigError, KTAMXForwardError, apply_kt_moe
 from kt_hf.backends import TorchBackend
-from kt_hf.backends.split import SplitBackend
-from kt_hf.backends.torch_cuda import GroupedBackend
+from kt_hf.backends.gpu.resident import GroupedBackend
+from kt_hf.backends.tiered import SplitBackend
+from kt_hf.placement import packer as packing
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, TORCH_FP32, Case, make_config
 from tests.families.layers import LayerInputs, forward, forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model, fill_lora, gradients_of, logits_of, lora_config, loss_of

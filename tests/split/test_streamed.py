@@ -14,9 +14,9 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError
 from kt_hf.backends import ExpertShape, ExpertWeights
 from kt_hf.backends.base import LORA_NAMES
-from kt_hf.backends.host_weights import HostWeights
-from kt_hf.backends.streamed import StreamedBackend
-from kt_hf.backends.streamer import Streamer
+from kt_hf.backends.gpu.pinned_weights import HostWeights
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.gpu.weight_stream import Streamer
 from tests.families.layers import LayerInputs, make_inputs, random_lora
 from tests.helpers import MIXTRAL
 from tests.models import base_weights
@@ -230,7 +230,7 @@ def test_a_call_that_ends_early_leaves_the_buffers(monkeypatch: pytest.MonkeyPat
     one, x = backend(streamer), make_inputs(MIXTRAL, 37, torch.bfloat16)
     check(one, x, base, None)
     with monkeypatch.context() as patched:
-        patched.setattr("kt_hf.backends.grouped.outputs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("kt_hf.backends.gpu.grouped_mm.outputs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             saved_forward(one, x)
     assert len(streamer._idle) + len(streamer._ahead) == 3

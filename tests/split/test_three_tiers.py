@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model, packing, read_placement
-from kt_hf.backends import streamer
-from kt_hf.backends.split import SplitBackend
-from kt_hf.backends.streamed import StreamedBackend
+from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model, read_placement
+from kt_hf.backends.gpu import weight_stream as streamer
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.tiered import SplitBackend
 from kt_hf.placement import PLACEMENT
+from kt_hf.placement import packer as packing
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, TORCH_FP32, Case, make_config
 from tests.families.layers import LayerInputs, forward, forward_backward, gradients, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model, gradients_of, logits_of, lora_config, loss_of, patched_model

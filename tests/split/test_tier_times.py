@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from peft import get_peft_model
 
-from kt_hf import KTMoECallback, apply_kt_moe, packing
-from kt_hf.planner import Split
+from kt_hf import KTMoECallback, apply_kt_moe
+from kt_hf.placement import packer as packing
+from kt_hf.placement.planner import Split
 from tests.conftest import TORCH_BF16, make_config
 from tests.families.patched import lora_config
 from tests.helpers import MIXTRAL

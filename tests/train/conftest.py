@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kt_hf.demo import upcycle
+from kt_hf.builtin import smollm2_moe as upcycle
 from tests.train import tiny
 
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kt_hf.cli import app
-from kt_hf.train.arguments import on_this_machine, read_arguments
-from kt_hf.train.yaml_file import BadSettings
+from kt_hf.train.config.read import on_this_machine, read_arguments
+from kt_hf.train.config.yaml_file import BadSettings
 from tests.train.tiny import ROOT
 
 GOOD = "model_name_or_path: builtin:smollm2-moe\ndataset: builtin:pydoc\noutput_dir: out\n"

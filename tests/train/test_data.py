@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.train.data import Rows, for_sft, load_rows, split_off
+from kt_hf.train.data.rows import Rows, for_sft, load_rows, split_off
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}

@@ -11,10 +11,10 @@ import pytest
 
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
 from kt_hf.quantized import Manifest
-from kt_hf.train.estimate import Estimate, estimate
+from kt_hf.train.config.settings import OwnKeys, TrainSettings
+from kt_hf.train.memory import Estimate, estimate
+from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
-from kt_hf.train.settings import OwnKeys, TrainSettings
-from kt_hf.train.sizes import model_sizes
 from tests.train.tiny import ROOT
 
 OWN = OwnKeys(model_name_or_path="builtin:smollm2-moe")

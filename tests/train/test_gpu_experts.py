@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from kt_hf import KTAMXConfigError, count_experts, packing, read_placement
+from kt_hf import KTAMXConfigError, count_experts, read_placement
 from kt_hf.placement import PLACEMENT
-from kt_hf.planner import Split
-from kt_hf.train.arguments import read_arguments
-from kt_hf.train.placing import Placing
+from kt_hf.placement import packer as packing
+from kt_hf.placement.planner import Split
+from kt_hf.train.config.read import read_arguments
+from kt_hf.train.expert_profile import Placing
 from tests.loading.checkpoints import make_8_bits
 from tests.train.test_run import trained
 from tests.train.tiny import save_model, write_yaml
@@ -33,7 +34,7 @@ def test_profile_then_the_checkpoints(tmp_path: Path, cpu_for_gpu: None, monkeyp
         seen.append(count_experts(*args))
         return seen[-1]
 
-    monkeypatch.setattr("kt_hf.train.placing.count_experts", counted)
+    monkeypatch.setattr("kt_hf.train.expert_profile.count_experts", counted)
     keys = ("kt_num_gpu_experts=2", "save_strategy=steps", "save_steps=1")
     trained(tmp_path, model, ROWS, *keys)
     assert len(seen) == 1
@@ -59,7 +60,7 @@ def test_a_quantised_model_is_not_loaded_whole(
         seen.append(args[1].scaled)
         return made(*args)
 
-    monkeypatch.setattr("kt_hf.train.placing.count_experts", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr("kt_hf.train.expert_profile.count_experts", lambda *_: pytest.fail("counted"))
     monkeypatch.setattr(packing.Packer, "pack", watched)
     trained(tmp_path, model, ROWS, "kt_expert_placement={resident: 1, streamed: 1}")
     assert [list(one.experts) for one in seen] == [[1], [1]]

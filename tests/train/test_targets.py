@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kt_hf import KTConfig, apply_kt_moe
-from kt_hf.train.settings import OwnKeys
+from kt_hf.train.config.settings import OwnKeys
 from kt_hf.train.targets import lora_config, lora_targets
 from tests.models import FAMILIES
 

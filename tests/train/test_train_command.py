@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from kt_hf.demo import upcycle
+from kt_hf.builtin import smollm2_moe as upcycle
 from tests.train.tiny import ROOT, kt_hf
 
 pytestmark = pytest.mark.skipif(

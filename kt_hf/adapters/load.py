@@ -1,0 +1,98 @@
+"""Starting from an adapter of any readable format: one of ours, of stock PEFT, of LLaMA-Factory or transformers 4."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import KTAMXConfigError, KTAMXError
+from ..experts.layer import kt_layers
+from . import kt
+from .adapter import Adapter, rank_alpha, scale
+from .convert import open_adapter, write_folder
+from .verify import saved_names, verify_adapter
+
+logger = logging.getLogger(__name__)
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = True) -> Any:
+    """Put an adapter of any readable format on a patched model, with the adapter's own ranks, alphas and targets.
+
+    Args:
+        model: Patched by `apply_kt_moe`, or a PeftModel around it.
+        path: The adapter's folder or safetensors file.
+        name: The adapter's name in the model.
+        trainable: To train on, or for inference.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        KTAMXError: The adapter is damaged, or another base model's.
+    """
+    from peft import PeftModel
+
+    if not kt_layers(model):
+        raise KTAMXConfigError("load_adapter needs a patched model: call apply_kt_moe(model) before.")
+    if Path(path).is_dir():
+        verify_adapter(path)
+    with open_adapter(path) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
+        adapter.check(finite=True)
+        folder = Path(path)
+        if adapter.format != "kt" or not folder.is_dir():
+            folder = Path(temporary) / "adapter"
+            folder.mkdir()
+            write_folder(adapter, folder, "kt")
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, is_trainable=trainable)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
+
+
+def start_from(model: Any, path: str | Path) -> None:
+    """Give the model's active adapter the values of another of any readable format; both must be of the same shape.
+
+    Args:
+        model: A PeftModel around a patched model.
+        path: The adapter's folder or safetensors file.
+
+    Raises:
+        KTAMXError: Another rank, scaling or set of tensors than the model's adapter has, naming the first; or the
+            adapter is damaged.
+    """
+    name = model.active_adapters[0] if isinstance(model.active_adapters, list) else model.active_adapters()[0]
+    if Path(path).is_dir():
+        verify_adapter(path)
+    with open_adapter(path) as adapter:
+        adapter.check(finite=True)
+        config = kt.config(adapter)
+        parameters = saved_names(model, name)
+        tensors = dict(adapter.tensors())
+        fix = "apply_kt_moe(model, adapter=…) takes the adapter's own settings; the trainer then needs no peft_config."
+        for key in sorted(parameters.keys() | tensors.keys()):
+            there, here = tensors.get(key), parameters.get(key)
+            if there is None or here is None or there.shape != tuple(here.shape):
+                raise KTAMXError(
+                    f"{path}: {key} is {there.shape if there else 'missing'}; the model's adapter has "
+                    f"{tuple(here.shape) if here is not None else 'none'} (rank, target_modules). {fix}"
+                )
+        _check_scaling(model, name, adapter, config, fix)
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(tensors[key].load())
+    logger.info("kt_hf: training starts from the adapter in %s.", path)
+
+
+def _check_scaling(model: Any, name: str, adapter: Adapter, config: dict[str, Any], fix: str) -> None:
+    modules = dict(model.named_modules())
+    wanted = {module: one.scaling for module, one in adapter.experts.items()}
+    wanted |= {module: scale(config, *rank_alpha(config, module)) for module in adapter.modules()}
+    for module, factor in wanted.items():
+        now = modules[f"base_model.model.{module}"].scaling[name]
+        if abs(now - factor) > 1e-6 * abs(factor):
+            raise KTAMXError(f"{adapter.where}: {module} is scaled by {factor}, the model's adapter by {now}. {fix}")

@@ -1,0 +1,143 @@
+"""Expert weights in page-locked host memory, from where a GPU copies them without the CPU's help.
+
+Ordinary memory is locked in place: PyTorch's pinned allocator rounds each size up to a power of two, which would double
+what a model takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import KTAMXError
+from ..base import ExpertWeights
+from ..block_scaled import ScaledExperts, ScaledMatrices
+
+
+class HostWeights:
+    """A layer's streamed experts in contiguous host memory: gate_up [E, 2I, H] and down [E, H, I], in bf16 or, with
+    scales, of 8 bits.
+
+    They are locked as long as this object lives.
+
+    Args:
+        gate_up: Taken over.
+        down: Likewise.
+        scales: Of gate_up and of down, as `ScaledMatrices` has them.
+        block: Rows and columns that share a scale.
+
+    Raises:
+        KTAMXError: The system refuses to lock them.
+    """
+
+    def __init__(
+        self, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, ...] = (), block: tuple[int, int] = (1, 1)
+    ) -> None:
+        self.gate_up, self.down = gate_up, down
+        self._scales, self._block = scales, block
+        self._lock()
+
+    def _lock(self) -> None:
+        for tensor in self.tensors:
+            if lock_pages(tensor):
+                # The tensor goes along, so that its memory is unlocked before it is given back.
+                weakref.finalize(self, unlock_pages, tensor).atexit = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is copied: of each the first dimension is the experts'."""
+        return self.gate_up, self.down, *self._scales
+
+    @property
+    def scaled(self) -> bool:
+        """Whether copies are not yet what products take."""
+        return bool(self._scales)
+
+    @property
+    def expert_elements(self) -> int:
+        """Weights of an expert."""
+        return self.gate_up[0].numel() + self.down[0].numel()
+
+    def products_of(self, copied: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """gate_up and down in bf16 from some experts' `tensors`, copied to any device or not."""
+        if not self._scales:
+            return copied[0], copied[1]
+        gate_up, down, *scales = copied
+        made = [
+            ScaledMatrices(values, factors, self._block).widened(torch.bfloat16)
+            for values, factors in zip((gate_up, down), scales, strict=True)
+        ]
+        return made[0], made[1]
+
+    @classmethod
+    def copied(cls, weights: ExpertWeights, experts: Sequence[int]) -> HostWeights:
+        """Some experts of a layer, in memory of their own."""
+        made = [own_pages((len(experts), *whole.shape[1:])) for whole in (weights.gate_up, weights.down)]
+        for own, whole in zip(made, (weights.gate_up, weights.down), strict=True):
+            for i, e in enumerate(experts):
+                own[i].copy_(whole[e])
+        return cls(made[0], made[1])
+
+    @classmethod
+    def taken_over(cls, weights: ExpertWeights) -> HostWeights:
+        """All experts of a layer where they are; copied only where that memory cannot be locked (a file's, a shared
+        one) or is not as it has to be."""
+        tensors = weights.gate_up.detach(), weights.down.detach()
+        if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+            try:
+                return cls(*tensors)
+            except KTAMXError:
+                pass
+        return cls.copied(weights, range(len(weights.gate_up)))
+
+    @classmethod
+    def of_scaled(cls, experts: ScaledExperts) -> HostWeights:
+        """Experts of 8 bits; their values, which have pages of their own, are taken over."""
+        scales = []
+        for matrices in (experts.gate_up, experts.down):
+            own = own_pages(tuple(matrices.scales.shape), torch.float32)
+            scales.append(own.copy_(matrices.scales))
+        return cls(experts.gate_up.values, experts.down.values, tuple(scales), experts.down.block)
+
+
+def lock_pages(tensor: Tensor) -> bool:
+    """Page-lock a contiguous CPU tensor's memory; false where there is nothing to do, for want of a GPU for instance.
+
+    Raises:
+        KTAMXError: The system refuses, saying why.
+    """
+    if not torch.cuda.is_available() or tensor.nbytes == 0:
+        return False
+    torch.cuda.init()  # before that nothing looks pinned
+    if tensor.is_pinned():
+        return False
+    code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    try:
+        torch.cuda.check_error(code)
+    except RuntimeError as error:
+        with contextlib.suppress(RuntimeError):  # CUDA would report it once more, at the next launch of anybody's
+            torch.zeros(1, device="cuda")
+        raise KTAMXError(
+            f"{tensor.nbytes / 2**30:.2f} GiB of expert weights cannot be page-locked for streaming: {error}. A "
+            "container may limit locked memory (ulimit -l, RLIMIT_MEMLOCK): raise the limit, or stream fewer experts "
+            "(kt_expert_placement)."
+        ) from None
+    return True
+
+
+def unlock_pages(tensor: Tensor) -> None:
+    """The inverse of `lock_pages`, once no copy is under way."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+
+
+def own_pages(size: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Memory whose pages nobody else uses: a page cannot be locked twice."""
+    count = torch.Size(size).numel()
+    pages = mmap.mmap(-1, dtype.itemsize * max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=max(count, 1))[:count].view(size)

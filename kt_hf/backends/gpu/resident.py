@@ -1,0 +1,72 @@
+"""Experts resident on a GPU, computed by grouped products (`grouped`): the host can go on meanwhile.
+
+How many rows an expert gets is known on the GPU only, and nothing here asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import KTAMXConfigError
+from ..base import ExpertShape, ExpertWeights, Gradients, Saved
+from ..torch_loop import TorchBackend
+from . import grouped_mm as grouped
+from .grouped_mm import GroupedExperts, Lora, Rows, aligned
+
+
+@dataclass
+class _GroupedSaved(Saved):
+    rows: Rows
+    x: Tensor  # [T, H]
+    lora: Lora | None
+
+
+class GroupedBackend(GroupedExperts):
+    """Experts in bf16 on the device of their weights, without a wait for it.
+
+    Args:
+        weights: bf16, taken over, not copied.
+        shape: Sizes; H and I multiples of 8.
+    """
+
+    name = "torch"
+
+    def __init__(self, weights: ExpertWeights, shape: ExpertShape) -> None:
+        super().__init__(shape, weights.gate_up.device)
+        if not fits(weights, shape):
+            raise KTAMXConfigError(f"Experts of {weights.gate_up.dtype}: grouped products need bfloat16.")
+        self.weights = weights
+
+    def can_backward(self, saved: Saved) -> bool:
+        return isinstance(saved, _GroupedSaved)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
+        y = grouped.outputs(x.index_select(0, rows.tokens), self.weights.gate_up, self.weights.down, lora, rows)
+        return self._sum_by_token(y, rows), _GroupedSaved(rows, x, lora) if save else None
+
+    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _GroupedSaved)
+        rows = saved.rows
+        x, d = (t.index_select(0, rows.tokens) for t in (saved.x, grad_output))
+        found = grouped.gradients(x, d, self.weights.gate_up, self.weights.down, saved.lora, rows)
+        by_row = found.weights.masked_fill_(~rows.valid[:, 0], 0)
+        grad_weights = torch.zeros_like(by_row).scatter_(0, rows.order, by_row).view(rows.T, rows.K)
+        return Gradients(self._sum_by_token(found.x, rows), grad_weights, found.lora.six() if found.lora else ())
+
+    def _sum_by_token(self, values: Tensor, rows: Rows) -> Tensor:
+        values.masked_fill_(~rows.valid, 0)
+        return rows.sum_by_token(torch.empty_like(values).index_copy_(0, rows.order, values))
+
+
+def fits(weights: ExpertWeights, shape: ExpertShape) -> bool:
+    """Whether `GroupedBackend` can compute these experts."""
+    return weights.gate_up.dtype == weights.down.dtype == grouped.DTYPE and aligned(shape)
+
+
+def gpu_backend(weights: ExpertWeights, shape: ExpertShape) -> GroupedBackend | TorchBackend:
+    """What computes experts on a GPU: grouped products where they can, else PyTorch expert by expert."""
+    return GroupedBackend(weights, shape) if fits(weights, shape) else TorchBackend(weights, shape)

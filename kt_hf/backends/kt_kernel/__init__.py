@@ -1,0 +1,1 @@
+"""Experts on kt-kernel's CPU operators. Nothing outside this package imports kt_kernel."""

@@ -1,0 +1,371 @@
+"""Experts by kt-kernel's SFT operators (Intel AMX or AVX512-BF16) in bf16, INT8 or INT4.
+
+The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends
+the process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
+established by experiment on kt-kernel 0.7.2; tests/kernel_contract pins those this module relies on.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
+from ...system.cpu import ThreadPlan, cpu_features
+from ..base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
+from ..transfer import apart, host_empty, to_host, wait_until_read, written_again
+from .engine import Cache, Engine
+from .gate_overflow import careful_backward
+from .idle_workers import Pause
+from .native_code import native_output_to_log, outlive_python
+from .operators import OPERATORS, most_tokens, shape_problem
+from .packed_files import SavedLayer, check_saved, folder_to_load, folder_to_save
+
+logger = logging.getLogger(__name__)
+
+# The operators key a process-wide pool by layer_idx: drawn once, never given again.
+_layer_keys = itertools.count()
+# INT8 and INT4 are built for lengths that are multiples of this only.
+_LENGTH_STEP = 32
+
+
+@functools.cache
+def availability() -> Availability:
+    """Whether the SFT operators run here: the package, its variant, and the CPU's instructions."""
+    features = cpu_features()
+    try:
+        with native_output_to_log(logger):
+            import kt_kernel
+            from kt_kernel import kt_kernel_ext
+    except ImportError as error:
+        return Availability(
+            False, f"kt-kernel cannot be imported ({error}); install it with: pip install kt-kernel==0.7.2"
+        )
+    variant = kt_kernel.__cpu_variant__
+    details = {"variant": variant, "version": kt_kernel.__version__, "cpu": features.name}
+    if not hasattr(kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
+        return Availability(
+            False, f"kt-kernel's {variant} variant has no SFT operators (they need AMX or AVX512-BF16)", details
+        )
+    # The variant can be forced by KT_KERNEL_CPU_VARIANT; instructions the CPU lacks would end the process.
+    needed = features.amx if variant == "amx" else features.avx512_bf16
+    if not needed:
+        return Availability(False, f"kt-kernel's {variant} variant needs instructions this CPU lacks", details)
+    return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
+
+
+@dataclass
+class _KernelSaved(Saved):
+    generation: int
+    tokens: int
+
+
+class KTKernelBackend:
+    """Experts of one layer, packed for the operators of one arithmetic.
+
+    Args:
+        weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied. Or a
+            `SavedLayer`, what `save_to` once wrote, of the same operators and number of pools.
+        shape: Sizes; H, and I by the number of pools, are multiples of 32 (AMXBF16), 64 (AMXInt8) or 128 (AMXInt4).
+        rank: LoRA rank the operator is built for; smaller ones are padded with zeros. 0 packs for inference.
+        plan: Worker threads.
+        max_len: Most tokens in a call. Costs virtual memory only.
+        share_backward: One buffer of backward weights for all layers instead of one a layer.
+        share_cache: One saved forward for all layers (little memory) instead of one a layer.
+        label: The layer's name, for messages.
+        backend: AMXBF16, AMXInt8 or AMXInt4.
+        save_to: Also write the packed weights there (AMXInt8, AMXInt4); the folder is made. The backward weights are
+            left out with `share_backward`.
+
+    Raises:
+        KTAMXNotAvailableError: The operators do not run here.
+        KTAMXConfigError: A shape, rank or length the operators cannot take, or saved weights that do not fit.
+        OSError: The weights could not be written.
+    """
+
+    dtype = torch.bfloat16
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        weights: ExpertWeights | SavedLayer,
+        shape: ExpertShape,
+        rank: int,
+        plan: ThreadPlan,
+        max_len: int,
+        share_backward: bool,
+        share_cache: bool,
+        label: str,
+        backend: str = "AMXBF16",
+        save_to: Path | None = None,
+    ) -> None:
+        available = availability()
+        if not available.ok:
+            raise KTAMXNotAvailableError(f"kt_backend={backend}: {available.reason}.")
+        self.name, self._operators = backend, OPERATORS[backend]
+        self._engine = Engine.get(plan)
+        pools = len(self._engine.plan.pools)
+        problem = shape_problem(shape, pools, backend)
+        if problem:
+            raise KTAMXConfigError(f"{label}: kt_backend={backend}: {problem}; kt_backend=torch takes any shape.")
+        if save_to is not None and pools != len(plan.pools):
+            raise KTAMXConfigError(
+                f"{label}: this process computes on {pools} pools of threads already, and the weights are to be saved "
+                f"for {len(plan.pools)}: do that in a process of its own (kt-hf quantize)."
+            )
+        if rank < 0 or max_len < 1:
+            raise KTAMXConfigError(f"{label}: LoRA rank {rank} and length {max_len} cannot be negative or empty.")
+        if max_len > (most := most_tokens(shape)):
+            raise KTAMXConfigError(
+                f"{label}: kt_max_len={max_len} needs buffers larger than this machine's memory. Set it to {most} or "
+                "less; longer batches are computed in pieces."
+            )
+        if isinstance(weights, ExpertWeights):
+            _check_weights(weights, shape, label)
+        else:
+            check_saved(weights, self._operators, pools, share_backward, label)
+        self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
+        self._lora_on = False
+        self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
+        self._grads: tuple[Tensor, ...] = ()
+        self._cache = self._engine.shared_cache if share_cache else Cache()
+        self._pauses: dict[str, Pause] = {}
+        self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
+        self._moe: Any = None
+        outlive_python(self)
+        config = self._config(share_backward, share_cache)
+        if isinstance(weights, SavedLayer):
+            with folder_to_load(weights.folder, config.layer_idx) as path:
+                config.load, config.path = True, path
+                self._moe = self._build(config)
+        elif save_to is not None:
+            with folder_to_save(save_to, config.layer_idx) as path:
+                config.save, config.path = True, path
+                self._load(weights, config)
+        else:
+            self._load(weights, config)
+
+    def _config(self, share_backward: bool, share_cache: bool) -> Any:
+        from kt_kernel import kt_kernel_ext
+
+        shape = self.shape
+        config = kt_kernel_ext.moe.MOESFTConfig()
+        config.expert_num = shape.num_experts
+        config.num_experts_per_tok = shape.top_k
+        config.hidden_size = shape.hidden_size
+        config.intermediate_size = shape.intermediate_size
+        config.lora_rank = self.max_rank
+        config.lora_alpha = float(self.max_rank)  # alpha / rank = 1: scalings are folded into B
+        config.lora_dropout = 0.0
+        config.max_cache_depth = 1
+        config.max_len = -(-self.max_len // _LENGTH_STEP) * _LENGTH_STEP
+        config.layer_idx = next(_layer_keys)
+        config.share_backward_bb = share_backward
+        config.share_cache_pool = share_cache
+        config.full_weight_grad = False
+        config.authoritative_optimizer_grads = bool(self.max_rank)
+        config.physical_to_logical_map = self._expert_map.data_ptr()
+        config.swiglu_limit = 0.0
+        for name, tensor in zip(LORA_NAMES, self._lora, strict=False):
+            setattr(config, name, tensor.data_ptr())
+        config.pool = self._engine.cpu_infer.backend_
+        return config
+
+    def _load(self, weights: ExpertWeights, config: Any) -> Any:
+        inner = self.shape.intermediate_size
+        gate = weights.gate_up[:, :inner].to("cpu", torch.bfloat16, copy=True).contiguous()
+        up = weights.gate_up[:, inner:].to("cpu", torch.bfloat16, copy=True).contiguous()
+        down = weights.down.to("cpu", torch.bfloat16).contiguous()
+        config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), up.data_ptr(), down.data_ptr()
+        like = weights.gate_up.new_empty(0)
+        try:
+            weights.gate_up = torch.empty(0)  # released before the packed copy is made
+            self._moe = self._build(config)
+            weights.taken_by = self
+        except BaseException:  # KeyboardInterrupt among them
+            weights.gate_up = torch.cat((gate, up), 1).to(like)  # so that the layer can be packed again
+            raise
+        weights.down = torch.empty(0)
+
+    def _build(self, config: Any) -> Any:
+        from kt_kernel import kt_kernel_ext
+
+        cpu_infer = self._engine.cpu_infer
+        self._engine.workers.gather()
+        with native_output_to_log(logger):
+            moe = getattr(kt_kernel_ext.moe, self._operators.class_name)(config)
+            try:
+                cpu_infer.submit(moe.load_weights_task())
+            finally:  # interrupted as well: the task reads tensors and files that go then
+                cpu_infer.sync()
+            if self._lora:
+                moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        return moe
+
+    kept = False
+
+    def natives(self) -> list[Any]:
+        return [self._moe]
+
+    def __del__(self) -> None:
+        self._moe = None  # before the worker pools it uses, which go with the last layer
+
+    @property
+    def engine(self) -> Engine:
+        """kt-kernel's worker pools (`.cpu_infer`), one object for all layers of the process."""
+        return self._engine
+
+    @property
+    def torch_threads(self) -> int:
+        return 1 if torch.cuda.is_initialized() else self._engine.torch_threads
+
+    @property
+    def rank(self) -> int:
+        return self.max_rank if self._lora_on else 0
+
+    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        """Copy six tensors of one rank up to `max_rank` into the operator's buffers; () makes LoRA contribute zeros.
+
+        Raises:
+            KTAMXConfigError: The rank is larger than the operator was built for, or a shape does not fit.
+        """
+        if tensors:
+            rank = tensors[0].shape[1]
+            if rank > self.max_rank:
+                raise KTAMXConfigError(
+                    f"{self.label}: the adapter has LoRA rank {rank}, the experts were packed for {self.max_rank}. "
+                    f"Patch with KTConfig(kt_lora_rank={rank}) or more."
+                )
+            for name, tensor, size in zip(LORA_NAMES, tensors, self.shape.lora_shapes(rank), strict=True):
+                if tuple(tensor.shape) != size:
+                    raise KTAMXConfigError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, not {size}.")
+        elif not self._lora_on:
+            return
+        self._cache.holds = 0  # before the copies: an interruption must not leave a stale forward looking valid
+        self._lora_on = True  # nor half of the copies pass for none
+        if tensors and tensors[0].is_cuda:
+            straight = self._lora if rank == self.max_rank else ()
+            tensors = to_host(tensors, [torch.bfloat16] * len(tensors), straight).wait()
+        if tensors and tensors[0] is not self._lora[0]:
+            for buffer, tensor, axis in zip(self._lora, tensors, (1, 2) * 3, strict=True):
+                buffer.narrow(axis, 0, rank).copy_(tensor)
+                if rank < self.max_rank:
+                    buffer.narrow(axis, rank, self.max_rank - rank).zero_()
+        elif not tensors:
+            for buffer in self._lora[1::2]:  # B alone: zero times anything finite is zero
+                buffer.zero_()
+        self._engine.workers.gather()
+        self._moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
+        self._lora_on = bool(tensors)
+
+    def lora_copy(self) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in self._lora) if self._lora_on else ()
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        T, K = self._check_inputs(x, ids, weights)
+        out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
+        length = torch.tensor([T], dtype=torch.int32, device="cpu")
+        # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
+        self._cache.holds = 0
+        # A checkpointed layer's forward is followed by attention, its recompute by the backward.
+        with self._engine.workers.at_work(self._pauses, "saved forward" if save else "forward"):
+            self._moe.forward_sft(
+                length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), save
+            )
+        if not save:
+            return out, None
+        self._cache.holds = next(self._cache.generations)
+        return out, _KernelSaved(self._cache.holds, T)
+
+    def can_backward(self, saved: Saved) -> bool:
+        return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
+
+    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        self._check_process()
+        if not self.can_backward(saved):
+            raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
+        assert isinstance(saved, _KernelSaved)
+        T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
+        _check(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
+        if self.max_rank and not self._grads:
+            # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
+            # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
+            sizes = self.shape.lora_shapes(self.max_rank)
+            if torch.cuda.is_initialized():  # pinned: the sum would be rounded up to a power of two
+                self._grads = written_again(tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes))
+            else:
+                flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.bfloat16, device="cpu")
+                self._grads = apart(flat, sizes)
+        wait_until_read(self._grads)  # copies to a GPU, of the backward before
+        grad_input = host_empty((T, H), torch.bfloat16)
+        grad_weights = host_empty((T, K), torch.float32)
+        if not self._operators.clears_gradients:
+            for buffer in self._grads:
+                buffer.zero_()
+        pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
+        self._cache.holds = 0  # one backward a saved forward
+        with self._engine.workers.at_work(self._pauses, "backward"):
+            self._moe.backward(
+                grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
+            )
+        return Gradients(grad_input, grad_weights, self._grads)
+
+    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
+        return careful_backward(self, x, ids, weights, grad_output, bad)
+
+    def _check_process(self) -> None:
+        if self._engine.pid != os.getpid():
+            raise KTAMXForwardError(
+                f"{self.label}: this process is a fork of the one that packed the experts, and the operators' threads "
+                "did not come along. Compute in the parent, or start workers by spawn."
+            )
+
+    def _check_inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[int, int]:
+        self._check_process()
+        T, K = x.shape[0] if x.dim() == 2 else -1, self.shape.top_k
+        _check(x, "hidden_states", (T, self.shape.hidden_size), torch.bfloat16, self.label, KTAMXForwardError)
+        _check(ids, "top_k_index", (T, K), torch.int64, self.label, KTAMXForwardError)
+        _check(weights, "top_k_weights", (T, K), torch.float32, self.label, KTAMXForwardError)
+        if self.max_len < T:
+            raise KTAMXForwardError(f"{self.label}: {T} tokens in a call, at most kt_max_len={self.max_len}.")
+        low, high = (int(end) for end in ids.aminmax()) if T else (-1, -1)
+        if low < -1 or high >= self.shape.num_experts:
+            raise KTAMXForwardError(
+                f"{self.label}: top_k_index has ids from {low} to {high}; "
+                f"allowed are -1 (no expert) and 0 to {self.shape.num_experts - 1}."
+            )
+        return T, K
+
+
+def _check(
+    tensor: Tensor, name: str, size: tuple[int, ...], dtype: torch.dtype, label: str, error: type[Exception]
+) -> None:
+    ok = (
+        tuple(tensor.shape) == size and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+    )
+    if not ok:
+        raise error(
+            f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}; "
+            f"the operators need {dtype}, {size}, contiguous, on the CPU."
+        )
+
+
+def _check_weights(weights: ExpertWeights, shape: ExpertShape, label: str) -> None:
+    E, H, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    for name, tensor, size in (
+        ("gate_up_proj", weights.gate_up, (E, 2 * inner, H)),
+        ("down_proj", weights.down, (E, H, inner)),
+    ):
+        if tuple(tensor.shape) != size or not tensor.is_floating_point():
+            raise KTAMXConfigError(
+                f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; it must be {size}, floating."
+            )

@@ -1,0 +1,68 @@
+"""kt-kernel's operator classes, one for each arithmetic: what they demand and in what they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from ..base import ExpertShape
+
+# What the operators reserve, in bytes for each token of their length, expert of a token, and element of H + I: 11.7 to
+# 14.9 on the shapes of four models. Address space, not memory: pages are used as far as batches are long.
+_RESERVED = 16
+
+
+@dataclass(frozen=True)
+class Operators:
+    """One of kt-kernel's classes of SFT operators.
+
+    Attributes:
+        name: The value of `kt_backend`.
+        class_name: In `kt_kernel_ext.moe`.
+        multiple: H, and I after the split over pools, are multiples of this. BF16 does not check it, it crashes.
+        bytes_per_weight: In memory, once: 2, 1 or 0.5; scales are not counted.
+        clears_gradients: Whether backward overwrites the LoRA gradient buffers; else it adds to some of them.
+        saved_as: What names of saved files begin with; None where the weights cannot be saved packed.
+    """
+
+    name: str
+    class_name: str
+    multiple: int
+    bytes_per_weight: float
+    clears_gradients: bool = True
+    saved_as: str | None = None
+
+
+OPERATORS = {
+    made.name: made
+    for made in (
+        Operators("AMXBF16", "AMXBF16_SFT_MOE", 32, 2.0),
+        Operators("AMXInt8", "AMXInt8_SFT_MOE", 64, 1.0, saved_as="INT8"),
+        Operators("AMXInt4", "AMXInt4_SFT_MOE", 128, 0.5, clears_gradients=False, saved_as="INT4"),
+    )
+}
+QUANTISED = tuple(made.name for made in OPERATORS.values() if made.saved_as)
+
+
+def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") -> str | None:
+    """Why the operators of `backend` cannot compute experts of this shape, or None."""
+    multiple = OPERATORS[backend].multiple
+    for name, size in (("hidden size", shape.hidden_size), ("expert intermediate size", shape.intermediate_size)):
+        if size < 1 or size % multiple:
+            return f"the {name} {size} is not a multiple of {multiple}"
+    if shape.intermediate_size % (multiple * pools):
+        return (
+            f"the expert intermediate size {shape.intermediate_size} does not split into {pools} pools of multiples of "
+            f"{multiple} (kt_tp_enabled=False makes one pool)"
+        )
+    if not 1 <= shape.top_k <= shape.num_experts:
+        return f"{shape.top_k} experts a token of {shape.num_experts} make no sense"
+    return None
+
+
+def most_tokens(shape: ExpertShape) -> int:
+    """The longest call that experts of this shape can be packed for: what a layer reserves stays below the machine's
+    memory. Beyond it the system may refuse, and the operators' constructor does not return then."""
+    one = _RESERVED * shape.top_k * (shape.hidden_size + shape.intermediate_size)
+    return max(1, int(psutil.virtual_memory().total) // one)

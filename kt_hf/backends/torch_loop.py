@@ -1,0 +1,313 @@
+"""Experts one after another by matrix products of PyTorch, LoRA not merged: any device, any floating dtype.
+
+The mathematics, for a token x sent to expert e with routing weight w (LoRA scalings are folded into the B tensors):
+
+    g = Wg x + Bg Ag x        u = Wu x + Bu Au x        h = silu(g) * u        y = w (Wd h + Bd Ad h)
+
+and in backward, with d = dL/dy before the weighting and q = Wd^T d + Ad^T Bd^T d:
+
+    dL/dw = <q, h>            dg = w q * u * silu'(g)   du = w q * silu(g)
+    dx = Wg^T dg + Ag^T Bg^T dg + (the same of up)      dBg = dg (Ag x)^T      dAg = (Bg^T dg) x^T
+
+Rows are sorted by expert once, in forward; backward uses the same permutation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu as _silu
+
+from ..errors import KTAMXBackwardError
+from .base import ExpertShape, ExpertWeights, Gradients, Saved
+from .buffer_pool import empty, empty_rows
+from .transfer import apart
+
+# Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
+# forward (in backward, where the weight's rows are the sum's, always).
+_WIDEN_FROM_ROWS = 4
+# On a CPU, 16-bit products are compiled for each number of rows: 0.5 ms the first time, and oneDNN keeps 1,024 of them,
+# which the experts of a few layers exceed (a quarter of a SmolLM2 step). So an expert's rows are filled to a multiple
+# of this, or below it to a power of two.
+_ROW_STEP = 16
+# The B of gate and up are one block-diagonal matrix up to this rank: few rows take 20 µs whatever the size.
+# Half of it are zeros, and from rank 64 on these take longer.
+_ONE_B_TO_RANK = 32
+
+
+@dataclass
+class _Groups:
+    """Rows of [T*K] sorted by expert: the i-th is flat row `order[i]`; rows of no expert are left out.
+
+    They are row `place[i]` of S, where an expert's rows may be followed by rows of zeros; None if there are no such.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    spans: list[tuple[int, int, int]]  # expert, first row, row after the last
+    place: Tensor | None
+    S: int
+    T: int
+    K: int
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        return ((e, slice(i, j)) for e, i, j in self.spans)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[len(order), C] -> [S, C]."""
+        if self.place is None:
+            return values
+        return empty_rows(self.S, values).zero_().index_copy_(0, self.place, values)
+
+    def taken(self, values: Tensor) -> Tensor:
+        """[T, C] -> [S, C]: each row's token's."""
+        found = empty_rows(len(self.tokens), values)
+        return self.spread(torch.index_select(values, 0, self.tokens, out=found))
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """[S, C] -> [len(order), C]."""
+        if self.place is None:
+            return rows
+        return torch.index_select(rows, 0, self.place, out=empty_rows(len(self.place), rows))
+
+
+@dataclass
+class _TorchSaved(Saved):
+    groups: _Groups
+    weights: Tensor  # [S, 1] in the dtype of computation, sorted
+    x: Tensor  # [S, H], sorted
+    gu: Tensor  # [S, 2I], before the activation
+    xa: Tensor  # [S, 2r], x through the A of gate and of up
+    lora: _Lora | None
+
+
+class _Lora(NamedTuple):
+    """LoRA tensors as they are multiplied: gate's A above up's, and their B as one where that is faster."""
+
+    a: Tensor  # [E, 2r, H]
+    b: tuple[Tensor, ...]  # [E, 2I, 2r], block-diagonal; or gate's and up's, [E, I, r]
+    down_a: Tensor
+    down_b: Tensor
+
+    @classmethod
+    def of(cls, six: tuple[Tensor, ...]) -> _Lora:
+        gate_a, gate_b, up_a, up_b, down_a, down_b = six
+        E, inner, r = gate_b.shape
+        if r <= _ONE_B_TO_RANK:
+            whole = gate_b.new_zeros(E, 2 * inner, 2 * r)
+            whole[:, :inner, :r], whole[:, inner:, r:] = gate_b, up_b
+            b: tuple[Tensor, ...] = (whole,)
+        else:
+            b = gate_b.clone(), up_b.clone()
+        return cls(torch.cat([gate_a, up_a], 1), b, down_a.clone(), down_b.clone())
+
+    @property
+    def rank(self) -> int:
+        return self.down_a.shape[1]
+
+    def six(self) -> tuple[Tensor, ...]:
+        r, inner = self.rank, self.down_a.shape[2]
+        whole = self.b[0]
+        gate_b, up_b = self.b if len(self.b) == 2 else (whole[:, :inner, :r], whole[:, inner:, r:])
+        return self.a[:, :r], gate_b, self.a[:, r:], up_b, self.down_a, self.down_b
+
+    def add_b(self, e: int, xa: Tensor, to: Tensor) -> None:
+        """x through both A, [S, 2r], through the B of expert e, added to [S, 2I]."""
+        if len(self.b) == 1:
+            to.addmm_(xa, self.b[0][e].t())
+            return
+        for b, part, own in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
+            own.addmm_(part, b[e].t())
+
+    def back_through_b(self, e: int, dgu: Tensor) -> Tensor:
+        """[S, 2I] -> [S, 2r]."""
+        if len(self.b) == 1:
+            return dgu @ self.b[0][e]
+        return torch.cat([part @ b[e] for b, part in zip(self.b, dgu.chunk(2, 1), strict=True)], 1)
+
+    def b_gradients(self, dgu: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
+        """Of gate's and of up's B, [I, r]."""
+        (dg, du), (gate, up) = dgu.chunk(2, 1), xa.chunk(2, 1)
+        if len(self.b) == 2:
+            return dg.t() @ gate, du.t() @ up
+        both = dgu.t() @ xa  # off the diagonal it is of no use
+        return both[: dg.shape[1], : gate.shape[1]], both[dg.shape[1] :, gate.shape[1] :]
+
+
+class TorchBackend:
+    """Experts computed by PyTorch on the device of their weights, in their dtype.
+
+    16-bit weights on a CPU without 16-bit matrix products are computed in fp32, widened an expert at a time.
+
+    Args:
+        weights: Taken over, not copied.
+        shape: Sizes.
+    """
+
+    name = "torch"
+    torch_threads: int | None = None
+    max_rank: int | None = None
+    max_len: int | None = None
+
+    def __init__(self, weights: ExpertWeights, shape: ExpertShape) -> None:
+        self.shape = shape
+        self.weights = weights
+        self.dtype = weights.gate_up.dtype
+        self.device = weights.gate_up.device
+        narrow = self.dtype in (torch.bfloat16, torch.float16)
+        self._widen = self.device.type == "cpu" and narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._fill = self.device.type == "cpu" and narrow and not self._widen
+        self._math = torch.float32 if self._widen else self.dtype
+        self._lora: _Lora | None = None
+
+    @property
+    def rank(self) -> int:
+        return self._lora.rank if self._lora else 0
+
+    def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        # New tensors, never the old ones changed: saved forwards keep reading theirs.
+        self._lora = None
+        if tensors:
+            self._lora = _Lora.of(tuple(t.detach().to(self.device, self._math) for t in tensors))
+
+    def lora_copy(self) -> tuple[Tensor, ...]:
+        return self._lora.six() if self._lora else ()
+
+    def can_backward(self, saved: Saved) -> bool:
+        return isinstance(saved, _TorchSaved)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        groups = self._group(ids)
+        I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
+        xs = groups.taken(x.to(self._math))
+        ws = groups.spread(weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1))
+        scratch = self._scratch()
+        gu, xa = empty_rows(xs.shape[0] if save else 0, xs, 2 * I), xs.new_empty(xs.shape[0], 2 * r)
+        y = empty_rows(xs.shape[0], xs)
+        # Expert by expert to the end: what is between the products stays in the cache.
+        for e, rows in groups:
+            inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, 2 * I), y[rows]
+            self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch)
+            if lora:
+                torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
+                lora.add_b(e, xa[rows], inner)
+            h = _silu(inner[:, :I]).mul_(inner[:, I:])
+            self._product(h, self.weights.down[e], True, out, scratch)
+            if lora:
+                out.addmm_(h @ lora.down_a[e].t(), lora.down_b[e].t())
+            out.mul_(ws[rows])
+        return self._sum_by_token(y, groups), _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
+
+    def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
+        return None  # what is not finite here is not finite
+
+    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _TorchSaved)
+        if self.weights.down.numel() == 0:
+            raise KTAMXBackwardError("The experts were packed between this forward and its backward: forward again.")
+        groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
+        I = self.shape.intermediate_size  # noqa: E741
+        r = lora.rank if lora else 0
+        grad = groups.taken(grad_output.to(self._math))
+        grads = self._new_gradients(r, groups) if lora else ()
+        scratch = self._scratch()
+        dx, dw = (
+            empty_rows(grad.shape[0], grad),
+            torch.zeros(grad.shape[0], dtype=torch.float32, device=self.device),
+        )
+        for e, rows in groups:
+            d, w, out = grad[rows], ws[rows], dx[rows]
+            g, u = saved.gu[rows, :I], saved.gu[rows, I:]
+            s = torch.sigmoid(g)
+            silu = g * s
+            h = silu * u
+            q = torch.empty_like(h)
+            self._product(d, self.weights.down[e], False, q, scratch)
+            if lora:
+                db = d @ lora.down_b[e]
+                q.addmm_(db, lora.down_a[e])
+                grads[4][e] = db.mul_(w).t() @ h
+                grads[5][e] = d.t() @ (h @ lora.down_a[e].t()).mul_(w)
+            torch.sum(q.float() * h, 1, out=dw[rows])
+            q.mul_(w)
+            dgu = q.new_empty(q.shape[0], 2 * I)
+            # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+            torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
+            torch.mul(q, silu, out=dgu[:, I:])
+            self._product(dgu, self.weights.gate_up[e], False, out, scratch)
+            if lora:
+                da = lora.back_through_b(e, dgu)
+                out.addmm_(da, lora.a[e])
+                both = da.t() @ xs[rows]
+                grads[0][e], grads[2][e] = both[:r], both[r:]
+                grads[1][e], grads[3][e] = lora.b_gradients(dgu, saved.xa[rows])
+        grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
+        grad_weights.index_copy_(0, groups.order, groups.gathered(dw.unsqueeze(1)).squeeze(1))
+        return Gradients(
+            self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads, lora_is_free=True
+        )
+
+    def _new_gradients(self, rank: int, groups: _Groups) -> tuple[Tensor, ...]:
+        """The six of LoRA in fp32 and in one memory, zero where an expert has no rows."""
+        sizes = self.shape.lora_shapes(rank)
+        flat = empty((sum(map(math.prod, sizes)),), torch.float32, self.device)
+        return apart(flat if len(groups.spans) == self.shape.num_experts else flat.zero_(), sizes)
+
+    def _group(self, ids: Tensor) -> _Groups:
+        T, K = ids.shape
+        flat = ids.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat + 1, minlength=self.shape.num_experts + 1)  # [0] counts the rows of no expert
+        ends = counts.cumsum(0).tolist()
+        order = order[ends[0] :]
+        held = [end - begin for begin, end in itertools.pairwise(ends)]
+        filled = [_filled(count) if self._fill else count for count in held]
+        starts = [0, *itertools.accumulate(filled)]
+        spans = [(e, starts[e], starts[e + 1]) for e, count in enumerate(held) if count]
+        tokens = order.div(K, rounding_mode="floor")
+        place, S = None, len(order)
+        if filled != held:
+            shift = [start - end + ends[0] for start, end in zip(starts[:-1], ends[:-1], strict=True)]
+            moved, counted = (torch.tensor(values, device="cpu") for values in (shift, held))
+            place = torch.arange(S, device="cpu") + moved.repeat_interleave(counted)
+            S = starts[-1]
+        return _Groups(order, tokens, spans, place, S, T, K)
+
+    def _scratch(self) -> Tensor | None:
+        """Memory for one widened weight, where they are."""
+        shape = self.shape
+        size = 2 * shape.intermediate_size * shape.hidden_size
+        return torch.empty(size, dtype=torch.float32, device=self.device) if self._widen else None
+
+    def _product(self, x: Tensor, weight: Tensor, transpose: bool, out: Tensor, scratch: Tensor | None) -> None:
+        """out = x @ weight, or its transpose."""
+        if scratch is None:
+            torch.mm(x, weight.t() if transpose else weight, out=out)
+        elif transpose and x.shape[0] < _WIDEN_FROM_ROWS:
+            out.copy_(x.to(weight.dtype) @ weight.t())
+        else:
+            wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
+            torch.mm(x, wide.t() if transpose else wide, out=out)
+
+    def _sum_by_token(self, rows: Tensor, groups: _Groups) -> Tensor:
+        """Sum over each token's experts, in fp32 and in a fixed order: [S, H] -> [T, H] in the backend's dtype."""
+        spread = empty_rows(groups.T * groups.K, rows).zero_()
+        spread.index_copy_(0, groups.order, groups.gathered(rows))
+        return (
+            spread.view(groups.T, groups.K, -1)
+            .sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+            .to(self.dtype)
+        )
+
+
+def _filled(count: int) -> int:
+    """Rows that so many are filled up to."""
+    if count <= _ROW_STEP:
+        return 1 << (count - 1).bit_length() if count else 0
+    return -(-count // _ROW_STEP) * _ROW_STEP

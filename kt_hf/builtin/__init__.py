@@ -1,0 +1,1 @@
+"""The model and the data set that come without a download."""

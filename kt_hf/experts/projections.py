@@ -1,0 +1,216 @@
+"""The PEFT layers of `KTExperts`: the gate, up and down projection of all experts, and the holders of their LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from peft.tuners.lora import LoraConfig, LoraLayer
+from torch import Tensor, nn
+
+from ..errors import KTAMXConfigError, KTAMXError
+
+if TYPE_CHECKING:
+    from .layer import KTExperts
+
+logger = logging.getLogger(__name__)
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Mixtral's names in transformers 4, on the hub, and in people's configs.
+ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+NO_MERGE = (
+    "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the adapter "
+    "cannot be unloaded from them. Save the adapter with save_pretrained, then: kt-hf export ADAPTER OUT --to merged "
+    "--base BASE_MODEL."
+)
+NO_COPY = (
+    "A patched model cannot be deep-copied: its experts are packed for the CPU operators. For DPO's reference use the "
+    "adapter switched off (ref_model=None), else load and patch the model a second time."
+)
+NO_PICKLE = (
+    "A patched model cannot be pickled: its experts are packed for the CPU operators. Save the adapter with "
+    "save_pretrained, and load and patch the base model in the other process."
+)
+
+
+class PackedWeight(nn.Module):
+    """Stands where PEFT expects a base layer: the size of a stacked projection, its weights being in the backend."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, held by the backend"
+
+
+class ExpertLora(nn.Module):
+    """Holder of one LoRA tensor of all experts, `weight` [E, r, in] or [E, out, r].
+
+    A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`,
+    `.cuda()` and the like leave the tensor where and what it is: it is the master of what the backend holds (on the
+    CPU, or with `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
+    """
+
+    def __init__(self, weight: Tensor, follow_to_gpu: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.follow_to_gpu = follow_to_gpu
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExpertLora:
+        # On the leaf: PEFT calls child.to(), which would by-pass an override further up.
+        if self.weight.is_meta:
+            return super()._apply(fn, recurse)
+        moved = fn(self.weight.detach().new_empty(1)).device
+        if moved.type == "cuda" and self.follow_to_gpu and moved != self.weight.device:
+            self.weight.data = self.weight.data.to(moved)
+            if self.weight.grad is not None:
+                self.weight.grad = self.weight.grad.to(moved)
+        return self
+
+
+class ExpertProjection(nn.Module, LoraLayer):
+    """The gate, up or down projection of all experts of a layer, as PEFT sees it.
+
+    Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts`
+    computes with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is
+    refused.
+    """
+
+    # Set by LoraLayer; declared because nn.Module's attributes have no types of their own.
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_dropout: nn.ModuleDict
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, owner: KTExperts) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, PackedWeight(in_features, out_features))
+        self.num_experts = num_experts
+        self.in_features = in_features
+        self.out_features = out_features
+        # Weakly: the weights of a deleted model go at once, without waiting for the garbage collector.
+        self._owner = weakref.ref(owner)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features  # type: ignore[return-value]
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Called by PEFT for each adapter that targets this projection."""
+        owner = self._owner()
+        assert owner is not None, "a projection outlives its layer"
+        where = f"{owner.label}.{kwargs.get('target_name', '').rsplit('.', 1)[-1] or 'projection'}"
+        refuse_variants(config, where)
+        self.check_rank(r, where)
+        if config.lora_dropout and not getattr(owner.packer, "told_dropout", False):
+            owner.packer.told_dropout = True
+            logger.warning(
+                "lora_dropout=%s applies to linear layers only: experts train without it.", config.lora_dropout
+            )
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = False
+        self.lora_bias[adapter_name] = False
+        self.lora_dropout[adapter_name] = nn.Identity()
+        dtype, gpu = owner.lora_dtype, owner.packer.config.kt_moe_lora_device == "gpu"
+        shape_a, shape_b = (self.num_experts, r, self.in_features), (self.num_experts, self.out_features, r)
+        self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype, device="cpu"), gpu)
+        self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype, device="cpu"), gpu)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        layer_is_on = next(owner.buffers()).device
+        if layer_is_on.type == "cuda":  # the model has been moved already: `.to()` may not come again
+            self.lora_A[adapter_name].to(layer_is_on)
+            self.lora_B[adapter_name].to(layer_is_on)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def check_rank(self, rank: Any, where: str) -> None:
+        """Refuse a rank that is none, or that the packed operators have no room for."""
+        if not isinstance(rank, int) or rank < 1:
+            raise KTAMXConfigError(f"{where}: LoRA rank {rank!r} (r, rank_pattern) is not a positive integer.")
+        owner = self._owner()
+        if owner is not None:
+            owner.check_rank(rank, where)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after it has replaced the tensors, by some of the GPU's perhaps: back to where they live."""
+        for holder in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            if not holder.follow_to_gpu and not holder.weight.is_meta:
+                holder.weight.data = holder.weight.data.cpu()
+
+    def tensors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [E, r, in] and B [E, out, r] of an adapter."""
+        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        assert isinstance(a, nn.Parameter)
+        assert isinstance(b, nn.Parameter)
+        return a, b
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """A as PEFT draws a Linear's, expert by expert: uniform in ±1/sqrt(in). B zero (drawn too with False)."""
+        a, b = self.tensors(adapter_name)
+        if a.is_meta:
+            return
+        with torch.no_grad():
+            if str(init_lora_weights).lower() == "gaussian":
+                a.normal_(std=1 / self.r[adapter_name])
+            else:
+                bound = 1 / math.sqrt(self.in_features)
+                a.uniform_(-bound, bound)
+            if init_lora_weights is False:  # as nn.Linear's own start, which is what PEFT leaves then
+                bound = 1 / math.sqrt(self.r[adapter_name])
+                b.uniform_(-bound, bound)
+            else:
+                b.zero_()
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise KTAMXError("An expert projection is not called by itself: KTExperts computes the three together.")
+
+    def _no_merge(self, *_: Any, **__: Any) -> NoReturn:
+        raise KTAMXError(NO_MERGE)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise KTAMXError(NO_COPY)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise KTAMXError(NO_PICKLE)
+
+    merge = _no_merge
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged, so there is nothing to undo: `unmerge_adapter` of the model works."""
+
+    get_delta_weight = _no_merge
+    unload_and_optionally_merge_module = _no_merge
+
+
+def refuse_variants(config: LoraConfig, where: str) -> None:
+    """What changes a LoRA layer's mathematics and is not implemented for experts, by the name of its setting."""
+    tagged = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    settings = ("lora_bias", "use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+                "velora_config", "monteclora_config", "use_bdlora", *tagged)  # fmt: skip
+    for name in settings:
+        if getattr(config, name, None):
+            raise KTAMXConfigError(
+                f"{where}: {name}={getattr(config, name)!r} is not supported on experts. Leave it out, or take "
+                "gate_proj, up_proj and down_proj out of target_modules."
+            )
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and str(init).lower() != "gaussian":
+        raise KTAMXConfigError(
+            f"{where}: init_lora_weights={init!r} is not supported on experts; use True or 'gaussian'."
+        )

@@ -1,0 +1,357 @@
+"""The runner of an expert layer, which keeps the tickets between a forward and its backward.
+
+An operator keeps one saved forward, and any later forward or change of LoRA on it spoils that one. So each forward that
+may see a backward gets a ticket: the saved forward, and the LoRA values it was computed with. Backward uses the saved
+forward if nothing has happened since; else it puts the ticket's LoRA values back, computes the forward again from the
+inputs autograd saved, and goes on. Any order of forwards, LoRA changes and backwards is right; the usual one is fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
+from ..backends.finite_checks import DOUBTS, all_finite, is_finite
+from ..backends.transfer import joined, six_to_device, to_device, to_host
+from ..errors import KTAMXBackwardError, KTAMXForwardError
+from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[Gradients], tuple[Gradients, list[bool]]]  # `_checked`
+# Values of a result on the CPU that it looks through itself, at once: 20 us, and a GPU takes as long to be asked to.
+_SMALL = 2**16
+
+
+class ExpertsRunner:
+    """Calls one layer's backend in any order and keeps the tickets.
+
+    Args:
+        backend: What computes.
+        label: The layer's name, for messages.
+        retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
+    """
+
+    def __init__(self, backend: ExpertsBackend, label: str, retain: bool) -> None:
+        self.backend = backend
+        self.label = label
+        self.retain = retain
+        self._values = LoraValues(None)
+        self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+        self._latest: Ticket | None = None
+        self.tokens = 0  # that gradients were computed for, and how many of them each expert got
+        self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """No autocast, and no more threads of PyTorch's than a backend that has its own leaves cores for."""
+        most = self.backend.torch_threads
+        fewer = most if most is not None and torch.get_num_threads() > most else None
+        autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        return _quiet(fewer, autocast) if fewer or autocast else contextlib.nullcontext()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the backend's inputs and results are on a GPU."""
+        return self.backend.device.type != "cpu"
+
+    @property
+    def lora_key(self) -> Hashable:
+        """The key of the LoRA values the backend holds."""
+        return self._values.key
+
+    def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
+        """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
+        with CALL_LOCK, torch.no_grad(), self.quiet():
+            DOUBTS.settle(wait=True)
+            self._swap(LoraValues(key), tensors())
+            if self.on_gpu:  # the parameters may be written to from now on, and copies of them be under way
+                torch.cuda.current_stream(self.backend.device).synchronize()
+
+    def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
+        if len(self._values.tickets):
+            self._values.kept = self.backend.lora_copy()
+        self._values = LoraValues(object())  # if the copy is interrupted, no key fits and the next call copies again
+        self.backend.set_lora(tensors)
+        self._values = values
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Ticket | None]:
+        """Output [T, H] in the backend's dtype and on x's device; with `save`, the ticket for the backward.
+
+        x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
+        """
+        with CALL_LOCK, torch.no_grad(), self.quiet():
+            DOUBTS.settle()
+            if save and self.retain and in_backward():
+                known = self._recognise(*self._prepared(x, ids, weights))
+                if known is not None and known.retained is not None:
+                    # Another alias: this one becomes the output of a graph that leads back to the ticket.
+                    return to_device(known.retained.output.detach(), x.device), known
+            given = x.detach()
+            x, ids, weights = self._inputs(x, ids, weights)
+            keep = save and (self.retain or in_backward())
+            out, saved = self._compute(x, ids, weights, keep)
+            result = to_device(out, given.device)
+            self._check_finite(out, result, given)
+            if not save:
+                return result, None
+            ticket = Ticket(self._values, saved, ids)
+            if keep and self.retain:
+                ticket.retained = Retained(x, ids, weights, out)
+            self._live[ticket.number] = ticket
+            # A strong reference, for a recompute's own graph dies before the backward it was made for. The operators
+            # hold one saved forward a layer anyway.
+            self._latest = ticket if in_backward() else None
+            return result, ticket
+
+    def backward(
+        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, lora: bool
+    ) -> Gradients:
+        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it; LoRA's too
+        if `lora`. What the CPU computed is on x's device, unless x is empty or `grad_output` not finite.
+
+        The caller holds CALL_LOCK until LoRA's gradients are out of the backend's buffers, and is `quiet`.
+        """
+        DOUBTS.settle()
+        if number != ticket.number and self._latest is not None and self._latest.number == number:
+            ticket, self._latest = self._latest, None
+        if x.shape[0] == 0:
+            return self._filled(0, ids.shape[1], 0.0)
+        grad_output, fine = self._brought_gradient(grad_output)
+        # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
+        if not fine:
+            return self._filled(x.shape[0], ids.shape[1], float("nan"))
+        values = ticket.values
+        if values is None:
+            raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
+        if values is not self._values:
+            if values.kept is None:
+                raise KTAMXBackwardError(f"{self.label}: the LoRA values of this forward are lost. Please report this.")
+            self._swap(values, values.kept)
+        saved, check = ticket.saved, functools.partial(_checked, home=x.device, lora=lora)
+        if saved is not None and self.backend.can_backward(saved):
+            gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
+        else:
+            gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
+        if self.on_gpu:
+            found = all_finite(gradients.hidden_states, gradients.top_k_weights)
+            DOUBTS.ask(functools.partial(_not_finite, self.label, "its inputs"), found | ~all_finite(grad_output))
+        self.tokens += x.shape[0]
+        self.load += self._counted(ticket.ids.flatten() + 1)[1:]
+        if not graph_is_kept():
+            ticket.release()
+        return gradients
+
+    def _counted(self, ids: Tensor) -> Tensor:
+        """How often each of 0 … E is among the ids."""
+        count = len(self.load) + 1
+        if not self.on_gpu:
+            return torch.bincount(ids, minlength=count)
+        return ids.new_zeros(count).scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait
+
+    def _backward(
+        self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor, check: Check
+    ) -> Gradients:
+        gradients = self.backend.backward(saved, grad_output)
+        if self.on_gpu:
+            return gradients
+        gradients, (fine, fine_weights) = check(gradients)
+        if not fine:
+            bad = ~torch.isfinite(gradients.hidden_states).all(dim=1).cpu()
+            found = self.backend.careful_backward(*inputs(), grad_output, bad)
+            if found is not None:
+                gradients, (fine, fine_weights) = check(found)
+        if not fine:
+            raise _not_finite(self.label, "hidden_states")
+        if not fine_weights:
+            raise _not_finite(self.label, "top_k_weights")
+        return gradients
+
+    def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, check: Check) -> Gradients:
+        most = self.backend.max_len or max(x.shape[0], 1)
+        if x.shape[0] <= most:
+            _, saved = self.backend.forward(x, ids, weights, save=True)
+            assert saved is not None
+            return self._backward(saved, lambda: (x, ids, weights), grad, check)
+        # Longer than the operators take: piece by piece, the LoRA gradients summed in fp32.
+        parts: list[tuple[Tensor, Tensor]] = []
+        lora: tuple[Tensor, ...] = ()
+        for piece, grad_piece in zip(
+            zip(x.split(most), ids.split(most), weights.split(most), strict=True), grad.split(most), strict=True
+        ):
+            part = self._recompute(*piece, grad_piece, check)
+            parts.append((part.hidden_states, part.top_k_weights))
+            lora = tuple(
+                total.add_(new) for total, new in zip(lora, part.lora, strict=True)
+            ) if lora else tuple(new.to(torch.float32, copy=True) for new in part.lora)  # fmt: skip
+        return Gradients(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), lora, lora_is_free=True)
+
+    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+        most = self.backend.max_len
+        if x.shape[0] == 0:
+            return x.new_zeros(x.shape), None
+        if most is None or x.shape[0] <= most:
+            return self.backend.forward(x, ids, weights, save)
+        pieces = zip(x.split(most), ids.split(most), weights.split(most), strict=True)
+        return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
+
+    def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's inputs as the backend wants them, on its device."""
+        if self.on_gpu:
+            x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
+            return x, ids, weights
+        # Ids and weights are few: what is done with them takes the CPU less than launching it takes.
+        given = (x, ids, weights)
+        return self._prepared(*to_host(given, (self.backend.dtype, ids.dtype, weights.dtype)).wait())
+
+    def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs as the backend wants them, but where they are. Ids of no local expert become -1, missing columns
+        of K are filled."""
+        shape = self.backend.shape
+        ids = ids.detach().to(torch.int64)
+        ids = ids - shape.expert_offset if shape.expert_offset else ids
+        if ids.is_cuda or not _within(ids, shape.num_experts):
+            ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
+        weights = weights.detach().to(torch.float32)
+        missing = shape.top_k - ids.shape[1]
+        if missing > 0:
+            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+            weights = torch.nn.functional.pad(weights, (0, missing))
+        return x.detach().to(self.backend.dtype).contiguous(), ids.contiguous(), weights.contiguous()
+
+    def _brought_gradient(self, grad_output: Tensor) -> tuple[Tensor, bool]:
+        """It on the backend's device in its dtype, and whether it is finite; taken for so on a GPU."""
+        grad = grad_output.detach().to(self.backend.dtype).contiguous()
+        if self.on_gpu:
+            return to_device(grad, self.backend.device), True
+        if grad.is_cuda and grad.numel() <= _SMALL:
+            (grad,) = to_host((grad,), (grad.dtype,)).wait()
+        if not grad.is_cuda:
+            return grad, is_finite(grad)
+        grad, fine = to_host((grad, all_finite(grad)), (grad.dtype, torch.bool)).wait()
+        return grad, bool(fine)
+
+    def _recognise(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        for ticket in sorted(self._live.values(), key=lambda t: -t.number):
+            if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
+                return ticket
+        return None
+
+    def _check_finite(self, out: Tensor, result: Tensor, x: Tensor) -> None:
+        """Look through the output, `out` as the backend gave it and `result` where it is wanted, of the inputs x."""
+        if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
+            # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
+            DOUBTS.ask(functools.partial(_output_error, self.label, all_finite(x)), all_finite(result))
+        elif not is_finite(out):
+            raise _output_error(self.label, all_finite(x))
+
+    def parameter_gradients(
+        self, gradients: Gradients, to_parameters: Callable[[Gradients], list[Tensor]], device: torch.device
+    ) -> list[Tensor]:
+        """Those of the LoRA parameters, scaled, on `device`, where these live.
+
+        Args:
+            gradients: Of `backward`, LoRA's among them.
+            to_parameters: Makes them of the backend's.
+        """
+        name = "an expert LoRA tensor"
+        if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
+            gradients = _lora_on(gradients, device)
+        flat = joined(gradients.lora)
+        raw: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
+        if raw[0].is_cuda:
+            fine = all_finite(*raw)
+            if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
+                fine = fine | ~all_finite(gradients.hidden_states)
+            made = to_parameters(gradients)
+            if device.type != "cpu":
+                DOUBTS.ask(functools.partial(_not_finite, self.label, name), fine)
+                return made
+            *arrived, fine = to_host([*made, fine], [*(tensor.dtype for tensor in made), torch.bool]).wait()
+            if not fine:
+                raise _not_finite(self.label, name)
+            return arrived
+        for tensor in raw:  # before they are widened: half the memory to look through
+            if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
+                raise _not_finite(self.label, name)
+        return to_parameters(gradients)
+
+    def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
+        hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
+        return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
+
+
+def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Gradients, list[bool]]:
+    """Gradients that the CPU computed, on `home`; whether those of the hidden states and of the weights are finite.
+
+    Where `home` is a GPU it looks through the large ones, and has LoRA's on the way meanwhile: 5 million values are
+    copied there, checked, widened and copied back in 1 ms, where a core beside busy operators takes 5 to widen them.
+    """
+    hidden, weights = gradients.hidden_states, gradients.top_k_weights
+    gradients = gradients if lora else Gradients(hidden, weights)
+    fine_weights = is_finite(weights)
+    if home.type != "cuda":
+        return gradients, [is_finite(hidden), fine_weights]
+    fine = is_finite(hidden) if hidden.numel() <= _SMALL else None
+    gradients = replace(gradients, hidden_states=to_device(hidden, home), top_k_weights=to_device(weights, home))
+    answer = to_host([all_finite(gradients.hidden_states)], [torch.bool]) if fine is None else None
+    if gradients.lora and not gradients.lora_is_free:
+        gradients = _lora_on(gradients, home)
+    if answer is not None:
+        fine = bool(answer.wait()[0])
+    return gradients, [bool(fine), fine_weights]
+
+
+def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
+    """With LoRA's gradients copied from the CPU to a GPU."""
+    return replace(gradients, lora=six_to_device(gradients.lora, device), lora_is_free=True)
+
+
+def _within(ids: Tensor, count: int) -> bool:
+    """Whether ids on the CPU are each in [0, count) or -1."""
+    if not ids.numel():
+        return True
+    low, high = ids.aminmax()
+    return int(low) >= -1 and int(high) < count
+
+
+def _output_error(label: str, input_finite: Tensor) -> KTAMXForwardError:
+    where = "its input was finite" if input_finite else "its input already was not"
+    return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
+
+
+def _not_finite(label: str, name: str) -> KTAMXBackwardError:
+    return KTAMXBackwardError(
+        f"{label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in was."
+    )
+
+
+def settle_checks() -> None:
+    """Look at all checks of results that a GPU has under way.
+
+    Raises:
+        KTAMXForwardError: An output was not finite.
+        KTAMXBackwardError: A gradient was not.
+    """
+    with CALL_LOCK:
+        DOUBTS.settle(wait=True)
+
+
+@contextlib.contextmanager
+def _quiet(threads: int | None, autocast: list[str]) -> Iterator[None]:
+    """PyTorch on so many threads, if any are given, and without autocast on these kinds of device."""
+    before = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        if threads is not None:
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(threads)
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

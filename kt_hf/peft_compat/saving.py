@@ -1,0 +1,181 @@
+"""What `PeftModel.save_pretrained` and `load_adapter` do for a patched model on top of PEFT: verify.
+
+A Trainer calls them for every save, resume and best model, before it pushes to the hub or deletes older checkpoints: an
+error here stops it in time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.adapter import ADAPTER, CONFIG
+from ..adapters.convert import open_adapter
+from ..adapters.manifest import begin, check_base, read_manifest, write_manifest
+from ..adapters.verify import check_checkpoint, check_fits, saved_names, verify_adapter
+from ..errors import KTAMXConfigError, KTAMXError
+from ..experts.layer import kt_layers
+from ..placement.order import take_over
+from ..system.files import open_safetensors
+
+logger = logging.getLogger(__name__)
+
+
+def save_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.save_pretrained`: each adapter's folder gets its manifest, once its files are checked.
+
+    Raises:
+        KTAMXError: A tensor of the adapter is missing from the file, of another shape or value, or not finite. The
+            folder is marked as unfinished then, and does not load.
+        KTAMXConfigError: safe_serialization=False, for pickles are not verified.
+    """
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if not kt_layers(model) or not given["is_main_process"]:
+        return original(model, *args, **kwargs)
+    if not given["safe_serialization"]:
+        raise KTAMXConfigError("safe_serialization=False: an adapter of a patched model is saved as safetensors only.")
+    root, names = Path(given["save_directory"]), given["selected_adapters"] or list(model.peft_config)
+    folders = {name: root if name == "default" else root / name for name in names if name in model.peft_config}
+    for folder in folders.values():
+        begin(folder)
+    if re.search(r"checkpoint-\d+$", root.name):
+        # An earlier run's: with it, this folder would look as if the Trainer had finished it.
+        (root / "trainer_state.json").unlink(missing_ok=True)
+    result = original(model, *args, **kwargs)
+    for name, folder in folders.items():
+        _check_saved(model, name, folder / ADAPTER)
+        write_manifest(folder, model)
+    return result
+
+
+def _check_saved(model: Any, adapter: str, file: Path) -> None:
+    """Compare a file with the model's LoRA, tensor by tensor."""
+    wanted = saved_names(model, adapter)
+    with open_safetensors(file) as tensors:
+        missing = sorted(key for key in wanted if key not in tensors)
+        if missing:
+            raise KTAMXError(
+                f"{file} lacks {missing[0]} ({len(missing)} of {len(wanted)} LoRA tensors): the save is incomplete. "
+                "Was a state_dict passed that does not have them?"
+            )
+        for key, tensor in tensors.items():
+            value, parameter = tensor.load(), wanted.get(key)
+            if parameter is not None and tuple(value.shape) != tuple(parameter.shape):
+                raise KTAMXError(f"{file}: {key} is {tuple(value.shape)}, the model's is {tuple(parameter.shape)}.")
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise KTAMXError(
+                    f"{file}: {key} holds values that are not finite: training has diverged. This save is marked as "
+                    "unfinished; go on from an earlier checkpoint with a lower learning rate."
+                )
+            if parameter is None or parameter.dtype != value.dtype:
+                continue
+            if not torch.equal(value, parameter.detach().cpu()):
+                raise KTAMXError(f"{file}: {key} is not what the model holds: was another state_dict passed?")
+
+
+def save_native_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own `model.save_pretrained` after `model.add_adapter`: saves the active adapter.
+
+    Raises:
+        KTAMXError: As `save_verified`.
+    """
+    folder = Path(args[0] if args else kwargs["save_directory"])
+    if not kwargs.get("is_main_process", True):
+        return original(model, *args, **kwargs)
+    begin(folder)
+    result = original(model, *args, **kwargs)
+    _check_saved(model, model.active_adapters()[0], folder / ADAPTER)
+    write_manifest(folder, model)
+    return result
+
+
+def load_native_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own `model.load_adapter`.
+
+    Raises:
+        KTAMXError: The folder is damaged, unfinished, or of another base model.
+    """
+    source = args[0] if args else kwargs.get("peft_model_id")
+    if kt_layers(model) and source is not None and Path(source).is_dir():
+        verify_adapter(source)
+        _check_place(model, Path(source), None)
+    return original(model, *args, **kwargs)
+
+
+def load_verified(
+    original: Callable[..., Any], model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`PeftModel.load_adapter`: nothing is loaded that is not whole, and nothing whole is loaded in part.
+
+    Raises:
+        KTAMXError: The folder is damaged, unfinished, of another base model, or, where a Trainer resumes from it, no
+            complete checkpoint; after loading from the hub, tensors without a place.
+    """
+    if not kt_layers(model):
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    call = inspect.signature(original).bind(model, model_id, adapter_name, *args, **kwargs)
+    folder = Path(model_id) / (call.kwargs.get("subfolder") or call.arguments.get("kwargs", {}).get("subfolder") or "")
+    if folder.is_dir():
+        trainable = bool(call.arguments.get("is_trainable"))
+        checkpoint = any(re.search(r"checkpoint-\d+$", part.name) for part in (folder, folder.parent))
+        if trainable and checkpoint:
+            check_checkpoint(folder, lambda: _check_place(model, folder, adapter_name))
+        else:
+            verify_adapter(folder)
+            _check_place(model, folder, adapter_name)
+    take_over(model, folder)
+    result = original(model, model_id, adapter_name, *args, **kwargs)
+    lost = [key for key in result.missing_keys if ".lora_" in key] + list(result.unexpected_keys)
+    if lost:
+        raise KTAMXError(f"{model_id}: {lost[0]} ({len(lost)} in all) is in only one of adapter and model.")
+    return result
+
+
+def start_verified(
+    original: Callable[..., Any], kind: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """`PeftModel.from_pretrained`, which packs the experts: those on the GPU are to be the adapter's."""
+    if isinstance(model, nn.Module) and isinstance(model_id, (str, Path)):
+        take_over(model, Path(model_id) / (kwargs.get("subfolder") or ""))
+    return original(kind, model, model_id, *args, **kwargs)
+
+
+def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
+    """`Trainer._load_from_checkpoint` of transformers before 5.23, which leaves "default" at its start where a
+    checkpoint holds other adapters in folders beside it, as DPO's `ref`."""
+    result, model = original(trainer, folder, *args, **kwargs), trainer.model
+    if kt_layers(model) and (Path(folder) / ADAPTER).exists() and any(Path(folder).glob(f"*/{ADAPTER}")):
+        active = model.active_adapters[0]
+        model.load_adapter(folder, "default", is_trainable=active == "default")
+        model.set_adapter(active)
+    return result
+
+
+def _check_place(model: Any, folder: Path, name: str | None) -> None:
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        check_base(folder, manifest, model)
+    with open_adapter(folder) as adapter:
+        if adapter.experts and adapter.format != "kt":
+            raise KTAMXConfigError(
+                f"{folder} is an adapter of format {adapter.format}. Start from it by apply_kt_moe(model, adapter=…), "
+                "or convert it with kt_hf.adapters.convert(…, to='kt')."
+            )
+        check_fits(adapter, model, name if name and name in model.peft_config else None)
+
+
+def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    """`load_peft_weights` as hot-swapping calls it, which does not come by `load_adapter`."""
+    folder = Path(model_id)
+    if folder.is_dir() and (folder / CONFIG).exists() and read_manifest(folder) is not None:
+        verify_adapter(folder)
+    return original(model_id, *args, **kwargs)

@@ -1,0 +1,219 @@
+"""Which experts are computed on the GPU: the most used of each layer, by a profile of the data, kept with the adapter.
+
+    counts = count_experts(model, batches)                      # of the unpatched model, or of the patched one
+    apply_kt_moe(model, KTConfig(kt_num_gpu_experts=16), placement=counts)
+    apply_kt_moe(model, KTConfig(kt_num_gpu_experts=16), placement="out/checkpoint-100")    # the same again
+
+A placement changes where an expert is computed and nothing else: adapters are the same whatever it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..discovery import find_experts, layer_index
+from ..errors import KTAMXConfigError
+from ..experts.layer import kt_layers
+from .tiers import Tiers
+
+logger = logging.getLogger(__name__)
+PLACEMENT = "kt_placement.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The experts of each layer in the order in which they go to the GPU: first those resident there, then those
+    streamed to it. How many do is `kt_num_gpu_experts` or `kt_expert_placement`.
+
+    Attributes:
+        order: Layer index -> all its experts, the most used first.
+        source: Where the order comes from, in words.
+        share: Of the routers' choices, that of the first expert in the order, of the second and so on, averaged over
+            layers; () if unknown.
+    """
+
+    order: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    source: str = ""
+    share: tuple[float, ...] = ()
+
+    @classmethod
+    def by_use(cls, counts: Mapping[int, Tensor]) -> Placement:
+        """By tokens of each expert: layer index -> [E], as `count_experts` gives. Of equals the lower number first."""
+        order = {
+            int(layer): tuple(torch.as_tensor(c).cpu().double().argsort(descending=True, stable=True).tolist())
+            for layer, c in counts.items()
+        }
+        choices = sum(int(torch.as_tensor(c).sum()) for c in counts.values())
+        return cls(order, f"a profile of {choices} choices of the routers", _share(counts))
+
+    def experts(self, layer: int, count: int, total: int) -> list[int]:
+        """The `count` experts of a layer of `total` that are computed on the GPU.
+
+        Raises:
+            KTAMXConfigError: The placement is another model's.
+        """
+        self.check(layer, total)
+        return sorted(self.order[layer][:count])
+
+    def check(self, layer: int, total: int) -> None:
+        """Refuse it for a model whose layer has `total` experts, if it has others.
+
+        Raises:
+            KTAMXConfigError: The placement is another model's.
+        """
+        order = self.order.get(layer)
+        if order is None or sorted(order) != list(range(total)):
+            told = f"{len(order)} experts for layer {layer}" if order else f"nothing for layer {layer}"
+            raise KTAMXConfigError(
+                f"placement: it has {told}, the model has {total} there. Is it another model's? Leave it out."
+            )
+
+
+def _share(counts: Mapping[int, Tensor]) -> tuple[float, ...]:
+    sorted_ = [torch.as_tensor(c).cpu().double().sort(descending=True).values for c in counts.values()]
+    sorted_ = [c / c.sum() for c in sorted_ if c.sum() > 0]
+    if not sorted_ or len({len(c) for c in sorted_}) != 1:
+        return ()
+    return tuple(torch.stack(sorted_).mean(0).tolist())
+
+
+def count_experts(model: nn.Module, batches: Iterable[Any]) -> dict[int, Tensor]:
+    """How often the routers choose each expert: one forward a batch, without gradients.
+
+    Args:
+        model: A transformers model with routed experts, before `apply_kt_moe` or after, on any device.
+        batches: Keyword arguments of its forward (`input_ids` and `attention_mask`, or a tokenizer's output), or
+            tensors of token ids [B, L]. Labels are left out.
+
+    Returns:
+        Layer index -> [E] int64 on the CPU.
+    """
+    layers: list[tuple[int, nn.Module, int]] = [
+        (layer.layer_idx, layer, layer.shape.num_experts) for layer in kt_layers(model)
+    ] or [
+        (layer_index(place.name, i), place.experts, place.shape.num_experts)
+        for i, place in enumerate(find_experts(model))
+    ]
+    counts: dict[int, Tensor] = {}
+
+    def watch(layer: int, total: int) -> Any:
+        counts[layer] = torch.zeros(total, dtype=torch.int64, device="cpu")
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+            ids = ids.detach().flatten().cpu().long()
+            counts[layer] += torch.bincount(ids[(ids >= 0) & (ids < total)], minlength=total)
+
+        return hook
+
+    device = next(model.parameters()).device
+    training = model.training
+    with contextlib.ExitStack() as stack:
+        for layer, module, total in layers:
+            handle = module.register_forward_pre_hook(watch(layer, total), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.callback(model.train, training)
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+                given.pop("labels", None)
+                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}, use_cache=False)
+    return counts
+
+
+def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) -> Placement | None:
+    """A placement from what a user may give: itself, counts, a folder that has one, or None.
+
+    Raises:
+        KTAMXConfigError: The folder has none.
+    """
+    if given is None or isinstance(given, Placement):
+        return given
+    if isinstance(given, Mapping):
+        return Placement.by_use(given)
+    found = read_placement(given)
+    if found is None:
+        raise KTAMXConfigError(
+            f"placement={str(given)!r}: there is no {PLACEMENT}. Give the folder of an adapter that was trained with "
+            "experts on the GPU, or leave it out."
+        )
+    return found
+
+
+def read_placement(folder: str | Path) -> Placement | None:
+    """The placement saved in an adapter's folder; None if there is none.
+
+    Raises:
+        KTAMXConfigError: The file is damaged.
+    """
+    path = Path(folder) / PLACEMENT
+    try:
+        content = json.loads(path.read_text())
+        if content["format_version"] != _VERSION:
+            raise ValueError(f"format_version {content['format_version']}, this kt_hf reads {_VERSION}")
+        order = {int(layer): tuple(int(e) for e in experts) for layer, experts in content["layers"].items()}
+        return Placement(order, str(content["source"]), tuple(float(x) for x in content.get("share", ())))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KTAMXConfigError(f"{path} cannot be read ({error}): delete it, or save the adapter again.") from error
+
+
+def write_placement(folder: Path, model: nn.Module) -> bool:
+    """Save the placement of a patched model beside its adapter; false if it has none."""
+    placement = placement_of(model)
+    path = folder / PLACEMENT
+    if placement is None:
+        path.unlink(missing_ok=True)
+        return False
+    tiers = kt_layers(model)[0].packer.tiers or Tiers()
+    content = {
+        "writer": "kt_hf",
+        "format_version": _VERSION,
+        "source": placement.source,
+        "resident": tiers.resident,
+        "streamed": tiers.streamed,
+        "share": [round(x, 6) for x in placement.share],
+        "layers": {str(layer): list(experts) for layer, experts in sorted(placement.order.items())},
+    }
+    path.write_text(json.dumps(content) + "\n")
+    return True
+
+
+def placement_of(model: Any) -> Placement | None:
+    """The placement that a patched model's experts have, or will have; None without experts on the GPU, or if it is
+    that of no profile."""
+    layers = kt_layers(model) if isinstance(model, nn.Module) else []
+    return layers[0].packer.placement if layers else None
+
+
+def take_over(model: nn.Module, folder: str | Path) -> None:
+    """Before an adapter is loaded: its placement, for a model that has none and is not packed; else tell of a
+    difference."""
+    layers = kt_layers(model)
+    if not layers or not (layers[0].packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
+        return
+    packer, found = layers[0].packer, read_placement(folder)
+    if found is None or (packer.placement is not None and found.order == packer.placement.order):
+        return
+    if packer.placement is None and not any(layer.packed for layer in layers):
+        for layer in layers:  # refused before the first is packed
+            found.check(layer.layer_idx, layer.shape.num_experts)
+        packer.placement = found
+        logger.info("kt_hf: experts on the GPU as in %s, by %s.", folder, found.source)
+        return
+    logger.warning(
+        "%s was trained with other experts on the GPU: it gives the same results within rounding. "
+        "apply_kt_moe(model, cfg, placement=%r) would place them as they were.", folder, str(folder),
+    )  # fmt: skip

@@ -1,0 +1,237 @@
+"""How many experts of each layer should be where: the split whose slowest part is the fastest.
+
+The three tiers work at the same time: weights cross the bus, the GPU computes what has arrived, the operators compute
+the rest. So a layer takes as long as the slowest of them, forward and backward, and a step as long as its layers.
+Where the CPU has no part, weights have a start: as many as the buffers hold cross the bus while the GPU computes
+attention. (What the CPU computed comes back over the same bus, behind them.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..backends import ExpertShape
+from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
+from .tiers import Tiers
+
+# Seconds of a layer besides its experts, forward and backward (with a checkpoint's recompute): what Python needs to
+# launch a DeepSeek-V2-Lite layer with LoRA (H200, Xeon). More work takes longer.
+REST = 5e-3, 10e-3
+
+
+# A split with experts on the CPU has to be so much faster than one without: what the parts cost each other makes it
+# up to a fifth slower than it looks.
+_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a layer's part on the CPU, in one direction: copies from and to the GPU among them."""
+
+    fixed: float  # a call
+    per_token: float  # whether it is for one of the experts or for none of them
+    per_expert: float  # that has tokens
+    per_row: float  # a token for an expert
+
+    def seconds(self, tokens: float, experts: float, rows: float) -> float:
+        return self.fixed + self.per_token * tokens + self.per_expert * experts + self.per_row * rows
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does with experts of one shape.
+
+    Attributes:
+        pcie_bytes_per_s: From page-locked memory to the GPU; 0 if there is no such memory to be had.
+        forward: Of the part on the CPU, and `backward`.
+        beside_forward: Of the same beside a streamed part, which the host has to launch; and `beside_backward`.
+        gpu_forward_rows_per_s: Tokens for an expert, whose weights are there; and `gpu_backward_rows_per_s`.
+        assumed: Not measured.
+    """
+
+    pcie_bytes_per_s: float
+    forward: Line
+    backward: Line
+    beside_forward: Line
+    beside_backward: Line
+    gpu_forward_rows_per_s: float
+    gpu_backward_rows_per_s: float
+    assumed: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """A plan: experts of each layer by tier, and the seconds of a step that each part should take.
+
+    `seconds` is the experts' time in a step: of each layer and direction that of its slowest part.
+    """
+
+    resident: int
+    streamed: int
+    cpu: int
+    seconds: float
+    stream_seconds: float
+    cpu_seconds: float
+    gpu_seconds: float
+
+    @property
+    def tiers(self) -> Tiers:
+        return Tiers(self.resident, self.streamed)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed, {self.cpu} on the CPU: a "
+            f"step's experts should take {self.seconds:.3g} s (streaming {self.stream_seconds:.3g}, CPU "
+            f"{self.cpu_seconds:.3g}, GPU {self.gpu_seconds:.3g}, at the same time)"
+        )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a plan has to know of the model and the run besides its experts.
+
+    Attributes:
+        tokens: Of a forward in training; None if unknown.
+        rest_bytes: Of the model's other weights, as far as they are not on the GPU yet.
+        layers: Of all kinds.
+        vocabulary: Logits a token.
+        dtype: The model's; None for bf16.
+        lora_rank: Of the experts' LoRA, if its parameters and their optimizer are on the GPU.
+        of_8_bits: Whether experts that are streamed stay of 8 bits.
+    """
+
+    tokens: int | None = None
+    rest_bytes: int = 0
+    layers: int = 0
+    vocabulary: int = 0
+    dtype: torch.dtype | None = None
+    lora_rank: int = 0
+    of_8_bits: bool = False
+
+    def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
+        """Bytes of a GPU's `free` ones that weights of experts may take, with checkpointing: what is left by the rest
+        of the model, hidden states between layers, one layer's activations, logits and their loss, LoRA that is there
+        (fp32, its gradients and two moments), and a tenth."""
+        hidden = shape.hidden_size
+        activations = tokens * (2 * hidden * self.layers + 100 * hidden + 14 * self.vocabulary)
+        lora = self.layers * 16 * sum(a * b * c for a, b, c in shape.lora_shapes(self.lora_rank))
+        return max(0, int(0.9 * free) - self.rest_bytes - activations - lora)
+
+
+def expert_bytes(shape: ExpertShape, of_8_bits: bool = False) -> int:
+    """Of one expert in bf16, or of 8 bits."""
+    return 3 * shape.hidden_size * shape.intermediate_size * (1 if of_8_bits else 2)
+
+
+def plan(
+    rates: Rates,
+    shape: ExpertShape,
+    layers: int,
+    tokens: int,
+    free_gpu_bytes: int,
+    popularity: Sequence[float] = (),
+    streaming: bool = True,
+    of_8_bits: bool = False,
+) -> Split:
+    """The split with the least expert time in a step; of equals, that with the fewest experts on the GPU. One without
+    experts on the CPU is taken unless it is a tenth slower.
+
+    Args:
+        rates: For experts of `shape`.
+        shape: Of a layer.
+        layers: That have such experts.
+        tokens: Of a step's forward.
+        free_gpu_bytes: For weights of all layers' resident experts, and for the buffers if any are streamed.
+        popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
+        streaming: Whether experts can be streamed.
+        of_8_bits: Whether they are of 8 bits then (their scales are not counted).
+    """
+    streaming = streaming and rates.pcie_bytes_per_s > 0
+    load = _Load.of(shape, tokens, popularity)
+    size, E = expert_bytes(shape), shape.num_experts
+    found: list[Split] = []
+    for resident, streamed in itertools.product(range(E + 1), range(E + 1 if streaming else 1)):
+        cpu = E - resident - streamed
+        if cpu < 0 or 0 < cpu < shape.top_k:
+            continue
+        if resident * size * layers + buffer_bytes(shape, streamed, of_8_bits) > free_gpu_bytes and resident + streamed:
+            continue
+        found.append(predicted(rates, shape, layers, load, resident, streamed, of_8_bits))
+
+    def cost(split: Split) -> tuple[float, int, int]:
+        return split.seconds * (_MARGIN if split.cpu == 0 else 1), split.resident + split.streamed, split.resident
+
+    return min(found, key=cost)  # all on the CPU is always among them
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Tokens, and sums over the most used experts of a layer, from none to all: their rows, and how many have any."""
+
+    tokens: int
+    rows: list[float]
+    touched: list[float]
+
+    @classmethod
+    def of(cls, shape: ExpertShape, tokens: int, popularity: Sequence[float]) -> _Load:
+        E = shape.num_experts
+        shares = list(popularity) if len(popularity) == E and sum(popularity) > 0 else [1.0] * E
+        rows = [tokens * shape.top_k * share / sum(shares) for share in shares]
+        # Tokens choose independently of each other: an expert that expects n of them has none with probability e^-n.
+        touched = [1 - math.exp(-n) for n in rows]
+        return cls(tokens, [0.0, *itertools.accumulate(rows)], [0.0, *itertools.accumulate(touched)])
+
+
+def predicted(
+    rates: Rates, shape: ExpertShape, layers: int, load: _Load, resident: int, streamed: int, of_8_bits: bool = False
+) -> Split:
+    """The times of one split."""
+    on_gpu, E = resident + streamed, shape.num_experts
+    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, of_8_bits)
+    stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
+    ahead = _ahead_bytes(shape, streamed, of_8_bits) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
+    cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
+    total = cpu_total = gpu_total = 0.0
+    for line, gpu_rate, rest in (
+        (rates.beside_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
+        (rates.beside_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
+    ):
+        cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
+        gpu = load.rows[on_gpu] / gpu_rate
+        total += max(stream - min(rest, ahead, stream), cpu, gpu)
+        cpu_total, gpu_total = cpu_total + cpu, gpu_total + gpu
+    return Split(
+        resident, streamed, E - on_gpu, layers * total, 2 * layers * stream, layers * cpu_total, layers * gpu_total
+    )
+
+
+def buffer_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool = False) -> int:
+    """Of the GPU's buffers for so many streamed experts a layer; where they are of 8 bits, with a chunk in bf16."""
+    ahead = _ahead_bytes(shape, streamed, of_8_bits)
+    return ahead + 2 * ahead // BUFFERS if of_8_bits else ahead
+
+
+def _ahead_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool) -> int:
+    """That the buffers hold."""
+    size = expert_bytes(shape, of_8_bits)
+    return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
+
+
+def assumed_rates(shape: ExpertShape) -> Rates:
+    """Those of an H200 on PCIe 5 and 16 AMX cores, measured on experts of 2,048 x 1,408 and scaled by size."""
+    scale = shape.hidden_size * shape.intermediate_size / (2048 * 1408)
+    return Rates(
+        pcie_bytes_per_s=55e9,
+        forward=Line(2.5e-3, 1.2e-6, 40e-6 * scale, 2.8e-6 * scale),
+        backward=Line(4e-3, 2.5e-6, 40e-6 * scale, 4.6e-6 * scale),
+        beside_forward=Line(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
+        beside_backward=Line(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
+        gpu_forward_rows_per_s=12e6 / scale,
+        gpu_backward_rows_per_s=4e6 / scale,
+        assumed=True,
+    )

@@ -1,0 +1,214 @@
+"""Opening saved experts, and refusing those that do not fit the model or the run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends import QUANTISED, ExpertShape, SavedLayer, kernel_availability
+from ..checkpoint.fingerprint import FLOATING, combined, mark
+from ..errors import KTAMXConfigError, KTAMXError
+from .manifest import MANIFEST, Manifest, Mark, read_manifest
+
+logger = logging.getLogger(__name__)
+
+# What PEFT puts before and into names.
+_WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
+
+
+class SavedExperts:
+    """A folder of saved experts whose manifest and file sizes have been checked.
+
+    Attributes:
+        path: The folder.
+        manifest: What it says of itself.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    @property
+    def backward(self) -> bool:
+        """Whether the weights for backward are there; without them layers must share a buffer for them."""
+        return self.manifest.backward
+
+    def check(
+        self,
+        shapes: Mapping[str, ExpertShape],
+        backend: str,
+        pools: int,
+        share_backward: bool | None = None,
+        model_type: str | None = None,
+    ) -> None:
+        """Refuse to load this folder for these layers.
+
+        Args:
+            shapes: Layer -> sizes, by the names of the experts modules.
+            backend: `kt_backend` of the run.
+            pools: Of the thread plan.
+            share_backward: `kt_share_backward_weights`.
+            model_type: Of the model's configuration.
+
+        Raises:
+            KTAMXConfigError: The folder is another model's, or made for other settings, naming what and the fix.
+        """
+        m = self.manifest
+        if backend != m.backend:
+            raise self._error(f"holds weights for {m.backend}, and kt_backend={backend}: set kt_backend={m.backend}")
+        if pools != m.pools:
+            fix = "set kt_tp_enabled=False" if m.pools == 1 else f"run on {m.pools} NUMA nodes, kt_tp_enabled=True"
+            raise self._error(
+                f"was written for {_count(m.pools, 'pool')} of threads, and this run has {pools}: {fix}, or quantise "
+                f"again with --pools {pools}"
+            )
+        if share_backward is False and not m.backward:
+            raise self._error(
+                "has no backward weights, which kt_share_backward_weights=False needs: leave that out, or quantise "
+                "again without --no-backward"
+            )
+        if model_type is not None and model_type != m.model_type:
+            raise self._error(f"was made of a model of type {m.model_type} ({m.model}), and this one is {model_type}")
+        names = {name.removeprefix(_WRAPPER): shape for name, shape in shapes.items()}
+        for name in [*names, *m.layers]:
+            if (name in names) != (name in m.layers):
+                who = "the model has none of that name" if name in m.layers else "it is not in the folder"
+                raise self._error(f"was made of another model ({m.model}): layer {name}, {who}")
+        for name, shape in names.items():
+            wanted = [shape.num_experts, shape.hidden_size, shape.intermediate_size]
+            if m.layers[name].shape != wanted:
+                raise self._error(
+                    f"was made of another model ({m.model}): the experts of {name}, their hidden and their "
+                    f"intermediate size are {m.layers[name].shape} there, {wanted} in the model"
+                )
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model whose weights are not those the folder was made of, as far as samples tell.
+
+        Compares rows of tensors outside the experts, and of the experts' where the model has them in memory.
+
+        Raises:
+            KTAMXConfigError: A tensor differs, by name.
+        """
+        m, compared = self.manifest, 0
+        tensors = {n.removeprefix(_WRAPPER).replace(_WRAPPED, ""): t for n, t in model.named_parameters()}
+        for name, wanted in [*m.marks.items(), *self._source()]:
+            tensor = tensors.get(name)
+            if tensor is None or tensor.is_meta or tensor.dtype not in FLOATING or list(tensor.shape) != wanted.shape:
+                continue
+            if tensor.dtype is torch.float16 and wanted.dtype != "float16":
+                continue  # rounded before it is rounded to bf16
+            compared += 1
+            if mark(tensor).sha256 != wanted.sha256:
+                raise self._error(
+                    f"was made of other weights ({m.model}): {name} differs from the model's. Quantise this model"
+                )
+        if not compared:
+            logger.warning("kt_weight_path=%s: it cannot be told whether it was made of this model (of %s it was).",
+                           self.path, m.model)  # fmt: skip
+
+    def layer(self, name: str) -> SavedLayer:
+        """A layer's folder; its contents are read and compared with the checksums.
+
+        Raises:
+            KTAMXError: A file has changed, by name.
+        """
+        made = self.manifest.layers[name.removeprefix(_WRAPPER)]
+        folder = self.path / made.folder
+        found = checksums(folder, made.files)
+        for file, (_, wanted) in made.files.items():
+            if found[file] != wanted:
+                raise KTAMXError(f"kt_weight_path: {folder / file} is not what was written. Quantise again.")
+        return SavedLayer(folder, self.manifest.backward, combined(made.source))
+
+    def layer_bytes(self, name: str) -> int:
+        """Of a layer's files."""
+        return sum(size for size, _ in self.manifest.layers[name.removeprefix(_WRAPPER)].files.values())
+
+    def _source(self) -> Iterable[tuple[str, Mark]]:
+        for name, layer in self.manifest.layers.items():
+            for part, wanted in layer.source.items():
+                yield f"{name}.{part}", wanted
+
+    def _error(self, problem: str) -> KTAMXConfigError:
+        return KTAMXConfigError(f"kt_weight_path={self.path} {problem}.")
+
+
+def for_run(path: str | Path, backend: str, lora_rank: int | None) -> SavedExperts:
+    """`open_saved` for `kt_weight_path`, after a look at the settings that go with it.
+
+    Raises:
+        KTAMXConfigError: kt_backend cannot use saved weights, or kt_lora_rank is not given.
+    """
+    if backend not in QUANTISED:
+        raise KTAMXConfigError(
+            f"kt_weight_path={path} needs kt_backend={' or '.join(QUANTISED)}, and kt_backend={backend}."
+        )
+    saved = open_saved(path)
+    if lora_rank is None:
+        raise KTAMXConfigError(
+            f"kt_weight_path={path} needs kt_lora_rank, for saved experts are packed at once: set it to the adapter's "
+            "rank (0 for inference)."
+        )
+    return saved
+
+
+def open_saved(path: str | Path) -> SavedExperts:
+    """Open a folder that `kt-hf quantize` wrote, and check that its files are there, no others, and of their sizes.
+
+    Raises:
+        KTAMXConfigError: There is no such folder, or it is none of saved experts, or another kt-kernel's.
+        KTAMXError: A file is missing, truncated or does not belong there, naming it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise KTAMXConfigError(f"kt_weight_path={path} is not a folder. `kt-hf quantize` writes one.")
+    if not (path / MANIFEST).is_file():
+        raise KTAMXConfigError(
+            f"kt_weight_path={path} has no {MANIFEST}: it was not written by `kt-hf quantize`, or not to its end."
+        )
+    manifest = read_manifest(path / MANIFEST)
+    here = kernel_availability().details.get("version")
+    if here is not None and manifest.kt_kernel != here:
+        raise KTAMXConfigError(
+            f"kt_weight_path={path} was written by kt-kernel {manifest.kt_kernel}, and this is {here}: quantise again."
+        )
+    for layer in manifest.layers.values():
+        _check_files(path / layer.folder, {file: size for file, (size, _) in layer.files.items()})
+    return SavedExperts(path, manifest)
+
+
+def _check_files(folder: Path, wanted: dict[str, int]) -> None:
+    there = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    for file, size in wanted.items():
+        if file not in there:
+            raise KTAMXError(f"kt_weight_path: {folder / file} is missing. Quantise again.")
+        if there[file] != size:
+            raise KTAMXError(
+                f"kt_weight_path: {folder / file} has {there[file]} bytes, {size} were written. Quantise again."
+            )
+    for file in there:
+        if file not in wanted and file.endswith(".kt"):  # then the others may be of two writings too
+            raise KTAMXError(f"kt_weight_path: {folder / file} does not belong there: remove it.")
+
+
+def checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """File -> sha256 of its contents, several at a time."""
+    names = list(files)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""The machine: its CPU, memory and files. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""What the command line runs besides training: doctor, self-test, benchmark, quantizing."""

@@ -1,0 +1,230 @@
+"""Forward and backward of one layer of experts on this machine, over placements, threads and tokens.
+
+As a program it measures one placement with one number of threads and prints JSON: worker threads are made once in a
+process. Its argument is an `Asked` as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights
+from ..backends.block_scaled import ScaledExperts, ScaledMatrices
+from ..backends.gpu.pinned_weights import own_pages
+from ..config import KTConfig
+from ..errors import KTAMXError
+from ..patch import make_packer
+from ..placement.calibration import timed_once
+from ..placement.packer import Packer
+from ..placement.planner import Room, Split
+from ..placement.tiers import Tiers
+from ..train.model_sizes import ModelSizes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a process measures.
+
+    Attributes:
+        sizes: Of the model; `auto` plans for all of its layers, one is measured.
+        rank: Of LoRA.
+        backend: `AMXBF16`, `AMXInt8`, `AMXInt4` or `torch`, of the experts on the CPU.
+        threads: Worker threads, PyTorch's for the backend `torch`.
+        tokens: Of the batches.
+        runs: Of each batch.
+        placement: As `kt_expert_placement`.
+    """
+
+    sizes: ModelSizes
+    rank: int
+    backend: str
+    threads: int
+    tokens: Sequence[int]
+    runs: int
+    placement: str | Mapping[str, int] = "cpu"
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Of a layer."""
+        return ExpertShape(self.sizes.experts, self.sizes.top_k, self.sizes.hidden, self.sizes.intermediate)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds, medians over the runs, of a batch of `tokens`.
+
+    Attributes:
+        resident: Experts in the GPU's memory, and `streamed` to it; the others are on the CPU.
+        predicted_ms: Forward and backward of the slowest of bus, CPU and GPU, as `auto` expected them of the placement
+            it chose; None for the others.
+    """
+
+    backend: str
+    threads: int
+    tokens: int
+    forward_ms: float
+    backward_ms: float
+    resident: int = 0
+    streamed: int = 0
+    predicted_ms: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Through one such layer, forward and backward."""
+        return self.tokens / (self.forward_ms + self.backward_ms) * 1000
+
+    def where(self, experts: int) -> str:
+        """The placement of the layer's `experts`, in words."""
+        cpu = experts - self.resident - self.streamed
+        if cpu == experts:
+            return "CPU"
+        tiers = (self.resident, "resident"), (self.streamed, "streamed"), (cpu, "CPU")
+        return " + ".join(f"{count} {name}" for count, name in tiers if count)
+
+
+def measure(asked: Asked) -> list[Row]:
+    """Measure in a new process, with its own worker threads.
+
+    Raises:
+        KTAMXError: The process failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", "kt_hf.tools.bench", json.dumps(asdict(asked))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KTAMXError(f"The benchmark failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def measure_here(asked: Asked) -> list[Row]:
+    """Measure in this process, whose worker threads are those of the first call."""
+    kernel = asked.backend != "torch"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if kernel else asked.threads)  # the calls alone are timed
+    rows: list[Row] = []
+    layer: ExpertsBackend | None = None
+    held: Tiers | None = None
+    try:
+        with CALL_LOCK, torch.no_grad():
+            # All are planned before a layer takes memory that the plans go by.
+            packers = [_placed(asked, tokens) for tokens in asked.tokens]
+            for tokens in asked.tokens:
+                packer = packers.pop(0)  # what it streams is released with it
+                tiers, planned = packer.tiers, packer.planned
+                assert tiers is not None
+                if layer is None or tiers != held:
+                    layer = None  # its memory is for the next
+                    layer, held = _layer(asked, packer), tiers
+                threads = packer.plan.workers if kernel else asked.threads
+                times = _times(layer, tokens, asked.runs)
+                expected = _predicted(planned, asked.sizes.expert_layers) if planned else None
+                rows.append(Row(asked.backend, threads, tokens, *times, tiers.resident, tiers.streamed, expected))
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def _predicted(planned: Split, layers: int) -> float:
+    """Milliseconds of a layer by itself: there is no attention during which weights are on their way."""
+    slowest = max(planned.stream_seconds, planned.cpu_seconds, planned.gpu_seconds)
+    return round(slowest / layers * 1000, 2)
+
+
+def _placed(asked: Asked, tokens: int) -> Packer:
+    """What packs a layer, as in a run with so many tokens a step."""
+    config = KTConfig(
+        kt_backend=asked.backend,
+        kt_num_threads=asked.threads if asked.backend != "torch" else None,
+        kt_expert_placement=asked.placement,
+        kt_share_backward_weights=False,
+        kt_max_len=max(asked.tokens),
+    )
+    layers = dict.fromkeys(range(asked.sizes.expert_layers), asked.shape)
+    packer = make_packer(config, {f"layer {i}": shape for i, shape in layers.items()}, torch.bfloat16)
+    sizes = asked.sizes
+    room = Room(tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, of_8_bits=sizes.of_8_bits)
+    packer.place(layers, None, room)
+    return packer
+
+
+def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
+    """One of random weights, the first experts in the first tiers; the streamed ones as the checkpoint has them."""
+    shape = asked.shape
+    H, I, apart = shape.hidden_size, shape.intermediate_size, packer.read_scaled(shape, 0)  # noqa: E741
+    E = shape.num_experts - len(apart)
+    weights = ExpertWeights(_alike(E, 2 * I, H), _alike(E, H, I))
+    if apart:
+        n = len(apart)
+        weights.scaled = ScaledExperts(sorted(apart), _of_8_bits(n, 2 * I, H, parts=2), _of_8_bits(n, H, I, parts=1))
+    layer = packer.pack(weights, shape, asked.rank, "benchmark")
+    layer.set_lora(tuple(torch.randn(size).mul_(0.02).to(layer.device) for size in shape.lora_shapes(asked.rank)))
+    return layer
+
+
+def _alike(count: int, rows: int, columns: int) -> torch.Tensor:
+    """One random matrix so often: making each would take longer than what is measured."""
+    return torch.randn(rows, columns).mul_(0.02).bfloat16().expand(count, -1, -1).contiguous()
+
+
+def _of_8_bits(count: int, rows: int, columns: int, parts: int) -> ScaledMatrices:
+    values = own_pages((count, rows, columns), torch.float8_e4m3fn)
+    values.view(torch.uint8).copy_(torch.randn(rows, columns).to(values.dtype).view(torch.uint8))
+    scales = torch.full((count, parts, -(-rows // parts // 128), -(-columns // 128)), 0.02)
+    return ScaledMatrices(values, scales, (128, 128))
+
+
+def _times(layer: ExpertsBackend, tokens: int, runs: int) -> tuple[float, float]:
+    """The median milliseconds of a forward and of a backward, tokens sent to experts by chance."""
+    E, K, H = layer.shape.num_experts, layer.shape.top_k, layer.shape.hidden_size
+    x, grad = (torch.randn(tokens, H).to(layer.device, layer.dtype) for _ in range(2))
+    ids = torch.rand(tokens, E).topk(K).indices.to(layer.device)
+    routing = torch.rand(tokens, K).to(layer.device)
+    timed_once(layer, x, ids, routing, grad)  # warms up
+    forward, backward = zip(*(timed_once(layer, x, ids, routing, grad) for _ in range(runs)), strict=True)
+    return round(statistics.median(forward) * 1000, 2), round(statistics.median(backward) * 1000, 2)
+
+
+def curves(rows: Sequence[Row], experts: int) -> dict[str, list[Row]]:
+    """By label: one for each placement of a layer's `experts` and number of threads. What `auto` chose is one, for it
+    goes with the tokens."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        where = row.where(experts) if row.predicted_ms is None else "auto"
+        found.setdefault(f"{row.backend}, {row.threads} thread{'s' if row.threads > 1 else ''}, {where}", []).append(
+            row
+        )
+    return found
+
+
+def plot(rows: Sequence[Row], path: Path, title: str, experts: int) -> Path:
+    """Draw tokens per second over tokens, the `curves`, into the PNG `path`; returns it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, curve in curves(rows, experts).items():
+        axes.plot([row.tokens for row in curve], [row.tokens_per_second for row in curve], marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens in a batch")
+    axes.set_ylabel("tokens per second through a layer")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    print(json.dumps([asdict(row) for row in measure_here(Asked(**given | {"sizes": ModelSizes(**given["sizes"])}))]))

@@ -1,0 +1,178 @@
+"""What this machine and this installation can do, what is wrong with them, and how to mend it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+from packaging.version import Version
+
+# Besides the floors that importing kt_hf checks.
+TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.0", "matplotlib": "3.8"}
+KERNEL = "0.7.2"
+
+
+@dataclass
+class Finding:
+    """One line: a fact, and if it is not as it should be, the remedy.
+
+    `ok` is True for what is good, False for what keeps something from working, None for a fact or an advice.
+    """
+
+    group: str
+    name: str
+    value: str
+    ok: bool | None = None
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order in which it is shown. Takes some seconds; starts processes of its own for self-tests."""
+    return [*_cpu(), *_kernel(), *_memory(), *_gpu(), *_versions(), *_self_tests()]
+
+
+def _cpu() -> Iterator[Finding]:
+    from ..system.cpu import affinity, cgroup_cpu_limit, cpu_features, numa_nodes, physical_cores, plan_threads
+
+    features, cpus = cpu_features(), affinity()
+    yield Finding("CPU", "name", features.name)
+    for name, here in (("AMX", features.amx), ("AVX512-BF16", features.avx512_bf16), ("AVX2", features.avx2)):
+        yield Finding("CPU", name, "yes" if here else "no")
+    limit = cgroup_cpu_limit()
+    limited = f", limited to {limit:g} by the control group" if limit else ""
+    yield Finding("CPU", "cores", f"{len(physical_cores(cpus))} physical, {len(cpus)} logical{limited}")
+    nodes = numa_nodes()
+    yield Finding("CPU", "NUMA", f"{len(nodes) or 1} node{'s' if len(nodes) > 1 else ''}")
+    plan = plan_threads()
+    few = plan.workers < 8
+    advice = "experts will be slow: the operators want 8 cores or more" if few else ""
+    yield Finding("CPU", "plan", str(plan), None, advice)
+
+
+def _kernel() -> Iterator[Finding]:
+    from ..backends import choose_backend, kernel_availability
+    from ..backends.base import ExpertShape
+    from ..system.cpu import cpu_features, plan_threads
+
+    found, features = kernel_availability(), cpu_features()
+    capable = features.amx or features.avx512_bf16
+    yield Finding(
+        "kernel",
+        "kt-kernel",
+        found.reason,
+        found.ok or (None if not capable else False),
+        "" if found.ok or not capable else f"pip install kt-kernel=={KERNEL}; unset KT_KERNEL_CPU_VARIANT",
+    )
+    backend, why = choose_backend("auto", ExpertShape(8, 2, 64, 64), workers=plan_threads().workers)
+    yield Finding("kernel", "backend auto", f"{backend} ({why})" if backend == "torch" else backend)
+
+
+def _memory() -> Iterator[Finding]:
+    from ..placement.packer import available_memory
+
+    total, free = psutil.virtual_memory().total, available_memory()
+    yield Finding("memory", "host", f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB")
+    swap = psutil.swap_memory()
+    if swap.used > 2**30:
+        advice = "experts that are swapped out are very slow: free memory first"
+        yield Finding("memory", "swap", f"{swap.used / 2**30:.1f} GiB in use", None, advice)
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        yield Finding(
+            "GPU", "CUDA", "no GPU seen" if built else "PyTorch is built without CUDA", None,
+            "attention and the rest run on the CPU" + ("" if built else "; for a GPU install PyTorch's CUDA wheels"),
+        )  # fmt: skip
+        return
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        yield Finding("GPU", str(index), f"{name}, {free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB")
+    if torch.cuda.device_count() > 1:
+        yield Finding(
+            "GPU", "count", str(torch.cuda.device_count()), None,
+            "one is used: CUDA_VISIBLE_DEVICES=0 keeps the trainer from DataParallel",
+        )  # fmt: skip
+    to_gpu, back = pcie_speed()
+    yield Finding("GPU", "copies", f"{to_gpu:.1f} GB/s to the GPU, {back:.1f} GB/s back (pinned)")
+
+
+def pcie_speed(megabytes: int = 256, runs: int = 3) -> tuple[float, float]:
+    """GB/s of pinned copies to the first GPU and back; the best of `runs`."""
+    import torch
+
+    host = torch.empty(megabytes * 10**6, dtype=torch.uint8).pin_memory()
+    device = host.to("cuda")
+    speeds = []
+    for source, target in ((host, device), (device, host)):
+        best = 0.0
+        for _ in range(runs):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            best = max(best, megabytes / 1000 / (time.perf_counter() - start))
+        speeds.append(best)
+    return speeds[0], speeds[1]
+
+
+def _versions() -> Iterator[Finding]:
+    from .._versions import FLOORS
+
+    yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("versions", "kt-hf", _installed("kt-hf") or "from the source tree")
+    for name, floor in (FLOORS | TRAIN_FLOORS).items():
+        found = _installed(name)
+        good = found is not None and Version(Version(found).base_version) >= Version(floor)
+        extra = "'kt-hf[train]'" if name in TRAIN_FLOORS else f"'{name}>={floor}'"
+        yield Finding(
+            "versions", name, f"{found or 'not installed'} (at least {floor})", good,
+            "" if good else f"pip install -U {extra}",
+        )  # fmt: skip
+    kernel = _installed("kt-kernel")
+    good = kernel is None or kernel == KERNEL
+    fix = "" if good else f"pip install kt-kernel=={KERNEL}: others have not been tested"
+    yield Finding("versions", "kt-kernel", kernel or "not installed", None if good else False, fix)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _self_tests() -> Iterator[Finding]:
+    from ..backends import OPERATORS, QUANTISED, kernel_availability
+    from .selftest import in_new_process
+
+    for backend in (*OPERATORS, "torch") if kernel_availability().ok else ("torch",):
+        result = in_new_process(backend)
+        value = result.problem or (
+            f"right: output within {result.output_error:.1e}, gradients within {result.gradient_error:.1e}"
+        )
+        other = "AMXBF16 or torch" if backend in QUANTISED else "torch"
+        fix = "" if result.ok else f"kt_backend: {other} avoids it; please report the block below"
+        yield Finding("self-test", backend, value, result.ok, fix)
+
+
+def block(findings: list[Finding]) -> str:
+    """Everything as plain text, to paste into a report."""
+    return "\n".join(f"{f.group}/{f.name}: {f.value}" for f in findings)
+
+
+def as_json(findings: list[Finding]) -> dict[str, Any]:
+    return {"ok": healthy(findings), "findings": [finding.__dict__ for finding in findings]}
+
+
+def healthy(findings: list[Finding]) -> bool:
+    return all(finding.ok is not False for finding in findings)

@@ -1,0 +1,223 @@
+"""Values out of range, and settings that do not go together, found before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import KTAMXError
+from ..data.sources import dataset_problem
+from . import aliases as names
+from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
+from .yaml_file import Problem, Setting
+
+# Key -> smallest value, and whether it is allowed itself.
+_FROM_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank"),
+    *("max_samples", "max_length", "dataset_num_proc", "save_total_limit"),
+)
+_ABOVE_ZERO = ("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps", "beta")
+_FROM_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm", "val_size", "lora_dropout")
+_LEAST = dict.fromkeys(_FROM_ONE, (1, True)) | dict.fromkeys(_ABOVE_ZERO, (0, False))
+_LEAST |= dict.fromkeys(_FROM_ZERO, (0, True))
+# Key -> why it cannot be used with experts on the CPU, and what to do.
+_NOT_WITH_KT = {
+    "deepspeed": "DeepSpeed partitions a model that is whole here: leave it out, the experts are on the CPU already",
+    "fsdp": "FSDP shards over processes, and experts on the CPU are held by one: leave it out",
+    "parallelism_config": "experts on the CPU are held by one process: leave it out",
+    "activation_offloading": "the experts' activations are on the CPU already; kt_expert_activations saves them",
+    "use_liger_kernel": "Liger replaces expert classes too: leave it out",
+    "use_ipex": "leave it out",
+}
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+@dataclass
+class Checked:
+    """Settings whose names and types are right, and where to report what else is wrong."""
+
+    settings: dict[str, Setting]
+    own: OwnKeys
+    kt: dict[str, Any]
+    trainer: dict[str, Any]
+    problems: list[Problem]
+    notices: list[str]
+
+    def get(self, key: str) -> Any:
+        """The value of a key of any kind; None when it was not given."""
+        if key in self.kt or key in self.trainer:
+            return self.kt.get(key, self.trainer.get(key))
+        return getattr(self.own, key, None) if key in self.settings else None
+
+    def problem(self, key: str, text: str) -> None:
+        where = self.settings[key].where if key in self.settings else ""
+        self.problems.append(Problem(where, text))
+
+
+def check_combinations(checked: Checked, purpose: str) -> None:
+    """Add everything that is wrong to `checked.problems`."""
+    _ranges(checked)
+    _choices(checked)
+    _model(checked)
+    _data(checked, purpose)
+    _evaluation(checked)
+    if checked.own.use_kt:
+        _with_kt(checked, purpose)
+        _saved_experts(checked, purpose)
+    if purpose == "train":
+        _output(checked)
+
+
+def _ranges(c: Checked) -> None:
+    for key, (least, included) in _LEAST.items():
+        value = c.get(key)
+        if isinstance(value, (int, float)) and not (value > least or (included and value == least)):
+            c.problem(key, f"{key}={value}: it must be {'at least' if included else 'more than'} {least}")
+    if c.own.lora_dropout >= 1:
+        c.problem("lora_dropout", f"lora_dropout={c.own.lora_dropout}: it must be less than 1")
+    if c.own.lora_rank > 1024:
+        c.problem("lora_rank", f"lora_rank={c.own.lora_rank}: it must be at most 1024")
+
+
+def _choices(c: Checked) -> None:
+    for key, allowed in (("stage", STAGES), ("torch_dtype", DTYPES), ("finetuning_type", ("lora",))):
+        value = getattr(c.own, key)
+        if value not in allowed:
+            c.problem(key, f"{key}={value!r}: it must be {' or '.join(allowed)}")
+    if c.own.template is not None and c.own.template not in names.TEMPLATES:
+        c.notices.append(f"template {c.own.template} is not known here: the tokenizer's own chat template decides.")
+
+
+def _model(c: Checked) -> None:
+    name = c.own.model_name_or_path
+    if not name:
+        c.problem(
+            "model_name_or_path", "model_name_or_path is missing: a folder, a name on the hub, or " + BUILTIN_MODEL
+        )
+    elif name.startswith("builtin:"):
+        kind, _, layers = name.partition("/")
+        if kind != BUILTIN_MODEL or (layers and not (layers.isdigit() and int(layers) > 0)):
+            c.problem("model_name_or_path", f"model_name_or_path={name!r}: the built-in model is {BUILTIN_MODEL}")
+    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        c.problem("model_name_or_path", f"model_name_or_path={name!r}: there is no such folder")
+
+
+def _data(c: Checked, purpose: str) -> None:
+    if purpose == "train" and not c.own.dataset:
+        c.problem("dataset", f"dataset is missing: a file, a folder, a name on the hub, or {BUILTIN_DATA}")
+    for key in ("dataset", "eval_dataset"):
+        for spec in getattr(c.own, key):
+            problem = dataset_problem(spec)
+            if problem:
+                c.problem(key, f"{key}={spec!r}: {problem}")
+
+
+def _evaluation(c: Checked) -> None:
+    has_data = bool(c.own.eval_dataset) or c.own.val_size > 0
+    for key, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
+        if c.trainer.get(key, off) != off and not has_data:
+            c.problem(key, f"{key}={c.trainer[key]} needs data to evaluate on: set eval_dataset or val_size")
+    if c.own.eval_dataset and c.own.val_size > 0:
+        c.problem("val_size", "val_size and eval_dataset are both given: keep one")
+    if has_data and "eval_strategy" not in c.trainer and "eval_steps" in c.trainer:
+        c.trainer["eval_strategy"] = "steps"
+        c.notices.append("eval_steps is given: eval_strategy is steps.")
+    if c.own.val_size >= 1 and c.own.val_size != int(c.own.val_size):
+        c.problem("val_size", f"val_size={c.own.val_size}: a share below 1, or a whole number of examples")
+
+
+def _with_kt(c: Checked, purpose: str) -> None:
+    for key, why in _NOT_WITH_KT.items():
+        if c.trainer.get(key):
+            c.problem(key, f"{key} does not go together with use_kt: {why}")
+    if c.trainer.get("torch_compile_mode") in _CUDA_GRAPH_MODES:
+        c.problem(
+            "torch_compile_mode",
+            f"torch_compile_mode={c.trainer['torch_compile_mode']} records CUDA graphs, and experts on the CPU "
+            "cannot be recorded: leave it out",
+        )
+    _gpu_experts(c, purpose)
+    rank = c.kt.get("kt_lora_rank")
+    if rank is not None and rank < c.own.lora_rank:
+        c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.own.lora_rank}: leave it out")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        c.problem(
+            "",
+            f"{world} processes were started (WORLD_SIZE): experts on the CPU cannot be shared by several processes "
+            "yet. Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
+        )
+
+
+def _saved_experts(c: Checked, purpose: str) -> None:
+    """As apply_kt_moe, but before the model is loaded. An estimate may be for another machine, which has the folder."""
+    path = c.kt.get("kt_weight_path")
+    if path is None:
+        return
+    from ...backends import QUANTISED
+    from ...quantized import open_saved
+
+    backend = c.kt.get("kt_backend", "auto")
+    if backend not in QUANTISED:
+        c.problem("kt_weight_path", f"kt_weight_path={path} needs kt_backend: {' or '.join(QUANTISED)}, not {backend}")
+    elif purpose == "train":
+        try:
+            open_saved(path)
+        except KTAMXError as error:
+            c.problem("kt_weight_path", str(error).rstrip("."))
+
+
+def _gpu_experts(c: Checked, purpose: str) -> None:
+    """Both settings that send experts to the GPU, as apply_kt_moe does, but before the model is loaded. An estimate may
+    be for another machine, which has one."""
+    from ...placement.packer import has_gpu_tier
+
+    count, placement = c.kt.get("kt_num_gpu_experts"), c.kt.get("kt_expert_placement")
+    if count and placement is not None:
+        c.problem(
+            "kt_num_gpu_experts",
+            f"kt_num_gpu_experts={count} and kt_expert_placement={placement!r} both say which experts the GPU "
+            "computes: leave one out",
+        )
+        return
+    if placement == "auto" and c.trainer.get("use_cpu"):
+        c.kt["kt_expert_placement"] = "cpu"
+        return
+    if placement is None:
+        name, asked, nothing = "kt_num_gpu_experts", bool(count), "0"
+    else:
+        name, nothing = "kt_expert_placement", "cpu"
+        asked = any(placement.values()) if isinstance(placement, dict) else placement == "gpu"
+    if not asked:
+        return
+    why = "needs a CUDA GPU, and there is none here" if purpose == "train" and not has_gpu_tier() else None
+    if c.trainer.get("use_cpu") and not why:
+        why = "does not go together with use_cpu"
+    if c.kt.get("kt_weight_path"):
+        why = "does not go together with kt_weight_path, whose experts are packed for the CPU"
+    if why:
+        c.problem(name, f"{name}={c.kt[name]!r}: it {why}; leave it out, or set it to {nothing}")
+
+
+def _output(c: Checked) -> None:
+    resume, folder = c.own.resume_from_checkpoint, c.trainer.get("output_dir")
+    if not folder:
+        c.problem("output_dir", "output_dir is missing: the folder for checkpoints and the adapter")
+        return
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        c.problem("output_dir", f"output_dir={folder!r} is a file: give a folder")
+        return
+    checkpoints = [p for p in path.glob("checkpoint-*") if p.is_dir()] if path.is_dir() else []
+    if isinstance(resume, str) and not Path(resume).expanduser().is_dir():
+        c.problem("resume_from_checkpoint", f"resume_from_checkpoint={resume!r}: there is no such folder")
+    elif resume is True and not checkpoints:
+        c.problem("resume_from_checkpoint", f"resume_from_checkpoint=true: {folder} holds no checkpoint to go on from")
+    elif not resume and not c.own.overwrite_output_dir and (checkpoints or (path / "adapter_config.json").exists()):
+        c.problem(
+            "output_dir",
+            f"output_dir={folder!r} holds an earlier run: set resume_from_checkpoint: true to go on with it, "
+            "overwrite_output_dir: true to start again, or give another folder",
+        )

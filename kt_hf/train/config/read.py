@@ -1,0 +1,187 @@
+"""From a YAML file to `TrainSettings`: names translated, types and combinations checked, every problem told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config import KTConfig
+from ...errors import KTAMXConfigError
+from . import aliases as names
+from .checks import Checked, check_combinations
+from .convert import allows_none, convert
+from .settings import OwnKeys, TrainSettings
+from .yaml_file import BadSettings, Problem, Setting, read_settings
+
+_KT_KEYS = [*(field.name for field in dataclasses.fields(KTConfig)), "kt_max_cache_depth"]
+# In transformers before these names came, they were called otherwise.
+_CHECKPOINTING = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
+
+def read_arguments(file: Path, overrides: Sequence[str] = (), purpose: str = "train") -> TrainSettings:
+    """The checked settings of a YAML file. Loads, downloads and writes nothing.
+
+    Args:
+        file: The YAML file.
+        overrides: `key=value`, put over the file's.
+        purpose: `train` needs data and an output folder; `estimate` does not.
+
+    Raises:
+        BadSettings: Everything that is wrong with the file, each with its line.
+    """
+    settings, problems = read_settings(file, overrides)
+    return check_settings(settings, problems, str(file), purpose)
+
+
+def check_settings(
+    settings: dict[str, Setting], problems: list[Problem], source: str, purpose: str = "train"
+) -> TrainSettings:
+    """As `read_arguments`, for settings that have been read, with the problems found so far."""
+    problems, notices = list(problems), list[str]()
+    stage = settings["stage"].value if "stage" in settings else "sft"
+    fields = trainer_fields("dpo" if stage == "dpo" else "sft")
+    settings = _translate(settings, fields, problems, notices)
+    own_fields = typing.get_type_hints(OwnKeys)
+    own: dict[str, Any] = {}
+    kt: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}
+    for key, setting in settings.items():
+        if key in _KT_KEYS:
+            _take_kt(key, setting, kt, problems)
+        elif key in own_fields:
+            _take(key, setting, own_fields[key], own, problems)
+        elif key in fields:
+            _take(key, setting, fields[key], trainer, problems)
+        else:
+            problems.append(Problem(setting.where, _unknown(key, stage, [*own_fields, *_KT_KEYS, *fields])))
+    checked = Checked(settings, OwnKeys(**own), kt, trainer, problems, notices)
+    check_combinations(checked, purpose)
+    if not problems:
+        _ask_trl(checked)
+    if problems:
+        raise BadSettings(source, sorted(problems, key=_position))
+    return TrainSettings(source, checked.own, KTConfig(**kt), trainer, tuple(notices))
+
+
+@functools.cache
+def trainer_fields(stage: str) -> dict[str, Any]:
+    """Name -> type of each field of TRL's configuration of a stage."""
+    config = trainer_config(stage)
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
+
+
+def trainer_config(stage: str) -> Any:
+    """`SFTConfig` or `DPOConfig`."""
+    try:
+        import trl
+    except ImportError as error:
+        raise KTAMXConfigError(
+            f"Training needs TRL, which cannot be imported ({error}). Install with: pip install 'kt-hf[train]'"
+        ) from None
+    return trl.DPOConfig if stage == "dpo" else trl.SFTConfig
+
+
+def on_this_machine(trainer: dict[str, Any], own: OwnKeys) -> dict[str, Any]:
+    """The keyword arguments of TRL's configuration, with what follows from the machine where the file is silent."""
+    import torch
+
+    cuda = torch.cuda.is_available() and not trainer.get("use_cpu")
+    result = {"use_cpu": not cuda, "dataloader_pin_memory": cuda} | trainer
+    if not trainer.get("fp16") and trainer.get("bf16") is None:
+        result["bf16"] = own.torch_dtype != "float32"
+    whole_epochs = trainer.get("max_steps", -1) < 1 and trainer.get("num_train_epochs", 3) >= 1
+    if own.stage == "dpo" and own.use_kt and whole_epochs and not trainer.get("sync_ref_model"):
+        # The reference's forward spoils the policy's, which each step would compute once more.
+        result.setdefault("precompute_ref_log_probs", True)
+    return result
+
+
+def _translate(
+    settings: dict[str, Setting], fields: dict[str, Any], problems: list[Problem], notices: list[str]
+) -> dict[str, Setting]:
+    """Settings under today's names; two that mean the same, removed ones and ignored ones are told."""
+    result: dict[str, Setting] = {}
+    called: dict[str, str] = {}
+    for key, setting in settings.items():
+        name, value = key, setting.value
+        if key in names.REMOVED:
+            problems.append(Problem(setting.where, f"{key} is no setting of kt_hf: {names.REMOVED[key]}"))
+            continue
+        if key in names.IGNORED:
+            notices.append(f"{key} has no effect: {names.IGNORED[key]}.")
+            continue
+        if key in names.TRANSLATED:
+            name, change = names.TRANSLATED[key]
+            if key in names.BOOLEANS and not isinstance(value, bool):
+                problems.append(Problem(setting.where, f"{key}={value!r}: it must be true or false"))
+                continue
+            value = change(value)
+        elif key in names.RENAMED:
+            name = names.RENAMED[key]
+        if name in _CHECKPOINTING and name not in fields:
+            name = _CHECKPOINTING[name]
+        if name in result:
+            problems.append(
+                Problem(setting.where, f"{key} means the same as {called[name]} at {result[name].where}: keep one")
+            )
+            continue
+        result[name], called[name] = Setting(value, setting.where), key
+    return result
+
+
+def _take(key: str, setting: Setting, hint: Any, into: dict[str, Any], problems: list[Problem]) -> None:
+    if setting.value is None and not allows_none(hint):
+        return  # as if it were not there
+    try:
+        into[key] = convert(setting.value, hint)
+    except ValueError as error:
+        problems.append(Problem(setting.where, f"{key}={setting.value!r}: {error}"))
+
+
+def _take_kt(key: str, setting: Setting, into: dict[str, Any], problems: list[Problem]) -> None:
+    try:
+        KTConfig(**{key: setting.value})
+    except KTAMXConfigError as error:
+        problems.append(Problem(setting.where, str(error).rstrip(".")))
+        return
+    into[key] = setting.value
+
+
+def _unknown(key: str, stage: Any, known: Sequence[str]) -> str:
+    other = "sft" if stage == "dpo" else "dpo"
+    if key in trainer_fields(other):
+        return f"{key} belongs to stage: {other}, this is stage: {stage}"
+    candidates = [*known, *names.RENAMED, *names.TRANSLATED, *names.IGNORED]
+    close = difflib.get_close_matches(key, candidates, n=1)
+    return f"{key} is no known setting" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _ask_trl(checked: Checked) -> None:
+    """Let TRL and transformers check what they check when a configuration is made. It writes nothing."""
+    import contextlib
+    import io
+    import warnings
+
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            trainer_config(checked.own.stage)(**on_this_machine(checked.trainer, checked.own))
+    except Exception as error:  # whatever it raises, the message is about a setting
+        text = " ".join(str(error).split()) or type(error).__name__
+        named = [key for key in checked.trainer if re.search(rf"\b{key}\b", text)]
+        checked.problem(named[0] if named else "", text)
+
+
+def _position(problem: Problem) -> tuple[int, int]:
+    number = re.search(r"\d+", problem.where)
+    return (0, int(number[0])) if number else (1, 0)

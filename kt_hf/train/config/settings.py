@@ -1,0 +1,70 @@
+"""What a configuration says, once it has been read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...config import KTConfig
+
+# Models and data that come with Python packages: they need no network.
+BUILTIN_MODEL = "builtin:smollm2-moe"
+BUILTIN_DATA = "builtin:pydoc"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+STAGES = ("sft", "dpo")
+
+
+@dataclass(frozen=True)
+class OwnKeys:
+    """The keys that are not TRL's: name, type and default. `convert` checks their types as it does TRL's."""
+
+    model_name_or_path: str = ""
+    trust_remote_code: bool = False
+    torch_dtype: str = "auto"
+    stage: str = "sft"
+    finetuning_type: str = "lora"
+    use_kt: bool = True
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    lora_target: str | list[str] = "all"
+    use_rslora: bool = False
+    dataset: list[str] = field(default_factory=list)
+    eval_dataset: list[str] = field(default_factory=list)
+    val_size: float = 0.0
+    template: str | None = None
+    max_samples: int | None = None
+    plot_loss: bool = False
+    overwrite_output_dir: bool = False
+    resume_from_checkpoint: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A checked configuration.
+
+    Attributes:
+        source: The file it was read from.
+        own: Our own keys.
+        kt: The `kt_*` keys.
+        trainer: Keyword arguments of TRL's `SFTConfig` or `DPOConfig`, as far as they were given.
+        notices: What the user should know of how the file was understood: translated, ignored, replaced.
+    """
+
+    source: str
+    own: OwnKeys
+    kt: KTConfig
+    trainer: dict[str, Any]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def output_dir(self) -> str:
+        return str(self.trainer.get("output_dir") or "trainer_output")
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed in backward; TRL's default is that they are."""
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if self.trainer.get(name) is not None:
+                return bool(self.trainer[name])
+        return True

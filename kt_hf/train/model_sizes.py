@@ -1,0 +1,124 @@
+"""What a model's configuration says of its size, counted on the meta device: no weights, no memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.eight_bit import has_8_bits
+from ..errors import KTAMXModelNotSupportedError
+from .config.settings import OwnKeys
+from .targets import lora_targets
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of parameters and the lengths that memory depends on.
+
+    Attributes:
+        expert_layers: Layers with routed experts, each of `experts` (E), `top_k` (K), `intermediate` (I).
+        hidden: H.
+        layers: All decoder layers.
+        expert_parameters: In routed experts, all layers.
+        other_parameters: Everywhere else.
+        lora_experts: LoRA parameters on experts.
+        lora_others: LoRA parameters elsewhere.
+        vocabulary: V.
+        attention_width: Heads times head size, the larger of keys' and values'.
+        kv_width: What a token leaves in the keys and values of a layer, in elements.
+        of_8_bits: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
+    """
+
+    expert_layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    layers: int
+    expert_parameters: int
+    other_parameters: int
+    lora_experts: int
+    lora_others: int
+    vocabulary: int
+    attention_width: int
+    kv_width: int
+    of_8_bits: bool = False
+
+
+def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
+    """Sizes of the model that `config` describes, with the LoRA that the settings ask for.
+
+    Raises:
+        KTAMXModelNotSupportedError: It has no fused experts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    stacked = [(name, p) for name, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", name)]
+    down = [p for name, p in stacked if name.endswith("down_proj") and p.dim() == 3]
+    if not down:
+        raise KTAMXModelNotSupportedError(
+            f"{type(model).__name__} has no routed experts that kt_hf can compute (fused gate_up_proj, down_proj)."
+        )
+    E, H, I = down[0].shape  # noqa: E741
+    total = sum(p.numel() for p in model.parameters())
+    in_experts = sum(p.numel() for _, p in stacked)
+    wanted = _wanted(model, own)
+    projections = 3 if wanted is None else len({"gate_proj", "up_proj", "down_proj"} & wanted)
+    others = [m for name, m in _linears(model) if wanted is None or name.rsplit(".", 1)[-1] in wanted]
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or H // heads
+    latent = getattr(text, "kv_lora_rank", None)
+    if latent:
+        head = max(text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim)
+    kv = latent + text.qk_rope_head_dim if latent else 2 * head * text.num_key_value_heads
+    return ModelSizes(
+        expert_layers=len(down),
+        experts=E,
+        top_k=next(int(getattr(text, name)) for name in _TOP_K if getattr(text, name, None)),
+        hidden=H,
+        intermediate=I,
+        layers=text.num_hidden_layers,
+        expert_parameters=in_experts,
+        other_parameters=total - in_experts,
+        lora_experts=len(down) * E * projections * own.lora_rank * (H + I),
+        lora_others=own.lora_rank * sum(m.in_features + m.out_features for m in others),
+        vocabulary=text.vocab_size,
+        attention_width=heads * head,
+        kv_width=kv,
+        of_8_bits=_of_8_bits(config, own.torch_dtype),
+    )
+
+
+def _of_8_bits(config: Any, asked: str) -> bool:
+    dtype = str(getattr(config, "dtype", None) or "bfloat16") if asked == "auto" else asked
+    return dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config)
+
+
+def _wanted(model: Any, own: OwnKeys) -> set[str] | None:
+    """The targets' names; None for all."""
+    targets, _ = lora_targets(own.lora_target, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()})
+    if targets == "all":
+        return None
+    if targets == "all_attention":
+        return {name.rsplit(".", 1)[-1] for name, _ in _linears(model) if re.search(r"\w*(attn|attention)\w*\.", name)}
+    return {{"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(name, name) for name in targets}
+
+
+def _linears(model: Any) -> list[tuple[str, Any]]:
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and not re.search(r"(^|\.)(gate|router|shared_expert_gate)$", name)
+    ]
