@@ -16,7 +16,8 @@ from sizes import Shape
 from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
-from kt_hf.backends import ExpertShape, choose_backend, kernel_availability
+from kt_hf.backends import choose_backend, kernel_availability
+from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import plan_threads
 
 QUANTISED = {"kt-int8": "AMXInt8", "kt-int4": "AMXInt4"}

@@ -25,7 +25,7 @@ from gpu_train import machine, write
 from kt_hf import KTConfig, apply_kt_moe, load_kt_model
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.tiered import SplitBackend
-from kt_hf.placement import packer as packing
+from kt_hf.system import gpu
 
 
 def made(source: str, given: argparse.Namespace, device: torch.device) -> tuple[Any, float]:
@@ -70,7 +70,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
-        packing._TIER = device
+        gpu.experts_device = lambda: device
     print(machine(device), flush=True)
     models = {source: made(source, given, device) for source in ("fp8", "bf16")}
     for batch in given.batch:

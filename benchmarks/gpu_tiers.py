@@ -28,7 +28,9 @@ from gpu_train import machine, write
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.placement import packer as packing
 from kt_hf.placement import planner
-from kt_hf.placement.planner import Rates, expert_bytes, predicted
+from kt_hf.placement.planner import Rates, predicted
+from kt_hf.shapes import expert_bytes
+from kt_hf.system import gpu
 
 Split = tuple[int, int]  # resident, streamed
 
@@ -174,7 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
-        packing._TIER = device
+        gpu.experts_device = lambda: device
     logging.basicConfig(level=logging.WARNING)
     print(f"{machine(device)}\n{torch.get_num_threads()} threads of PyTorch's", flush=True)
     parts = Parts(device.type == "cuda")

@@ -36,7 +36,7 @@ from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 from harness import _commit, _cpu, _kernel, _version
 
 from kt_hf import KTConfig, apply_kt_moe, load_kt_model
-from kt_hf.placement import packer as packing
+from kt_hf.system import gpu
 
 
 def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, parts: Parts | None) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device, torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
-        packing._TIER = device
+        gpu.experts_device = lambda: device
     print(f"{machine(device)}\n{torch.get_num_threads()} threads of PyTorch's", flush=True)
     if given.gpu_gb:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -221,7 +221,7 @@ def run(given: argparse.Namespace, device: torch.device, folder: Path | None) ->
             made = make_model(config, device, stock=False, own_memory=given.own_memory)
             model = apply_kt_moe(made, settings, tokens_per_step=tokens)
             del made
-        tiers = model._kt_wrappers[0].packer.tiers
+        tiers = model._kt_wrappers[0].factory.tiers
         model = adapted(model, given.rank, device)
         print(f"{where}: {tiers}, made and packed in {time.perf_counter() - begin:.1f} s", flush=True)
         if given.check:

@@ -35,7 +35,7 @@ from processes import Build, take_turns
 from shapes import fitting
 from sizes import SIZES, Shape
 
-from kt_hf.placement.packer import available_memory
+from kt_hf.system.memory import available_memory
 
 CASES = ("default", "kt", "kt-int8", "kt-int4", "torch", "bare", "stock", "stock-eager", "peer", "peer-shared")
 ON_GPU = ("kt", "kt-lora-gpu", "bare", "peer")

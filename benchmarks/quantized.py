@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_hf.backends import LORA_NAMES, ExpertShape, ExpertWeights, pack
+from kt_hf.backends import ExpertWeights, pack
+from kt_hf.shapes import LORA_NAMES, ExpertShape
 from kt_hf.system.cpu import plan_threads
 from tests.reference import BaseWeights, experts_forward_backward, relative_error
 
@@ -167,7 +168,7 @@ def measure_memory(backend: str, share: bool, layers: int) -> int:
         )
         return pack(backend, weights, shape, 0, plan, 1024, share, True, "benchmark")
 
-    from kt_hf.placement.packer import return_freed_memory
+    from kt_hf.system.memory import return_freed_memory
 
     # Scratch memory is the process's, not the layers': made by a small layer first.
     zeros = ExpertWeights(torch.zeros(E, 2 * inner, 128).bfloat16(), torch.zeros(E, 128, inner).bfloat16())

@@ -16,7 +16,7 @@ from processes import Run, take_turns
 from shapes import fitting
 from sizes import SIZES, bound
 
-from kt_hf.placement.packer import available_memory
+from kt_hf.system.memory import available_memory
 
 RANK = 8
 

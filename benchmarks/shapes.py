@@ -7,7 +7,7 @@ from sizes import SIZES, Shape
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from kt_hf.placement.packer import available_memory
+from kt_hf.system.memory import available_memory
 
 
 def fitting(name: str, layers: int = 1) -> Shape:

@@ -21,8 +21,8 @@ from sizes import SIZES, Shape
 
 from kt_hf import KTConfig
 from kt_hf.backends import kernel_availability
-from kt_hf.placement.packer import available_memory
 from kt_hf.system.cpu import plan_threads
+from kt_hf.system.memory import available_memory
 
 RANK = 8
 PLANNED = ", planned"  # marks the default in the CSV
@@ -42,7 +42,7 @@ def build(shape: Shape, workers: int, torch_threads: list[int], longest: int) ->
             kt_max_len=longest,
         )
         experts, parameters, model = patched(shape, RANK, config)
-        held = experts.packer.plan.workers
+        held = experts.factory.threads.workers
         if workers and held != workers:
             raise ValueError(f"{workers} workers were asked for, {held} compute")
         return {

@@ -22,7 +22,7 @@ from .loading import load_kt_model
 from .lora import kt_lora_config
 from .patch import apply_kt_moe
 from .peft_compat import install
-from .placement.order import Placement, count_experts, read_placement
+from .placement import Placement, count_experts, read_placement
 
 install()  # at import, so that an adapter of ours loaded before the patch is refused, not dropped
 

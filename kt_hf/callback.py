@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import publish, seal, start_from, tell_interrupted
 from .backends import CALL_LOCK
 from .backends.buffer_pool import RECYCLED
-from .errors import KTAMXConfigError, KTAMXError
+from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers
-from .experts.projections import PROJECTIONS
-from .experts.runner import settle_checks
 from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
+from .placement import packer_of
+from .shapes import PROJECTIONS
 
 logger = logging.getLogger(__name__)
-_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class KTMoECallback(TrainerCallback):
@@ -81,7 +79,8 @@ class KTMoECallback(TrainerCallback):
             start_from(model, self.adapter)
         self._refresh(layers)
         self.expert_load.begin(layers)
-        self._times = TierTimes(layers[0].packer)
+        packer = packer_of(model)
+        self._times = TierTimes(packer) if packer else None
         most, before = layers[0].backend.torch_threads, torch.get_num_threads()
         if most is not None and most < before and next(model.parameters()).device.type == "cpu":
             # The rest of the model is on the CPU too: PyTorch leaves a core to the operators' idle workers.
@@ -123,21 +122,17 @@ class KTMoECallback(TrainerCallback):
             self._threads = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        settle_checks()
+        _settle(kwargs["model"])
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
-        settle_checks()
+        _settle(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero:
             return
-        # PEFT saves the adapter "default" in the folder, others in a folder of their name.
-        for file in [folder / _ADAPTER_FILE, *folder.glob(f"*/{_ADAPTER_FILE}")]:
-            if file.exists():
-                check_saved_experts(kwargs["model"], file)
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -156,28 +151,11 @@ class KTMoECallback(TrainerCallback):
             layer.update_lora_pointers()
 
 
-def check_saved_experts(model: nn.Module, file: Path) -> None:
-    """Compare names and shapes of an adapter file with the LoRA tensors of the model's experts.
-
-    Raises:
-        KTAMXError: Tensors are missing or have another shape.
-    """
-    wanted = {}
-    adapters = {holder for layer in kt_layers(model) for projection in layer.projections for holder in projection.r}
-    saved_as = file.parent.name if file.parent.name in adapters else "default"
-    for name, parameter in model.named_parameters():
-        holder, _, adapter = name.removesuffix(".weight").rpartition(".")
-        if ".experts." in name and holder.rsplit(".", 1)[-1] in ("lora_A", "lora_B") and adapter == saved_as:
-            wanted[f"{holder}.weight"] = tuple(parameter.shape)
-    with safe_open(file, framework="pt") as saved:
-        there = {key: tuple(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118
-    wrong = [
-        f"{key}: {there.get(key, 'missing')}, not {shape}" for key, shape in wanted.items() if there.get(key) != shape
-    ]
-    if wrong:
-        raise KTAMXError(
-            f"{file} does not hold the experts' LoRA: {'; '.join(wrong[:3])} ({len(wrong)} tensors in all)."
-        )
+def _settle(model: nn.Module) -> None:
+    """Look at all checks of results that a GPU has under way (KTAMXForwardError, KTAMXBackwardError)."""
+    for checks in {id(layer.factory.checks): layer.factory.checks for layer in kt_layers(model)}.values():
+        with CALL_LOCK:
+            checks.settle(wait=True)
 
 
 def _layers(model: nn.Module) -> list[KTExperts]:

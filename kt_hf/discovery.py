@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import ExpertShape
 from .errors import KTAMXModelNotSupportedError
+from .shapes import ExpertShape
 
 _SILU = ("SiLU", "SiLUActivation")
 # What the families call the number of experts a token is sent to.

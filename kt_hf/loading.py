@@ -28,9 +28,11 @@ from .checkpoint.progress import LayersBar
 from .config import KTConfig
 from .discovery import Place, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .patch import make_packer, refuse_parallel, replace_experts, room_of
+from .patch import replace_experts
 from .placement.order import Placement, as_placement
-from .placement.packer import return_freed_memory
+from .placement.packer import make_packer, room_of
+from .system.memory import return_freed_memory
+from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +131,6 @@ def load_kt_model(
     if packer.saved is not None:
         packer.saved.check_model(model)
     places = [_place(model, name, checkpoint) for name in checkpoint.layers]
-    from . import peft_compat
-
-    peft_compat.install()
     model.requires_grad_(False)
     saved = packer.saved
     apart = [packer.read_scaled(place.shape, layer_index(place.name, i)) for i, place in enumerate(places)]

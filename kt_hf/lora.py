@@ -13,7 +13,7 @@ from torch import nn
 
 from .errors import KTAMXConfigError
 from .experts.layer import kt_layers
-from .experts.projections import ALIASES, PROJECTIONS
+from .shapes import ALIASES, PROJECTIONS
 
 logger = logging.getLogger(__name__)
 

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapters import load_adapter, open_adapter
-from .backends import FEW_CORES, ExpertShape, ExpertWeights, SavedLayer, choose_backend, describe_cpu
+from .backends import ExpertWeights, SavedLayer
+from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig
 from .discovery import Place, base_model, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
-from .experts.layer import KTExperts, LoraParamsView, kt_layers, watch_optimizers
+from .experts import KTExperts, LoraParamsView, kt_layers
+from .experts.lora_tensors import watch_optimizers
+from .peft_compat import unwrap_expert_parameters
 from .peft_compat.saving import save_native_verified
 from .placement.order import Placement, as_placement, read_placement
-from .placement.packer import Packer, chosen_tiers
-from .placement.planner import Room
-from .quantized import for_run as saved_experts
-from .system.cpu import plan_threads
+from .placement.packer import Packer, make_packer, room_of
+from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +74,6 @@ def apply_kt_moe(
     base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
-    from . import peft_compat
-
-    peft_compat.install()
     found = find_experts(model)
     named = {place.name: place.shape for place in found}
     packer = make_packer(cfg, named, base.dtype, model_type=base.config.model_type)
@@ -86,7 +82,7 @@ def apply_kt_moe(
     saved = packer.saved
     if saved is not None:
         saved.check_model(model)
-    wrapped = peft_compat.unwrap_expert_parameters(model)
+    wrapped = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not wrapped:
         model.requires_grad_(False)
     found = find_experts(model) if wrapped else found
@@ -95,48 +91,6 @@ def apply_kt_moe(
     for layer in layers:
         layer.pack()
     return model
-
-
-def make_packer(
-    cfg: KTConfig,
-    shapes: Mapping[str, ExpertShape],
-    dtype: torch.dtype,
-    streamed: bool = False,
-    model_type: str | None = None,
-) -> Packer:
-    """Choose the backend for layers of these shapes, and tell which.
-
-    Args:
-        cfg: Settings.
-        shapes: Of all layers, by the names of their experts modules.
-        dtype: The model's.
-        streamed: The weights are not in memory yet.
-        model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
-
-    Raises:
-        KTAMXConfigError: Settings or saved weights that do not fit the model.
-        KTAMXNotAvailableError: A backend asked for by name that does not run here.
-        KTAMXError: Saved weights of which a file is missing or damaged.
-    """
-    plan = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
-    saved = None
-    if cfg.kt_weight_path is not None:
-        saved = saved_experts(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
-    workers = plan.workers if cfg.kt_num_threads is None else None
-    chosen = {choose_backend(cfg.kt_backend, shape, len(plan.pools), workers, dtype) for shape in shapes.values()}
-    backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
-    if saved is not None:
-        saved.check(shapes, backend, len(plan.pools), cfg.kt_share_backward_weights, model_type)
-    tiers = chosen_tiers(cfg, list(shapes.values()), backend)
-    sizes = [3 * s.num_experts * s.hidden_size * s.intermediate_size * 2 for s in shapes.values()]
-    packer = Packer(cfg, backend, reason, plan, sum(sizes), max(sizes), streamed, saved, tiers)
-    logger.info(
-        "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
-        len(shapes), backend, reason, packer.plan if backend != "torch" else "PyTorch's threads", describe_cpu(),
-    )  # fmt: skip
-    if cfg.kt_backend == "auto" and backend == "torch" and reason != FEW_CORES:
-        logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
-    return packer
 
 
 def replace_experts(
@@ -151,7 +105,7 @@ def replace_experts(
         weights_of: Gives a layer's weights, which are taken over.
     """
     watch_optimizers()
-    packer.on_pack = functools.partial(_show_engine, weakref.ref(base))
+    packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None
     layers = [_replace(place, index, packer, weights_of(place)) for index, place in enumerate(places)]
     base._kt_wrappers = layers
@@ -161,42 +115,19 @@ def replace_experts(
     return layers
 
 
-def room_of(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> Room:
-    """What a planned placement goes by, of a model that has its weights or is yet to get them in `dtype`."""
-    text = config.get_text_config()
-    rest = [p for name, p in model.named_parameters() if ".experts." not in name and not p.is_cuda]
-    found = dtype or next((p.dtype for name, p in model.named_parameters() if ".experts." in name), None)
-    size = sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in rest)
-    return Room(tokens, size, getattr(text, "num_hidden_layers", 0), getattr(text, "vocab_size", 0), found)
-
-
 def _take_weights(place: Place) -> ExpertWeights:
     return ExpertWeights(place.experts.gate_up_proj.detach(), place.experts.down_proj.detach())
 
 
 def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights | SavedLayer) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    layer = KTExperts(weights, place.shape, layer_index(place.name, index), place.name, packer)
+    layer = KTExperts(weights, place.shape, layer_index(place.name, index), place.name, packer, fingerprint(weights))
     layer.train(place.experts.training)
     setattr(place.parent, place.attribute, layer)
     place.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()
     return layer
-
-
-def refuse_parallel(model: nn.Module | None) -> None:
-    """Several processes, or several GPUs in one, cannot share experts on the CPU."""
-    if isinstance(model, nn.DataParallel):
-        raise KTAMXConfigError("nn.DataParallel cannot hold experts that live on the CPU: pass the model inside it.")
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = max(world, torch.distributed.get_world_size())
-    if world > 1:
-        raise KTAMXConfigError(
-            f"WORLD_SIZE={world}: experts on the CPU cannot be shared by several processes yet. Start one process "
-            "(accelerate launch --num_processes 1, or plain python)."
-        )
 
 
 def _already_patched(model: Any, base: Any, cfg: KTConfig) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 from kt_hf.backends import Gradients
 from kt_hf.backends.buffer_pool import RECYCLED
 from kt_hf.backends.transfer import apart, b_of, joined
-from kt_hf.experts.lora_tensors import parameter_gradients
+from kt_hf.experts.lora_tensors import LoraPart, LoraTensors
+from kt_hf.shapes import ExpertShape
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model
@@ -24,6 +25,16 @@ PARTS = [(0, 0, 4, 1.5), (0, 4, 3, 0.3), (2, 0, 8, 1.0), (4, 1, 2, 2.0)]
 def of(lora: tuple[Tensor, ...], free: bool = False) -> Gradients:
     """Gradients of which only LoRA's are looked at."""
     return Gradients(torch.empty(0), torch.empty(0), lora, free)
+
+
+def parameter_gradients(
+    gradients: Gradients, places: list[tuple[int, int, int, float]], dtype: torch.dtype
+) -> list[Tensor]:
+    """As of a layer whose parameters are of `dtype` and lie at these places: index, offset, rank, scaling."""
+    lora = LoraTensors([], ExpertShape(E, 2, H, I))
+    nothing = torch.nn.Parameter(torch.empty(0, dtype=dtype))
+    lora.parts = [LoraPart(nothing, nothing, *place) for place in places]
+    return lora.gradients(gradients)
 
 
 def six(dtype: torch.dtype) -> tuple[Tensor, ...]:

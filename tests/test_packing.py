@@ -12,13 +12,14 @@ import torch
 from peft import get_peft_model
 
 from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe
-from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend
+from kt_hf.backends import ExpertWeights, TorchBackend
 from kt_hf.backends.kt_kernel import operators
 from kt_hf.placement import packer as packing
-from kt_hf.placement.packer import DEFAULT_MAX_LEN, Packer, available_memory
-from kt_hf.placement.planner import expert_bytes
+from kt_hf.placement.packer import DEFAULT_MAX_LEN, Packer
 from kt_hf.placement.tiers import Tiers
+from kt_hf.shapes import ExpertShape, expert_bytes
 from kt_hf.system.cpu import ThreadPlan
+from kt_hf.system.memory import available_memory
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, Case, make_config
 from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 from tests.helpers import MIXTRAL
@@ -35,7 +36,7 @@ SHAPE = ExpertShape(8, 2, 64, 96)
 
 
 def packer(backend: str = "AMXBF16", expert_gib: float = 10, **config: Any) -> Packer:
-    return Packer(KTConfig(**config), backend, "a test", PLAN, int(expert_gib * GIB), GIB)
+    return Packer(KTConfig(**config), backend, "a test", PLAN, int(expert_gib * GIB), gpu=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_backward_weights_are_shared_by_need(
 ) -> None:
     """They cost the experts' size once more, and something must be left."""
     monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
-    packer(expert_gib=expert_gib).pack(NO_WEIGHTS, SHAPE, 8, "layer")
+    packer(expert_gib=expert_gib).build(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
 
 
@@ -68,11 +69,10 @@ def test_streamed_experts_take_host_memory_too(
     monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]], sizes_free: float, share: bool
 ) -> None:
     """Of 8 experts 4 are streamed while the model is read: 4 to pack, 4 to keep, 4 again if not shared."""
-    monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))
     shape, one = ExpertShape(8, 2, 4096, 4096), packer()
     one.streamed, one.tiers = True, Tiers(0, 4)
     one.place({0: shape}, None)
-    assert one.expert_bytes == 4 * expert_bytes(shape)
+    assert one.cpu_bytes == 4 * expert_bytes(shape)
     monkeypatch.setattr(packing, "available_memory", lambda: int(sizes_free * expert_bytes(shape)))
     assert one._share_backward() is share
 
@@ -96,7 +96,7 @@ def test_need_is_that_of_the_arithmetic_and_is_told(
     one = packer(backend)
     one.streamed = streamed
     with caplog.at_level("INFO", "kt_hf"):
-        one.pack(NO_WEIGHTS, SHAPE, 8, "layer")
+        one.build(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
     copy = 10 * {"AMXBF16": 1, "AMXInt8": 0.5, "AMXInt4": 0.25}[backend]
     told = "one buffer for all layers, slower" if share else "one copy a layer"
@@ -109,7 +109,7 @@ def test_saved_weights_without_those_for_backward_are_always_shared(
     one = packer("AMXInt8", expert_gib=0.001)
     one.saved = SimpleNamespace(backward=False, path="saved")
     with caplog.at_level("INFO", "kt_hf"):
-        one.pack(NO_WEIGHTS, SHAPE, 0, "layer")
+        one.build(NO_WEIGHTS, SHAPE, 0, "layer")
     assert packed[0]["share_backward"] is True
     assert "one buffer for all layers, for saved has none" in caplog.text
 
@@ -120,25 +120,25 @@ def test_memory_is_asked_once(monkeypatch: pytest.MonkeyPatch, packed: list[dict
     monkeypatch.setattr(packing, "available_memory", lambda: next(free))
     one = packer()
     for _ in range(3):
-        one.pack(NO_WEIGHTS, SHAPE, 8, "layer")
+        one.build(NO_WEIGHTS, SHAPE, 8, "layer")
     assert [call["share_backward"] for call in packed] == [False] * 3
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_backward_weights_are_shared_as_asked(packed: list[dict[str, Any]], share: bool) -> None:
-    packer(expert_gib=0.001 if share else 10_000, kt_share_backward_weights=share).pack(NO_WEIGHTS, SHAPE, 8, "layer")
+    packer(expert_gib=0.001 if share else 10_000, kt_share_backward_weights=share).build(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
 
 
 def test_settings_reach_the_backend(packed: list[dict[str, Any]]) -> None:
     one = packer(kt_max_len=99, kt_expert_activations="recompute", kt_share_backward_weights=True)
     told: list[Any] = []
-    one.on_pack = told.append
-    built = one.pack(NO_WEIGHTS, SHAPE, 4, "layer 7")
+    one.on_build = told.append
+    built = one.build(NO_WEIGHTS, SHAPE, 4, "layer 7")
     expected = {"name": "AMXBF16", "rank": 4, "plan": PLAN, "max_len": 99, "label": "layer 7"}
     assert packed == [{**expected, "share_backward": True, "share_cache": True}]
     assert told == [built]
-    packer(kt_share_backward_weights=False).pack(NO_WEIGHTS, SHAPE, 4, "layer 7")
+    packer(kt_share_backward_weights=False).build(NO_WEIGHTS, SHAPE, 4, "layer 7")
     assert packed[1] == {**expected, "max_len": DEFAULT_MAX_LEN, "share_backward": False, "share_cache": False}
 
 
@@ -149,14 +149,14 @@ def test_buffers_of_the_longest_call_fit_the_machine(
     monkeypatch.setattr(operators.psutil, "virtual_memory", lambda: SimpleNamespace(total=24 * GIB))
     one = packer(kt_share_backward_weights=False)
     for shape in (SHAPE, ExpertShape(256, 8, 7168, 2048)):
-        one.pack(NO_WEIGHTS, shape, 4, "layer")
+        one.build(NO_WEIGHTS, shape, 4, "layer")
     assert packed[0]["max_len"] == DEFAULT_MAX_LEN
     assert 8_192 < packed[1]["max_len"] < 24_000
 
 
 def test_torch_packs_without_a_copy() -> None:
     weights = ExpertWeights(torch.randn(4, 12, 8), torch.randn(4, 8, 6))
-    backend = packer("torch").pack(weights, ExpertShape(4, 2, 8, 6), 8, "layer")
+    backend = packer("torch").build(weights, ExpertShape(4, 2, 8, 6), 8, "layer")
     assert isinstance(backend, TorchBackend)
     assert backend.weights.gate_up is weights.gate_up
     assert backend.weights.down is weights.down
@@ -227,7 +227,7 @@ def test_larger_rank_than_packed_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     """As the operators would; theirs are stood in for."""
     model = patched_model(MIXTRAL, Case("torch", torch.float32, 0, 0, 0), kt_lora_rank=4)
     for layer in model._kt_wrappers:
-        layer.packer.backend = "AMXBF16"
+        layer.factory.backend = "AMXBF16"
         monkeypatch.setattr(layer._runner.backend, "max_rank", 4)
     with pytest.raises(KTAMXConfigError, match=r"layers\.0\.mlp\.experts.*rank 8.*the 4 .*kt_lora_rank=8"):
         get_peft_model(model, lora_config(MIXTRAL))

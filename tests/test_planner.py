@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kt_hf import apply_kt_moe
-from kt_hf.backends import ExpertShape
 from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.placement import Placement
 from kt_hf.placement import packer as packing
 from kt_hf.placement.calibration import fitted, measure_rates
-from kt_hf.placement.planner import REST, Line, Rates, Room, Split, assumed_rates, expert_bytes, plan
+from kt_hf.placement.planner import REST, Line, Rates, Room, Split, assumed_rates, plan
+from kt_hf.shapes import ExpertShape, expert_bytes
 from kt_hf.system.cpu import plan_threads
 from tests.conftest import make_config
 from tests.helpers import MIXTRAL
@@ -194,7 +194,7 @@ def test_no_longer_calls_than_memory_holds_are_measured(backend: str, monkeypatc
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))
+    monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: torch.device("cpu"))
     seen: list[Any] = []
 
     def plan_seen(*args: Any) -> Split:

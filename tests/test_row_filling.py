@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kt_hf.backends import ExpertShape, ExpertWeights, TorchBackend
+from kt_hf.backends import ExpertWeights, TorchBackend
 from kt_hf.backends.torch_loop import _filled
+from kt_hf.shapes import ExpertShape
 from tests.helpers import one_torch_thread as one_torch_thread
 
 SHAPE = ExpertShape(6, 2, 32, 48)

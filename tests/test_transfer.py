@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kt_hf.backends.finite_checks import Doubts
+from kt_hf.backends.finite_checks import DeferredChecks
 from kt_hf.backends.transfer import pin, to_host
 from kt_hf.experts.tickets import Retained
 
@@ -44,9 +44,9 @@ def test_inputs_are_recognised_wherever_they_lie(offset: int) -> None:
 
 
 def test_the_first_that_failed_is_told_and_the_others_forgotten() -> None:
-    doubts = Doubts()
+    doubts = DeferredChecks()
     for name, fine in (("a", True), ("b", False), ("c", False)):
-        doubts.ask(lambda name=name: ValueError(name), torch.tensor(fine))
+        doubts.add(lambda name=name: ValueError(name), torch.tensor(fine))
     with pytest.raises(ValueError, match="b"):
         doubts.settle()
     doubts.settle(wait=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import KTAMXError
-from ..experts.projections import PROJECTIONS
+from ..shapes import PROJECTIONS
 from ..system.files import Lazy
 
 ADAPTER = "adapter_model.safetensors"

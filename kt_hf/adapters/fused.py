@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXError
-from ..experts.projections import PROJECTIONS
+from ..shapes import PROJECTIONS
 from ..system.files import Lazy, Part, part, replacing
 from .adapter import PREFIX, Adapter, Projection, alpha_for
 from .kt import add_pair

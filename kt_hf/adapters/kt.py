@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import KTAMXError
-from ..experts.projections import ALIASES, PROJECTIONS
+from ..shapes import ALIASES, PROJECTIONS
 from ..system.files import Lazy, Part, part
 from .adapter import PREFIX, Adapter, patterns, rank_alpha
 

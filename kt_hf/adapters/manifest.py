@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
-from ..placement.order import PLACEMENT, write_placement
+from ..placement import PLACEMENT, packer_of, write_placement
+from ..placement.tiers import Tiers
 from ..system.files import open_safetensors, replacing, sha256, sync, write_json
 from .adapter import ADAPTER, CONFIG
 
@@ -56,7 +57,8 @@ def write_manifest(folder: Path, model: Any) -> None:
         model: The model they belong to, or None where it is not known (a conversion).
     """
     files = [ADAPTER, CONFIG]
-    if model is not None and write_placement(folder, model):
+    packer = packer_of(model) if model is not None else None
+    if packer is not None and write_placement(folder, packer.placement, packer.tiers or Tiers()):
         files.append(PLACEMENT)
     for name in files:
         sync(folder / name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError, KTAMXError
-from ..experts.projections import ALIASES
+from ..shapes import ALIASES
 from ..system.files import Lazy, Part, open_safetensors, write_json, write_safetensors
 from .adapter import PREFIX, Adapter, Projection, rank_alpha, scale
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXError
-from ..experts.projections import ALIASES, PROJECTIONS
+from ..shapes import ALIASES, PROJECTIONS
 from ..system.files import Lazy, Part, part
 from .adapter import PREFIX, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
 

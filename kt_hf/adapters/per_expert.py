@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import KTAMXError
-from ..experts.projections import ALIASES
+from ..shapes import ALIASES
 from ..system.files import Lazy, Part, part
 from .adapter import PREFIX, Adapter, patterns
 from .kt import add_pair

@@ -4,45 +4,14 @@ Trainer."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..shapes import ExpertShape
 from .block_scaled import ScaledExperts
-
-# The order in which LoRA tensors are passed everywhere.
-LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """Sizes of one layer's experts.
-
-    Attributes:
-        num_experts: Experts this backend holds, E.
-        top_k: Experts a token is sent to, K.
-        hidden_size: H.
-        intermediate_size: I.
-        num_global_experts: Experts of the whole layer; None means E. Ids are counted in these.
-        expert_offset: The id of the first expert held.
-    """
-
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    num_global_experts: int | None = None
-    expert_offset: int = 0
-
-    def lora_shapes(self, rank: int) -> tuple[tuple[int, int, int], ...]:
-        """Shapes of the six LoRA tensors in the order of `LORA_NAMES`: A is [E, r, in], B is [E, out, r]."""
-        E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
-        return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
-
-    def with_top_k(self, top_k: int) -> ExpertShape:
-        return replace(self, top_k=top_k)
 
 
 @dataclass

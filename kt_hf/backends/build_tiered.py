@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError
-from .base import ExpertsBackend, ExpertShape, ExpertWeights
+from ..shapes import ExpertShape
+from .base import ExpertsBackend, ExpertWeights
 from .gpu.grouped_mm import DTYPE
 from .gpu.pinned_weights import HostWeights
 from .gpu.resident import gpu_backend

@@ -32,8 +32,8 @@ def all_finite(*tensors: Tensor) -> Tensor:
     return get_total_norm(held, math.inf) < math.inf
 
 
-class Doubts:
-    """Checks whose answers are on the way from a GPU. They are looked at when they have arrived, the first asked first.
+class DeferredChecks:
+    """Checks of one model's results whose answers are on the way from a GPU, looked at in order as they arrive.
 
     So an error comes late: with a later call of any layer, at the latest when LoRA values are taken over after the
     optimizer's step. The parameters are spoiled then, but the step is not logged or saved yet.
@@ -42,9 +42,9 @@ class Doubts:
     def __init__(self) -> None:
         self._open: list[tuple[Arriving, Callable[[], Exception]]] = []
 
-    def ask(self, error: Callable[[], Exception], fine: Tensor) -> None:
-        """Raise `error`, which makes it, some time later unless the bool `fine` [] is true."""
-        self._open.append((to_host([fine], [torch.bool]), error))
+    def add(self, error: Callable[[], Exception], passed: Tensor) -> None:
+        """Raise `error`, which makes it, some time later unless the bool `passed` [] is true."""
+        self._open.append((to_host([passed], [torch.bool]), error))
 
     def settle(self, wait: bool = False) -> None:
         """Look at the answers that are here; with `wait`, at all."""
@@ -53,7 +53,3 @@ class Doubts:
             if not answer.wait()[0]:
                 self._open.clear()  # what comes after is its consequence
                 raise error()
-
-
-# Of all layers of the process, for the first one that failed is the one to name.
-DOUBTS = Doubts()

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from ..errors import KTAMXConfigError, KTAMXNotAvailableError
+from ..shapes import ExpertShape
 from ..system.cpu import ThreadPlan, cpu_features
-from .base import Availability, ExpertsBackend, ExpertShape, ExpertWeights
+from .base import Availability, ExpertsBackend, ExpertWeights
 from .gpu.resident import gpu_backend
 from .kt_kernel.operators import OPERATORS, shape_problem
 from .kt_kernel.packed_files import SavedLayer

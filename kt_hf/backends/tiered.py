@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import CountsRows, ExpertsBackend, ExpertShape, Gradients, Saved
+from ..shapes import ExpertShape
+from .base import CountsRows, ExpertsBackend, Gradients, Saved
 from .finite_checks import all_finite, is_finite
 from .runs import runs
 from .transfer import Arriving, to_device, to_host

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
-from .base import ExpertShape, ExpertWeights, Gradients, Saved
+from ..shapes import ExpertShape
+from .base import ExpertWeights, Gradients, Saved
 from .buffer_pool import empty, empty_rows
 from .transfer import apart
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import ExpertShape, ExpertWeights
+from ..backends import ExpertWeights
 from ..backends.block_scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
 from ..discovery import find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
+from ..shapes import ExpertShape
 from .eight_bit import FLOATING, KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_tensors

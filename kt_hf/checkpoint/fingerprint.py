@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import ExpertWeights
+from ..backends import ExpertWeights, SavedLayer
 from ..backends.block_scaled import ScaledMatrices
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
@@ -56,6 +56,12 @@ def _mark_of_parts(weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices,
         else:
             rows.append(wide[weights.places([expert])[0], row])
     return _mark([number, height, columns], wide.dtype, torch.stack(rows))
+
+
+def fingerprint(weights: ExpertWeights | SavedLayer) -> Tensor:
+    """[4] int64 that tell a layer's base weights from others': the mark of a sample of them."""
+    digest = weights.mark if isinstance(weights, SavedLayer) else combined(marks_of_weights(weights))
+    return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.int64).clone()
 
 
 def combined(marks: Mapping[str, Mark]) -> str:

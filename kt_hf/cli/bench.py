@@ -13,7 +13,7 @@ import typer
 from .failures import plain_failures
 
 if TYPE_CHECKING:
-    from ..backends import ExpertShape
+    from ..shapes import ExpertShape
     from ..tools.bench import Row
 
 
@@ -50,7 +50,8 @@ def main(
         import torch
 
         from .. import KTConfig
-        from ..backends import ExpertShape, choose_backend
+        from ..backends import choose_backend
+        from ..shapes import ExpertShape
         from ..system.cpu import plan_threads
         from ..tools import bench
         from ..train.config.settings import OwnKeys
@@ -124,14 +125,16 @@ def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -
 
     from .. import KTConfig
     from ..errors import KTAMXConfigError
-    from ..placement.packer import chosen_tiers, has_gpu_tier
+    from ..placement.packer import chosen_tiers
+    from ..system import gpu
 
     found: dict[Any, Any] = {}  # by tiers
-    for text in asked or (("cpu", "auto") if has_gpu_tier() else ("cpu",)):
+    device = gpu.experts_device()
+    for text in asked or (("cpu", "auto") if device is not None else ("cpu",)):
         try:
             read = yaml.safe_load(text)
             value = text if read is None else read
-            found.setdefault(chosen_tiers(KTConfig(kt_expert_placement=value), [shape], backend), value)
+            found.setdefault(chosen_tiers(KTConfig(kt_expert_placement=value), [shape], backend, device), value)
         except yaml.YAMLError:
             raise KTAMXConfigError(
                 f"--placement={text!r} cannot be read: write cpu, gpu, auto, or numbers as in "

@@ -63,7 +63,7 @@ def make(what: str, overrides: list[str], device: str = "auto") -> Any:
     import torch
 
     from ..backends import kernel_availability
-    from ..placement.packer import available_memory
+    from ..system.memory import available_memory
 
     config, _ = load_config(settings.own)
     here = torch.cuda.is_available()

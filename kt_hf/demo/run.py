@@ -119,6 +119,7 @@ def _train(
 
         from .. import kt_lora_config
         from ..builtin.pydoc_rows import collect, import_modules, split
+        from ..placement import packer_of
         from ..train.plots import loss_points, plot_losses
         from . import training
         from .answers import as_text, ask, build, quiet_libraries
@@ -131,7 +132,8 @@ def _train(
         lora = kt_lora_config(  # here, so that a wrong target is told at once
             model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_target=settings.lora_target
         )
-        packer = model._kt_wrappers[0].packer
+        packer = packer_of(model)
+        assert packer is not None
         console.print(
             f"  {len(model._kt_wrappers)} layers of {settings.num_experts} experts, two a token, in {settings.dtype}. "
             f"Experts are computed by backend [cyan]{packer.backend}[/cyan]: {escape(packer.reason)}."

@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, Gradients, SavedLayer, TorchBackend
-from ..backends.transfer import pin, to_device
-from ..checkpoint.fingerprint import combined, marks_of_weights
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, SavedLayer, TorchBackend
+from ..backends.finite_checks import DeferredChecks
+from ..backends.transfer import pin
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
-
-if TYPE_CHECKING:
-    from ..placement.packer import Packer
-
+from ..shapes import PROJECTIONS, ExpertShape
 from .function import ExpertsFunction
-from .lora_tensors import parameter_gradients
-from .projections import NO_COPY, NO_PICKLE, PROJECTIONS, ExpertProjection
+from .lora_tensors import LoraTensors
+from .projections import NO_COPY, NO_PICKLE, ExpertProjection
 from .runner import ExpertsRunner
 
-logger = logging.getLogger(__name__)
 
-Part = tuple[nn.Parameter, nn.Parameter, int, int, int, float]  # see KTExperts._lora_parts
+class BackendFactory(Protocol):
+    """What a layer asks of the model's placement: to build its backend, and how LoRA is to be held.
 
-_optimizer_steps = itertools.count(1)
-_serials = itertools.count(1)
-_optimizer_epoch = 0
+    Attributes:
+        rank: LoRA rank the operators are to be built for; None takes the first adapter's.
+        max_rank: Largest rank that a layer which is not packed yet may get; None if there is no limit.
+        retain: Whether a first forward is kept for a recompute in backward.
+        lora_follows_gpu: Whether LoRA parameters move to a GPU with the model.
+        checks: Where results on a GPU are left to be checked.
+    """
 
+    checks: DeferredChecks
 
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_epoch
-    _optimizer_epoch = next(_optimizer_steps)
+    @property
+    def rank(self) -> int | None: ...
 
+    @property
+    def max_rank(self) -> int | None: ...
 
-def watch_optimizers() -> None:
-    """Count the steps of all optimizers, once a process: fused ones change tensors without raising their `_version`."""
-    if not getattr(watch_optimizers, "handle", None):
-        from torch.optim.optimizer import register_optimizer_step_post_hook
+    @property
+    def retain(self) -> bool: ...
 
-        watch_optimizers.handle = register_optimizer_step_post_hook(_count_optimizer_step)  # type: ignore[attr-defined]
+    @property
+    def lora_follows_gpu(self) -> bool: ...
+
+    def build(
+        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str, layer_idx: int
+    ) -> ExpertsBackend:
+        """The backend of a layer, for LoRA of up to `rank`; takes the weights over."""
+
+    def warn_dropout(self, dropout: float) -> None:
+        """Say once a model that experts train without LoRA dropout."""
 
 
 class KTExperts(nn.Module):
@@ -53,17 +61,24 @@ class KTExperts(nn.Module):
         shape: Sizes.
         layer_idx: Position among the model's layers.
         label: Full name in the model, for messages.
-        packer: Shared by the layers of a model: the backend to build, and how.
+        factory: Builds the backends of all layers of a model.
+        fingerprint: [4] int64 that tell this layer's base weights from others'.
     """
 
     def __init__(
-        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, layer_idx: int, label: str, packer: Packer
+        self,
+        weights: ExpertWeights | SavedLayer,
+        shape: ExpertShape,
+        layer_idx: int,
+        label: str,
+        factory: BackendFactory,
+        fingerprint: Tensor,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.layer_idx = layer_idx
         self.label = label
-        self.packer = packer
+        self.factory = factory
         self.lora_dtype = torch.bfloat16 if isinstance(weights, SavedLayer) else weights.gate_up.dtype
         sizes = {
             "gate_proj": (shape.hidden_size, shape.intermediate_size),
@@ -72,19 +87,21 @@ class KTExperts(nn.Module):
         }
         for name, (inside, outside) in sizes.items():
             self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
-        self._told_of_changes = 0  # calls of update_lora_pointers
+        self._explicit_updates = 0  # calls of update_lora_pointers
         # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
         # keys precomputed reference log-probabilities by the state dict.
-        self.register_buffer("base_fingerprint", fingerprint(weights))
+        self.register_buffer("base_fingerprint", fingerprint)
         self._unpacked: ExpertWeights | None = None
         if isinstance(weights, SavedLayer) or weights.scaled is not None:
             with CALL_LOCK:
-                backend = packer.pack(weights, shape, packer.config.kt_lora_rank or 0, label, layer_idx)
-            self._runner = ExpertsRunner(backend, label, packer.retain)
+                self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
             return
         # Until the LoRA rank is known: PyTorch on the weights as they are.
         self._unpacked = weights
-        self._runner = ExpertsRunner(TorchBackend(weights, shape), label, packer.retain)
+        self._runner = self._new_runner(TorchBackend(weights, shape))
+
+    def _new_runner(self, backend: ExpertsBackend) -> ExpertsRunner:
+        return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks)
 
     @property
     def projections(self) -> list[ExpertProjection]:
@@ -108,16 +125,30 @@ class KTExperts(nn.Module):
     @property
     def lora_params(self) -> dict[str, nn.Parameter]:
         """The active adapter's parameters, gate_lora_a … down_lora_b; {} without one, fewer if it has fewer."""
-        found: dict[str, nn.Parameter] = {}
+        params: dict[str, nn.Parameter] = {}
         for projection, name in zip(self.projections, ("gate", "up", "down"), strict=True):
-            for adapter in _active(projection):
-                found[f"{name}_lora_a"], found[f"{name}_lora_b"] = projection.tensors(adapter)
-        return found
+            for adapter in projection.computed_adapters:
+                params[f"{name}_lora_a"], params[f"{name}_lora_b"] = projection.tensors(adapter)
+        return params
+
+    @property
+    def lora_follows_gpu(self) -> bool:
+        """Whether the LoRA parameters move to a GPU with the model (`kt_moe_lora_device="gpu"`)."""
+        return self.factory.lora_follows_gpu
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rest of the layer is: inputs come from there."""
+        return next(self.buffers()).device
+
+    def warn_dropout(self, dropout: float) -> None:
+        """Say once a model that experts train without LoRA dropout."""
+        self.factory.warn_dropout(dropout)
 
     def check_rank(self, rank: int, where: str) -> None:
         """Refuse an adapter the packed operators have no room for."""
-        most = self.packer.config.kt_lora_rank if not self.packed else self._runner.backend.max_rank
-        if self.packer.backend != "torch" and most is not None and rank > most:
+        most = self.backend.max_rank if self.packed else self.factory.max_rank
+        if most is not None and rank > most:
             raise KTAMXConfigError(
                 f"{where}: LoRA rank {rank} is larger than the {most} the experts are packed for. "
                 f"Patch with KTConfig(kt_lora_rank={rank}) or more."
@@ -127,7 +158,7 @@ class KTExperts(nn.Module):
         """Build the backend, if the LoRA rank is known (by `kt_lora_rank` or an adapter) and it is not built yet."""
         if self._unpacked is None:
             return
-        rank = self.packer.config.kt_lora_rank
+        rank = self.factory.rank
         if rank is None:
             rank = max((r for projection in self.projections for r in projection.r.values()), default=0)
             if rank == 0:
@@ -136,8 +167,8 @@ class KTExperts(nn.Module):
             if self._unpacked is None:  # another thread was faster
                 return
             # An interruption leaves the layer unpacked, to be packed at the next call.
-            backend = self.packer.pack(self._unpacked, self.shape, rank, self.label, self.layer_idx)
-            self._runner, self._unpacked = ExpertsRunner(backend, self.label, self.packer.retain), None
+            backend = self.factory.build(self._unpacked, self.shape, rank, self.label, self.layer_idx)
+            self._runner, self._unpacked = self._new_runner(backend), None
 
     def take_load(self) -> tuple[int, Tensor]:
         """Tokens that gradients were computed for since the last call, and how many each expert got, [E] int64, CPU."""
@@ -151,16 +182,15 @@ class KTExperts(nn.Module):
         """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data`
         edit."""
         self.pack()
-        self._told_of_changes += 1
-        if self._home.type == "cuda":
+        self._explicit_updates += 1
+        if self.device.type == "cuda":
             for parameter in self.lora_params.values():
                 pin(parameter)
-        self._runner.load_lora(_lora_key(self._lora_parts(), self._told_of_changes), self._lora_tensors)
+        lora = LoraTensors(self.projections, self.shape)
+        self._load(lora, lora.key(self._explicit_updates))
 
-    @property
-    def _home(self) -> torch.device:
-        """Where the rest of the layer is."""
-        return next(self.buffers()).device
+    def _load(self, lora: LoraTensors, key: Hashable) -> None:
+        self._runner.load_lora(key, lambda: lora.stacked(self.device))
 
     # torch.compile must not look inside: it would hand pointers of its own buffers to the operators, which crashes. The
     # graph breaks here.
@@ -181,20 +211,13 @@ class KTExperts(nn.Module):
         """
         self._check(hidden_states, top_k_index, top_k_weights)
         self.pack()
-        parts = self._lora_parts()
-        key = _lora_key(parts, self._told_of_changes)
+        lora = LoraTensors(self.projections, self.shape)
+        key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:
-            self._runner.load_lora(key, self._lora_tensors)
-        lora = [tensor for part in parts for tensor in part[:2]]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *lora)):
-            made = [(axis, offset, rank, scaling) for _, _, axis, offset, rank, scaling in parts]
-            dtypes = {tensor.dtype for tensor in lora}
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-            def to_parameters(gradients: Gradients) -> list[Tensor]:
-                return parameter_gradients(gradients, made, dtype)
-
-            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, to_parameters, *lora)
+            self._load(lora, key)
+        parameters = lora.parameters
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
+            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *parameters)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
         return out.to(hidden_states.dtype)
 
@@ -221,39 +244,6 @@ class KTExperts(nn.Module):
         if problem:
             raise KTAMXForwardError(f"{self.label}: {problem}.")
 
-    def _lora_parts(self) -> list[Part]:
-        """Of each projection and active adapter: A, B, index of A among the six, first row, rank, scaling."""
-        parts = []
-        for index, projection in enumerate(self.projections):
-            offset = 0
-            for adapter in _active(projection):
-                rank = projection.r[adapter]
-                a, b = projection.tensors(adapter)
-                parts.append((a, b, 2 * index, offset, rank, float(projection.scaling[adapter])))
-                offset += rank
-        return parts
-
-    def _lora_tensors(self) -> tuple[Tensor, ...]:
-        """The six tensors a backend takes: active adapters side by side along the rank, zero-padded, scaling in B."""
-        parts = self._lora_parts()
-        rank = max((offset + r for _, _, _, offset, r, _ in parts), default=0)
-        if rank == 0:
-            return ()
-        if len(parts) == 3 and all(part[4] == rank for part in parts):  # one adapter, one rank: no copies
-            pairs = ((self._at_home(a), self._at_home(b) * s) for a, b, _, _, _, s in parts)
-            return tuple(itertools.chain.from_iterable(pairs))
-        device = parts[0][0].device
-        tensors = tuple(torch.zeros(size, dtype=torch.float32, device=device) for size in self.shape.lora_shapes(rank))
-        for a, b, index, offset, r, scaling in parts:
-            tensors[index][:, offset : offset + r].copy_(a.detach())
-            tensors[index + 1][:, :, offset : offset + r].copy_(b.detach() * scaling)
-        return tensors
-
-    def _at_home(self, tensor: Tensor) -> Tensor:
-        """On the GPU, where scaling and rounding take no time, if it gets there fast."""
-        there = self._home.type == "cuda" and tensor.is_pinned()
-        return to_device(tensor.detach(), self._home) if there else tensor.detach()
-
     def extra_repr(self) -> str:
         s = self.shape
         return (
@@ -272,37 +262,6 @@ class KTExperts(nn.Module):
             "nn.DataParallel cannot replicate experts that live on the CPU. "
             "Show the process one GPU: CUDA_VISIBLE_DEVICES=0."
         )
-
-
-def fingerprint(weights: ExpertWeights | SavedLayer) -> Tensor:
-    """[4] int64 that tell a layer's base weights from others': the mark of a sample of them."""
-    mark = weights.mark if isinstance(weights, SavedLayer) else combined(marks_of_weights(weights))
-    return torch.frombuffer(bytearray.fromhex(mark), dtype=torch.int64).clone()
-
-
-def _lora_key(parts: list[Part], told_of_changes: int) -> Hashable:
-    """Changes whenever the LoRA values may have: parameters replaced, written to, or an optimizer's step."""
-    if not parts:
-        return ()
-    tensors = tuple((_serial(t), t.data_ptr(), t.dtype, _version(t)) for part in parts for t in part[:2])
-    return _optimizer_epoch, told_of_changes, tensors, tuple(part[2:] for part in parts)
-
-
-def _active(projection: ExpertProjection) -> list[str]:
-    if projection.disable_adapters:
-        return []
-    return [name for name in projection.active_adapters if name in projection.r]
-
-
-def _serial(parameter: nn.Parameter) -> int:
-    """A number of the parameter's own: `id` and address are given again to the next one when it is replaced."""
-    if not hasattr(parameter, "_kt_serial"):
-        parameter._kt_serial = next(_serials)  # type: ignore[attr-defined]
-    return int(parameter._kt_serial)  # type: ignore[attr-defined]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def kt_layers(model: nn.Module) -> list[KTExperts]:

@@ -1,65 +1,208 @@
-"""Gradients of the LoRA parameters, from those a backend gives for its padded, scaled tensors."""
+"""The LoRA of a layer in both directions: from the adapters' parameters to the six tensors a backend takes, and from
+the gradients of those six to the parameters' own.
+
+A backend knows one LoRA of one rank on all three projections. Adapters may be several, of unlike ranks, on some
+projections alone: they lie side by side along the rank, what is missing is zero, and scalings are folded into B.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Gradients
 from ..backends.buffer_pool import empty
-from ..backends.transfer import apart, b_of, joined
+from ..backends.transfer import apart, b_of, joined, to_device
+from ..shapes import ExpertShape
+from .projections import ExpertProjection
 
-# Of a projection and adapter: index of A among the six, first row, rank, scaling.
-LoraPart = tuple[int, int, int, float]
+_optimizer_steps = itertools.count(1)
+_optimizer_epoch = 0
+_serials = itertools.count(1)
 
 
-def parameter_gradients(gradients: Gradients, parts: list[LoraPart], dtype: torch.dtype) -> list[Tensor]:
-    """Gradients of A and B of each part, from the six of the padded backend tensors.
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_epoch
+    _optimizer_epoch = next(_optimizer_steps)
 
-    Their memory is their own, one for all of them perhaps. They are in fp32, unless the six are of the parameters'
-    dtype: nothing is to be gained then, for the scaling is multiplied in fp32 anyway and rounded.
+
+def watch_optimizers() -> None:
+    """Count the steps of all optimizers, once a process: fused ones change tensors without raising their `_version`.
+
+    A step of any optimizer in the process makes every layer copy its LoRA again: that costs a copy, not correctness.
+    """
+    if not getattr(watch_optimizers, "handle", None):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        watch_optimizers.handle = register_optimizer_step_post_hook(_count_optimizer_step)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPart:
+    """One adapter's LoRA on one projection, and where it lies in the six tensors.
+
+    Attributes:
+        a: [E, rank, in].
+        b: [E, out, rank].
+        index: Of A among the six tensors (0, 2 or 4); B is the next.
+        offset: First row along the six tensors' rank.
+        rank: Of this adapter on this projection.
+        scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    index: int
+    offset: int
+    rank: int
+    scaling: float
+
+    @property
+    def place(self) -> tuple[int, int, int, float]:
+        """All but the tensors."""
+        return self.index, self.offset, self.rank, self.scaling
+
+
+class LoraTensors:
+    """The active adapters of a layer, as they are now.
 
     Args:
-        gradients: With LoRA's: six tensors [E, r, in] and [E, out, r].
-        parts: Of each adapter and projection; the scaling is folded into B.
-        dtype: Of the parameters.
+        projections: The layer's gate, up and down projection.
+        shape: Sizes of the layer's experts.
     """
-    six = gradients.lora
-    target = dtype if six[0].dtype == dtype else torch.float32
-    free = gradients.lora_is_free and six[0].dtype == target
-    if len(parts) == 3 and all(rank == six[0].shape[1] for _, _, rank, _ in parts):
-        return _of_one_adapter(six, [part[3] for part in parts], target, free)
-    free = free and joined(six) is None  # a part of their memory would keep all of it
-    made: list[Tensor] = []
-    for index, offset, rank, scaling in parts:
-        for narrow in (six[index][:, offset : offset + rank], six[index + 1][:, :, offset : offset + rank]):
-            if free and narrow.is_contiguous():
-                made.append(narrow)
-            else:
-                made.append(empty(tuple(narrow.shape), target, narrow.device).copy_(narrow))
-        if scaling != 1.0:
-            made[-1].mul_(scaling)
-    return made
+
+    def __init__(self, projections: Sequence[ExpertProjection], shape: ExpertShape) -> None:
+        self.shape = shape
+        self.parts: list[LoraPart] = []
+        for index, projection in enumerate(projections):
+            offset = 0
+            for adapter in projection.computed_adapters:
+                rank = projection.r[adapter]
+                a, b = projection.tensors(adapter)
+                self.parts.append(LoraPart(a, b, 2 * index, offset, rank, float(projection.scaling[adapter])))
+                offset += rank
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of each part in turn: the order of `gradients`."""
+        return [tensor for part in self.parts for tensor in (part.a, part.b)]
+
+    @property
+    def rank(self) -> int:
+        """The six tensors' rank; 0 without an adapter."""
+        return max((part.offset + part.rank for part in self.parts), default=0)
+
+    def key(self, explicit_updates: int) -> Hashable:
+        """Changes whenever the values may have: parameters replaced or written to, an optimizer's step, or a call of
+        `update_lora_pointers`, counted by `explicit_updates`."""
+        if not self.parts:
+            return ()
+        tensors = tuple((_serial(t), t.data_ptr(), t.dtype, _version(t)) for t in self.parameters)
+        return _optimizer_epoch, explicit_updates, tensors, tuple(part.place for part in self.parts)
+
+    def stacked(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The six tensors a backend takes, in the order and shape of `ExpertShape.lora_shapes`; () without an adapter.
+
+        Args:
+            device: Where the rest of the layer is. On a GPU scaling and rounding take no time, so parameters in pinned
+                memory are brought there; others stay where they are.
+        """
+        rank = self.rank
+        if rank == 0:
+            return ()
+        if self._one_adapter_of(rank):  # no copies
+            pairs = ((_brought(part.a, device), _brought(part.b, device) * part.scaling) for part in self.parts)
+            return tuple(itertools.chain.from_iterable(pairs))
+        memory = self.parts[0].a.device
+        six = tuple(torch.zeros(size, dtype=torch.float32, device=memory) for size in self.shape.lora_shapes(rank))
+        for part in self.parts:
+            rows = slice(part.offset, part.offset + part.rank)
+            six[part.index][:, rows].copy_(part.a.detach())
+            six[part.index + 1][:, :, rows].copy_(part.b.detach() * part.scaling)
+        return six
+
+    def gradients(self, computed: Gradients) -> list[Tensor]:
+        """Gradients of `parameters`, in their order, from the six that a backend computed.
+
+        Their memory is their own, one for all of them perhaps. They are in fp32, unless the six are of the parameters'
+        one dtype: nothing is to be gained then, for the scaling is multiplied in fp32 anyway and rounded.
+
+        Args:
+            computed: With LoRA's: six tensors [E, r, in] and [E, out, r] on any device.
+        """
+        six = computed.lora
+        dtypes = {tensor.dtype for tensor in self.parameters}
+        target = six[0].dtype if dtypes == {six[0].dtype} else torch.float32
+        reusable = computed.lora_is_free and six[0].dtype == target
+        if self._one_adapter_of(six[0].shape[1]):
+            return _of_one_adapter(six, [part.scaling for part in self.parts], target, reusable)
+        reusable = reusable and joined(six) is None  # a part of their memory would keep all of it
+        gradients: list[Tensor] = []
+        for part in self.parts:
+            rows = slice(part.offset, part.offset + part.rank)
+            for narrow in (six[part.index][:, rows], six[part.index + 1][:, :, rows]):
+                if reusable and narrow.is_contiguous():
+                    gradients.append(narrow)
+                else:
+                    gradients.append(empty(tuple(narrow.shape), target, narrow.device).copy_(narrow))
+            if part.scaling != 1.0:
+                gradients[-1].mul_(part.scaling)
+        return gradients
+
+    def constant_gradients(self, value: float) -> list[Tensor]:
+        """Gradients of `parameters` where none were computed: 0 for no tokens, NaN as the gradient that came in."""
+        return [torch.full(p.shape, value, dtype=torch.float32, device=p.device) for p in self.parameters]
+
+    def _one_adapter_of(self, rank: int) -> bool:
+        """Whether each projection has one adapter of this rank: the six tensors are its parameters then."""
+        return len(self.parts) == 3 and all(part.rank == rank and part.offset == 0 for part in self.parts)
 
 
-def _of_one_adapter(six: tuple[Tensor, ...], scalings: list[float], target: torch.dtype, free: bool) -> list[Tensor]:
-    """Of one adapter of the backend's rank on all projections: in as few passes as can be."""
+def _of_one_adapter(
+    six: tuple[Tensor, ...], scalings: list[float], target: torch.dtype, reusable: bool
+) -> list[Tensor]:
+    """Gradients of one adapter of the backend's rank on all projections: in as few passes as can be."""
     flat = joined(six)
-    if free and all(tensor.is_contiguous() for tensor in six):
-        made = six
+    if reusable and all(tensor.is_contiguous() for tensor in six):
+        gradients = six
     elif flat is None:
-        made = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in six)
+        gradients = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in six)
     else:
         flat = empty(tuple(flat.shape), target, flat.device).copy_(flat)
-        made = apart(flat, [tensor.shape for tensor in six])
+        gradients = apart(flat, [tensor.shape for tensor in six])
     if flat is not None and len(set(scalings)) == 1:
         _scale(b_of(flat, six), scalings[0])
     else:
-        for b, scaling in zip(made[1::2], scalings, strict=True):
+        for b, scaling in zip(gradients[1::2], scalings, strict=True):
             _scale(b, scaling)
-    return list(made)
+    return list(gradients)
 
 
 def _scale(b: Tensor, scaling: float) -> None:
     if scaling != 1.0:
         b.mul_(scaling)
+
+
+def _brought(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """Its values on a GPU, if `device` is one and they get there fast."""
+    quick = device.type == "cuda" and parameter.is_pinned()
+    return to_device(parameter.detach(), device) if quick else parameter.detach()
+
+
+def _serial(parameter: nn.Parameter) -> int:
+    """A number that no other parameter gets: `id` and address are given again to the next one when it is replaced.
+
+    An attribute on the parameter: PyTorch's dictionary with weak keys takes seven times as long (12 us a look-up).
+    """
+    if not hasattr(parameter, "_kt_serial"):
+        parameter._kt_serial = next(_serials)  # type: ignore[attr-defined]
+    return int(parameter._kt_serial)  # type: ignore[attr-defined]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

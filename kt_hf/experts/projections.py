@@ -7,7 +7,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from peft.tuners.lora import LoraConfig, LoraLayer
@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import KTAMXConfigError, KTAMXError
 
-if TYPE_CHECKING:
-    from .layer import KTExperts
-
 logger = logging.getLogger(__name__)
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Mixtral's names in transformers 4, on the hub, and in people's configs.
-ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NO_MERGE = (
     "The experts' weights are packed for the CPU operators: LoRA cannot be merged into them in place, and the adapter "
     "cannot be unloaded from them. Save the adapter with save_pretrained, then: kt-hf export ADAPTER OUT --to merged "
@@ -36,6 +30,32 @@ NO_PICKLE = (
     "A patched model cannot be pickled: its experts are packed for the CPU operators. Save the adapter with "
     "save_pretrained, and load and patch the base model in the other process."
 )
+
+
+class ProjectionOwner(Protocol):
+    """What a projection asks of the layer it belongs to.
+
+    Attributes:
+        label: The layer's name in the model, for messages.
+        lora_dtype: Of new LoRA tensors.
+        lora_follows_gpu: Whether they move to a GPU with the model.
+        device: Where the rest of the layer is.
+    """
+
+    label: str
+    lora_dtype: torch.dtype
+
+    @property
+    def lora_follows_gpu(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def check_rank(self, rank: int, where: str) -> None:
+        """Refuse a LoRA rank that the layer's operators have no room for (KTAMXConfigError)."""
+
+    def warn_dropout(self, dropout: float) -> None:
+        """Say once a model that experts train without LoRA dropout."""
 
 
 class PackedWeight(nn.Module):
@@ -97,7 +117,7 @@ class ExpertProjection(nn.Module, LoraLayer):
     disable_adapters: bool
     set_adapter: Callable[..., None]
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, owner: KTExperts) -> None:
+    def __init__(self, num_experts: int, in_features: int, out_features: int, owner: ProjectionOwner) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, PackedWeight(in_features, out_features))
         self.num_experts = num_experts
@@ -116,11 +136,8 @@ class ExpertProjection(nn.Module, LoraLayer):
         where = f"{owner.label}.{kwargs.get('target_name', '').rsplit('.', 1)[-1] or 'projection'}"
         refuse_variants(config, where)
         self.check_rank(r, where)
-        if config.lora_dropout and not getattr(owner.packer, "told_dropout", False):
-            owner.packer.told_dropout = True
-            logger.warning(
-                "lora_dropout=%s applies to linear layers only: experts train without it.", config.lora_dropout
-            )
+        if config.lora_dropout:
+            owner.warn_dropout(config.lora_dropout)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -128,15 +145,14 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Identity()
-        dtype, gpu = owner.lora_dtype, owner.packer.config.kt_moe_lora_device == "gpu"
+        dtype, gpu = owner.lora_dtype, owner.lora_follows_gpu
         shape_a, shape_b = (self.num_experts, r, self.in_features), (self.num_experts, self.out_features, r)
         self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype, device="cpu"), gpu)
         self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype, device="cpu"), gpu)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        layer_is_on = next(owner.buffers()).device
-        if layer_is_on.type == "cuda":  # the model has been moved already: `.to()` may not come again
-            self.lora_A[adapter_name].to(layer_is_on)
-            self.lora_B[adapter_name].to(layer_is_on)
+        if owner.device.type == "cuda":  # the model has been moved already: `.to()` may not come again
+            self.lora_A[adapter_name].to(owner.device)
+            self.lora_B[adapter_name].to(owner.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def check_rank(self, rank: Any, where: str) -> None:
@@ -152,6 +168,11 @@ class ExpertProjection(nn.Module, LoraLayer):
         for holder in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
             if not holder.follow_to_gpu and not holder.weight.is_meta:
                 holder.weight.data = holder.weight.data.cpu()
+
+    @property
+    def computed_adapters(self) -> list[str]:
+        """Names of the active adapters that have LoRA on this projection; [] while adapters are disabled."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
 
     def tensors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [E, r, in] and B [E, out, r] of an adapter."""

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
-from ..backends.finite_checks import DOUBTS, all_finite, is_finite
+from ..backends.finite_checks import DeferredChecks, all_finite, is_finite
 from ..backends.transfer import joined, six_to_device, to_device, to_host
 from ..errors import KTAMXBackwardError, KTAMXForwardError
+from .lora_tensors import LoraTensors
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
 logger = logging.getLogger(__name__)
@@ -38,24 +39,26 @@ class ExpertsRunner:
         backend: What computes.
         label: The layer's name, for messages.
         retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
+        checks: Where results on a GPU are left to be checked, for all layers of the model.
     """
 
-    def __init__(self, backend: ExpertsBackend, label: str, retain: bool) -> None:
+    def __init__(self, backend: ExpertsBackend, label: str, retain: bool, checks: DeferredChecks) -> None:
         self.backend = backend
         self.label = label
         self.retain = retain
+        self.checks = checks
         self._values = LoraValues(None)
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
         self.tokens = 0  # that gradients were computed for, and how many of them each expert got
         self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
 
-    def quiet(self) -> contextlib.AbstractContextManager[None]:
+    def _quiet(self) -> contextlib.AbstractContextManager[None]:
         """No autocast, and no more threads of PyTorch's than a backend that has its own leaves cores for."""
         most = self.backend.torch_threads
         fewer = most if most is not None and torch.get_num_threads() > most else None
         autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-        return _quiet(fewer, autocast) if fewer or autocast else contextlib.nullcontext()
+        return _quiet_torch(fewer, autocast) if fewer or autocast else contextlib.nullcontext()
 
     @property
     def on_gpu(self) -> bool:
@@ -69,8 +72,8 @@ class ExpertsRunner:
 
     def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
         """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
-        with CALL_LOCK, torch.no_grad(), self.quiet():
-            DOUBTS.settle(wait=True)
+        with CALL_LOCK, torch.no_grad(), self._quiet():
+            self.checks.settle(wait=True)
             self._swap(LoraValues(key), tensors())
             if self.on_gpu:  # the parameters may be written to from now on, and copies of them be under way
                 torch.cuda.current_stream(self.backend.device).synchronize()
@@ -87,8 +90,8 @@ class ExpertsRunner:
 
         x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
         """
-        with CALL_LOCK, torch.no_grad(), self.quiet():
-            DOUBTS.settle()
+        with CALL_LOCK, torch.no_grad(), self._quiet():
+            self.checks.settle()
             if save and self.retain and in_backward():
                 known = self._recognise(*self._prepared(x, ids, weights))
                 if known is not None and known.retained is not None:
@@ -112,28 +115,59 @@ class ExpertsRunner:
             return result, ticket
 
     def backward(
+        self,
+        ticket: Ticket,
+        number: int,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        grad_output: Tensor,
+        lora: LoraTensors | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it.
+
+        Args:
+            ticket: What the forward returned.
+            number: Of the recompute's ticket; the forward's own without checkpointing.
+            x, ids, weights: As given to the forward.
+            grad_output: [T, H], any floating dtype and device.
+            lora: Whose parameters want gradients; None if they do not.
+
+        Returns:
+            Of x: [T, H]; of the weights: [T, K]; of `lora.parameters`, or [] without `lora`, in fp32 or the
+            parameters' dtype. What the CPU computed is on x's device, unless x is empty or `grad_output` not finite.
+
+        Raises:
+            KTAMXBackwardError: A second backward without retain_graph, or a gradient that is not finite though the one
+                that came in was.
+        """
+        with CALL_LOCK, torch.no_grad(), self._quiet():
+            gradients = self._gradients(ticket, number, x, ids, weights, grad_output, lora is not None)
+            if lora is None:
+                of_lora = []
+            elif gradients.lora:
+                of_lora = self._lora_gradients(gradients, lora)
+            else:  # nothing was computed
+                of_lora = lora.constant_gradients(float("nan") if x.shape[0] else 0.0)
+            return gradients.hidden_states, gradients.top_k_weights, of_lora
+
+    def _gradients(
         self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, lora: bool
     ) -> Gradients:
-        """Gradients of the forward of `ticket`, or of the recompute `number` that checkpointing made of it; LoRA's too
-        if `lora`. What the CPU computed is on x's device, unless x is empty or `grad_output` not finite.
-
-        The caller holds CALL_LOCK until LoRA's gradients are out of the backend's buffers, and is `quiet`.
-        """
-        DOUBTS.settle()
+        self.checks.settle()
         if number != ticket.number and self._latest is not None and self._latest.number == number:
             ticket, self._latest = self._latest, None
         if x.shape[0] == 0:
             return self._filled(0, ids.shape[1], 0.0)
-        grad_output, fine = self._brought_gradient(grad_output)
+        grad_output, finite = self._brought_gradient(grad_output)
         # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
-        if not fine:
+        if not finite:
             return self._filled(x.shape[0], ids.shape[1], float("nan"))
         values = ticket.values
         if values is None:
             raise KTAMXBackwardError(f"{self.label}: a second backward needs retain_graph=True in the first.")
         if values is not self._values:
-            if values.kept is None:
-                raise KTAMXBackwardError(f"{self.label}: the LoRA values of this forward are lost. Please report this.")
+            assert values.kept is not None, "LoRA values leave the backend with a copy kept"  # _swap sees to that
             self._swap(values, values.kept)
         saved, check = ticket.saved, functools.partial(_checked, home=x.device, lora=lora)
         if saved is not None and self.backend.can_backward(saved):
@@ -141,8 +175,9 @@ class ExpertsRunner:
         else:
             gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
         if self.on_gpu:
-            found = all_finite(gradients.hidden_states, gradients.top_k_weights)
-            DOUBTS.ask(functools.partial(_not_finite, self.label, "its inputs"), found | ~all_finite(grad_output))
+            passed = all_finite(gradients.hidden_states, gradients.top_k_weights)
+            error = functools.partial(_not_finite, self.label, "its inputs")
+            self.checks.add(error, passed | ~all_finite(grad_output))
         self.tokens += x.shape[0]
         self.load += self._counted(ticket.ids.flatten() + 1)[1:]
         if not graph_is_kept():
@@ -212,11 +247,10 @@ class ExpertsRunner:
         return self._prepared(*to_host(given, (self.backend.dtype, ids.dtype, weights.dtype)).wait())
 
     def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs as the backend wants them, but where they are. Ids of no local expert become -1, missing columns
+        """The inputs as the backend wants them, but where they are. Ids of no expert become -1, missing columns
         of K are filled."""
         shape = self.backend.shape
         ids = ids.detach().to(torch.int64)
-        ids = ids - shape.expert_offset if shape.expert_offset else ids
         if ids.is_cuda or not _within(ids, shape.num_experts):
             ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
         weights = weights.detach().to(torch.float32)
@@ -248,40 +282,34 @@ class ExpertsRunner:
         """Look through the output, `out` as the backend gave it and `result` where it is wanted, of the inputs x."""
         if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
             # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
-            DOUBTS.ask(functools.partial(_output_error, self.label, all_finite(x)), all_finite(result))
+            self.checks.add(functools.partial(_output_error, self.label, all_finite(x)), all_finite(result))
         elif not is_finite(out):
             raise _output_error(self.label, all_finite(x))
 
-    def parameter_gradients(
-        self, gradients: Gradients, to_parameters: Callable[[Gradients], list[Tensor]], device: torch.device
-    ) -> list[Tensor]:
-        """Those of the LoRA parameters, scaled, on `device`, where these live.
-
-        Args:
-            gradients: Of `backward`, LoRA's among them.
-            to_parameters: Makes them of the backend's.
-        """
-        name = "an expert LoRA tensor"
+    def _lora_gradients(self, gradients: Gradients, lora: LoraTensors) -> list[Tensor]:
+        """Those of `lora.parameters`, scaled, where these live; looked through, at once or later."""
+        device = lora.parameters[0].device
         if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
             gradients = _lora_on(gradients, device)
         flat = joined(gradients.lora)
-        raw: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
-        if raw[0].is_cuda:
-            fine = all_finite(*raw)
+        computed: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
+        error = functools.partial(_not_finite, self.label, "an expert LoRA tensor")
+        if computed[0].is_cuda:
+            passed = all_finite(*computed)
             if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
-                fine = fine | ~all_finite(gradients.hidden_states)
-            made = to_parameters(gradients)
+                passed = passed | ~all_finite(gradients.hidden_states)
+            scaled = lora.gradients(gradients)
             if device.type != "cpu":
-                DOUBTS.ask(functools.partial(_not_finite, self.label, name), fine)
-                return made
-            *arrived, fine = to_host([*made, fine], [*(tensor.dtype for tensor in made), torch.bool]).wait()
-            if not fine:
-                raise _not_finite(self.label, name)
+                self.checks.add(error, passed)
+                return scaled
+            *arrived, passed = to_host([*scaled, passed], [*(tensor.dtype for tensor in scaled), torch.bool]).wait()
+            if not passed:
+                raise error()
             return arrived
-        for tensor in raw:  # before they are widened: half the memory to look through
+        for tensor in computed:  # before they are widened: half the memory to look through
             if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
-                raise _not_finite(self.label, name)
-        return to_parameters(gradients)
+                raise error()
+        return lora.gradients(gradients)
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
@@ -333,19 +361,8 @@ def _not_finite(label: str, name: str) -> KTAMXBackwardError:
     )
 
 
-def settle_checks() -> None:
-    """Look at all checks of results that a GPU has under way.
-
-    Raises:
-        KTAMXForwardError: An output was not finite.
-        KTAMXBackwardError: A gradient was not.
-    """
-    with CALL_LOCK:
-        DOUBTS.settle(wait=True)
-
-
 @contextlib.contextmanager
-def _quiet(threads: int | None, autocast: list[str]) -> Iterator[None]:
+def _quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
     """PyTorch on so many threads, if any are given, and without autocast on these kinds of device."""
     before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:

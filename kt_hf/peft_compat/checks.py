@@ -18,7 +18,8 @@ from torch import nn
 from ..adapters.peft_names import of_pattern
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import KTExperts, kt_layers
-from ..experts.projections import ALIASES, ExpertProjection, refuse_variants
+from ..experts.projections import ExpertProjection, refuse_variants
+from ..shapes import ALIASES
 
 logger = logging.getLogger(__name__)
 

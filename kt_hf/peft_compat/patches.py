@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import kt_layers
-from ..experts.projections import NO_MERGE, PROJECTIONS
+from ..experts.projections import NO_MERGE
+from ..shapes import PROJECTIONS
 from . import checks as verbs
 from . import weighted
 from .stock_lora import unwrap_expert_parameters

@@ -22,7 +22,8 @@ from ..adapters.manifest import begin, check_base, read_manifest, write_manifest
 from ..adapters.verify import check_checkpoint, check_fits, saved_names, verify_adapter
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import kt_layers
-from ..placement.order import take_over
+from ..placement import packer_of, read_placement
+from ..placement.tiers import Tiers
 from ..system.files import open_safetensors
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def load_verified(
         else:
             verify_adapter(folder)
             _check_place(model, folder, adapter_name)
-    take_over(model, folder)
+    _follow_placement(model, folder)
     result = original(model, model_id, adapter_name, *args, **kwargs)
     lost = [key for key in result.missing_keys if ".lora_" in key] + list(result.unexpected_keys)
     if lost:
@@ -145,7 +146,7 @@ def start_verified(
 ) -> Any:
     """`PeftModel.from_pretrained`, which packs the experts: those on the GPU are to be the adapter's."""
     if isinstance(model, nn.Module) and isinstance(model_id, (str, Path)):
-        take_over(model, Path(model_id) / (kwargs.get("subfolder") or ""))
+        _follow_placement(model, Path(model_id) / (kwargs.get("subfolder") or ""))
     return original(kind, model, model_id, *args, **kwargs)
 
 
@@ -179,3 +180,25 @@ def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **
     if folder.is_dir() and (folder / CONFIG).exists() and read_manifest(folder) is not None:
         verify_adapter(folder)
     return original(model_id, *args, **kwargs)
+
+
+def _follow_placement(model: nn.Module, folder: str | Path) -> None:
+    """Before an adapter is loaded: its placement, for a model that has none and is not packed; else tell of a
+    difference."""
+    packer = packer_of(model)
+    if packer is None or not (packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
+        return
+    placement = read_placement(folder)
+    if placement is None or (packer.placement is not None and placement.order == packer.placement.order):
+        return
+    layers = kt_layers(model)
+    if packer.placement is None and not any(layer.packed for layer in layers):
+        for layer in layers:  # refused before the first is packed
+            placement.check(layer.layer_idx, layer.shape.num_experts)
+        packer.placement = placement
+        logger.info("kt_hf: experts on the GPU as in %s, by %s.", folder, placement.source)
+        return
+    logger.warning(
+        "%s was trained with other experts on the GPU: it gives the same results within rounding. "
+        "apply_kt_moe(model, cfg, placement=%r) would place them as they were.", folder, str(folder),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts.layer import KTExperts
-from ..experts.projections import PROJECTIONS
+from ..shapes import PROJECTIONS
 
 logger = logging.getLogger(__name__)
 

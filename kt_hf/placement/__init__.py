@@ -1,23 +1,16 @@
 """Which expert is computed where, and the building of the layers' backends."""
 
-from .order import (
-    PLACEMENT,
-    Placement,
-    as_placement,
-    count_experts,
-    placement_of,
-    read_placement,
-    take_over,
-    write_placement,
-)
+from .order import PLACEMENT, Placement, as_placement, read_placement, write_placement
+from .packer import Packer, packer_of
+from .routing_profile import count_experts
 
 __all__ = [
     "PLACEMENT",
+    "Packer",
     "Placement",
     "as_placement",
     "count_experts",
-    "placement_of",
+    "packer_of",
     "read_placement",
-    "take_over",
     "write_placement",
 ]

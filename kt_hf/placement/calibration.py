@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights, most_tokens, pack
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, most_tokens, pack
 from ..backends.build_tiered import pack_split
 from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.pinned_weights import lock_pages, unlock_pages
 from ..backends.gpu.resident import gpu_backend
 from ..backends.gpu.weight_stream import Streamer
 from ..errors import KTAMXError
+from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
-from .planner import Line, Rates, expert_bytes
+from .planner import Line, Rates
 
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20

@@ -9,20 +9,16 @@ A placement changes where an expert is computed and nothing else: adapters are t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..discovery import find_experts, layer_index
 from ..errors import KTAMXConfigError
-from ..experts.layer import kt_layers
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
@@ -56,15 +52,6 @@ class Placement:
         choices = sum(int(torch.as_tensor(c).sum()) for c in counts.values())
         return cls(order, f"a profile of {choices} choices of the routers", _share(counts))
 
-    def experts(self, layer: int, count: int, total: int) -> list[int]:
-        """The `count` experts of a layer of `total` that are computed on the GPU.
-
-        Raises:
-            KTAMXConfigError: The placement is another model's.
-        """
-        self.check(layer, total)
-        return sorted(self.order[layer][:count])
-
     def check(self, layer: int, total: int) -> None:
         """Refuse it for a model whose layer has `total` experts, if it has others.
 
@@ -85,51 +72,6 @@ def _share(counts: Mapping[int, Tensor]) -> tuple[float, ...]:
     if not sorted_ or len({len(c) for c in sorted_}) != 1:
         return ()
     return tuple(torch.stack(sorted_).mean(0).tolist())
-
-
-def count_experts(model: nn.Module, batches: Iterable[Any]) -> dict[int, Tensor]:
-    """How often the routers choose each expert: one forward a batch, without gradients.
-
-    Args:
-        model: A transformers model with routed experts, before `apply_kt_moe` or after, on any device.
-        batches: Keyword arguments of its forward (`input_ids` and `attention_mask`, or a tokenizer's output), or
-            tensors of token ids [B, L]. Labels are left out.
-
-    Returns:
-        Layer index -> [E] int64 on the CPU.
-    """
-    layers: list[tuple[int, nn.Module, int]] = [
-        (layer.layer_idx, layer, layer.shape.num_experts) for layer in kt_layers(model)
-    ] or [
-        (layer_index(place.name, i), place.experts, place.shape.num_experts)
-        for i, place in enumerate(find_experts(model))
-    ]
-    counts: dict[int, Tensor] = {}
-
-    def watch(layer: int, total: int) -> Any:
-        counts[layer] = torch.zeros(total, dtype=torch.int64, device="cpu")
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            ids = ids.detach().flatten().cpu().long()
-            counts[layer] += torch.bincount(ids[(ids >= 0) & (ids < total)], minlength=total)
-
-        return hook
-
-    device = next(model.parameters()).device
-    training = model.training
-    with contextlib.ExitStack() as stack:
-        for layer, module, total in layers:
-            handle = module.register_forward_pre_hook(watch(layer, total), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.callback(model.train, training)
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-                given.pop("labels", None)
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}, use_cache=False)
-    return counts
 
 
 def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) -> Placement | None:
@@ -170,14 +112,16 @@ def read_placement(folder: str | Path) -> Placement | None:
         raise KTAMXConfigError(f"{path} cannot be read ({error}): delete it, or save the adapter again.") from error
 
 
-def write_placement(folder: Path, model: nn.Module) -> bool:
-    """Save the placement of a patched model beside its adapter; false if it has none."""
-    placement = placement_of(model)
+def write_placement(folder: Path, placement: Placement | None, tiers: Tiers) -> bool:
+    """Write a placement and the numbers of its tiers into an adapter's folder; remove an older one if there is none.
+
+    Returns:
+        Whether there is one.
+    """
     path = folder / PLACEMENT
     if placement is None:
         path.unlink(missing_ok=True)
         return False
-    tiers = kt_layers(model)[0].packer.tiers or Tiers()
     content = {
         "writer": "kt_hf",
         "format_version": _VERSION,
@@ -189,31 +133,3 @@ def write_placement(folder: Path, model: nn.Module) -> bool:
     }
     path.write_text(json.dumps(content) + "\n")
     return True
-
-
-def placement_of(model: Any) -> Placement | None:
-    """The placement that a patched model's experts have, or will have; None without experts on the GPU, or if it is
-    that of no profile."""
-    layers = kt_layers(model) if isinstance(model, nn.Module) else []
-    return layers[0].packer.placement if layers else None
-
-
-def take_over(model: nn.Module, folder: str | Path) -> None:
-    """Before an adapter is loaded: its placement, for a model that has none and is not packed; else tell of a
-    difference."""
-    layers = kt_layers(model)
-    if not layers or not (layers[0].packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
-        return
-    packer, found = layers[0].packer, read_placement(folder)
-    if found is None or (packer.placement is not None and found.order == packer.placement.order):
-        return
-    if packer.placement is None and not any(layer.packed for layer in layers):
-        for layer in layers:  # refused before the first is packed
-            found.check(layer.layer_idx, layer.shape.num_experts)
-        packer.placement = found
-        logger.info("kt_hf: experts on the GPU as in %s, by %s.", folder, found.source)
-        return
-    logger.warning(
-        "%s was trained with other experts on the GPU: it gives the same results within rounding. "
-        "apply_kt_moe(model, cfg, placement=%r) would place them as they were.", folder, str(folder),
-    )  # fmt: skip

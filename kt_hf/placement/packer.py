@@ -2,84 +2,137 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any
 
-import psutil
 import torch
+from torch import nn
 
-from ..backends import OPERATORS, ExpertsBackend, ExpertShape, ExpertWeights, SavedLayer, most_tokens, pack
+from ..backends import (
+    FEW_CORES,
+    OPERATORS,
+    ExpertsBackend,
+    ExpertWeights,
+    SavedLayer,
+    choose_backend,
+    describe_cpu,
+    most_tokens,
+    pack,
+)
 from ..backends.build_tiered import pack_split
+from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.weight_stream import Streamer
 from ..config import KTConfig
 from ..errors import KTAMXConfigError
-from ..system.cpu import ThreadPlan
+from ..experts import kt_layers
+from ..quantized import SavedExperts as PrequantizedExperts
+from ..quantized import for_run
+from ..shapes import ExpertShape, expert_bytes
+from ..system import gpu as experts_gpu
+from ..system.cpu import ThreadPlan, plan_threads
+from ..system.memory import available_memory, free_device_memory, return_freed_memory
 from .calibration import measure_rates
-from .planner import Room, Split, expert_bytes
+from .order import Placement
+from .planner import Room, Split
 from .planner import plan as make_plan
 from .tiers import Tiers, asked_for, check_tiers, field_of
-
-if TYPE_CHECKING:
-    from ..quantized import SavedExperts
-    from .order import Placement
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LEN = 32_768
 # Of a step, and of a LoRA, where nobody says how many.
 _TOKENS = 2_048
 _RANK = 16
+_NO_GPU = Tiers()
 
 
-@dataclass
 class Packer:
-    """Builds the backend of each layer.
+    """Builds the backend of each layer of a model: the `BackendFactory` of its `KTExperts`.
+
+    Args:
+        config: The user's settings.
+        backend: The backend chosen for all layers.
+        reason: Why, in words.
+        threads: The operators' worker threads.
+        cpu_bytes: Of all layers' expert weights in bf16; once they are placed, of those on the CPU.
+        tiers: How many experts of each layer are resident on the GPU and streamed to it; None if `place` is to plan
+            that.
+        streamed: Whether weights are read as they are packed; else they are in memory already.
+        saved: Packed weights on disk (`kt_weight_path`), checked to fit the model and the settings.
+        gpu: The device of resident and streamed experts; None without one.
 
     Attributes:
-        config: The user's settings.
-        backend: The backend chosen for all layers, and `reason`, why.
-        plan: Worker threads.
-        expert_bytes: All layers' expert weights in bf16; once they are placed, of those on the CPU.
-        layer_bytes: The largest layer's.
-        streamed: The weights are read as they are packed; else they are in memory already.
-        saved: Packed weights on disk (`kt_weight_path`), checked to fit the model and the settings.
-        tiers: How many experts of each layer are resident on the GPU and streamed to it; None before that is planned.
-        placement: Which of them; None for the first.
+        placement: Which experts go to the GPU first; None for the first ones by number.
         planned: What was expected of the tiers, where they were planned.
-        of_8_bits: Whether streamed experts stay of 8 bits, as their checkpoint has them.
+        of_8_bits: Whether streamed experts stay in 8 bits, as their checkpoint has them.
+        checks: Where results on a GPU are left to be checked, for all layers.
+        on_build: Called with each backend that is built.
     """
 
-    config: KTConfig
-    backend: str
-    reason: str
-    plan: ThreadPlan
-    expert_bytes: int
-    layer_bytes: int
-    streamed: bool = False
-    saved: SavedExperts | None = None
-    tiers: Tiers | None = field(default_factory=Tiers)
-    placement: Placement | None = field(default=None, init=False, repr=False)
-    planned: Split | None = field(default=None, init=False)
-    of_8_bits: bool = field(default=False, init=False)
-    on_pack: Callable[[ExpertsBackend], None] | None = field(default=None, init=False, repr=False)
-    told_dropout: bool = field(default=False, init=False)
-    _streamer: Streamer | None = field(default=None, init=False, repr=False)
-    _share: bool | None = field(default=None, init=False)
-    _locked: int = field(default=0, init=False)  # bytes of host memory that streamed experts take
+    def __init__(
+        self,
+        config: KTConfig,
+        backend: str,
+        reason: str,
+        threads: ThreadPlan,
+        cpu_bytes: int,
+        tiers: Tiers | None = _NO_GPU,
+        streamed: bool = False,
+        saved: PrequantizedExperts | None = None,
+        gpu: torch.device | None = None,
+    ) -> None:
+        self.config, self.backend, self.reason, self.threads = config, backend, reason, threads
+        self.tiers, self.streamed, self.saved, self.gpu = tiers, streamed, saved, gpu
+        self.placement: Placement | None = None
+        self.planned: Split | None = None
+        self.of_8_bits = False
+        self.checks = DeferredChecks()
+        self.on_build: Callable[[ExpertsBackend], None] | None = None
+        self.cpu_bytes = cpu_bytes
+        self._locked_bytes = 0  # of host memory that streamed experts take
+        self._warned_dropout = False
+        self._streamer: Streamer | None = None
+        self._share: bool | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """LoRA rank that the operators are built for; None takes the first adapter's."""
+        return self.config.kt_lora_rank
+
+    @property
+    def max_rank(self) -> int | None:
+        """The largest rank of an adapter on layers that are not packed yet; None if there is no limit."""
+        return None if self.backend == "torch" else self.config.kt_lora_rank
 
     @property
     def retain(self) -> bool:
+        """Whether a first forward is kept for a recompute in backward."""
         return self.config.kt_expert_activations == "retain"
+
+    @property
+    def lora_follows_gpu(self) -> bool:
+        """Whether LoRA parameters move to a GPU with the model."""
+        return self.config.kt_moe_lora_device == "gpu"
+
+    def warn_dropout(self, dropout: float) -> None:
+        """Say once that experts train without LoRA dropout."""
+        if not self._warned_dropout:
+            self._warned_dropout = True
+            logger.warning("lora_dropout=%s applies to linear layers only: experts train without it.", dropout)
+
+    @property
+    def gpu_device(self) -> torch.device:
+        """The device of experts on the GPU, where there are any."""
+        assert self.gpu is not None, "experts on the GPU are refused where there is none"
+        return self.gpu
 
     @property
     def streamer(self) -> Streamer:
         """What brings streamed experts to the GPU, for all layers; the GPU is its device."""
         if self._streamer is None:
-            self._streamer = Streamer(gpu_device())
+            self._streamer = Streamer(self.gpu_device)
         return self._streamer
 
     def place(self, layers: Mapping[int, ExpertShape], placement: Placement | None, room: Room | None = None) -> None:
@@ -98,14 +151,13 @@ class Packer:
         if self.tiers is None:
             self.tiers = self._planned(list(layers.values()), placement, room)
         tiers, self.of_8_bits = self.tiers, room.of_8_bits
-        sizes = [expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in layers.values()]
-        self.expert_bytes, self.layer_bytes = sum(sizes), max(sizes)
-        self._locked = sum(expert_bytes(shape, self.of_8_bits) * tiers.streamed for shape in layers.values())
+        self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in layers.values())
+        self._locked_bytes = sum(expert_bytes(shape, self.of_8_bits) * tiers.streamed for shape in layers.values())
         if not tiers.on_gpu:
             return
         self.placement = placement
-        told = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
-        logger.info("kt_hf: %s (%s), by %s.", tiers, gpu_device(), told)
+        source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
+        logger.info("kt_hf: %s (%s), by %s.", tiers, self.gpu_device, source)
 
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
@@ -119,14 +171,14 @@ class Packer:
 
     def _planned(self, shapes: list[ExpertShape], placement: Placement | None, room: Room) -> Tiers:
         """By the machine's rates, measured now."""
-        shape, device = max(shapes, key=expert_bytes), gpu_device()
+        shape, device = max(shapes, key=expert_bytes), self.gpu_device
         shape = replace(shape, num_experts=min(one.num_experts for one in shapes))
         tokens = room.tokens or self.config.kt_max_len or _TOKENS
-        free = _free_on(device)
+        free = free_device_memory(device)
         streaming = all(aligned(one) for one in shapes) and (
             self.backend != "torch" or room.dtype in (None, torch.bfloat16)
         )
-        rates = measure_rates(shape, device, self.plan, self.backend, tokens)
+        rates = measure_rates(shape, device, self.threads, self.backend, tokens)
         if self.config.kt_moe_lora_device == "gpu":
             room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)
         left = room.free_for_experts(free, tokens, shape)
@@ -137,10 +189,18 @@ class Packer:
         self.planned = split
         return split.tiers
 
-    def pack(
-        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str, layer: int = 0
+    def build(
+        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str, layer_idx: int = 0
     ) -> ExpertsBackend:
-        """Build the backend of layer number `layer`; `weights` are taken over and released, those on disk loaded."""
+        """Build the backend of a layer; `weights` are taken over and released, those on disk loaded.
+
+        Args:
+            weights: The layer's; emptied as they are copied.
+            shape: Sizes of the layer.
+            rank: LoRA rank to build for; 0 for inference.
+            label: The layer's name in the model, for messages.
+            layer_idx: Its number, by which the placement knows it.
+        """
         if self._share is None:
             self._share = self._share_backward()
 
@@ -150,7 +210,7 @@ class Packer:
                 weights,
                 shape,
                 rank,
-                self.plan,
+                self.threads,
                 self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape)),
                 bool(self._share),
                 share_cache=not self.retain,
@@ -164,11 +224,11 @@ class Packer:
         elif self.tiers is None or not self.tiers.on_gpu:
             backend = on_cpu(weights, shape)
         else:
-            resident, streamed = self._on_gpu(shape, layer)
+            resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
             backend = pack_split(weights, shape, resident, streamed, self.streamer, dtype, on_cpu)
-        if self.on_pack:
-            self.on_pack(backend)
+        if self.on_build:
+            self.on_build(backend)
         if self.backend != "torch":
             return_freed_memory()
         return backend
@@ -193,9 +253,9 @@ class Packer:
             return True
         if self.config.kt_share_backward_weights is not None:
             return self.config.kt_share_backward_weights
-        copy = int(self.expert_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
+        copy = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
         # When all is packed once: source weights in memory are released layer by layer.
-        free = available_memory() - copy + (-self._locked if self.streamed else self.expert_bytes)
+        free = available_memory() - copy + (-self._locked_bytes if self.streamed else self.cpu_bytes)
         share = copy > 0.8 * free
         logger.info(
             "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
@@ -206,28 +266,16 @@ class Packer:
         return share
 
 
-# Where the GPU's experts are computed instead of on the GPU: tests put the CPU here.
-_TIER: torch.device | None = None
-
-
-def has_gpu_tier() -> bool:
-    """Whether there is a GPU for experts."""
-    return _TIER is not None or torch.cuda.is_available()
-
-
-def gpu_device() -> torch.device:
-    """The GPU for experts."""
-    return _TIER or torch.device("cuda", torch.cuda.current_device())
-
-
-def chosen_tiers(config: KTConfig, shapes: Sequence[ExpertShape], backend: str) -> Tiers | None:
+def chosen_tiers(
+    config: KTConfig, shapes: Sequence[ExpertShape], backend: str, gpu: torch.device | None
+) -> Tiers | None:
     """How many experts of each of these layers are in which tier, the CPU's computed by `backend`; None if that is to
     be planned.
 
     Raises:
         KTAMXConfigError: There is no GPU for them, or the numbers do not fit the layers or the other settings.
     """
-    tiers = asked_for(config, shapes, has_gpu_tier())
+    tiers = asked_for(config, shapes, gpu is not None)
     if tiers is None or not tiers.on_gpu:
         return tiers
     field = field_of(config)
@@ -236,45 +284,66 @@ def chosen_tiers(config: KTConfig, shapes: Sequence[ExpertShape], backend: str) 
         raise KTAMXConfigError(
             f"{field} does not go together with kt_weight_path: saved experts are packed for the CPU. Leave one out."
         )
-    if not has_gpu_tier():
+    if gpu is None:
         raise KTAMXConfigError(f"{field} needs a CUDA GPU, and there is none here: leave it out, or {nothing}.")
     check_tiers(tiers, config, shapes, backend != "torch")
     return tiers
 
 
-def _free_on(device: torch.device) -> int:
-    """Bytes that PyTorch can still allocate there: those it keeps from earlier allocations among them, and no more than
-    `torch.cuda.set_per_process_memory_fraction` leaves it."""
-    if device.type != "cuda":
-        return available_memory()
-    used = torch.cuda.memory_allocated(device)
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - used
-    return max(0, int(min(free + torch.cuda.memory_reserved(device) - used, allowed)))
+def packer_of(model: nn.Module) -> Packer | None:
+    """What built the backends of a patched model; None of a model that is not patched."""
+    layers = kt_layers(model)
+    factory = layers[0].factory if layers else None
+    return factory if isinstance(factory, Packer) else None
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory the process can still take: the system's, or what its control group (version 2) leaves."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        group = (root / "proc/self/cgroup").read_text().split("::", 1)[1].split("\n", 1)[0].lstrip("/")
-    except (OSError, IndexError):
-        return free
-    for part in [Path(group), *Path(group).parents]:
-        folder = root / "sys/fs/cgroup" / part
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            used = int((folder / "memory.current").read_text())
-        except (OSError, ValueError):
-            continue
-        if limit != "max":
-            free = min(free, max(0, int(limit) - used))
-    return free
+def make_packer(
+    cfg: KTConfig,
+    shapes: Mapping[str, ExpertShape],
+    dtype: torch.dtype,
+    streamed: bool = False,
+    model_type: str | None = None,
+) -> Packer:
+    """Choose the backend for layers of these shapes, and tell which.
+
+    Args:
+        cfg: Settings.
+        shapes: Of all layers, by the names of their experts modules.
+        dtype: The model's.
+        streamed: The weights are not in memory yet.
+        model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
+
+    Raises:
+        KTAMXConfigError: Settings or saved weights that do not fit the model.
+        KTAMXNotAvailableError: A backend asked for by name that does not run here.
+        KTAMXError: Saved weights of which a file is missing or damaged.
+    """
+    threads = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
+    saved = None
+    if cfg.kt_weight_path is not None:
+        saved = for_run(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
+    workers = threads.workers if cfg.kt_num_threads is None else None
+    chosen = {choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype) for shape in shapes.values()}
+    backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
+    if saved is not None:
+        saved.check(shapes, backend, len(threads.pools), cfg.kt_share_backward_weights, model_type)
+    gpu = experts_gpu.experts_device()
+    tiers = chosen_tiers(cfg, list(shapes.values()), backend, gpu)
+    size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
+    packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
+    logger.info(
+        "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
+        len(shapes), backend, reason, threads if backend != "torch" else "PyTorch's threads", describe_cpu(),
+    )  # fmt: skip
+    if cfg.kt_backend == "auto" and backend == "torch" and reason != FEW_CORES:
+        logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
+    return packer
 
 
-def return_freed_memory() -> None:
-    """Give freed heap back to the system, where the C library keeps it otherwise (glibc)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+def room_of(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> Room:
+    """What a planned placement goes by, of a model that has its weights or is yet to get them in `dtype`."""
+    text = config.get_text_config()
+    rest = [p for name, p in model.named_parameters() if ".experts." not in name and not p.is_cuda]
+    experts_dtype = dtype or next((p.dtype for name, p in model.named_parameters() if ".experts." in name), None)
+    size = sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in rest)
+    return Room(tokens, size, getattr(text, "num_hidden_layers", 0), getattr(text, "vocab_size", 0), experts_dtype)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import ExpertShape
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
+from ..shapes import ExpertShape, expert_bytes
 from .tiers import Tiers
 
 # Seconds of a layer besides its experts, forward and backward (with a checkpoint's recompute): what Python needs to
@@ -121,11 +121,6 @@ class Room:
         activations = tokens * (2 * hidden * self.layers + 100 * hidden + 14 * self.vocabulary)
         lora = self.layers * 16 * sum(a * b * c for a, b, c in shape.lora_shapes(self.lora_rank))
         return max(0, int(0.9 * free) - self.rest_bytes - activations - lora)
-
-
-def expert_bytes(shape: ExpertShape, of_8_bits: bool = False) -> int:
-    """Of one expert in bf16, or of 8 bits."""
-    return 3 * shape.hidden_size * shape.intermediate_size * (1 if of_8_bits else 2)
 
 
 def plan(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..backends import ExpertShape
 from ..backends.gpu.grouped_mm import aligned
 from ..config import KTConfig
 from ..errors import KTAMXConfigError
+from ..shapes import ExpertShape
 
 
 @dataclass(frozen=True)

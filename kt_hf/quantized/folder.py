@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ..backends import QUANTISED, ExpertShape, SavedLayer, kernel_availability
+from ..backends import QUANTISED, SavedLayer, kernel_availability
 from ..checkpoint.fingerprint import FLOATING, combined, mark
 from ..errors import KTAMXConfigError, KTAMXError
+from ..shapes import ExpertShape
 from .manifest import MANIFEST, Manifest, Mark, read_manifest
 
 logger = logging.getLogger(__name__)

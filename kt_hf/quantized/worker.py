@@ -85,8 +85,8 @@ def work(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
     from ..backends import save_packed
     from ..checkpoint.expert_index import ExpertCheckpoint
     from ..checkpoint.fingerprint import marks_of_weights
-    from ..placement.packer import return_freed_memory
     from ..system.cpu import ThreadPlan
+    from ..system.memory import return_freed_memory
     from .folder import checksums
 
     config = AutoConfig.from_pretrained(job.folder, trust_remote_code=job.trust_remote_code)

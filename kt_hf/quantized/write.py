@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..backends import OPERATORS, QUANTISED, ExpertShape, choose_backend, kernel_availability
+from ..backends import OPERATORS, QUANTISED, choose_backend, kernel_availability
 from ..checkpoint.expert_index import ExpertCheckpoint
 from ..checkpoint.fingerprint import marks_of_files
 from ..errors import KTAMXConfigError
+from ..shapes import ExpertShape
 from ..system.cpu import ThreadPlan
 from .manifest import Manifest, SavedLayerFiles
 from .worker import Job, in_new_process, work

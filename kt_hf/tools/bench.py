@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from ..backends import CALL_LOCK, ExpertsBackend, ExpertShape, ExpertWeights
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights
 from ..backends.block_scaled import ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
 from ..config import KTConfig
 from ..errors import KTAMXError
-from ..patch import make_packer
 from ..placement.calibration import timed_once
-from ..placement.packer import Packer
+from ..placement.packer import Packer, make_packer
 from ..placement.planner import Room, Split
 from ..placement.tiers import Tiers
+from ..shapes import ExpertShape
 from ..train.model_sizes import ModelSizes
 
 
@@ -122,7 +122,7 @@ def measure_here(asked: Asked) -> list[Row]:
                 if layer is None or tiers != held:
                     layer = None  # its memory is for the next
                     layer, held = _layer(asked, packer), tiers
-                threads = packer.plan.workers if kernel else asked.threads
+                threads = packer.threads.workers if kernel else asked.threads
                 times = _times(layer, tokens, asked.runs)
                 expected = _predicted(planned, asked.sizes.expert_layers) if planned else None
                 rows.append(Row(asked.backend, threads, tokens, *times, tiers.resident, tiers.streamed, expected))
@@ -163,7 +163,7 @@ def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
     if apart:
         n = len(apart)
         weights.scaled = ScaledExperts(sorted(apart), _of_8_bits(n, 2 * I, H, parts=2), _of_8_bits(n, H, I, parts=1))
-    layer = packer.pack(weights, shape, asked.rank, "benchmark")
+    layer = packer.build(weights, shape, asked.rank, "benchmark")
     layer.set_lora(tuple(torch.randn(size).mul_(0.02).to(layer.device) for size in shape.lora_shapes(asked.rank)))
     return layer
 

@@ -56,7 +56,7 @@ def _cpu() -> Iterator[Finding]:
 
 def _kernel() -> Iterator[Finding]:
     from ..backends import choose_backend, kernel_availability
-    from ..backends.base import ExpertShape
+    from ..shapes import ExpertShape
     from ..system.cpu import cpu_features, plan_threads
 
     found, features = kernel_availability(), cpu_features()
@@ -73,7 +73,7 @@ def _kernel() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from ..placement.packer import available_memory
+    from ..system.memory import available_memory
 
     total, free = psutil.virtual_memory().total, available_memory()
     yield Finding("memory", "host", f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB")

@@ -53,7 +53,8 @@ def in_new_process(backend: str, seconds: float = 120) -> SelfTest:
 
 def run(backend: str) -> SelfTest:
     """Compute the layer with `backend` in this process, and compare."""
-    from ..backends import ExpertShape, ExpertWeights, pack
+    from ..backends import ExpertWeights, pack
+    from ..shapes import ExpertShape
     from ..system.cpu import plan_threads
 
     draw = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..errors import KTAMXConfigError
-from ..placement.order import Placement, count_experts, read_placement
+from ..placement import Placement, count_experts, read_placement
 from .config.settings import TrainSettings
 
 # Tokens of a profile: ratios of the popular experts settle within a few thousand.

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..backends import OPERATORS, ExpertShape, shape_problem
+from ..backends import OPERATORS, shape_problem
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from ..errors import KTAMXError
 from ..placement.planner import Room, Split, assumed_rates, plan
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
+from ..shapes import ExpertShape
 from .config.settings import BUILTIN_MODEL, TrainSettings
 from .model_sizes import ModelSizes
 

@@ -87,11 +87,11 @@ def load_model(
         KTAMXError: Its experts cannot be computed, or its checkpoint is damaged.
     """
     from .. import apply_kt_moe, load_kt_model
-    from ..placement.packer import has_gpu_tier
     from ..placement.tiers import order_matters
+    from ..system import gpu
 
     name = own.model_name_or_path
-    to_gpu = placing if kt is not None and order_matters(kt, has_gpu_tier()) else None
+    to_gpu = placing if kt is not None and order_matters(kt, gpu.experts_device() is not None) else None
     placement = to_gpu.saved() if to_gpu else None
     profile = to_gpu.profile if to_gpu and placement is None else None
     if profile and has_8_bits(config):

@@ -14,7 +14,8 @@ from .config.settings import TrainSettings
 
 def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: str, rows: int, eval_rows: int) -> None:
     """A table of what is about to happen."""
-    from ..experts.layer import kt_layers
+    from ..experts import kt_layers
+    from ..placement import packer_of
 
     model, own, args = trainer.model, settings.own, trainer.args
     table = _table()
@@ -26,11 +27,12 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
     )
     layers = kt_layers(model)
     if layers:
-        packer, shape = layers[0].packer, layers[0].shape
+        packer, shape = packer_of(model), layers[0].shape
+        assert packer is not None
         table.add_row(
             "Experts", f"{len(layers)} layers patched, {shape.num_experts} experts each, {shape.top_k} a token"
         )
-        threads = str(packer.plan) if packer.backend != "torch" else "PyTorch's threads"
+        threads = str(packer.threads) if packer.backend != "torch" else "PyTorch's threads"
         table.add_row("Backend", f"{packer.backend}, {threads} ({escape(packer.reason)})")
     else:
         table.add_row("Experts", "not patched (use_kt: false): transformers computes them")
@@ -87,7 +89,7 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
     load = "model = PeftModel.from_pretrained(model, " + repr(summary["adapter"]) + ")"
     patch = "model = apply_kt_moe(model); " if settings.own.use_kt else ""
     table.add_row("Load it", escape(patch + load))
-    if settings.own.use_kt and _can_export():
+    if settings.own.use_kt:
         table.add_row("Export it", escape(f"kt-hf export {summary['adapter']} NEW_FOLDER --to peft"))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
 
@@ -102,9 +104,3 @@ def _table() -> Table:
 def _shown(tokenizer: Any, ids: list[int], most: int = 1500) -> str:
     text = str(tokenizer.decode(ids))
     return escape(text if len(text) <= most else f"{text[:most]} …")
-
-
-def _can_export() -> bool:
-    from ..cli import VERBS
-
-    return "export" in VERBS

@@ -95,9 +95,10 @@ def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
     """
     import torch
 
-    from ..backends import ExpertShape, choose_backend
-    from ..placement.packer import available_memory
+    from ..backends import choose_backend
+    from ..shapes import ExpertShape
     from ..system.cpu import plan_threads
+    from ..system.memory import available_memory
 
     sizes = model_sizes(config, settings.own)
     kernel = False

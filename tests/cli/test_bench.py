@@ -43,7 +43,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, so it is where layers are measured."""
-    monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))
+    monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(bench, "measure", bench.measure_here)
 
 
@@ -68,7 +68,7 @@ def built(cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[Built]:
         found.append(Built(tiers, packer.planned, backend))
         return backend
 
-    monkeypatch.setattr(packing.Packer, "pack", pack)
+    monkeypatch.setattr(packing.Packer, "build", pack)
     return found
 
 
@@ -172,7 +172,7 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
     original = packing.Packer.pack
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
     monkeypatch.setattr(packing, "make_plan", plan)
-    monkeypatch.setattr(packing.Packer, "pack", pack)
+    monkeypatch.setattr(packing.Packer, "build", pack)
     rows = bench.measure_here(asked("torch", [4, 16, 64], "auto"))
     assert seen == [(LAYERS, 4), (LAYERS, 16), (LAYERS, 64)]
     assert [(r.resident, r.streamed, r.predicted_ms) for r in rows] == [(0, 2, 10.0), (0, 2, 10.0), (1, 1, 25.0)]

@@ -11,7 +11,6 @@ from peft import get_peft_model
 from torch import Tensor
 
 from kt_hf import load_kt_model
-from kt_hf.backends import ExpertShape
 from kt_hf.backends import block_scaled as scaled
 from kt_hf.backends.block_scaled import ScaledExperts, ScaledMatrices
 from kt_hf.backends.gpu import grouped_mm as grouped
@@ -20,6 +19,7 @@ from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.placement import packer as packing
+from kt_hf.shapes import ExpertShape
 from tests.conftest import KERNEL_MARKS, make_config
 from tests.families.layers import make_inputs, random_lora
 from tests.families.patched import fill_lora, logits_of, lora_config, loss_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kt_hf import KTAMXError
-from kt_hf.backends import ExpertShape, ExpertWeights
-from kt_hf.backends.base import LORA_NAMES
+from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu.resident import GroupedBackend
+from kt_hf.shapes import LORA_NAMES, ExpertShape
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import LayerInputs, forward_backward, make_inputs, random_lora, set_lora
 from tests.families.patched import adapted_model, fill_lora, gradients_of, logits_of, loss_of

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from kt_hf import KTAMXError
-from kt_hf.backends import ExpertShape
-from kt_hf.backends.base import LORA_NAMES
 from kt_hf.backends.gpu import grouped_mm as grouped
 from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.backends.gpu.pinned_weights import HostWeights, lock_pages
@@ -19,6 +17,7 @@ from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.placement import packer as packing
 from kt_hf.placement.calibration import measure_rates
+from kt_hf.shapes import LORA_NAMES, ExpertShape
 from kt_hf.system.cpu import plan_threads
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.families.layers import LayerInputs, forward_backward, gradients, make_inputs, random_lora, set_lora

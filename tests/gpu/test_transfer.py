@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kt_hf.backends.finite_checks import Doubts, all_finite
+from kt_hf.backends.finite_checks import DeferredChecks, all_finite
 from kt_hf.backends.transfer import apart, host_empty, six_to_device, to_device, to_host, wait_until_read, written_again
 from kt_hf.experts import runner
 from tests.conftest import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
@@ -98,10 +98,10 @@ def test_a_buffer_is_not_overwritten_in_flight() -> None:
 
 
 def test_doubts_come_late_and_surely() -> None:
-    doubts = Doubts()
-    doubts.ask(lambda: ValueError("fine"), all_finite(torch.ones(3, device="cuda")))
+    doubts = DeferredChecks()
+    doubts.add(lambda: ValueError("fine"), all_finite(torch.ones(3, device="cuda")))
     doubts.settle(wait=True)
-    doubts.ask(lambda: ValueError("NaN"), all_finite(torch.tensor([1, float("nan")], device="cuda")))
+    doubts.add(lambda: ValueError("NaN"), all_finite(torch.tensor([1, float("nan")], device="cuda")))
     with pytest.raises(ValueError, match="NaN"):
         doubts.settle(wait=True)
     doubts.settle(wait=True)

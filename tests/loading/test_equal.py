@@ -143,7 +143,7 @@ def test_layers_are_read_one_ahead(
         return made
 
     monkeypatch.setattr(ExpertCheckpoint, "read", watched_read)
-    monkeypatch.setattr(Packer, "pack", watched_pack)
+    monkeypatch.setattr(Packer, "build", watched_pack)
     model = load_kt_model(saved(family, tmp_path), make_config(backend, kt_lora_rank=RANK))
     labels = [layer.label for layer in model._kt_wrappers]
     assert sorted(order) == sorted([f"read {x}" for x in labels] + [f"pack {x}" for x in labels])
@@ -184,6 +184,6 @@ def test_memory_that_is_free_decides_on_backward_weights(
     monkeypatch.setattr("kt_hf.placement.packer.available_memory", lambda *_: int(1.5 * experts))
     config = make_config(name, kt_lora_rank=RANK)
     shared = [
-        model._kt_wrappers[0].packer._share for model in (apply_kt_moe(stock, config), load_kt_model(tmp_path, config))
+        model._kt_wrappers[0].factory._share for model in (apply_kt_moe(stock, config), load_kt_model(tmp_path, config))
     ]
     assert shared == [False, True]

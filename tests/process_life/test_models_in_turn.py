@@ -13,11 +13,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from kt_hf.backends import ExpertShape, ExpertWeights
+from kt_hf.backends import ExpertWeights
 from kt_hf.backends.kt_kernel import backend as kt_kernel
 from kt_hf.backends.kt_kernel.engine import Engine
-from kt_hf.placement.packer import return_freed_memory
+from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import ThreadPlan
+from kt_hf.system.memory import return_freed_memory
 from tests.conftest import KERNEL_MARKS, Case
 from tests.families.patched import adapted_model, fill_lora, logits_of, loss_of, patched_model, trainable
 from tests.helpers import MIXTRAL

@@ -17,9 +17,9 @@ import torch
 from typer.testing import CliRunner
 
 from kt_hf import KTAMXConfigError, KTAMXError, apply_kt_moe
-from kt_hf.backends import ExpertShape
 from kt_hf.cli import app
 from kt_hf.quantized import MANIFEST, bytes_on_disk, open_saved, worker, write
+from kt_hf.shapes import ExpertShape
 from kt_hf.tools import quantize as command
 from tests.models import FAMILIES
 from tests.train.test_run import trained

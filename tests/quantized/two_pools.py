@@ -31,7 +31,7 @@ def errors(backend: str, share: bool) -> list[dict[str, float]]:
     case = Case(backend, torch.bfloat16, 0, 0, 0)
     base = base_weights(family(case.dtype))[0]
     layer = adapted_model(family, case, kt_share_backward_weights=share)._kt_wrappers[0]
-    assert layer.packer.plan.pools == ((0, 1), (0, 1))
+    assert layer.factory.threads.pools == ((0, 1), (0, 1))
     found = []
     for seed in range(3):
         lora, x = random_lora(family, seed), make_inputs(family, 37 + seed, case.dtype, seed)

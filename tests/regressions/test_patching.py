@@ -75,7 +75,7 @@ def test_threads_none(case: Case, threads: int | None, caplog: pytest.LogCapture
     config = make_config(case.backend, kt_num_threads=threads)
     with caplog.at_level(logging.WARNING, "kt_hf"):
         model = apply_kt_moe(MIXTRAL(case.dtype), config)
-    plan = model._kt_wrappers[0].packer.plan
+    plan = model._kt_wrappers[0].factory.threads
     assert plan == plan_threads()
     assert 1 <= plan.workers < (os.cpu_count() or 1) or plan.workers == 1
     assert ("kt_num_threads=100000" in caplog.text) == (threads is not None)

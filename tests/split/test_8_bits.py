@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model
-from kt_hf.backends import ExpertShape, ExpertWeights
+from kt_hf.backends import ExpertWeights
 from kt_hf.backends.block_scaled import ScaledExperts, ScaledMatrices
 from kt_hf.backends.build_tiered import pack_split
 from kt_hf.backends.gpu import weight_stream as streamer
@@ -27,6 +27,7 @@ from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.backends.tiered import SplitBackend
 from kt_hf.backends.torch_loop import TorchBackend
 from kt_hf.placement import packer as packing
+from kt_hf.shapes import ExpertShape
 from tests.conftest import KERNEL_MARKS, make_config
 from tests.families.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
 from tests.loading.checkpoints import EIGHT_BITS, fuse, make_8_bits, saved, set_config, tensors, to_8_bits, write

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError
-from kt_hf.backends import ExpertShape, ExpertWeights
-from kt_hf.backends.base import LORA_NAMES
+from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_mm as grouped
 from kt_hf.backends.gpu.resident import GroupedBackend, gpu_backend
+from kt_hf.shapes import LORA_NAMES, ExpertShape
 from tests.families.layers import LayerInputs, make_inputs, random_lora
 from tests.helpers import MIXTRAL
 from tests.models import base_weights

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError
-from kt_hf.backends import ExpertShape, ExpertWeights
-from kt_hf.backends.base import LORA_NAMES
+from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
+from kt_hf.shapes import LORA_NAMES, ExpertShape
 from tests.families.layers import LayerInputs, make_inputs, random_lora
 from tests.helpers import MIXTRAL
 from tests.models import base_weights

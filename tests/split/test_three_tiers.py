@@ -221,11 +221,11 @@ def test_an_expert_is_held_once(case: Case) -> None:
 
 @pytest.mark.parametrize("placement", ["cpu", "gpu", "auto", {"resident": 0}, {"resident": 3}], ids=str)
 def test_other_ways_to_say_it(case: Case, placement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "has_gpu_tier", lambda: placement != "auto")
+    monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: None if placement == "auto" else torch.device("cpu"))
     config = make_config(case.backend, kt_expert_placement=placement, kt_lora_rank=8)
     layer = apply_kt_moe(MIXTRAL(case.dtype), config)._kt_wrappers[0]
     expected = {"cpu": (0, 0), "gpu": (E, 0), "auto": (0, 0)}.get(str(placement)) or (placement["resident"], 0)
-    tiers = layer.packer.tiers
+    tiers = layer.factory.tiers
     assert (tiers.resident, tiers.streamed) == expected
     assert isinstance(layer._runner.backend, SplitBackend) == (expected[0] == 3)
 
@@ -254,7 +254,7 @@ def test_only_bf16_is_streamed() -> None:
 
 @pytest.mark.parametrize("placement", ["gpu", {"resident": 1}, {"streamed": 1}], ids=str)
 def test_without_a_gpu_it_is_refused(placement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "has_gpu_tier", lambda: False)
+    monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: None)
     with pytest.raises(KTAMXConfigError, match=r"kt_expert_placement=.* needs a CUDA GPU, and there is none here"):
         apply_kt_moe(MIXTRAL(torch.bfloat16), make_config("torch", kt_expert_placement=placement))
 

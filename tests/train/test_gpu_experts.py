@@ -24,7 +24,7 @@ ROWS = [{"instruction": f"{n}+{n}?", "output": "a number" * 5} for n in range(6)
 
 @pytest.fixture
 def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_TIER", torch.device("cpu"))
+    monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: torch.device("cpu"))
 
 
 def test_profile_then_the_checkpoints(tmp_path: Path, cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_quantised_model_is_not_loaded_whole(
         return made(*args)
 
     monkeypatch.setattr("kt_hf.train.expert_profile.count_experts", lambda *_: pytest.fail("counted"))
-    monkeypatch.setattr(packing.Packer, "pack", watched)
+    monkeypatch.setattr(packing.Packer, "build", watched)
     trained(tmp_path, model, ROWS, "kt_expert_placement={resident: 1, streamed: 1}")
     assert [list(one.experts) for one in seen] == [[1], [1]]
     assert "is of 8 bits: it is not loaded whole" in caplog.text

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import silu as _silu
 
 from ...errors import KTAMXConfigError
-from ..base import ExpertShape
+from ...shapes import ExpertShape
 from ..transfer import to_device
 
 ALIGN = 8  # elements of 16 bits in 16 bytes

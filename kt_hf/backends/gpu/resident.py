@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import KTAMXConfigError
-from ..base import ExpertShape, ExpertWeights, Gradients, Saved
+from ...shapes import ExpertShape
+from ..base import ExpertWeights, Gradients, Saved
 from ..torch_loop import TorchBackend
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora, Rows, aligned

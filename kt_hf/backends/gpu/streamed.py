@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base import ExpertShape, Gradients, Saved
+from ...shapes import ExpertShape
+from ..base import Gradients, Saved
 from ..transfer import to_host
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora, Rows

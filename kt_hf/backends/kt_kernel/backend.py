@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
+from ...shapes import LORA_NAMES, ExpertShape
 from ...system.cpu import ThreadPlan, cpu_features
-from ..base import LORA_NAMES, Availability, ExpertShape, ExpertWeights, Gradients, Saved
+from ..base import Availability, ExpertWeights, Gradients, Saved
 from ..transfer import apart, host_empty, to_host, wait_until_read, written_again
 from .engine import Cache, Engine
 from .gate_overflow import careful_backward

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from ..base import ExpertShape
+from ...shapes import ExpertShape
 
 # What the operators reserve, in bytes for each token of their length, expert of a token, and element of H + I: 11.7 to
 # 14.9 on the shapes of four models. Address space, not memory: pages are used as far as batches are long.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import KTAMXConfigError
-from ..base import ExpertShape
+from ...shapes import ExpertShape
 from .operators import Operators
 
 _SIZE = re.compile(r"_(\d+)Byte_(quant|scale)_\.kt$")

@@ -172,7 +172,7 @@ def _saved_experts(c: Checked, purpose: str) -> None:
 def _gpu_experts(c: Checked, purpose: str) -> None:
     """Both settings that send experts to the GPU, as apply_kt_moe does, but before the model is loaded. An estimate may
     be for another machine, which has one."""
-    from ...placement.packer import has_gpu_tier
+    from ...system import gpu
 
     count, placement = c.kt.get("kt_num_gpu_experts"), c.kt.get("kt_expert_placement")
     if count and placement is not None:
@@ -192,7 +192,7 @@ def _gpu_experts(c: Checked, purpose: str) -> None:
         asked = any(placement.values()) if isinstance(placement, dict) else placement == "gpu"
     if not asked:
         return
-    why = "needs a CUDA GPU, and there is none here" if purpose == "train" and not has_gpu_tier() else None
+    why = "needs a CUDA GPU, and there is none here" if purpose == "train" and gpu.experts_device() is None else None
     if c.trainer.get("use_cpu") and not why:
         why = "does not go together with use_cpu"
     if c.kt.get("kt_weight_path"):

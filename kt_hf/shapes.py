@@ -1,0 +1,44 @@
+"""Names and sizes of one layer's experts, as every other module spells them.
+
+E  experts of a layer            T  tokens of a call
+K  experts a token is sent to    R, r  LoRA rank
+H  hidden size                   I  intermediate size of an expert
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The projections of an expert, by the names that PEFT's target_modules give them.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Mixtral's names in transformers 4, on the hub, and in people's configs.
+ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# The order in which the six LoRA tensors of a layer are passed everywhere.
+LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of one layer's experts.
+
+    Attributes:
+        num_experts: Experts of the layer, or of the part of it that a backend holds, E.
+        top_k: Experts a token is sent to, K.
+        hidden_size: H.
+        intermediate_size: I.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, int, int], ...]:
+        """Shapes of the six LoRA tensors in the order of `LORA_NAMES`: A is [E, rank, in], B is [E, out, rank]."""
+        E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
+        return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
+
+
+def expert_bytes(shape: ExpertShape, of_8_bits: bool = False) -> int:
+    """Bytes of one expert's three matrices in bf16, or in 8 bits without their scales."""
+    return 3 * shape.hidden_size * shape.intermediate_size * (1 if of_8_bits else 2)

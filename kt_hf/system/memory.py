@@ -1,0 +1,47 @@
+"""Memory that this process can still take, of the host and of a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory the process can still take: the system's, or what its control group (version 2) leaves."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        group = (root / "proc/self/cgroup").read_text().split("::", 1)[1].split("\n", 1)[0].lstrip("/")
+    except (OSError, IndexError):
+        return free
+    for part in [Path(group), *Path(group).parents]:
+        folder = root / "sys/fs/cgroup" / part
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            free = min(free, max(0, int(limit) - used))
+    return free
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that PyTorch can still allocate on a device: those it keeps from earlier allocations among them, and no
+    more than `torch.cuda.set_per_process_memory_fraction` leaves it. For the CPU, `available_memory()`."""
+    if device.type != "cuda":
+        return available_memory()
+    used = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - used
+    return max(0, int(min(free + torch.cuda.memory_reserved(device) - used, allowed)))
+
+
+def return_freed_memory() -> None:
+    """Give freed heap back to the system, where the C library keeps it otherwise (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return

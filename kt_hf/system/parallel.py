@@ -1,0 +1,28 @@
+"""Runs of several processes, or of several GPUs in one process, are refused: experts cannot be shared by them yet."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from ..errors import KTAMXConfigError
+
+
+def refuse_parallel(model: nn.Module | None) -> None:
+    """Refuse a model inside `nn.DataParallel`, and a process that is one of several.
+
+    Raises:
+        KTAMXConfigError: The model is wrapped, or WORLD_SIZE or torch.distributed counts more than one process.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise KTAMXConfigError("nn.DataParallel cannot hold experts that live on the CPU: pass the model inside it.")
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = max(world, torch.distributed.get_world_size())
+    if world > 1:
+        raise KTAMXConfigError(
+            f"WORLD_SIZE={world}: experts on the CPU cannot be shared by several processes yet. Start one process "
+            "(accelerate launch --num_processes 1, or plain python)."
+        )
