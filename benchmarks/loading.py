@@ -92,7 +92,7 @@ def child(what: str, folder: Path, backend: str, threads: int, share: bool) -> d
     from kt_hf import KTConfig, apply_kt_moe, load_kt_model
     from kt_hf.backends import kernel_availability
     from kt_hf.checkpoint import ExpertCheckpoint
-    from kt_hf.patch import make_packer
+    from kt_hf.placement.assembly import make_packer
 
     kernel_availability()
     cfg = KTConfig(kt_backend=backend, kt_num_threads=threads, kt_lora_rank=8, kt_share_backward_weights=share)

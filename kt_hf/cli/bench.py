@@ -125,7 +125,7 @@ def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -
 
     from .. import KTConfig
     from ..errors import KTAMXConfigError
-    from ..placement.packer import chosen_tiers
+    from ..placement.assembly import chosen_tiers
     from ..system import gpu
 
     found: dict[Any, Any] = {}  # by tiers

@@ -27,8 +27,8 @@ def main(
     with plain_failures():
         from rich.console import Console
 
-        from ..demo.answers import quiet_libraries
         from ..train.config.read import read_arguments
+        from ..train.quiet import quiet_libraries
 
         settings = read_arguments(config, overrides or ())
         quiet_libraries()

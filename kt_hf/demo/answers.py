@@ -60,28 +60,6 @@ def reload_and_ask(folder: OutputFolder, device: str) -> tuple[list[str], list[l
     return questions, answers, as_text(tokenizer, answers)
 
 
-def quiet_libraries() -> None:
-    """Leave the terminal to the demo: no progress bars and advice of the libraries; their errors still show.
-
-    And no usage statistics: the demo needs no network, so it uses none.
-    """
-    import logging
-    import warnings
-
-    import datasets
-    import huggingface_hub.constants
-    import transformers
-
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # PEFT takes the experts' LoRA layers, which wait for their adapter, for an adapter of an earlier call.
-    warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
-    logging.getLogger("kt_hf.patch").setLevel(logging.ERROR)  # the demo itself says which backend was picked, and why
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kt_hf.demo.answers", description="Load the demo's adapter and ask it the demo's questions."
@@ -91,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="also write the answers and their token ids to this JSON file")
     options = parser.parse_args(arguments)
     from ..errors import KTAMXError
+    from ..train.quiet import quiet_libraries
 
     try:
         quiet_libraries()
         questions, ids, texts = reload_and_ask(OutputFolder(options.folder), options.device)
     except (DemoError, KTAMXError) as error:
         print(error, file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return getattr(error, "exit_code", 2)
     if options.write:
         content = [{"question": q, "answer": t, "token_ids": i} for q, t, i in zip(questions, texts, ids, strict=True)]
         options.write.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

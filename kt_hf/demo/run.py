@@ -121,8 +121,9 @@ def _train(
         from ..builtin.pydoc_rows import collect, import_modules, split
         from ..placement import packer_of
         from ..train.plots import loss_points, plot_losses
+        from ..train.quiet import quiet_libraries
         from . import training
-        from .answers import as_text, ask, build, quiet_libraries
+        from .answers import as_text, ask, build
 
         quiet_libraries()
 

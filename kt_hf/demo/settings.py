@@ -50,14 +50,9 @@ class DemoSettings:
 
     def with_dtype(self) -> DemoSettings:
         """The same with "auto" settled: bfloat16, but float32 for a CPU that has no 16-bit matrix products."""
-        if self.dtype != "auto":
-            return self
-        import torch
+        from ..builtin.smollm2_moe import default_dtype
 
-        from ..system.cpu import cpu_features
-
-        cpu = cpu_features()
-        return replace(self, dtype="bfloat16" if cpu.amx or cpu.avx512_bf16 or torch.cuda.is_available() else "float32")
+        return replace(self, dtype=default_dtype(self.dtype))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DemoSettings:

@@ -1,7 +1,8 @@
 """Which expert is computed where, and the building of the layers' backends."""
 
+from .assembly import packer_of
 from .order import PLACEMENT, Placement, as_placement, read_placement, write_placement
-from .packer import Packer, packer_of
+from .packer import Packer
 from .routing_profile import count_experts
 
 __all__ = [

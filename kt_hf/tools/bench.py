@@ -21,8 +21,9 @@ from ..backends.block_scaled import ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
 from ..config import KTConfig
 from ..errors import KTAMXError
+from ..placement.assembly import make_packer
 from ..placement.calibration import timed_once
-from ..placement.packer import Packer, make_packer
+from ..placement.packer import Packer
 from ..placement.planner import Room, Split
 from ..placement.tiers import Tiers
 from ..shapes import ExpertShape

@@ -185,9 +185,9 @@ def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:
 
 
 def _builtin_dtype(own: OwnKeys) -> str:
-    from ..demo.settings import DemoSettings
+    from ..builtin.smollm2_moe import default_dtype
 
-    return DemoSettings(dtype=own.torch_dtype).with_dtype().dtype
+    return default_dtype(own.torch_dtype)
 
 
 def _builtin_tokenizer() -> Any:
