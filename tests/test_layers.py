@@ -27,7 +27,8 @@ ROWS = (
     ("builtin",),
     ("train",),
     ("tools",),
-    ("cli", "demo"),
+    ("demo",),
+    ("cli",),
 )
 FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
 

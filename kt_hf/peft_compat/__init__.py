@@ -1,5 +1,9 @@
-"""The one package that touches PEFT's internals."""
+"""Everything that touches PEFT's internals: the functions of PEFT and transformers that are replaced, and by what.
 
-from .patches import install, unwrap_expert_parameters
+`patches.PATCHES` is the table. tests/peft_compat fails when PEFT changes what it relies on.
+"""
 
-__all__ = ["install", "unwrap_expert_parameters"]
+from .patches import PATCHES, install
+from .stock_lora import unwrap_expert_parameters
+
+__all__ = ["PATCHES", "install", "unwrap_expert_parameters"]

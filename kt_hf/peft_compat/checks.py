@@ -18,7 +18,7 @@ from torch import nn
 from ..adapters.peft_names import of_pattern
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import KTExperts, kt_layers
-from ..experts.projections import ExpertProjection, refuse_variants
+from ..experts.projections import NO_MERGE, ExpertProjection, refuse_variants
 from ..shapes import ALIASES
 
 logger = logging.getLogger(__name__)
@@ -183,3 +183,29 @@ def refuse_compiled_hotswap(original: Callable[..., Any], model: nn.Module, *arg
             "the experts out. Patch with KTConfig(kt_lora_rank=...) of the largest rank and call hotswap_adapter."
         )
     return original(model, *args, **kwargs)
+
+
+def check_and_pack(
+    original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`BaseTuner.inject_adapter`: refuse what experts cannot have before, build their backends after."""
+    check_adapter(tuner, model, adapter_name)
+    result = original(tuner, model, adapter_name, *args, **kwargs)
+    for layer in kt_layers(model):
+        layer.pack()
+    return result
+
+
+def refuse_merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse to merge or unload: it would take the other layers first and meet the experts in the middle."""
+    if kt_layers(tuner.model):
+        raise KTAMXError(NO_MERGE)
+    return original(tuner, *args, **kwargs)
+
+
+def refresh_after(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`hotswap_adapter_from_state_dict`: copy the new values to the backends."""
+    result = original(model, *args, **kwargs)  # writes to `.data`, which nothing else would notice
+    for layer in kt_layers(model):
+        layer.update_lora_pointers()
+    return result

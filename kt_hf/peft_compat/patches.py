@@ -1,78 +1,127 @@
-"""The one package that touches PEFT's internals. tests/test_peft_compat.py fails when PEFT changes what it relies on.
+"""Every function of PEFT and transformers that kt_hf replaces, in one table.
 
-transformers 5 fuses experts into 3-D parameters, so PEFT (since 0.19) rewrites the targets `gate_proj`, `up_proj` and
-`down_proj` of such models into `target_parameters`, and the keys of adapters on loading, both keyed on the model type.
-On a patched model the projections are modules of those very names again: the rewrite would find nothing, and take
-shared experts and dense MLPs with it. Both rewrites stand aside for patched models here, and for no other.
+Each replacement does what the original does for a model that `apply_kt_moe` has not patched. tests/peft_compat fails
+when a release changes what they rely on; a function that is gone is an error at import that names the versions.
 """
 
 from __future__ import annotations
 
 import functools
-import re
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-import transformers
 from packaging.version import Version
-from torch import Tensor, nn
 
-from ..errors import KTAMXConfigError, KTAMXError
-from ..experts.layer import kt_layers
-from ..experts.projections import NO_MERGE
-from ..shapes import PROJECTIONS
-from . import checks as verbs
-from . import weighted
-from .stock_lora import unwrap_expert_parameters
+from ..errors import KTAMXNotAvailableError
+from . import checks, conversion, saving, weighted
 
-__all__ = ["install", "unwrap_expert_parameters"]
 
-_EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
+@dataclass(frozen=True)
+class Patch:
+    """One function of another package that is replaced.
+
+    Attributes:
+        owner: Dotted name of the module or class that has it.
+        name: Of the function in it.
+        wrapper: Called in its place, with the original as first argument.
+        why: What would go wrong without.
+        since: First version of the owner's package that the replacement was tested with.
+        until: First version of the package that needs the replacement no more; None where all do.
+    """
+
+    owner: str
+    name: str
+    wrapper: Callable[..., Any]
+    why: str
+    since: str
+    until: str | None = None
+
+    @property
+    def package(self) -> str:
+        """The installed package it belongs to."""
+        return self.owner.split(".")[0]
+
+    @property
+    def needed(self) -> bool:
+        """Whether the installed version needs the replacement."""
+        return self.until is None or Version(version(self.package)) < Version(self.until)
+
+    def resolve(self) -> Any:
+        """The module or class that has the function.
+
+        Raises:
+            KTAMXNotAvailableError: It is gone, or the function is, naming both versions.
+        """
+        module, _, attribute = self.owner.rpartition(".")
+        try:
+            try:
+                owner = importlib.import_module(self.owner)
+            except ModuleNotFoundError:
+                owner = getattr(importlib.import_module(module), attribute)
+            getattr(owner, self.name)
+        except (ImportError, AttributeError) as error:
+            raise KTAMXNotAvailableError(
+                f"kt_hf replaces {self.owner}.{self.name} ({self.why}), which "
+                f"{self.package} {version(self.package)} does not have. Install a version that kt_hf was tested with: "
+                "pip install 'peft>=0.21,<0.23' 'transformers>=5.17,<6', or a newer kt_hf."
+            ) from error
+        return owner
+
+
+_PEFT, _TRANSFORMERS = "0.21", "5.17"
+_LORA, _TUNERS = "peft.tuners.lora.LoraModel", "peft.tuners.tuners_utils"
+_CONVERSION = "peft.utils.transformers_weight_conversion"
+_MERGED = "merging would take the other layers and fail at the experts, whose weights are packed"
+_VERIFIED = "an adapter that lacks expert tensors would be saved, loaded or resumed from without a word"
+
+PATCHES = (
+    Patch(_CONVERSION, "convert_peft_config_for_transformers", conversion.keep_config,
+          "targets would be rewritten to fused parameters that a patched model has no more", _PEFT),
+    Patch(_CONVERSION, "convert_peft_adapter_state_dict_for_transformers", conversion.keep_state_dict,
+          "keys of an adapter would be rewritten alike, and its experts dropped on loading", _PEFT),
+    Patch(f"{_TUNERS}.BaseTuner", "inject_adapter", checks.check_and_pack,
+          "wrong targets would be found late, and layers be packed at the first forward only", _PEFT),
+    Patch(_TUNERS, "_maybe_include_all_linear_layers", checks.include_experts,
+          "target_modules='all-linear' would leave the experts out", _PEFT),
+    Patch(_LORA, "_enable_peft_forward_hooks", checks.refuse_mixed_batches,
+          "a batch of several adapters would be computed with the active one", _PEFT),
+    Patch(_LORA, "add_weighted_adapter", weighted.add_weighted_adapter,
+          "experts would be left at zero in the weighted adapter", _PEFT),
+    Patch(_LORA, "subtract_mutated_init", checks.refuse_converted_init,
+          "the difference to an initial adapter is not computed for experts", _PEFT),
+    Patch("peft.utils.hotswap", "_convert_scalings_to_tensor", checks.refuse_compiled_hotswap,
+          "experts take scalings as numbers", _PEFT),
+    Patch(f"{_TUNERS}.BaseTuner", "merge_adapter", checks.refuse_merge, _MERGED, _PEFT),
+    Patch(f"{_TUNERS}.BaseTuner", "merge_and_unload", checks.refuse_merge, _MERGED, _PEFT),
+    Patch(f"{_TUNERS}.BaseTuner", "unload", checks.refuse_merge, _MERGED, _PEFT),
+    Patch("peft.utils.hotswap", "hotswap_adapter_from_state_dict", checks.refresh_after,
+          "values written to `.data` would not reach the operators", _PEFT),
+    Patch("peft.PeftModel", "save_pretrained", saving.save_verified, _VERIFIED, _PEFT),
+    Patch("peft.PeftModel", "load_adapter", saving.load_verified, _VERIFIED, _PEFT),
+    Patch("peft.PeftModel", "from_pretrained", saving.start_verified, _VERIFIED, _PEFT),
+    Patch("peft.utils.hotswap", "load_peft_weights", saving.weights_verified, _VERIFIED, _PEFT),
+    Patch("transformers.integrations.peft.PeftAdapterMixin", "load_adapter", saving.load_native_verified,
+          _VERIFIED, _TRANSFORMERS),
+    Patch("transformers.Trainer", "_load_from_checkpoint", saving.resume_default,
+          "resuming would load the adapter into a copy of the wrong name", _TRANSFORMERS, until="5.23"),
+)  # fmt: skip
 
 
 def install() -> None:
-    """Make PEFT's fused-expert conversions stand aside for patched models, and pack after an adapter. Once a
-    process."""
-    from peft import PeftModel
-    from peft.tuners import tuners_utils
-    from peft.tuners.lora import LoraModel
-    from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils import hotswap
-    from peft.utils import transformers_weight_conversion as conversion
-    from transformers.integrations.peft import PeftAdapterMixin
+    """Replace the functions of `PATCHES`, once a process.
 
-    from .saving import (
-        load_native_verified,
-        load_verified,
-        resume_default,
-        save_verified,
-        start_verified,
-        weights_verified,
-    )
-
-    _wrap(conversion, "convert_peft_config_for_transformers", _keep_config)
-    _wrap(conversion, "convert_peft_adapter_state_dict_for_transformers", _keep_state_dict)
-    _wrap(BaseTuner, "inject_adapter", _check_and_pack)
-    _wrap(tuners_utils, "_maybe_include_all_linear_layers", verbs.include_experts)
-    _wrap(LoraModel, "_enable_peft_forward_hooks", verbs.refuse_mixed_batches)
-    _wrap(LoraModel, "add_weighted_adapter", weighted.add_weighted_adapter)
-    _wrap(LoraModel, "subtract_mutated_init", verbs.refuse_converted_init)
-    _wrap(hotswap, "_convert_scalings_to_tensor", verbs.refuse_compiled_hotswap)
-    # These take or merge the other layers first and meet the experts in the middle: refused before they begin.
-    for name in ("merge_adapter", "merge_and_unload", "unload"):
-        _wrap(BaseTuner, name, _refuse_merge)
-    _wrap(hotswap, "hotswap_adapter_from_state_dict", _refresh_after)
-    # Checkpoints: verified, with their manifest, before a Trainer pushes or deletes; refused when they are not whole.
-    _wrap(PeftModel, "save_pretrained", save_verified)
-    _wrap(PeftModel, "load_adapter", load_verified)
-    _wrap(PeftModel, "from_pretrained", start_verified)
-    _wrap(hotswap, "load_peft_weights", weights_verified)
-    _wrap(PeftAdapterMixin, "load_adapter", load_native_verified)
-    if Version(transformers.__version__) < Version("5.23"):
-        _wrap(transformers.Trainer, "_load_from_checkpoint", resume_default)
+    Raises:
+        KTAMXNotAvailableError: One is gone from the installed PEFT or transformers; none is replaced then.
+    """
+    patches = [(patch, patch.resolve()) for patch in PATCHES if patch.needed]
+    for patch, owner in patches:
+        _replace(owner, patch.name, patch.wrapper)
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(owner, name)
     if getattr(original, "_kt_hf", False):
         return
@@ -89,59 +138,3 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     wrapped._kt_hf = True  # type: ignore[attr-defined]
     setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
-
-
-def _keep_config(original: Callable[..., Any], peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not kt_layers(model):
-        return original(peft_config, model, *args, **kwargs)
-    parameters = [
-        name for name in getattr(peft_config, "target_parameters", None) or [] if "gate_up" in name or "down_" in name
-    ]
-    if parameters:
-        raise KTAMXConfigError(
-            f"target_parameters={parameters} name fused experts, which a patched model has no more. Put gate_proj, "
-            "up_proj and down_proj into target_modules (kt_lora_config does)."
-        )
-    return None
-
-
-def _keep_state_dict(
-    original: Callable[..., Any],
-    model: nn.Module,
-    peft_config: Any,
-    adapter_state_dict: dict[str, Tensor],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if kt_layers(model):
-        return adapter_state_dict
-    ours = [key for key, value in adapter_state_dict.items() if _EXPERT_KEY.search(key) and value.dim() == 3]
-    if ours:
-        raise KTAMXConfigError(
-            f"The adapter holds LoRA of experts as kt_hf trains it ({ours[0]}), for which this model has no place: "
-            "PEFT would drop it. Patch the model first (apply_kt_moe), then load the adapter."
-        )
-    return original(model, peft_config, adapter_state_dict, *args, **kwargs)
-
-
-def _check_and_pack(
-    original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-) -> Any:
-    verbs.check_adapter(tuner, model, adapter_name)
-    result = original(tuner, model, adapter_name, *args, **kwargs)
-    for layer in kt_layers(model):
-        layer.pack()
-    return result
-
-
-def _refuse_merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    if kt_layers(tuner.model):
-        raise KTAMXError(NO_MERGE)
-    return original(tuner, *args, **kwargs)
-
-
-def _refresh_after(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    result = original(model, *args, **kwargs)  # writes to `.data`, which nothing else would notice
-    for layer in kt_layers(model):
-        layer.update_lora_pointers()
-    return result
