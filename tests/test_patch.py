@@ -13,12 +13,11 @@ from peft import get_peft_model
 
 from kt_hf import KTAMXConfigError, KTExperts, apply_kt_moe
 from kt_hf.experts import kt_layers
-from tests.conftest import Case, make_config
-from tests.families.patched import adapted_model, logits_of, lora_config, patched_model, trainable
-from tests.helpers import MIXTRAL
-from tests.helpers import one_torch_thread as one_torch_thread
-from tests.models import FAMILIES, expert_modules
-from tests.reference import LORA_NAMES
+from tests.support.cases import Case, make_config
+from tests.support.helpers import MIXTRAL
+from tests.support.models import FAMILIES, expert_modules
+from tests.support.patched import adapted_model, logits_of, lora_config, patched_model, trainable
+from tests.support.reference import LORA_NAMES
 
 IDS = MIXTRAL.inputs()
 

@@ -1,4 +1,4 @@
-"""The one package that touches PEFT's internals. tests/test_peft_compat.py fails when PEFT changes what it relies on.
+"""The one package that touches PEFT's internals: tests/peft_compat fails when PEFT changes what it relies on.
 
 transformers 5 fuses experts into 3-D parameters, so PEFT (since 0.19) rewrites the targets `gate_proj`, `up_proj` and
 `down_proj` of such models into `target_parameters`, and the keys of adapters on loading, both keyed on the model type.

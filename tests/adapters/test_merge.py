@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from kt_hf import KTAMXError, apply_kt_moe
 from kt_hf.adapters import convert
-from tests.conftest import TORCH_FP32, Case, make_config
-from tests.families.patched import fill_lora, logits_of, lora_config
-from tests.helpers import MIXTRAL
-from tests.models import Family
+from tests.support.cases import TORCH_FP32, Case, make_config
+from tests.support.helpers import MIXTRAL
+from tests.support.models import Family
+from tests.support.patched import fill_lora, logits_of, lora_config
 
 INDEX = "model.safetensors.index.json"
 

@@ -12,13 +12,11 @@ from safetensors.torch import load_file
 
 from kt_hf import KTMoECallback, verify_adapter
 from kt_hf.adapters import check_checkpoint
-from tests.conftest import Case
-from tests.families.patched import fill_lora, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.helpers import one_torch_thread as one_torch_thread
-from tests.test_training import text
-from tests.test_training import tokenizer as tokenizer
-from tests.trainers import model_to_train, settings
+from tests.support.cases import Case
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import fill_lora, lora_config, patched_model
+from tests.support.tokenizer import text
+from tests.support.trainers import model_to_train, settings
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

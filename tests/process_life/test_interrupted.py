@@ -15,13 +15,13 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from tests.conftest import KERNEL_BF16, KERNEL_MARKS
-from tests.families.layers import forward_backward, random_lora, set_lora
-from tests.families.patched import adapted_model, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.models import base_weights
-from tests.one_layer import expected_grads, inputs
-from tests.reference import assert_all_close
+from tests.support.cases import KERNEL_BF16, KERNEL_MARKS
+from tests.support.helpers import MIXTRAL
+from tests.support.layers import forward_backward, random_lora, set_lora
+from tests.support.models import base_weights
+from tests.support.one_layer import expected_grads, inputs
+from tests.support.patched import adapted_model, lora_config, patched_model
+from tests.support.reference import assert_all_close
 
 pytestmark = [*KERNEL_MARKS, pytest.mark.slow]
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from kt_hf import KTAMXError
 from kt_hf.callback import check_saved_experts
-from tests.conftest import KERNEL_BF16, TORCH_FP32, Case
-from tests.families.layers import (
+from tests.support.cases import KERNEL_BF16, TORCH_FP32, Case
+from tests.support.helpers import MIXTRAL
+from tests.support.layers import (
     ALPHA,
     forward,
     forward_backward,
@@ -27,12 +28,11 @@ from tests.families.layers import (
     random_lora,
     set_lora,
 )
-from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.models import EXPERT_PROJECTIONS, base_weights
-from tests.one_layer import expected_grads, inputs, layer_with
-from tests.reference import assert_all_close, assert_close, experts_forward_backward
-from tests.trainers import model_to_train, trainer_for
+from tests.support.models import EXPERT_PROJECTIONS, base_weights
+from tests.support.one_layer import expected_grads, inputs, layer_with
+from tests.support.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
+from tests.support.reference import assert_all_close, assert_close, experts_forward_backward
+from tests.support.trainers import model_to_train, trainer_for
 
 IDS = MIXTRAL.inputs()
 ADAPTER = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Every failure that others met has its regression test here, named as the failure; and two that need few words."""
+"""Every failure that others met has its regression test, named as the failure; and two that need few words."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import KERNEL_MARKS, Case
-from tests.families.layers import forward_backward
-from tests.families.patched import fill_lora, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.one_layer import inputs
+from tests.support.cases import KERNEL_MARKS, Case
+from tests.support.helpers import MIXTRAL
+from tests.support.layers import forward_backward
+from tests.support.one_layer import inputs
+from tests.support.patched import fill_lora, lora_config, patched_model
 
 FAILURES = (
     "meta-device", "gpu-experts-none", "threads-none", "load-order", "safe-open-close", "header-too-large",
@@ -27,7 +27,7 @@ FAILURES = (
 def test_every_failure_has_its_test() -> None:
     defined = {
         node.name
-        for file in Path(__file__).parent.glob("test_*.py")
+        for file in Path(__file__).parents[1].rglob("test_*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef)
     }
@@ -39,8 +39,8 @@ import sys
 import torch
 from peft import get_peft_model
 from kt_hf import KTAMXError, KTConfig, apply_kt_moe
-from tests.families.patched import fill_lora, lora_config, loss_of
-from tests.models import FAMILIES
+from tests.support.patched import fill_lora, lora_config, loss_of
+from tests.support.models import FAMILIES
 
 family, weights = FAMILIES["qwen2_moe"], sys.argv[2] or None
 try:

@@ -12,9 +12,12 @@ from peft import get_peft_model
 from torch import Tensor
 
 from kt_hf import apply_kt_moe
-from tests.conftest import KERNEL_BF16, TORCH_FP32, Case, make_config
-from tests.families.layers import SCALING, forward_backward, make_inputs, random_lora, set_lora
-from tests.families.patched import (
+from tests.support.cases import KERNEL_BF16, TORCH_FP32, Case, make_config
+from tests.support.helpers import MIXTRAL
+from tests.support.layers import SCALING, forward_backward, make_inputs, random_lora, set_lora
+from tests.support.models import FAMILIES, Family, base_weights, expert_modules
+from tests.support.one_layer import expected_grads, inputs, layer_with
+from tests.support.patched import (
     adapted_layers,
     adapted_model,
     fill_lora,
@@ -23,10 +26,7 @@ from tests.families.patched import (
     lora_config,
     loss_of,
 )
-from tests.helpers import MIXTRAL
-from tests.models import FAMILIES, Family, base_weights, expert_modules
-from tests.one_layer import expected_grads, inputs, layer_with
-from tests.reference import LayerResult, assert_all_close, assert_close, experts_forward_backward
+from tests.support.reference import LayerResult, assert_all_close, assert_close, experts_forward_backward
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -16,8 +16,10 @@ from transformers import MixtralForCausalLM
 
 from kt_hf import KTAMXConfigError, KTAMXModelNotSupportedError, KTConfig, apply_kt_moe
 from kt_hf.system.cpu import plan_threads
-from tests.conftest import TORCH_FP32, Case, make_config
-from tests.families.patched import (
+from tests.support.cases import TORCH_FP32, Case, make_config
+from tests.support.helpers import MIXTRAL
+from tests.support.models import FAMILIES, Family
+from tests.support.patched import (
     adapted_model,
     fill_lora,
     gradients_of,
@@ -27,9 +29,7 @@ from tests.families.patched import (
     patched_model,
     trainable,
 )
-from tests.helpers import MIXTRAL
-from tests.models import FAMILIES, Family
-from tests.trainers import model_to_train, result, trainer_for
+from tests.support.trainers import model_to_train, result, trainer_for
 
 IDS = MIXTRAL.inputs()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.train.tiny import ROOT, environment
+from tests.support.tiny import ROOT, environment
 
 ROWS = {
     "sft": {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
