@@ -34,6 +34,7 @@ from tests.support.patched import fill_lora, gradients_of, logits_of, lora_confi
 from tests.support.reference import assert_close
 from tests.support.tiered import Watched, streamed_parts
 
+pytestmark = pytest.mark.usefixtures("cpu_for_gpu")
 V3, QWEN3 = FAMILIES["deepseek_v3"], FAMILIES["qwen3_moe"]
 BLOCK = (32, 16)
 E = V3.num_experts
@@ -176,16 +177,14 @@ def test_half_the_bytes_are_copied_and_held() -> None:
 
 INTERPRETED = """
 import torch
-from kt_hf.backends import _widen_kernel
-from kt_hf.backends.scaled import ScaledMatrices
-
-pytestmark = pytest.mark.usefixtures("cpu_for_gpu")
+from kt_hf.backends.gpu import dequantize_kernel
+from kt_hf.backends.block_scaled import ScaledMatrices
 for block in ((128, 128), (32, 16), (20, 7), (1, 1 << 40)):
     for parts in (1, 2):
         values = torch.randint(-127, 128, (2, 96, 700), dtype=torch.int8)
         scales = torch.rand(2, parts, -(-96 // parts // block[0]), -(-700 // block[1]))
         wanted = ScaledMatrices(values, scales, block).widened(torch.float32)
-        found = _widen_kernel.widened(values, scales, block).float()
+        found = dequantize_kernel.widened(values, scales, block).float()
         assert ((found - wanted).abs() <= wanted.abs() * 2**-7).all(), (block, parts)
 print("compared")
 """

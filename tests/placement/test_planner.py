@@ -184,7 +184,7 @@ def test_measured(backend: str, E: int, K: int) -> None:
 
 def test_no_longer_calls_than_memory_holds_are_measured(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators refuse them, naming a setting that nobody has set."""
-    for module in ("kt_hf.placement.calibration", "kt_hf.backends.kt_kernel"):
+    for module in ("kt_hf.placement.calibration", "kt_hf.backends.kt_kernel.backend"):
         monkeypatch.setattr(f"{module}.most_tokens", lambda _: 40)
     rates = measure_rates(
         ExpertShape(8, 2, 64, 64), torch.device("cpu"), plan_threads(1, False), backend, 4096, 1 << 20, gpu_tokens=64

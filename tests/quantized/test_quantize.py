@@ -21,12 +21,14 @@ from kt_hf.cli import app
 from kt_hf.quantized import MANIFEST, bytes_on_disk, open_saved, worker, write
 from kt_hf.shapes import ExpertShape
 from kt_hf.tools import quantize as command
+from tests.support.cases import KERNEL_MARKS
 from tests.support.low_bit import wide
 from tests.support.models import FAMILIES
 from tests.support.quantized_folders import quantised, save_checkpoint, settings
 from tests.support.tiny import ROOT, trained
 from tests.support.tiny import save_model as save_trainable
 
+pytestmark = list(KERNEL_MARKS)
 FAMILY = wide()
 
 
@@ -176,8 +178,6 @@ def test_layers_of_a_process(backend: str, layers: int, sizes: list[int]) -> Non
 FULL = """
 import resource, sys
 from kt_hf.tools.quantize import run
-
-pytestmark = list(KERNEL_MARKS)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     run(sys.argv[1], sys.argv[2], "AMXInt8")

@@ -18,7 +18,7 @@ PRELUDE = """
 import torch
 from kt_hf import *
 from kt_hf.backends import ExpertShape, ExpertWeights
-from kt_hf.backends.kt_kernel import KTKernelBackend
+from kt_hf.backends.kt_kernel.backend import KTKernelBackend
 from kt_hf.system.cpu import ThreadPlan
 
 PLAN = ThreadPlan(((0, 1),))
@@ -160,7 +160,7 @@ CASES = {
         print("REFUSED")
     """,
     "12 keys are never used twice": """
-        from kt_hf.backends import kt_kernel
+        from kt_hf.backends.kt_kernel import backend as kt_kernel
         first = build(); del first
         a = next(kt_kernel._layer_keys); second = build(); c = next(kt_kernel._layer_keys)
         assert c == a + 2, (a, c)
