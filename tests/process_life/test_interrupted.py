@@ -124,9 +124,12 @@ def test_by_a_signal_during_the_operators_calls() -> None:
     model = adapted_model(MIXTRAL, KERNEL_BF16, seed=1)
     base, step = base_weights(MIXTRAL(KERNEL_BF16.dtype))[0], step_of(model)
     step()
-    began = time.perf_counter()
-    step()
-    length, hits = time.perf_counter() - began, 0
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    length, hits = min(seconds), 0  # a busy machine makes the steps to come longer, not shorter
     for part in range(1, 30):
         try:
             with alarm_after(length * part / 30):
