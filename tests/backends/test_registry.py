@@ -105,11 +105,29 @@ def test_auto_computes_by_pytorch_on_few_cores(
     amx: bool, workers: int | None, dtype: Any, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "cpu_features", lambda: CpuFeatures("", amx, True, True))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(backends, "affinity", lambda: {0, 1})
+    monkeypatch.setattr(backends, "physical_cores", sorted)
     assert choose_backend("auto", SHAPE, workers=workers, dtype=dtype)[0] == expected
     assert choose_backend("AMXBF16", SHAPE, workers=workers, dtype=dtype)[0] == "AMXBF16"
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)  # two cores of many
+    monkeypatch.setattr(backends, "affinity", lambda: set(range(64)))  # two cores of many
     assert choose_backend("auto", SHAPE, workers=workers, dtype=dtype)[0] == "AMXBF16"
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_auto_goes_by_the_machine_and_not_by_pytorchs_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OMP_NUM_THREADS=1, which torchrun sets, changes the advice and not the choice; two threads of a core are one."""
+    monkeypatch.setattr(backends, "cpu_features", lambda: features(avx512_bf16=True))
+    monkeypatch.setattr(backends, "affinity", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(backends, "physical_cores", lambda cpus: sorted(cpus)[:2])
+    name, reason = choose_backend("auto", SHAPE, workers=1)
+    assert name == "torch"
+    assert "two physical cores without AMX" in reason
+    assert ("OMP_NUM_THREADS=2 uses both cores" in reason) == (threads == 1)
+    for cores in (1, 3):
+        monkeypatch.setattr(backends, "physical_cores", lambda cpus, cores=cores: sorted(cpus)[:cores])
+        assert choose_backend("auto", SHAPE, workers=1) == ("AMXBF16", "kt-kernel 0.7.2, amx variant")
 
 
 @pytest.mark.usefixtures("available")
