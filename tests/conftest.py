@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, KERNEL_MISSING, TORCH_BF16, TORCH_FP32, Case
+from tests.support.cases import CASES, KERNEL_MARKS, KERNEL_MISSING, Case
 from tests.support.models import FAMILIES, Family
 from tests.support.tokenizer import word_tokenizer
 
@@ -25,13 +25,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(TORCH_FP32, id=str(TORCH_FP32)),
-        pytest.param(TORCH_BF16, id=str(TORCH_BF16)),
-        pytest.param(KERNEL_BF16, id=str(KERNEL_BF16), marks=KERNEL_MARKS),
-    ]
-)
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     """Backend, model dtype and tolerances together."""
     return request.param

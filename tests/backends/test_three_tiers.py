@@ -38,11 +38,15 @@ THREE = ([1, 4], [0, 6, 7])
 BF16 = [pytest.param(TORCH_BF16, id="torch"), pytest.param(KERNEL_BF16, marks=KERNEL_MARKS, id="AMXBF16")]
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["in place", "copied"])
+@pytest.fixture(autouse=True)
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two experts, used where they are or copied through buffers as on a GPU."""
+    """Chunks of two experts, copied through buffers as on a GPU, or used where they are."""
     size, original = 2 * 3 * MIXTRAL.hidden * MIXTRAL.intermediate * 2, streamer.Streamer
-    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, size, copies=request.param))
+    copies = getattr(request, "param", True)
+    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, size, copies=copies))
+
+
+both_ways = pytest.mark.parametrize("small_chunks", [False, True], ids=["in place", "copied"], indirect=True)
 
 
 @pytest.fixture(params=BF16)
@@ -57,6 +61,7 @@ def check(case: Case, actual: LayerResult, x: LayerInputs, base: Any, lora: Any)
     assert_all_close(actual.grads, expected.grads, case.grad)
 
 
+@both_ways
 @pytest.mark.parametrize(("resident", "streamed"), PLACEMENTS, ids=str)
 def test_any_placement(case: Case, resident: list[int], streamed: list[int]) -> None:
     layer, base, lora = tiered_layer(case, resident, streamed)
@@ -65,6 +70,7 @@ def test_any_placement(case: Case, resident: list[int], streamed: list[int]) -> 
         check(case, forward_backward(layer, x), x, base, lora)
 
 
+@both_ways
 @pytest.mark.parametrize("seed", range(4))
 def test_random_placements_and_tokens(case: Case, seed: int) -> None:
     rng = random.Random(seed)
@@ -88,6 +94,7 @@ def test_tokens_of_some_tiers_only(case: Case, used: list[int]) -> None:
         assert not actual.grads[name][idle].any(), f"{name}: an expert without tokens has a gradient"
 
 
+@both_ways
 @pytest.mark.parametrize("tokens", [0, 1])
 @pytest.mark.parametrize("tiers", [THREE, ([], ALL), ([0, 1], ALL[2:])], ids=str)
 def test_few_tokens(case: Case, tiers: tuple[list[int], list[int]], tokens: int) -> None:
@@ -103,6 +110,7 @@ def test_ids_of_no_expert(case: Case) -> None:
     check(case, forward_backward(layer, x), x, base, lora)
 
 
+@both_ways
 def test_forwards_and_lora_changes_before_the_backwards(case: Case) -> None:
     layer, base, lora = tiered_layer(case, *THREE)
     seen = []
@@ -203,6 +211,7 @@ def test_interrupted_packing(
     assert isinstance(layer._runner.backend, SplitBackend)
 
 
+@both_ways
 def test_all_streamed_weights_are_taken_over() -> None:
     model = MIXTRAL(torch.bfloat16)
     before = [layer.mlp.experts.down_proj.data_ptr() for layer in model.model.layers]
@@ -300,6 +309,7 @@ def test_saved_placement(tmp_path: Path) -> None:
     assert [part.experts.tolist() for part in parts] == [[1], [0, 4], [2, 3, 5, 6, 7]]
 
 
+@both_ways
 def test_load_kt_model(tmp_path: Path) -> None:
     MIXTRAL(torch.bfloat16).save_pretrained(tmp_path)
     config = make_config("torch", kt_expert_placement={"resident": 2, "streamed": 3}, kt_lora_rank=8)

@@ -117,8 +117,11 @@ def test_gradient_mode_changes_no_output(family: Family, case: Case) -> None:
         assert torch.equal(layer(x.hidden, x.ids, x.weights), saved)
 
 
-def one_token(model: PeftModel, family: Family) -> None:
-    logits_of(model, family.inputs(1, 1, seed=5))
+def few_tokens(tokens: int) -> Callable[[PeftModel, Family], None]:
+    def disturb(model: PeftModel, family: Family) -> None:
+        logits_of(model, family.inputs(1, tokens, seed=5))
+
+    return disturb
 
 
 def reference_pass(model: PeftModel, family: Family) -> None:
@@ -127,13 +130,23 @@ def reference_pass(model: PeftModel, family: Family) -> None:
         logits_of(model, family.inputs(seed=6))
 
 
-def other_adapter(model: PeftModel, family: Family) -> None:
-    model.set_adapter("other")
-    logits_of(model, family.inputs(seed=7))
-    model.set_adapter("default")
+def other_adapter(tokens: int) -> Callable[[PeftModel, Family], None]:
+    def disturb(model: PeftModel, family: Family) -> None:
+        model.set_adapter("other")
+        logits_of(model, family.inputs(1, tokens, seed=7))
+        model.set_adapter("default")
+
+    return disturb
 
 
-@pytest.mark.parametrize("disturb", [one_token, reference_pass, other_adapter], ids=lambda disturb: disturb.__name__)
+MODEL_DISTURBANCES = {
+    **{f"{tokens}_tokens": few_tokens(tokens) for tokens in (1, 2, 3)},
+    "reference_pass": reference_pass,
+    **{f"{tokens}_tokens_of_another_adapter": other_adapter(tokens) for tokens in (1, 24)},
+}
+
+
+@pytest.mark.parametrize("disturb", MODEL_DISTURBANCES.values(), ids=MODEL_DISTURBANCES)
 def test_between_forward_and_backward_of_a_model(
     family: Family, case: Case, disturb: Callable[[PeftModel, Family], None]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -39,9 +38,9 @@ ACTIVATIONS = pytest.mark.parametrize("activations", ["retain", "recompute"])
 
 
 @ACTIVATIONS
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0)], ids=str)
 def test_backwards_in_any_order(case: Case, order: tuple[int, ...], activations: str) -> None:
-    """Three forwards, each with LoRA values of its own, then their backwards."""
+    """Three forwards, each with LoRA values of its own, then their backwards; test_schedules draws a thousand."""
     layer, base, _ = layer_with(case, kt_expert_activations=activations)
     runs = []
     for seed in range(3):
@@ -79,8 +78,11 @@ def evaluation(layer: KTExperts) -> None:
 
 
 @ACTIVATIONS
-@pytest.mark.parametrize("then", [None, evaluation], ids=["at once", "after a forward"])
-@pytest.mark.parametrize("change", [fused_step, assignment, bare_data], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("change", "then"),
+    [(fused_step, None), (fused_step, evaluation), (assignment, evaluation), (bare_data, None)],
+    ids=["fused_step", "fused_step then a forward", "assignment then a forward", "bare_data"],
+)
 def test_lora_changed_between_forward_and_backward(
     case: Case, change: Callable[[KTExperts], None], then: Callable[[KTExperts], None] | None, activations: str
 ) -> None:

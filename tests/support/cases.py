@@ -84,6 +84,12 @@ TORCH_FP32 = Case("torch", torch.float32, forward=1e-5, grad=1e-4, same=1e-5)
 TORCH_BF16 = Case("torch", torch.bfloat16, forward=1e-2, grad=2e-2, same=5e-3)
 KERNEL_BF16 = Case("AMXBF16", torch.bfloat16, forward=1e-2, grad=2e-2, same=5e-3)
 
+_FP32 = pytest.param(TORCH_FP32, id=str(TORCH_FP32))
+_KERNEL = pytest.param(KERNEL_BF16, id=str(KERNEL_BF16), marks=KERNEL_MARKS)
+# Above the layer its dtype is its own business: the oracle and the operators are enough there.
+CASES = [_FP32, _KERNEL]
+ALL_CASES = [_FP32, pytest.param(TORCH_BF16, id=str(TORCH_BF16)), _KERNEL]
+
 
 def make_config(backend: str, **overrides: Any) -> Any:
     """A KTConfig of one thread: the operators are bit-deterministic with one worker only."""

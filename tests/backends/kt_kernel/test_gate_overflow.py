@@ -46,7 +46,7 @@ def assert_right(
     assert_all_close(actual.grads, expected.grads, limit)
 
 
-@pytest.mark.parametrize("least", [-80.0, -86.0, -87.5, -88.2, -89.0, -95.0, -104.0, -1e3, -1e5])
+@pytest.mark.parametrize("least", [-88.2, -89.0, -104.0, -1e5])
 @pytest.mark.parametrize("tokens", [[3], [0, 1, 17, 36], list(range(37))], ids=["one", "four", "all"])
 def test_gates_far_below_zero(case: Case, tokens: list[int], least: float) -> None:
     layer, base, lora = layer_with(case)

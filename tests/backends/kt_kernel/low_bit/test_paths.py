@@ -76,8 +76,7 @@ for _name, _test in _of(BOTH).items():
 
 
 @pytest.mark.parametrize("case", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("least", [-80.0, -88.2, -95.0, -1e3])
-@pytest.mark.parametrize("tokens", [[3], [0, 1, 17, 36]], ids=["one", "four"])
-def test_gates_far_below_zero(case: Case, tokens: list[int], least: float) -> None:
+@pytest.mark.parametrize("least", [-88.2, -1e3])
+def test_gates_far_below_zero(case: Case, least: float) -> None:
     """The products with packed weights that mend such tokens are of the same arithmetic as the rest."""
-    test_gate_overflow.test_gates_far_below_zero(case, tokens, least)
+    test_gate_overflow.test_gates_far_below_zero(case, [0, 1, 17, 36], least)
