@@ -15,11 +15,11 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError, KTAMXForwardError
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.helpers import MIXTRAL
-from tests.support.layers import ALPHA, RANK, LayerInputs, forward_backward
+from tests.support.layers import ALPHA, RANK, LayerInputs, forward_backward, random_lora, set_lora
 from tests.support.models import base_weights
 from tests.support.one_layer import DEFAULT, TOKENS, build, check, constant, inputs, stacked
 from tests.support.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model, trainable
-from tests.support.reference import assert_close, experts_forward_backward
+from tests.support.reference import assert_all_close, assert_close, experts_forward_backward
 
 IDS = MIXTRAL.inputs()
 
@@ -222,3 +222,21 @@ def test_repr_tells_sizes_and_backend(case: Case) -> None:
     for part in ("layer_idx=1", "experts=8", "top_k=2", "hidden=64", "intermediate=96", f"backend={case.backend}"):
         assert part in text
     assert "in_features=64, out_features=96, held by the backend" in text
+
+
+@pytest.mark.parametrize("rank", [1, 20, 256])
+def test_ranks_from_1_to_256(case: Case, rank: int) -> None:
+    """Those between are in SETTINGS, and the operators pad them."""
+    base = base_weights(MIXTRAL(case.dtype))[1]
+    model = get_peft_model(patched_model(MIXTRAL, case), lora_config(MIXTRAL, r=rank))
+    layer = model._kt_wrappers[1]
+    # Of equal effect at each rank.
+    lora = {name: value * rank**-0.25 for name, value in random_lora(MIXTRAL, rank=rank).items()}
+    assert {parameter.shape for parameter in layer.lora_params.values()} == {value.shape for value in lora.values()}
+    set_lora(layer, lora)
+    x = inputs(case)
+    actual, expected = forward_backward(layer, x), experts_forward_backward(*x, base, lora, ALPHA / rank)
+    assert layer._runner.backend.rank == rank
+    assert layer._runner.backend.max_rank in (None, rank)
+    assert_close(actual.output, expected.output, case.forward, "output")
+    assert_all_close(actual.grads, expected.grads, case.grad)

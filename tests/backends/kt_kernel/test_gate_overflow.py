@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kt_hf import KTAMXBackwardError, apply_kt_moe
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case, make_config
 from tests.support.helpers import MIXTRAL
-from tests.support.layers import SCALING, LayerInputs, forward_backward, make_inputs
-from tests.support.models import base_weights
+from tests.support.layers import SCALING, LayerInputs, forward_backward, make_inputs, random_lora, set_lora
+from tests.support.models import base_weights, expert_modules
 from tests.support.one_layer import build, check, constant, inputs, layer_with
-from tests.support.patched import adapted_model, gradients_of, loss_of
-from tests.support.reference import BaseWeights, assert_all_close, assert_close, experts_forward_backward
+from tests.support.patched import adapted_model, gradients_of, lora_config, loss_of
+from tests.support.reference import BaseWeights, LayerResult, assert_all_close, assert_close, experts_forward_backward
 
 kernel = pytest.mark.parametrize("case", [pytest.param(KERNEL_BF16, marks=KERNEL_MARKS)], ids=str)
 
@@ -178,3 +179,36 @@ def test_a_whole_model_trains_through_it(case: Case) -> None:
                     parameter.mul_(60)
     ids = MIXTRAL.inputs()
     assert_all_close(gradients_of(model, loss_of(model, ids)), gradients_of(oracle, loss_of(oracle, ids)), 0.06)
+
+
+def check_finite_and_right(actual: LayerResult, expected: LayerResult, case: Case) -> None:
+    """What the gate shuts to less than bf16 can add up to is only finite and small."""
+    for name, result, wanted, limit in (
+        ("output", actual.output, expected.output, case.forward),
+        *((name, actual.grads[name], wanted, case.grad) for name, wanted in expected.grads.items()),
+    ):
+        assert torch.isfinite(result).all(), name
+        if wanted.abs().max() > 1e-30:
+            assert_close(result, wanted, limit, name)
+        else:
+            assert result.abs().max() < 1e-30, name
+
+
+@pytest.mark.parametrize("value", [-1e4, -88.5, 88.5, 1e4])
+def test_every_gate_at_a_value(case: Case, value: float) -> None:
+    """Gate pre-activations of any size are right. Here each token's are `value`."""
+    model = MIXTRAL(case.dtype)
+    experts = next(iter(expert_modules(model).values()))
+    with torch.no_grad():
+        experts.gate_up_proj[:, : MIXTRAL.intermediate].zero_()
+        experts.gate_up_proj[:, : MIXTRAL.intermediate, 0] = value
+    base = base_weights(model)[0]
+    model = apply_kt_moe(model, make_config(case.backend))
+    layer = get_peft_model(model, lora_config(MIXTRAL))._kt_wrappers[0]
+    lora = random_lora(MIXTRAL)
+    lora["gate_lora_b"].zero_()
+    set_lora(layer, lora)
+    x = inputs(case)
+    x.hidden[:, 0] = 1
+    expected = experts_forward_backward(*x, base, lora, SCALING)
+    check_finite_and_right(forward_backward(layer, x), expected, case)
