@@ -139,7 +139,7 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("layout", ["hub", "fused"])
+@pytest.mark.parametrize("layout", ["hub", pytest.param("fused", marks=pytest.mark.slow)])
 def test_memory(tmp_path: Path, layout: str) -> None:
     """20 layers of 25 MB in one shard of 500 MB: less than three layers above what importing takes."""
     layers, experts, hidden, inner = 20, 16, 512, 512

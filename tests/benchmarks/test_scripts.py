@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,14 @@ sys.exit(bool(failed))
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV that every benchmark has appended to."""
-    file = tmp_path_factory.mktemp("benchmarks") / "results.csv"
     kernel = kernel_availability().ok
-    lines = "\n".join(f"{line} --save {file}" for line in COMMANDS if kernel or not line.startswith("threads"))
+    commands = [line for line in COMMANDS if kernel or not line.startswith("threads")]
+    return run(tmp_path_factory.mktemp("benchmarks") / "results.csv", commands)
+
+
+def run(file: Path, commands: Sequence[str]) -> Path:
+    """The file, after these benchmarks have appended to it."""
+    lines = "\n".join(f"{line} --save {file}" for line in commands)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment["OMP_WAIT_POLICY"] = "passive"  # threads that spin take the cores of the other tests
     done = subprocess.run(
@@ -75,6 +81,14 @@ def measured(file: Path, benchmark: str, **wanted: str) -> set[str]:
     return {row["case"] for row in rows if all(row[name] == value for name, value in wanted.items())}
 
 
+def test_a_benchmark_appends_what_it_measured(tmp_path: Path) -> None:
+    """One case of one script; test_each_benchmark_... runs all of them."""
+    file = run(tmp_path / "results.csv", ["layer --shape tiny --tokens 16 --runs 1 --cases default"])
+    assert measured(file, "layer", shape="tiny r=8", part="forward") == {"default"}
+    assert measured(file, "layer", shape="tiny r=8", part="backward") == {"default"}
+
+
+@pytest.mark.slow
 def test_each_benchmark_appends_what_it_measured(results: Path) -> None:
     kernel = kernel_availability().ok
     operators = {"kt", "kt-int8", "kt-int4", "bare"} if kernel else set()
@@ -94,6 +108,7 @@ def test_each_benchmark_appends_what_it_measured(results: Path) -> None:
             assert int(row["peak_mib"]) > 100
 
 
+@pytest.mark.slow
 def test_a_reference_pass_first_makes_nothing_be_computed_again(results: Path) -> None:
     calls = dict(case.split(": ") for case in measured(results, "dpo"))
     assert calls["precomputed"] == "1 forwards, 1 backwards"
@@ -184,6 +199,7 @@ def test_the_page_is_made_of_the_csv(tmp_path: Path) -> None:
     assert (tmp_path / "plots/layer.svg").read_bytes() == drawn
 
 
+@pytest.mark.slow
 def test_the_projects_page_can_be_made_of_every_benchmark(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text((ROOT / "docs/performance.md").read_text())

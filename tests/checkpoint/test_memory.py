@@ -49,8 +49,16 @@ def save(folder: Path, dtype: torch.dtype, layers: int, hidden: int) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to measure the peak")
-@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=KERNEL_MARKS)])
+@pytest.mark.parametrize(
+    ("backend", "source"),
+    [
+        ("torch", torch.bfloat16),
+        pytest.param("torch", torch.float32, marks=pytest.mark.slow),
+        pytest.param("AMXBF16", torch.bfloat16, marks=[*KERNEL_MARKS, pytest.mark.slow]),
+        pytest.param("AMXBF16", torch.float32, marks=[*KERNEL_MARKS, pytest.mark.slow]),
+    ],
+    ids=str,
+)
 def test_peak(backend: str, source: torch.dtype, tmp_path: Path) -> None:
     big, tiny = save(tmp_path / "big", source, LAYERS, 512), save(tmp_path / "tiny", source, 1, 32)
     # Tensors of a real layer have pages of their own, which go back when they are freed. Here they are small enough for

@@ -57,8 +57,15 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", FP32_AND_KERNEL)
-@pytest.mark.parametrize("way", WAYS)
+# A way changes the batch and not the arithmetic: on the operators one is enough, the others when there is time.
+ON_KERNEL = [
+    pytest.param(way, KERNEL_BF16, id=f"{way}-{KERNEL_BF16}",
+                 marks=[*KERNEL_MARKS, *([] if way == "checkpointing" else [pytest.mark.slow])])
+    for way in WAYS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("way", "case"), [*((way, TORCH_FP32) for way in WAYS), *ON_KERNEL])
 def test_curve_of_each_way(way: str, case: Case, tmp_path: Path, tokenizer: Any) -> None:
     data, overrides = WAYS[way]
     if way == "NEFTune":

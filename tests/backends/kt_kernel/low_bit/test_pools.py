@@ -33,6 +33,9 @@ def test_pools_are_bound_to_the_nodes_of_the_plan(tmp_path: Path) -> None:
     assert (config.subpool_count, list(config.subpool_numa_map)) == (1, [1])
 
 
+slow = pytest.mark.slow  # a process of minutes; trainer/test_stock_trainer.py trains over two pools
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """In a process of its own: a process has one set of pools."""
@@ -46,6 +49,7 @@ def found() -> dict[str, Any]:
     return json.loads(last.removeprefix("RESULT "))
 
 
+@slow
 @pytest.mark.parametrize(
     ("case", "limit"),
     [("AMXBF16 False", 0.01), ("AMXBF16 True", 0.01), ("AMXInt8 False", 0.03), ("AMXInt8 True", 0.03),
@@ -60,10 +64,12 @@ def test_forward_gradients_and_refreshed_lora(found: dict[str, Any], case: str, 
         assert max(run.values()) < limit, run
 
 
+@slow
 def test_saved_experts_are_split_as_well(found: dict[str, Any]) -> None:
     assert found["differ"] == []
 
 
+@slow
 def test_sizes_that_do_not_split_are_told(found: dict[str, Any]) -> None:
     assert (
         "128 does not split into 2 pools of multiples of 128 (kt_tp_enabled=False makes one pool)" in found["refusal"]
