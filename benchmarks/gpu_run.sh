@@ -16,7 +16,7 @@ train() { # name, seconds at most, arguments
 }
 for step in $steps; do
     case $step in
-    tests) timeout 240 python -m pytest -q -m gpu tests/gpu tests/regressions/test_gpu.py 2>&1 | tee "$out/tests.log" ;;
+    tests) timeout 240 python -m pytest -q -m gpu tests/backends/gpu 2>&1 | tee "$out/tests.log" ;;
     cpu) train cpu 240 --batch 1 4 --lora-device cpu gpu --steps 2 ;;
     stock)
         train stock 90 --case stock --batch 1 4

@@ -44,7 +44,7 @@ config.num_hidden_layers = int(sys.argv[2])
 torch.set_default_dtype(torch.bfloat16)
 model = AutoModelForCausalLM.from_config(config)
 model.save_pretrained(sys.argv[3])
-from tests.train.tiny import tokenizer
+from tests.support.tiny import tokenizer
 tokenizer().save_pretrained(sys.argv[3])
 """
 ROOT = Path(__file__).parents[1]

@@ -31,7 +31,7 @@ from torch import Tensor
 from kt_hf.backends import ExpertWeights, pack
 from kt_hf.shapes import LORA_NAMES, ExpertShape
 from kt_hf.system.cpu import plan_threads
-from tests.reference import BaseWeights, experts_forward_backward, relative_error
+from tests.support.reference import BaseWeights, experts_forward_backward, relative_error
 
 ROOT = Path(__file__).parents[1]
 RANK = 8

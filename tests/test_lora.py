@@ -10,10 +10,10 @@ from peft import PeftModel, get_peft_model
 
 from kt_hf import KTAMXConfigError, kt_lora_config
 from kt_hf.lora import expert_targets
-from tests.conftest import TORCH_FP32
-from tests.families.patched import patched_model, trainable
-from tests.helpers import MIXTRAL
-from tests.models import EXPERT_PROJECTIONS, FAMILIES, Family, expert_modules
+from tests.support.cases import TORCH_FP32
+from tests.support.helpers import MIXTRAL
+from tests.support.models import EXPERT_PROJECTIONS, FAMILIES, Family, expert_modules
+from tests.support.patched import patched_model, trainable
 
 ATTENTION = set(MIXTRAL.attention)
 EXPERTS = set(EXPERT_PROJECTIONS)

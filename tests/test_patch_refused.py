@@ -25,10 +25,9 @@ from transformers import (
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTConfig, apply_kt_moe
 from kt_hf.experts import kt_layers
-from tests.conftest import TORCH_FP32, Case, make_config
-from tests.families.patched import adapted_model, logits_of, patched_model, trainable
-from tests.helpers import MIXTRAL
-from tests.helpers import one_torch_thread as one_torch_thread
+from tests.support.cases import TORCH_FP32, Case, make_config
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import adapted_model, logits_of, patched_model, trainable
 
 IDS = MIXTRAL.inputs()
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import KTAMXConfigError, KTAMXNotAvailableError
 from ..shapes import ExpertShape
-from ..system.cpu import ThreadPlan, cpu_features
+from ..system.cpu import ThreadPlan, affinity, cpu_features, physical_cores
 from .base import Availability, ExpertsBackend, ExpertWeights
 from .gpu.resident import gpu_backend
 from .kt_kernel.operators import OPERATORS, shape_problem
@@ -36,7 +36,11 @@ def kernel_availability() -> Availability:
 
 # Measured on two AVX512-BF16 cores: a SmolLM2 step of 512 tokens takes 3.2 s so, 4.6 with the operators' one worker
 # (the other core is lost to their queue thread, which spins); two DeepSeek-V2-Lite layers, 2,048 tokens, 4.8 and 8.9.
-FEW_CORES = "two cores without AMX compute them faster so than by the operators, which set kt_num_threads would ask for"
+FEW_CORES = (
+    "this process has two physical cores without AMX, which compute experts faster by PyTorch than by the operators; "
+    "kt_num_threads=1 asks for the operators"
+)
+_ONE_THREAD = "PyTorch has one thread here, as OMP_NUM_THREADS=1 makes it: OMP_NUM_THREADS=2 uses both cores"
 
 
 def choose_backend(
@@ -71,10 +75,12 @@ def choose_backend(
             return "torch", available.reason
         if problem:
             return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
-        # Not where a control group leaves two cores of many: PyTorch would start as many threads as there are.
-        two = workers == 1 and torch.get_num_threads() == 2
+        # By the machine, whatever OMP_NUM_THREADS says (torchrun sets it to 1). Not where a control group leaves two
+        # cores of many: PyTorch would start as many threads as there are.
+        two = workers == 1 and len(physical_cores(affinity())) == 2
         if two and dtype in (None, torch.bfloat16) and not cpu_features().amx:
-            return "torch", FEW_CORES
+            threads = torch.get_num_threads()
+            return "torch", FEW_CORES if threads > 1 else f"{FEW_CORES}; {_ONE_THREAD}"
         return name, available.reason
     if not available.ok:
         raise KTAMXNotAvailableError(

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kt_hf.adapters import convert, load_adapter, verify_adapter
-from tests.conftest import TORCH_FP32, Case
-from tests.families.layers import ALPHA, RANK
-from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
-from tests.models import FAMILIES, Family
+from tests.support.cases import TORCH_FP32, Case
+from tests.support.layers import ALPHA, RANK
+from tests.support.models import FAMILIES, Family
+from tests.support.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 
 ADAPTER, CONFIG, FUSED = "adapter_model.safetensors", "adapter_config.json", "fused_expert_lora.safetensors"
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from kt_hf import KTAMXError, apply_kt_moe, verify_adapter
 from kt_hf.adapters import MANIFEST, check_checkpoint
-from tests.conftest import TORCH_FP32
-from tests.families.patched import lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.models import FAMILIES
-from tests.trainers import model_to_train, trainer_for
+from tests.support.cases import TORCH_FP32
+from tests.support.helpers import MIXTRAL
+from tests.support.models import FAMILIES
+from tests.support.patched import lora_config, patched_model
+from tests.support.trainers import model_to_train, trainer_for
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "base_model.model.model.layers.1.mlp.experts"

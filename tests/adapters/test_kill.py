@@ -16,7 +16,7 @@ import pytest
 def test_killed(when: str, tmp_path: Path) -> None:
     """`points`: before, within and after every write, rename and removal of three saves; `random`: 30 moments."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.adapters.killed", when, tmp_path],
+        [sys.executable, "-m", "tests.support.killed", when, tmp_path],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     print(run.stdout)

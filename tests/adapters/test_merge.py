@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from kt_hf import KTAMXError, apply_kt_moe
 from kt_hf.adapters import convert
-from tests.conftest import TORCH_FP32, Case, make_config
-from tests.families.patched import fill_lora, logits_of, lora_config
-from tests.helpers import MIXTRAL
-from tests.models import Family
+from tests.support.cases import TORCH_FP32, Case, make_config
+from tests.support.helpers import MIXTRAL
+from tests.support.models import Family
+from tests.support.patched import fill_lora, logits_of, lora_config
 
 INDEX = "model.safetensors.index.json"
 
@@ -139,7 +139,7 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("layout", ["hub", "fused"])
+@pytest.mark.parametrize("layout", ["hub", pytest.param("fused", marks=pytest.mark.slow)])
 def test_memory(tmp_path: Path, layout: str) -> None:
     """20 layers of 25 MB in one shard of 500 MB: less than three layers above what importing takes."""
     layers, experts, hidden, inner = 20, 16, 512, 512

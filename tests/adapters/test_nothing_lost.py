@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTMoECallback, apply_kt_moe, verify_adapter
 from kt_hf.adapters import MANIFEST, check_checkpoint, convert
-from tests.conftest import TORCH_FP32, Case, make_config, transformers_adapters
-from tests.families.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.trainers import model_to_train, trainer_for
+from tests.support.cases import TORCH_FP32, Case, make_config, transformers_adapters
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
+from tests.support.trainers import model_to_train, trainer_for
 
 ADAPTER, IDS = "adapter_model.safetensors", MIXTRAL.inputs()
 

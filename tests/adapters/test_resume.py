@@ -12,13 +12,11 @@ from safetensors.torch import load_file
 
 from kt_hf import KTMoECallback, verify_adapter
 from kt_hf.adapters import check_checkpoint
-from tests.conftest import Case
-from tests.families.patched import fill_lora, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.helpers import one_torch_thread as one_torch_thread
-from tests.test_training import text
-from tests.test_training import tokenizer as tokenizer
-from tests.trainers import model_to_train, settings
+from tests.support.cases import Case
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import fill_lora, lora_config, patched_model
+from tests.support.tokenizer import text
+from tests.support.trainers import model_to_train, settings
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -67,8 +65,7 @@ def assert_same_state(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.mark.parametrize("how", ["True", "path"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "how"), [*((kind, "path") for kind in KINDS), ("sft", "True")])
 def test_resumed_is_uninterrupted(kind: str, how: str, case: Case, tmp_path: Path, tokenizer: Any) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     first = trainer_of(kind, case, whole, tokenizer)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
 from kt_hf.cli import VERBS, app
-from tests.train.tiny import ROOT, environment, save_model, write_yaml
+from tests.support.tiny import ROOT, environment, save_model, write_yaml
 
 USERS = sorted((ROOT / "tests/configs/user-yaml").glob("*.yaml"))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import KERNEL_MARKS
-from tests.process_life.scenarios import SCENARIOS
+from tests.support.cases import KERNEL_MARKS
+from tests.support.exit_scenarios import SCENARIOS
 
 pytestmark = [*KERNEL_MARKS, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")]
 
@@ -41,7 +41,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ended")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     environment["PYTHONUNBUFFERED"] = "1"  # a fork inherits no text that is not yet written
-    command = [sys.executable, "-W", "ignore", "-m", "tests.process_life.scenarios", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.exit_scenarios", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     return folder

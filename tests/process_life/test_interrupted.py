@@ -15,13 +15,13 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from tests.conftest import KERNEL_BF16, KERNEL_MARKS
-from tests.families.layers import forward_backward, random_lora, set_lora
-from tests.families.patched import adapted_model, lora_config, patched_model
-from tests.helpers import MIXTRAL
-from tests.models import base_weights
-from tests.one_layer import expected_grads, inputs
-from tests.reference import assert_all_close
+from tests.support.cases import KERNEL_BF16, KERNEL_MARKS
+from tests.support.helpers import MIXTRAL
+from tests.support.layers import forward_backward, random_lora, set_lora
+from tests.support.models import base_weights
+from tests.support.one_layer import expected_grads, inputs
+from tests.support.patched import adapted_model, lora_config, patched_model
+from tests.support.reference import assert_all_close
 
 pytestmark = [*KERNEL_MARKS, pytest.mark.slow]
 
@@ -124,9 +124,12 @@ def test_by_a_signal_during_the_operators_calls() -> None:
     model = adapted_model(MIXTRAL, KERNEL_BF16, seed=1)
     base, step = base_weights(MIXTRAL(KERNEL_BF16.dtype))[0], step_of(model)
     step()
-    began = time.perf_counter()
-    step()
-    length, hits = time.perf_counter() - began, 0
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    length, hits = min(seconds), 0  # a busy machine makes the steps to come longer, not shorter
     for part in range(1, 30):
         try:
             with alarm_after(length * part / 30):

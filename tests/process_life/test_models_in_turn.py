@@ -19,10 +19,10 @@ from kt_hf.backends.kt_kernel.engine import Engine
 from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import ThreadPlan
 from kt_hf.system.memory import return_freed_memory
-from tests.conftest import KERNEL_MARKS, Case
-from tests.families.patched import adapted_model, fill_lora, logits_of, loss_of, patched_model, trainable
-from tests.helpers import MIXTRAL
-from tests.models import FAMILIES
+from tests.support.cases import KERNEL_MARKS, Case
+from tests.support.helpers import MIXTRAL
+from tests.support.models import FAMILIES
+from tests.support.patched import adapted_model, fill_lora, logits_of, loss_of, patched_model, trainable
 
 QWEN3 = FAMILIES["qwen3_moe"]
 kernel = pytest.mark.parametrize("mark", [pytest.param(None, marks=KERNEL_MARKS, id="kernel")])
@@ -106,7 +106,7 @@ def test_a_deleted_model_goes_at_once(case: Case, adapt: bool) -> None:
 @kernel
 def test_deleted_and_made_again(mark: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time the same numbers; no threads, descriptors or operators stay, and no layer_idx is used twice."""
-    from tests.conftest import KERNEL_BF16
+    from tests.support.cases import KERNEL_BF16
 
     gc.collect()
     keys: list[int] = []

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kt_hf import KTAMXError
-from tests.conftest import KERNEL_BF16, KERNEL_MARKS
-from tests.families.patched import logits_of, loss_of, trainable
-from tests.helpers import MIXTRAL
-from tests.trainers import model_to_train, result, trainer_for
+from tests.support.cases import KERNEL_BF16, KERNEL_MARKS
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import logits_of, loss_of, trainable
+from tests.support.trainers import model_to_train, result, trainer_for
 
 pytestmark = [*KERNEL_MARKS]
 IDS = MIXTRAL.inputs()

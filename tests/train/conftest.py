@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kt_hf.builtin import smollm2_moe as upcycle
-from tests.train import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="session")

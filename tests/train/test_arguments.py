@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from kt_hf.cli import app
 from kt_hf.train.config.read import on_this_machine, read_arguments
 from kt_hf.train.config.yaml_file import BadSettings
-from tests.train.tiny import ROOT
+from tests.support.tiny import ROOT
 
 GOOD = "model_name_or_path: builtin:smollm2-moe\ndataset: builtin:pydoc\noutput_dir: out\n"
 FULL = """

@@ -15,7 +15,7 @@ from kt_hf.train.config.settings import OwnKeys, TrainSettings
 from kt_hf.train.memory import Estimate, estimate
 from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
-from tests.train.tiny import ROOT
+from tests.support.tiny import ROOT
 
 OWN = OwnKeys(model_name_or_path="builtin:smollm2-moe")
 

@@ -15,9 +15,8 @@ from kt_hf.placement import packer as packing
 from kt_hf.placement.planner import Split
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.expert_profile import Placing
-from tests.loading.checkpoints import make_8_bits
-from tests.train.test_run import trained
-from tests.train.tiny import save_model, write_yaml
+from tests.support.checkpoints import make_8_bits
+from tests.support.tiny import save_model, trained, write_yaml
 
 ROWS = [{"instruction": f"{n}+{n}?", "output": "a number" * 5} for n in range(6)]
 
@@ -83,7 +82,7 @@ def test_a_quantised_model_is_not_loaded_whole(
 def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from tests.train.tiny import tokenizer
+    from tests.support.tiny import tokenizer
 
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
     file = write_yaml(tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", output_dir=str(tmp_path / "out"),

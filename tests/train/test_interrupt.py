@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.train.tiny import environment, kt_hf, write_yaml
+from tests.support.tiny import environment, kt_hf, write_yaml
 
 
 def config(cwd: Path, model: Path, **more: object) -> Path:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from safetensors import safe_open
 
 from kt_hf.errors import KTAMXConfigError, KTAMXError
 from kt_hf.train import run as run_module
-from kt_hf.train.config.read import read_arguments
-from kt_hf.train.run import run
-from tests.train.tiny import MARKED, save_model, write_yaml
+from tests.support.tiny import MARKED, save_model, trained
 
 TURNS = [
     {"role": "user", "content": "2+2?"},
@@ -22,19 +18,6 @@ TURNS = [
     {"role": "user", "content": "3+3?"},
     {"role": "assistant", "content": "six"},
 ]
-
-
-def trained(folder: Path, model: Path, rows: list[dict[str, Any]], *overrides: str) -> tuple[dict[str, Any], str]:
-    """(summary, what was printed) of a step on `rows`."""
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    file = write_yaml(
-        folder / "run.yaml",
-        model_name_or_path=str(model), dataset=str(folder / "data.jsonl"), output_dir=str(folder / "out"),
-        max_steps=1, logging_steps=1, max_length=128, per_device_train_batch_size=2, kt_backend="torch",
-        save_strategy="no", activation_checkpointing=False,
-    )  # fmt: skip
-    console = Console(record=True, width=200, quiet=False, file=(folder / "log").open("w"))
-    return run(read_arguments(file, overrides), console), console.export_text()
 
 
 def trained_bytes(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.train.tiny import ROOT, environment
+from tests.support.tiny import ROOT, environment
 
 ROWS = {
     "sft": {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
@@ -23,9 +24,15 @@ ROWS = {
 
 
 # A random model with its bytes for tokens, and the demo's with SmolLM2's tokenizer and chat template.
-@pytest.mark.parametrize("model", ["tiny_model", "demo_model"])
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    ("stage", "patched", "model"),
+    [
+        pytest.param(stage, patched, model, marks=[] if number == 0 else [pytest.mark.slow])
+        for number, (stage, patched, model) in enumerate(
+            itertools.product(["sft", "dpo"], [True, False], ["tiny_model", "demo_model"])
+        )
+    ],
+)
 def test_a_script_runs(stage: str, patched: bool, model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines = (ROOT / "scripts" / f"{stage}.py").read_text().splitlines(keepends=True)
     assert sum(line.rstrip().endswith("# (kt_hf)") for line in lines) == 3

@@ -7,7 +7,7 @@ import pytest
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.train.config.settings import OwnKeys
 from kt_hf.train.targets import lora_config, lora_targets
-from tests.models import FAMILIES
+from tests.support.models import FAMILIES
 
 USERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from kt_hf.builtin import smollm2_moe as upcycle
-from tests.train.tiny import ROOT, kt_hf
+from tests.support.tiny import ROOT, kt_hf
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(upcycle.GGUF_PACKAGE) is None, reason=f"needs {upcycle.INSTALL_HINT}"

@@ -2,7 +2,7 @@
 
 The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends
 the process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
-established by experiment on kt-kernel 0.7.2; tests/kernel_contract pins those this module relies on.
+established by experiment on kt-kernel 0.7.2; tests/backends/kt_kernel pins those this module relies on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,5 @@
+"""Backends are tested in every dtype."""
+
+from __future__ import annotations
+
+from tests.experts.conftest import case as case
