@@ -20,7 +20,7 @@ from kt_hf.backends import choose_backend, kernel_availability
 from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import plan_threads
 
-QUANTISED = {"kt-int8": "AMXInt8", "kt-int4": "AMXInt4"}
+QUANTIZED = {"kt-int8": "AMXInt8", "kt-int4": "AMXInt4"}
 
 
 def adapted(model: Any, rank: int) -> Any:
@@ -185,7 +185,7 @@ def builds(
             found["kt"] = kt("kt", KTConfig(kt_backend="AMXBF16", **own))
         if "kt-lora-gpu" in cases:
             found["kt-lora-gpu"] = kt("kt-lora-gpu", KTConfig(kt_backend="AMXBF16", kt_moe_lora_device="gpu", **own))
-        for name, backend in QUANTISED.items():
+        for name, backend in QUANTIZED.items():
             if name in cases:
                 found[name] = kt(name, KTConfig(kt_backend=backend, **own))
         for name, share in (("peer", False), ("peer-shared", True)):

@@ -24,7 +24,7 @@ from gpu_train import machine, write
 
 from kt_hf import KTConfig, apply_kt_moe, load_kt_model
 from kt_hf.backends.gpu.streamed import StreamedBackend
-from kt_hf.backends.tiered import SplitBackend
+from kt_hf.backends.tiered import TieredBackend
 from kt_hf.system import gpu
 
 
@@ -53,7 +53,7 @@ def made(source: str, given: argparse.Namespace, device: torch.device) -> tuple[
 def streamed_bytes(model: Any) -> int:
     """Of host memory, in streamed experts."""
     backends = [layer._runner.backend for layer in model._kt_wrappers]
-    parts = [p.backend for b in backends if isinstance(b, SplitBackend) for p in b.parts] + backends
+    parts = [p.backend for b in backends if isinstance(b, TieredBackend) for p in b.parts] + backends
     return sum(t.nbytes for p in parts if isinstance(p, StreamedBackend) for t in p.weights.tensors)
 
 

@@ -212,7 +212,7 @@ def eight_bits(path: Path = FP8) -> list[tuple[Row, Row]]:
     return [(row, latest[batch, length, "bf16"]) for (batch, length, source), row in latest.items() if source == "fp8"]
 
 
-def of_8_bits(found: list[tuple[Row, Row]]) -> str:
+def keep_8bit(found: list[tuple[Row, Row]]) -> str:
     each = ["s a step", "tokens/s", "host GB"]
     head = ["tokens a step", *(f"{source}: {name}" for source in ("FP8", "bf16") for name in each), "FP8 / bf16"]
     body = []
@@ -232,7 +232,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "against": against,
     "split": split,
     "plans": lambda _: plans(sweeps()),
-    "8 bits": lambda _: of_8_bits(eight_bits()),
+    "8 bits": lambda _: keep_8bit(eight_bits()),
 }
 
 

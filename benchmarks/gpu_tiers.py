@@ -28,34 +28,34 @@ from gpu_train import machine, write
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.placement import packer as packing
 from kt_hf.placement import planner
-from kt_hf.placement.planner import Rates, predicted
+from kt_hf.placement.planner import MachineRates, predicted
 from kt_hf.shapes import expert_bytes
 from kt_hf.system import gpu
 
-Split = tuple[int, int]  # resident, streamed
+TierPlan = tuple[int, int]  # resident, streamed
 
 
 class Planned:
     """What the planner measured and chose last."""
 
-    rates: Rates
+    rates: MachineRates
     shape: Any
     room: int
     choice: Any
 
     def __enter__(self) -> Planned:
-        self._kept = packing.make_plan
+        self._kept = packing.plan_tiers
 
-        def watched(rates: Rates, shape: Any, layers: int, tokens: int, room: int, *rest: Any) -> Any:
+        def watched(rates: MachineRates, shape: Any, layers: int, tokens: int, room: int, *rest: Any) -> Any:
             self.rates, self.shape, self.room = rates, shape, room
             self.choice = self._kept(rates, shape, layers, tokens, room, *rest)
             return self.choice
 
-        packing.make_plan = watched
+        packing.plan_tiers = watched
         return self
 
     def __exit__(self, *_: object) -> None:
-        packing.make_plan = self._kept
+        packing.plan_tiers = self._kept
 
 
 def build(given: argparse.Namespace, where: Any, tokens: int, device: torch.device) -> Any:
@@ -71,24 +71,24 @@ def build(given: argparse.Namespace, where: Any, tokens: int, device: torch.devi
 def planned(given: argparse.Namespace, tokens: int, device: torch.device) -> Planned:
     """The choice for a GPU with room for so many resident experts, and no more."""
     found = Planned()
-    kept = planner.Room.free_for_experts
+    kept = planner.MemoryBudget.free_for_experts
 
     def little(room: Any, free: int, tokens: int, shape: Any) -> int:
         layers = given.layers - 1  # the first has no experts
         some = given.resident * expert_bytes(shape) * layers + planner.BUFFERS * planner.CHUNK_BYTES
         return min(some, kept(room, free, tokens, shape))
 
-    planner.Room.free_for_experts = little
+    planner.MemoryBudget.free_for_experts = little
     try:
         with found:
             build(given, "auto", tokens, device)
     finally:
-        planner.Room.free_for_experts = kept
+        planner.MemoryBudget.free_for_experts = kept
     gc.collect()
     return found
 
 
-def splits(choice: Split, E: int, K: int, step: int) -> list[Split]:
+def splits(choice: TierPlan, E: int, K: int, step: int) -> list[TierPlan]:
     """Around a choice: as many resident, from none streamed to all; and all on the CPU, and all on the GPU."""
     resident, streamed = choice
     tried = {(resident, s) for s in (*range(0, E - resident + 1, step), streamed, E - resident)}

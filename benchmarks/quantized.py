@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_hf.backends import ExpertWeights, pack
+from kt_hf.backends import ExpertWeights, build_backend
 from kt_hf.shapes import LORA_NAMES, ExpertShape
 from kt_hf.system.cpu import plan_threads
 from tests.support.reference import BaseWeights, experts_forward_backward, relative_error
@@ -61,7 +61,7 @@ def errors_of(
     base = BaseWeights(gate, up, weights.down.float())
     wanted = experts_forward_backward(x, ids, routing, grad, base, dict(zip(LORA_NAMES, lora, strict=True)))
     copy = ExpertWeights(weights.gate_up.clone(), weights.down.clone())
-    layer = pack(backend, copy, shape, rank, plan_threads(), len(x), False, False, "benchmark")
+    layer = build_backend(backend, copy, shape, rank, plan_threads(), len(x), False, False, "benchmark")
     layer.set_lora(tuple(lora))
     out, saved = layer.forward(x, ids, routing, save=True)
     assert saved is not None
@@ -166,13 +166,13 @@ def measure_memory(backend: str, share: bool, layers: int) -> int:
         weights = ExpertWeights(
             torch.randn(E, 2 * inner, H).mul_(0.02).bfloat16(), torch.randn(E, H, inner).mul_(0.02).bfloat16()
         )
-        return pack(backend, weights, shape, 0, plan, 1024, share, True, "benchmark")
+        return build_backend(backend, weights, shape, 0, plan, 1024, share, True, "benchmark")
 
     from kt_hf.system.memory import return_freed_memory
 
     # Scratch memory is the process's, not the layers': made by a small layer first.
     zeros = ExpertWeights(torch.zeros(E, 2 * inner, 128).bfloat16(), torch.zeros(E, 128, inner).bfloat16())
-    tiny = pack(backend, zeros, ExpertShape(E, K, 128, inner), 0, plan, 1024, False, True, "first")
+    tiny = build_backend(backend, zeros, ExpertShape(E, K, 128, inner), 0, plan, 1024, False, True, "first")
     tiny_x = torch.randn(T, 128).bfloat16()
     _, saved = tiny.forward(tiny_x, torch.rand(T, E).topk(K).indices, torch.rand(T, K), save=True)
     assert saved is not None

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .adapters import publish, seal, start_from, tell_interrupted
 from .backends import CALL_LOCK
-from .backends.buffer_pool import RECYCLED
+from .backends.buffer_pool import BUFFER_POOL
 from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers
 from .monitoring.expert_load import LoadLog
@@ -115,7 +115,7 @@ class KTMoECallback(TrainerCallback):
         layers = kt_layers(kwargs["model"])
         self._refresh(layers)
         with CALL_LOCK:
-            RECYCLED.release()
+            BUFFER_POOL.release()
         self._times = None
         if self._threads is not None:
             torch.set_num_threads(self._threads)

@@ -18,7 +18,7 @@ _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe
 
 
 @dataclass
-class Place:
+class ExpertsSite:
     """Where a layer's experts are.
 
     Attributes:
@@ -45,7 +45,7 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_experts(model: nn.Module, weightless: bool = False) -> list[Place]:
+def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite]:
     """Each layer's routed experts, in order.
 
     Args:
@@ -57,7 +57,7 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[Place]:
     """
     base = base_model(model)
     text = _text_config(base)
-    found: list[Place] = []
+    found: list[ExpertsSite] = []
     strange: list[str] = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -70,7 +70,7 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[Place]:
                     "without biases."
                 )
             parent = modules[parent_name]
-            found.append(Place(name, parent, attribute, module, _shape(base, parent, module, name)))
+            found.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
         elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
             strange.append(f"{name} ({type(module).__name__})")
     if found:

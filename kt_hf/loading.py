@@ -22,14 +22,14 @@ from rich.console import Console
 from torch import nn
 
 from .backends import ExpertWeights
-from .checkpoint.eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantise_rest, has_8_bits, quantised_rest
+from .checkpoint.eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
 from .config import KTConfig
-from .discovery import Place, find_experts, layer_index, skeleton
+from .discovery import ExpertsSite, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
-from .placement.assembly import make_packer, room_of
+from .placement.assembly import make_packer, memory_budget
 from .placement.order import Placement, as_placement
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
@@ -107,7 +107,7 @@ def load_kt_model(
     outline = skeleton(config, trusted)
     found = find_experts(outline, weightless=True)
     coming = dtype if isinstance(dtype, torch.dtype) else _checked_dtype(config.dtype or torch.bfloat16)
-    named = {place.name: place.shape for place in found}
+    named = {site.name: site.shape for site in found}
     packer = make_packer(cfg, named, coming, streamed=True, model_type=config.model_type)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
@@ -117,12 +117,12 @@ def load_kt_model(
     placement, shapes = as_placement(placement), {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
     packer.check_placement(shapes, placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
-    room = room_of(outline, config, tokens_per_step, coming)
+    budget = memory_budget(outline, config, tokens_per_step, coming)
     # Experts that are packed later, at the first adapter, are bf16 until then.
     whole = packer.saved is not None or cfg.kt_lora_rank is None or coming != torch.bfloat16
-    room = replace(room, of_8_bits=not whole and checkpoint.of_8_bits())
-    packer.place(shapes, placement, room)
-    if packer.tiers and packer.tiers.streamed and has_8_bits(config) and not room.of_8_bits:
+    budget = replace(budget, keep_8bit=not whole and checkpoint.keep_8bit())
+    packer.place(shapes, placement, budget)
+    if packer.tiers and packer.tiers.streamed and has_8_bits(config) and not budget.keep_8bit:
         why = "kt_lora_rank is not given" if cfg.kt_lora_rank is None else f"the model is {coming}"
         told = why if whole else "not all of them are of 8 bits, and those of a layer of one dtype"
         logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", told)
@@ -130,13 +130,13 @@ def load_kt_model(
     expert_dtype = _checked_dtype(model.config.dtype or model.dtype)
     if packer.saved is not None:
         packer.saved.check_model(model)
-    places = [_place(model, name, checkpoint) for name in checkpoint.layers]
+    sites = [_site(model, name, checkpoint) for name in checkpoint.layers]
     model.requires_grad_(False)
     saved = packer.saved
-    apart = [packer.read_scaled(place.shape, layer_index(place.name, i)) for i, place in enumerate(places)]
+    apart = [packer.read_scaled(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
-    with LayersBar(len(places), console) as bar, closing(_stream(checkpoint, expert_dtype, apart)) as weights:
-        counted = bar.each(places, sizes)
+    with LayersBar(len(sites), console) as bar, closing(_stream(checkpoint, expert_dtype, apart)) as weights:
+        counted = bar.each(sites, sizes)
         replace_experts(model, counted, packer, lambda at: saved.layer(at.name) if saved else next(weights))
     return_freed_memory()
     return model
@@ -181,13 +181,13 @@ def _load_rest(
     # With the configuration's FP8 transformers would make modules that compute in FP8, or de-quantise by blocks of its
     # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). Values of 8 bits are exact in any dtype
     # of the model, so they are loaded as they are, and multiplied by their scales after.
-    quantised = quantised_rest(checkpoint.files, block_size(config))
+    quantized = quantized_rest(checkpoint.files, block_size(config))
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    ignored = [r"\.experts\."] + ([rf"{SCALE_PATTERN}$"] if quantised else [])
+    ignored = [r"\.experts\."] + ([rf"{SCALE_PATTERN}$"] if quantized else [])
     with _without_experts(checkpoint, ignored):
         model = loader.from_pretrained(str(path_or_name), config=config, dtype=dtype, **more, **kwargs)
-    dequantise_rest(model, quantised)
+    dequantize_rest(model, quantized)
     kept = set(checkpoint.model_class._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected) - (set(ignored) - kept)
     return model
@@ -230,7 +230,7 @@ def _checked_dtype(dtype: torch.dtype | str) -> Any:
     return found
 
 
-def _place(model: Any, name: str, checkpoint: ExpertCheckpoint) -> Place:
+def _site(model: Any, name: str, checkpoint: ExpertCheckpoint) -> ExpertsSite:
     parent, _, attribute = name.rpartition(".")
     experts = model.get_submodule(name)
     if not isinstance(experts, _NoExperts):
@@ -238,7 +238,7 @@ def _place(model: Any, name: str, checkpoint: ExpertCheckpoint) -> Place:
             f"{name}: {type(experts).__name__} is not made by its own module's name, so the model cannot be loaded "
             "without it. Use from_pretrained and apply_kt_moe."
         )
-    return Place(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
+    return ExpertsSite(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
 
 
 def _stream(

@@ -12,16 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import load_adapter, open_adapter
-from .backends import ExpertWeights, SavedLayer
+from .backends import ExpertWeights, PackedLayerFiles
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig
-from .discovery import Place, base_model, find_experts, layer_index
+from .discovery import ExpertsSite, base_model, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.lora_tensors import watch_optimizers
 from .peft_compat import unwrap_expert_parameters
 from .peft_compat.saving import save_native_verified
-from .placement.assembly import make_packer, room_of
+from .placement.assembly import make_packer, memory_budget
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
 from .system.parallel import refuse_parallel
@@ -76,10 +76,10 @@ def apply_kt_moe(
     if kt_layers(model):
         return _already_patched(model, base, cfg)
     found = find_experts(model)
-    named = {place.name: place.shape for place in found}
+    named = {site.name: site.shape for site in found}
     packer = make_packer(cfg, named, base.dtype, model_type=base.config.model_type)
     shapes = {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
-    packer.place(shapes, as_placement(placement), room_of(model, base.config, tokens_per_step))
+    packer.place(shapes, as_placement(placement), memory_budget(model, base.config, tokens_per_step))
     saved = packer.saved
     if saved is not None:
         saved.check_model(model)
@@ -95,7 +95,10 @@ def apply_kt_moe(
 
 
 def replace_experts(
-    base: Any, places: Iterable[Place], packer: Packer, weights_of: Callable[[Place], ExpertWeights | SavedLayer]
+    base: Any,
+    sites: Iterable[ExpertsSite],
+    packer: Packer,
+    weights_of: Callable[[ExpertsSite], ExpertWeights | PackedLayerFiles],
 ) -> list[KTExperts]:
     """Put `KTExperts` in the place of each experts module of a model, one after the other, and what goes with them.
 
@@ -108,7 +111,7 @@ def replace_experts(
     watch_optimizers()
     packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None
-    layers = [_replace(place, index, packer, weights_of(place)) for index, place in enumerate(places)]
+    layers = [_replace(site, index, packer, weights_of(site)) for index, site in enumerate(sites)]
     base._kt_wrappers = layers
     base._kt_moe_lora_params = LoraParamsView(layers)
     base._kt_config = packer.config
@@ -116,16 +119,16 @@ def replace_experts(
     return layers
 
 
-def _take_weights(place: Place) -> ExpertWeights:
-    return ExpertWeights(place.experts.gate_up_proj.detach(), place.experts.down_proj.detach())
+def _take_weights(site: ExpertsSite) -> ExpertWeights:
+    return ExpertWeights(site.experts.gate_up_proj.detach(), site.experts.down_proj.detach())
 
 
-def _replace(place: Place, index: int, packer: Packer, weights: ExpertWeights | SavedLayer) -> KTExperts:
+def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    layer = KTExperts(weights, place.shape, layer_index(place.name, index), place.name, packer, fingerprint(weights))
-    layer.train(place.experts.training)
-    setattr(place.parent, place.attribute, layer)
-    place.experts = None  # its weights are released as they are packed
+    layer = KTExperts(weights, site.shape, layer_index(site.name, index), site.name, packer, fingerprint(weights))
+    layer.train(site.experts.training)
+    setattr(site.parent, site.attribute, layer)
+    site.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()
     return layer

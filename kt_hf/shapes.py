@@ -39,6 +39,6 @@ class ExpertShape:
         return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
 
 
-def expert_bytes(shape: ExpertShape, of_8_bits: bool = False) -> int:
+def expert_bytes(shape: ExpertShape, keep_8bit: bool = False) -> int:
     """Bytes of one expert's three matrices in bf16, or in 8 bits without their scales."""
-    return 3 * shape.hidden_size * shape.intermediate_size * (1 if of_8_bits else 2)
+    return 3 * shape.hidden_size * shape.intermediate_size * (1 if keep_8bit else 2)

@@ -1,10 +1,18 @@
 """Backends: experts of one layer computed forward and backward, knowing nothing of autograd, PEFT or Trainer."""
 
 from ..shapes import LORA_NAMES, ExpertShape
-from .base import Availability, ExpertsBackend, ExpertWeights, Gradients, Saved
-from .kt_kernel.operators import OPERATORS, QUANTISED, most_tokens, shape_problem
-from .kt_kernel.packed_files import SavedLayer
-from .registry import CALL_LOCK, FEW_CORES, choose_backend, describe_cpu, kernel_availability, pack, save_packed
+from .base import Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
+from .kt_kernel.operators import OPERATORS, QUANTIZED, most_tokens, shape_problem
+from .kt_kernel.packed_files import PackedLayerFiles
+from .registry import (
+    CALL_LOCK,
+    FEW_CORES,
+    build_backend,
+    choose_backend,
+    describe_cpu,
+    kernel_availability,
+    quantize_layer,
+)
 from .torch_loop import TorchBackend
 
 __all__ = [
@@ -12,20 +20,20 @@ __all__ = [
     "FEW_CORES",
     "LORA_NAMES",
     "OPERATORS",
-    "QUANTISED",
+    "QUANTIZED",
     "Availability",
     "ExpertShape",
     "ExpertWeights",
     "ExpertsBackend",
     "Gradients",
-    "Saved",
-    "SavedLayer",
+    "PackedLayerFiles",
+    "SavedForward",
     "TorchBackend",
+    "build_backend",
     "choose_backend",
     "describe_cpu",
     "kernel_availability",
     "most_tokens",
-    "pack",
-    "save_packed",
+    "quantize_layer",
     "shape_problem",
 ]

@@ -21,16 +21,16 @@ class ExpertWeights:
     Attributes:
         gate_up: [E, 2I, H], the gate's rows before the up-projection's.
         down: [E, H, I], of the same dtype and device.
-        taken_by: The backend that has packed them, should packing be interrupted between that and its return.
+        packed_as: The backend that has packed them, should packing be interrupted between that and its return.
         scaled: Experts that are of 8 bits yet, to be streamed so: gate_up and down are those of the others then.
     """
 
     gate_up: Tensor
     down: Tensor
-    taken_by: ExpertsBackend | None = None
+    packed_as: ExpertsBackend | None = None
     scaled: ScaledExperts | None = None
 
-    def places(self, experts: Sequence[int]) -> list[int]:
+    def rows_of(self, experts: Sequence[int]) -> list[int]:
         """Where experts of the layer are in gate_up and down."""
         if self.scaled is None:
             return list(experts)
@@ -39,7 +39,7 @@ class ExpertWeights:
         return [held.index(e) for e in experts]
 
 
-class Saved:
+class SavedForward:
     """A forward kept for its backward. Backends add what they need; it is opaque to everybody else."""
 
 
@@ -80,7 +80,7 @@ class CountsRows(Protocol):
 
     def forward_counted(
         self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
-    ) -> tuple[Tensor, Saved | None]:
+    ) -> tuple[Tensor, SavedForward | None]:
         """As `forward`, which asks for the counts itself."""
 
 
@@ -120,13 +120,13 @@ class ExpertsBackend(Protocol):
     def lora_copy(self) -> tuple[Tensor, ...]:
         """A copy of what `set_lora` last took."""
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Output [T, H] in `dtype`, and with `save` what `backward` needs."""
 
-    def can_backward(self, saved: Saved) -> bool:
+    def can_backward(self, saved: SavedForward) -> bool:
         """Whether `saved` is still what the backend would compute a backward of."""
 
-    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+    def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Gradients for the forward that gave `saved`; grad_output is [T, H] in `dtype`."""
 
     def careful_backward(

@@ -28,7 +28,7 @@ class ScaledMatrices:
     scales: Tensor
     block: tuple[int, int]
 
-    def widened(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         """[n, rows, columns] in a floating dtype: products in fp32, rounded once."""
         if self.values.is_cuda and dtype == torch.bfloat16:
             found = _by_kernel(self.values, self.scales, self.block)
@@ -39,7 +39,7 @@ class ScaledMatrices:
         return wide
 
     def row(self, matrix: int, row: int, dtype: torch.dtype) -> Tensor:
-        """[columns], one row of `widened`."""
+        """[columns], one row of `dequantized`."""
         height = self.values.shape[1] // self.scales.shape[1]
         part, below = divmod(row, height)
         wide = self.values[matrix, row : row + 1].to(dtype)
@@ -72,9 +72,9 @@ def _by_kernel(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     if _kernel_runs.get(kind) is False:
         return None
     try:
-        from .gpu.dequantize_kernel import widened
+        from .gpu.dequantize_kernel import dequantized
 
-        found = widened(values, scales, block)
+        found = dequantized(values, scales, block)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no compiler: what is raised then is not documented

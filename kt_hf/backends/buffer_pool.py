@@ -19,7 +19,7 @@ from torch import Tensor
 _SMALL = 2**20  # bytes: smaller ones are the C library's, which keeps these
 
 
-class Recycled:
+class BufferPool:
     """Blocks of memory, each of which comes back when no tensor refers to it any more.
 
     A tensor gets the smallest free block that holds it. If there is none, a new one takes the place of the largest
@@ -57,12 +57,12 @@ class Recycled:
         self._free.clear()
 
 
-RECYCLED = Recycled()
+BUFFER_POOL = BufferPool()
 
 
 def empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A contiguous tensor with any values; on the CPU in memory that is used again."""
-    return RECYCLED.empty(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
+    return BUFFER_POOL.empty(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
 
 
 def empty_rows(rows: int, like: Tensor, columns: int | None = None) -> Tensor:

@@ -15,10 +15,10 @@ from .gpu.pinned_weights import HostWeights
 from .gpu.resident import gpu_backend
 from .gpu.streamed import StreamedBackend
 from .gpu.weight_stream import Streamer
-from .tiered import SplitBackend
+from .tiered import TieredBackend
 
 
-def pack_split(
+def build_tiered(
     weights: ExpertWeights,
     shape: ExpertShape,
     resident: Sequence[int],
@@ -57,7 +57,7 @@ def pack_split(
     parts: list[tuple[ExpertsBackend, list[int]]] = []
     if resident:
         there = _rows(weights, resident, streamer.device, dtype)
-        held.append((there, weights.places(resident)))
+        held.append((there, weights.rows_of(resident)))
         parts.append((gpu_backend(there, _held(shape, resident)), resident))
     if streamed:
         host = _host_weights(weights, streamed)
@@ -66,26 +66,26 @@ def pack_split(
         parts.append((StreamedBackend(host, _held(shape, streamed), streamer), streamed))
     if not rest:
         weights.gate_up = weights.down = torch.empty(0)
-        weights.taken_by = _together(parts, shape)
-        return weights.taken_by
+        weights.packed_as = _together(parts, shape)
+        return weights.packed_as
     here = _rows(weights, rest, where, source)
-    held.append((here, weights.places(rest)))
+    held.append((here, weights.rows_of(rest)))
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
     try:
         backend = _together([*parts, (pack_cpu(here, _held(shape, rest)), rest)], shape)
     except BaseException:  # KeyboardInterrupt among them
-        if here.taken_by is not None:
-            weights.taken_by = _together([*parts, (here.taken_by, rest)], shape)
+        if here.packed_as is not None:
+            weights.packed_as = _together([*parts, (here.packed_as, rest)], shape)
         else:
             weights.gate_up = _joined([(one.gate_up, places) for one, places in held], source, where)
             weights.down = _joined([(one.down, places) for one, places in held], source, where)
         raise
-    weights.taken_by = backend
+    weights.packed_as = backend
     return backend
 
 
 def _together(parts: list[tuple[ExpertsBackend, list[int]]], shape: ExpertShape) -> ExpertsBackend:
-    return parts[0][0] if len(parts) == 1 else SplitBackend(parts, shape)
+    return parts[0][0] if len(parts) == 1 else TieredBackend(parts, shape)
 
 
 def _held(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
@@ -100,7 +100,7 @@ def _host_weights(weights: ExpertWeights, streamed: Sequence[int]) -> HostWeight
 
 
 def _rows(weights: ExpertWeights, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
-    index = torch.tensor(weights.places(experts), device=weights.gate_up.device)
+    index = torch.tensor(weights.rows_of(experts), device=weights.gate_up.device)
     gate_up, down = (t.detach().index_select(0, index).to(device, dtype) for t in (weights.gate_up, weights.down))
     return ExpertWeights(gate_up, down)
 

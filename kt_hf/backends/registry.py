@@ -15,7 +15,7 @@ from ..system.cpu import ThreadPlan, affinity, cpu_features, physical_cores
 from .base import Availability, ExpertsBackend, ExpertWeights
 from .gpu.resident import gpu_backend
 from .kt_kernel.operators import OPERATORS, shape_problem
-from .kt_kernel.packed_files import SavedLayer
+from .kt_kernel.packed_files import PackedLayerFiles
 from .torch_loop import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,9 @@ def choose_backend(
     return requested, available.reason
 
 
-def pack(
+def build_backend(
     name: str,
-    weights: ExpertWeights | SavedLayer,
+    weights: ExpertWeights | PackedLayerFiles,
     shape: ExpertShape,
     rank: int,
     plan: ThreadPlan,
@@ -114,7 +114,7 @@ def pack(
     Saved weights are for AMXInt8 and AMXInt4 alone.
     """
     if name == "torch":
-        if isinstance(weights, SavedLayer):
+        if isinstance(weights, PackedLayerFiles):
             raise KTAMXConfigError(f"{label}: kt_backend=torch cannot load weights saved for kt-kernel's operators.")
         return gpu_backend(weights, shape) if weights.gate_up.is_cuda else TorchBackend(weights, shape)
     from .kt_kernel import backend as kt_kernel
@@ -122,9 +122,9 @@ def pack(
     return kt_kernel.KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label, name)
 
 
-def save_packed(
+def quantize_layer(
     name: str, weights: ExpertWeights, shape: ExpertShape, plan: ThreadPlan, folder: Path, backward: bool, label: str
-) -> SavedLayer:
+) -> PackedLayerFiles:
     """Quantise a layer's weights, which are emptied, and write them to the new folder `folder`.
 
     Args:
@@ -142,7 +142,7 @@ def save_packed(
             weights, shape, 0, plan, 1, not backward, True, label, name, save_to=folder
         )  # fmt: skip
         del backend  # its memory is for the next layer
-    return SavedLayer(folder, backward)
+    return PackedLayerFiles(folder, backward)
 
 
 def describe_cpu() -> str:

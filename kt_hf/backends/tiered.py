@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import ExpertShape
-from .base import CountsRows, ExpertsBackend, Gradients, Saved
+from .base import CountsRows, ExpertsBackend, Gradients, SavedForward
 from .finite_checks import all_finite, is_finite
 from .runs import runs
 from .transfer import Arriving, to_device, to_host
@@ -74,14 +74,14 @@ class Part:
 
 
 @dataclass
-class _SplitSaved(Saved):
-    parts: list[Saved | None]
+class _TieredForward(SavedForward):
+    parts: list[SavedForward | None]
     x: Tensor
     weights: Tensor
     ids: list[Tensor]  # each part's own
 
 
-class SplitBackend:
+class TieredBackend:
     """Experts of one layer held by several backends, each of them by exactly one.
 
     Args:
@@ -144,16 +144,16 @@ class SplitBackend:
         pieces = [part.backend.lora_copy() for part in self.parts]
         return self._joined(pieces, self.dtype) if all(pieces) else ()
 
-    def can_backward(self, saved: Saved) -> bool:
-        return isinstance(saved, _SplitSaved) and all(
+    def can_backward(self, saved: SavedForward) -> bool:
+        return isinstance(saved, _TieredForward) and all(
             kept is not None and part.backend.can_backward(kept)
             for part, kept in zip(self.parts, saved.parts, strict=True)
         )
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         own = [part.own_ids(ids) for part in self.parts]
         arriving = self._inputs_to_cpu(x, weights, own)
-        results: dict[int, tuple[Tensor, Saved | None]] = {}
+        results: dict[int, tuple[Tensor, SavedForward | None]] = {}
         for i in self._at_once:
             results[i] = self.parts[i].backend.forward(x, own[i], weights, save)
         inputs, counts = self._arrived(arriving)
@@ -167,10 +167,10 @@ class SplitBackend:
         total = self._sum([results[i][0] for i in sorted(results)])
         if not save:
             return total, None
-        return total, _SplitSaved([results[i][1] for i in sorted(results)], x, weights, own)
+        return total, _TieredForward([results[i][1] for i in sorted(results)], x, weights, own)
 
-    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
-        assert isinstance(saved, _SplitSaved)
+    def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _TieredForward)
         here = self._here
         wanted = [grad_output, all_finite(grad_output)] if here else []
         arriving = to_host(wanted, [self._cpu_dtypes()[0], torch.bool] if here else [])
@@ -196,7 +196,7 @@ class SplitBackend:
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
         return None  # done part by part in backward
 
-    def _cpu_backward(self, i: int, saved: _SplitSaved, grad_output: Tensor, fine: Tensor) -> Gradients:
+    def _cpu_backward(self, i: int, saved: _TieredForward, grad_output: Tensor, fine: Tensor) -> Gradients:
         part = self.parts[i]
         if not fine:  # the GPU's part carries it on, the operators might not
             T, K = saved.ids[i].shape
@@ -255,7 +255,7 @@ class SplitBackend:
         return tuple(joined)
 
 
-def _kept(saved: _SplitSaved, i: int) -> Saved:
+def _kept(saved: _TieredForward, i: int) -> SavedForward:
     kept = saved.parts[i]
     assert kept is not None, "a forward without save has no backward"
     return kept

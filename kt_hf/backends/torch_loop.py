@@ -26,9 +26,9 @@ from torch.nn.functional import silu as _silu
 
 from ..errors import KTAMXBackwardError
 from ..shapes import ExpertShape
-from .base import ExpertWeights, Gradients, Saved
+from .base import ExpertWeights, Gradients, SavedForward
 from .buffer_pool import empty, empty_rows
-from .transfer import apart
+from .transfer import split_lora
 
 # Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
 # forward (in backward, where the weight's rows are the sum's, always).
@@ -79,7 +79,7 @@ class _Groups:
 
 
 @dataclass
-class _TorchSaved(Saved):
+class _TorchForward(SavedForward):
     groups: _Groups
     weights: Tensor  # [S, 1] in the dtype of computation, sorted
     x: Tensor  # [S, H], sorted
@@ -180,10 +180,10 @@ class TorchBackend:
     def lora_copy(self) -> tuple[Tensor, ...]:
         return self._lora.six() if self._lora else ()
 
-    def can_backward(self, saved: Saved) -> bool:
-        return isinstance(saved, _TorchSaved)
+    def can_backward(self, saved: SavedForward) -> bool:
+        return isinstance(saved, _TorchForward)
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         groups = self._group(ids)
         I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
         xs = groups.taken(x.to(self._math))
@@ -203,13 +203,13 @@ class TorchBackend:
             if lora:
                 out.addmm_(h @ lora.down_a[e].t(), lora.down_b[e].t())
             out.mul_(ws[rows])
-        return self._sum_by_token(y, groups), _TorchSaved(groups, ws, xs, gu, xa, lora) if save else None
+        return self._sum_by_token(y, groups), _TorchForward(groups, ws, xs, gu, xa, lora) if save else None
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
         return None  # what is not finite here is not finite
 
-    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
-        assert isinstance(saved, _TorchSaved)
+    def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _TorchForward)
         if self.weights.down.numel() == 0:
             raise KTAMXBackwardError("The experts were packed between this forward and its backward: forward again.")
         groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
@@ -258,7 +258,7 @@ class TorchBackend:
         """The six of LoRA in fp32 and in one memory, zero where an expert has no rows."""
         sizes = self.shape.lora_shapes(rank)
         flat = empty((sum(map(math.prod, sizes)),), torch.float32, self.device)
-        return apart(flat if len(groups.spans) == self.shape.num_experts else flat.zero_(), sizes)
+        return split_lora(flat if len(groups.spans) == self.shape.num_experts else flat.zero_(), sizes)
 
     def _group(self, ids: Tensor) -> _Groups:
         T, K = ids.shape

@@ -18,15 +18,15 @@ from torch import Tensor
 _IN_MEMORY = (0, 2, 4, 1, 3, 5)
 
 
-def apart(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+def split_lora(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """Six LoRA tensors of these sizes, views of a flat one."""
     pieces = flat.split([math.prod(sizes[i]) for i in _IN_MEMORY])
     views = {i: piece.view(tuple(sizes[i])) for i, piece in zip(_IN_MEMORY, pieces, strict=True)}
     return tuple(views[i] for i in range(len(sizes)))
 
 
-def joined(six: Sequence[Tensor]) -> Tensor | None:
-    """The flat tensor that six LoRA tensors are views of, as `apart` makes them; None if they are not."""
+def flat_lora(six: Sequence[Tensor]) -> Tensor | None:
+    """The flat tensor that six LoRA tensors are views of, as `split_lora` makes them; None if they are not."""
     first = six[0]
     memory, at = first.untyped_storage().data_ptr(), first.storage_offset()
     for i in _IN_MEMORY:
@@ -42,7 +42,7 @@ def joined(six: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((at - first.storage_offset(),), (1,))
 
 
-def b_of(flat: Tensor, six: Sequence[Tensor]) -> Tensor:
+def lora_b_part(flat: Tensor, six: Sequence[Tensor]) -> Tensor:
     """The part of their flat tensor that the B of all projections are."""
     return flat[sum(tensor.numel() for tensor in six[::2]) :]
 
@@ -110,7 +110,7 @@ def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequ
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on `device` in `dtype` (None keeps its own); to a GPU without waiting for the copy.
 
-    Where the owner of pinned memory writes to it again (`written_again`), `wait_until_read` tells it when it may.
+    Where the owner of pinned memory writes to it again (`track_reads`), `wait_for_reads` tells it when it may.
     """
     dtype = dtype or tensor.dtype
     if device.type != "cuda" or tensor.is_cuda:
@@ -125,24 +125,24 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return moved.to(dtype)
 
 
-def six_to_device(six: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+def lora_to_device(six: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU, without waiting for the copies."""
     sizes, dtype = [tensor.shape for tensor in six], six[0].dtype
     count = sum(map(math.prod, sizes))
     if not all(tensor.is_pinned() for tensor in six):  # a copy from pageable memory would block
         source = host_empty((count,), dtype)
-        for own, tensor in zip(apart(source, sizes), six, strict=True):
+        for own, tensor in zip(split_lora(source, sizes), six, strict=True):
             own.copy_(tensor)
-        return apart(source.to(device, non_blocking=True), sizes)
-    there = apart(torch.empty(count, dtype=dtype, device=device), sizes)
+        return split_lora(source.to(device, non_blocking=True), sizes)
+    there = split_lora(torch.empty(count, dtype=dtype, device=device), sizes)
     for own, tensor in zip(there, six, strict=True):
         own.copy_(tensor, non_blocking=True)
     _note_read(six, device)
     return there
 
 
-def written_again(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Have copies to a GPU from these very tensors noted, for `wait_until_read`."""
+def track_reads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Have copies to a GPU from these very tensors noted, for `wait_for_reads`."""
     for tensor in tensors:
         tensor._kt_read = None  # type: ignore[attr-defined]
     return tensors
@@ -157,7 +157,7 @@ def _note_read(tensors: Sequence[Tensor], device: torch.device) -> None:
             tensor._kt_read = event
 
 
-def wait_until_read(tensors: Sequence[Tensor]) -> None:
+def wait_for_reads(tensors: Sequence[Tensor]) -> None:
     """Wait for the copies to a GPU that have begun from these very tensors."""
     for tensor in tensors:
         event = getattr(tensor, "_kt_read", None)

@@ -63,7 +63,7 @@ def load_dense() -> tuple[Any, Any]:
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     with _file_read_once(), redirect_stderr(io.StringIO()):  # the second for a progress bar that no setting turns off
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **_dequantise(), **source)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **_dequantize(), **source)
     return model.eval(), tokenizer
 
 
@@ -81,7 +81,7 @@ def _file_read_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
-def _dequantise() -> dict[str, Any]:
+def _dequantize() -> dict[str, Any]:
     """Ask for plain weights where this transformers could also keep them packed."""
     import transformers
 

@@ -100,7 +100,7 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, in
     return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 
-def dequantise(weight: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
+def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
     """out = weight × its block's scale, computed in fp32 and rounded once.
 
     Args:
@@ -146,7 +146,7 @@ def _told(block: tuple[int, int]) -> str:
     return "a scale for each row" if block == _A_ROW else f"blocks of {block[0]} × {block[1]}"
 
 
-def quantised_rest(files: TensorFiles, block: tuple[int, int]) -> list[Quantised]:
+def quantized_rest(files: TensorFiles, block: tuple[int, int]) -> list[Quantised]:
     """The weights of 8 bits of a checkpoint that are not routed experts'.
 
     Raises:
@@ -169,7 +169,7 @@ def scales_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | 
 
 
 @torch.no_grad()
-def dequantise_rest(model: Any, weights: list[Quantised]) -> None:
+def dequantize_rest(model: Any, weights: list[Quantised]) -> None:
     """Multiply the weights of a model, into which their values were loaded as they are, by their scales, in place.
 
     Raises:
@@ -190,4 +190,4 @@ def dequantise_rest(model: Any, weights: list[Quantised]) -> None:
         scales = torch.empty(one.scales.shape, dtype=one.scales.dtype, device="cpu")
         read_tensors([(one.scales, scales)])
         weight = parameters[known[0]].data
-        dequantise(weight, scales.to(weight.device), one.block, weight)
+        dequantize(weight, scales.to(weight.device), one.block, weight)

@@ -59,11 +59,11 @@ class ExpertCheckpoint:
 
     def __init__(self, folder: str | Path, config: Any, trust_remote_code: bool = False) -> None:
         model = skeleton(config, trust_remote_code)
-        places = find_experts(model, weightless=True)
+        sites = find_experts(model, weightless=True)
         self.model_class = type(model)
-        self.expert_classes = {type(place.experts) for place in places}
-        self.layers = [place.name for place in places]
-        self.shapes = {place.name: place.shape for place in places}
+        self.expert_classes = {type(site.experts) for site in sites}
+        self.layers = [site.name for site in sites]
+        self.shapes = {site.name: site.shape for site in sites}
         self.block = block_size(config)
         _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))
@@ -75,7 +75,7 @@ class ExpertCheckpoint:
         Args:
             layer: One of `layers`.
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
-            apart: Ids of experts that are read as they are, of 8 bits; `of_8_bits` says whether they can be.
+            apart: Ids of experts that are read as they are, of 8 bits; `keep_8bit` says whether they can be.
 
         Returns:
             gate_up [E, 2I, H] and down [E, H, I]; without the experts that are `apart`.
@@ -90,12 +90,12 @@ class ExpertCheckpoint:
         rest = [e for e in range(shape.num_experts) if e not in set(apart)]
         gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
-        place = {e: i for i, e in enumerate(rest)}
+        site = {e: i for i, e in enumerate(rest)}
         targets = _targets(gate_up, down)
-        read_matrices([(one, targets[name][place[e]]) for (e, name), one in matrices.items() if e in place])
+        read_matrices([(one, targets[name][site[e]]) for (e, name), one in matrices.items() if e in site])
         return ExpertWeights(gate_up, down, scaled=self._read_scaled(layer, sorted(apart)) if apart else None)
 
-    def of_8_bits(self) -> bool:
+    def keep_8bit(self) -> bool:
         """Whether all experts are of 8 bits, those of a layer of one dtype."""
         for matrices in self._matrices.values():
             kinds = {(one.weight.dtype, one.scales.dtype if one.scales else None) for one in matrices.values()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .eight_bit import dequantise
+from .eight_bit import dequantize
 from .tensor_files import StoredTensor, read_tensors
 
 _STAGING = 64 * 2**20  # bytes read at a time where they are not the bytes wanted
@@ -63,7 +63,7 @@ def _convert(jobs: list[Job]) -> None:
             if one.scales is None:
                 target.copy_(parts[one.weight])
             else:
-                dequantise(parts[one.weight], parts[one.scales], one.block, target)
+                dequantize(parts[one.weight], parts[one.scales], one.block, target)
 
 
 def _room(tensor: StoredTensor) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import ExpertWeights, SavedLayer
+from ..backends import ExpertWeights, PackedLayerFiles
 from ..backends.block_scaled import ScaledMatrices
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
@@ -19,7 +19,7 @@ _ROWS = 32
 
 
 @dataclass(frozen=True)
-class Mark:
+class Fingerprint:
     """Some rows of a tensor: its shape, the dtype it had, and a checksum of the rows in bf16."""
 
     shape: list[int]
@@ -27,25 +27,27 @@ class Mark:
     sha256: str
 
 
-def mark(tensor: Tensor) -> Mark:
+def fingerprint_of(tensor: Tensor) -> Fingerprint:
     """The mark of a tensor in memory, the same for one dtype and another that its values were widened to."""
     rows = tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
     index = torch.tensor(_sample(len(rows)), device=rows.device)
-    return _mark(list(tensor.shape), tensor.dtype, rows[index])
+    return _fingerprint(list(tensor.shape), tensor.dtype, rows[index])
 
 
-def marks_of_weights(weights: ExpertWeights) -> dict[str, Mark]:
+def fingerprints_of_weights(weights: ExpertWeights) -> dict[str, Fingerprint]:
     """Of a layer's experts, by the names of the parameters in transformers: the same if some are of 8 bits yet."""
     if weights.scaled is None:
-        return {"gate_up_proj": mark(weights.gate_up), "down_proj": mark(weights.down)}
+        return {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
     there = weights.scaled
     return {
-        "gate_up_proj": _mark_of_parts(weights, weights.gate_up, there.gate_up, there.experts),
-        "down_proj": _mark_of_parts(weights, weights.down, there.down, there.experts),
+        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, there.gate_up, there.experts),
+        "down_proj": _fingerprint_of_parts(weights, weights.down, there.down, there.experts),
     }
 
 
-def _mark_of_parts(weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices, experts: Sequence[int]) -> Mark:
+def _fingerprint_of_parts(
+    weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices, experts: Sequence[int]
+) -> Fingerprint:
     """Of all experts' matrices: those of `experts` are in `scaled`, the others in `wide`."""
     number, (height, columns) = len(wide) + len(experts), wide.shape[1:]
     rows = []
@@ -54,22 +56,24 @@ def _mark_of_parts(weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices,
         if expert in experts:
             rows.append(scaled.row(experts.index(expert), row, wide.dtype))
         else:
-            rows.append(wide[weights.places([expert])[0], row])
-    return _mark([number, height, columns], wide.dtype, torch.stack(rows))
+            rows.append(wide[weights.rows_of([expert])[0], row])
+    return _fingerprint([number, height, columns], wide.dtype, torch.stack(rows))
 
 
-def fingerprint(weights: ExpertWeights | SavedLayer) -> Tensor:
+def fingerprint(weights: ExpertWeights | PackedLayerFiles) -> Tensor:
     """[4] int64 that tell a layer's base weights from others': the mark of a sample of them."""
-    digest = weights.mark if isinstance(weights, SavedLayer) else combined(marks_of_weights(weights))
+    digest = (
+        weights.fingerprint if isinstance(weights, PackedLayerFiles) else combined(fingerprints_of_weights(weights))
+    )
     return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.int64).clone()
 
 
-def combined(marks: Mapping[str, Mark]) -> str:
+def combined(marks: Mapping[str, Fingerprint]) -> str:
     """One mark of several, a hexadecimal sha256."""
     return hashlib.sha256("".join(marks[name].sha256 for name in sorted(marks)).encode()).hexdigest()
 
 
-def marks_of_files(files: TensorFiles, layers: list[str]) -> dict[str, Mark]:
+def fingerprints_of_files(files: TensorFiles, layers: list[str]) -> dict[str, Fingerprint]:
     """Of the tensors outside the experts in the first and the last of the blocks that have `layers`, and of no block.
 
     A fine-tuned model may share routers or norms with the one it was made of, but hardly all of its attention.
@@ -79,20 +83,20 @@ def marks_of_files(files: TensorFiles, layers: list[str]) -> dict[str, Mark]:
     for name, tensor in files.tensors.items():
         in_block = name.startswith(tuple(blocks)) and ".experts." not in name
         if (in_block or not re.search(r"\.\d+\.", name)) and tensor.dtype in FLOATING and 1 <= len(tensor.shape) <= 2:
-            found[name] = _mark_of_stored(tensor)
+            found[name] = _fingerprint_of_stored(tensor)
     return found
 
 
-def _mark_of_stored(tensor: StoredTensor) -> Mark:
+def _fingerprint_of_stored(tensor: StoredTensor) -> Fingerprint:
     rows = [tensor.row(i) for i in _sample(tensor.shape[0])] if len(tensor.shape) == 2 else [tensor]
     memory = torch.empty(len(rows), tensor.shape[-1], dtype=tensor.dtype)
     read_tensors(list(zip(rows, memory, strict=True)))
-    return _mark(list(tensor.shape), tensor.dtype, memory)
+    return _fingerprint(list(tensor.shape), tensor.dtype, memory)
 
 
-def _mark(shape: list[int], dtype: torch.dtype, rows: Tensor) -> Mark:
+def _fingerprint(shape: list[int], dtype: torch.dtype, rows: Tensor) -> Fingerprint:
     data = rows.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    return Mark(shape, str(dtype).removeprefix("torch."), hashlib.sha256(data.tobytes()).hexdigest())
+    return Fingerprint(shape, str(dtype).removeprefix("torch."), hashlib.sha256(data.tobytes()).hexdigest())
 
 
 def _sample(count: int) -> list[int]:

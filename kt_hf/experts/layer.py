@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, SavedLayer, TorchBackend
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, PackedLayerFiles, TorchBackend
 from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import pin
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
@@ -45,7 +45,7 @@ class BackendFactory(Protocol):
     def lora_follows_gpu(self) -> bool: ...
 
     def build(
-        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str, layer_idx: int
+        self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int
     ) -> ExpertsBackend:
         """The backend of a layer, for LoRA of up to `rank`; takes the weights over."""
 
@@ -67,7 +67,7 @@ class KTExperts(nn.Module):
 
     def __init__(
         self,
-        weights: ExpertWeights | SavedLayer,
+        weights: ExpertWeights | PackedLayerFiles,
         shape: ExpertShape,
         layer_idx: int,
         label: str,
@@ -79,7 +79,7 @@ class KTExperts(nn.Module):
         self.layer_idx = layer_idx
         self.label = label
         self.factory = factory
-        self.lora_dtype = torch.bfloat16 if isinstance(weights, SavedLayer) else weights.gate_up.dtype
+        self.lora_dtype = torch.bfloat16 if isinstance(weights, PackedLayerFiles) else weights.gate_up.dtype
         sizes = {
             "gate_proj": (shape.hidden_size, shape.intermediate_size),
             "up_proj": (shape.hidden_size, shape.intermediate_size),
@@ -92,7 +92,7 @@ class KTExperts(nn.Module):
         # keys precomputed reference log-probabilities by the state dict.
         self.register_buffer("base_fingerprint", fingerprint)
         self._unpacked: ExpertWeights | None = None
-        if isinstance(weights, SavedLayer) or weights.scaled is not None:
+        if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
             with CALL_LOCK:
                 self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
             return

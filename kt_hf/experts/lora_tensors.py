@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backends import Gradients
 from ..backends.buffer_pool import empty
-from ..backends.transfer import apart, b_of, joined, to_device
+from ..backends.transfer import flat_lora, lora_b_part, split_lora, to_device
 from ..shapes import ExpertShape
 from .projections import ExpertProjection
 
@@ -141,7 +141,7 @@ class LoraTensors:
         reusable = computed.lora_is_free and six[0].dtype == target
         if self._one_adapter_of(six[0].shape[1]):
             return _of_one_adapter(six, [part.scaling for part in self.parts], target, reusable)
-        reusable = reusable and joined(six) is None  # a part of their memory would keep all of it
+        reusable = reusable and flat_lora(six) is None  # a part of their memory would keep all of it
         gradients: list[Tensor] = []
         for part in self.parts:
             rows = slice(part.offset, part.offset + part.rank)
@@ -167,16 +167,16 @@ def _of_one_adapter(
     six: tuple[Tensor, ...], scalings: list[float], target: torch.dtype, reusable: bool
 ) -> list[Tensor]:
     """Gradients of one adapter of the backend's rank on all projections: in as few passes as can be."""
-    flat = joined(six)
+    flat = flat_lora(six)
     if reusable and all(tensor.is_contiguous() for tensor in six):
         gradients = six
     elif flat is None:
         gradients = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in six)
     else:
         flat = empty(tuple(flat.shape), target, flat.device).copy_(flat)
-        gradients = apart(flat, [tensor.shape for tensor in six])
+        gradients = split_lora(flat, [tensor.shape for tensor in six])
     if flat is not None and len(set(scalings)) == 1:
-        _scale(b_of(flat, six), scalings[0])
+        _scale(lora_b_part(flat, six), scalings[0])
     else:
         for b, scaling in zip(gradients[1::2], scalings, strict=True):
             _scale(b, scaling)

@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backends import CALL_LOCK, ExpertsBackend, Gradients, Saved
+from ..backends import CALL_LOCK, ExpertsBackend, Gradients, SavedForward
 from ..backends.finite_checks import DeferredChecks, all_finite, is_finite
-from ..backends.transfer import joined, six_to_device, to_device, to_host
+from ..backends.transfer import flat_lora, lora_to_device, to_device, to_host
 from ..errors import KTAMXBackwardError, KTAMXForwardError
 from .lora_tensors import LoraTensors
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
@@ -93,7 +93,7 @@ class ExpertsRunner:
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle()
             if save and self.retain and in_backward():
-                known = self._recognise(*self._prepared(x, ids, weights))
+                known = self._recognize(*self._prepared(x, ids, weights))
                 if known is not None and known.retained is not None:
                     # Another alias: this one becomes the output of a graph that leads back to the ticket.
                     return to_device(known.retained.output.detach(), x.device), known
@@ -192,7 +192,11 @@ class ExpertsRunner:
         return ids.new_zeros(count).scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait
 
     def _backward(
-        self, saved: Saved, inputs: Callable[[], tuple[Tensor, Tensor, Tensor]], grad_output: Tensor, check: Check
+        self,
+        saved: SavedForward,
+        inputs: Callable[[], tuple[Tensor, Tensor, Tensor]],
+        grad_output: Tensor,
+        check: Check,
     ) -> Gradients:
         gradients = self.backend.backward(saved, grad_output)
         if self.on_gpu:
@@ -228,7 +232,7 @@ class ExpertsRunner:
             ) if lora else tuple(new.to(torch.float32, copy=True) for new in part.lora)  # fmt: skip
         return Gradients(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), lora, lora_is_free=True)
 
-    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         most = self.backend.max_len
         if x.shape[0] == 0:
             return x.new_zeros(x.shape), None
@@ -272,7 +276,7 @@ class ExpertsRunner:
         grad, fine = to_host((grad, all_finite(grad)), (grad.dtype, torch.bool)).wait()
         return grad, bool(fine)
 
-    def _recognise(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+    def _recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
         for ticket in sorted(self._live.values(), key=lambda t: -t.number):
             if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
                 return ticket
@@ -291,7 +295,7 @@ class ExpertsRunner:
         device = lora.parameters[0].device
         if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
             gradients = _lora_on(gradients, device)
-        flat = joined(gradients.lora)
+        flat = flat_lora(gradients.lora)
         computed: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
         error = functools.partial(_not_finite, self.label, "an expert LoRA tensor")
         if computed[0].is_cuda:
@@ -339,7 +343,7 @@ def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Grad
 
 def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
     """With LoRA's gradients copied from the CPU to a GPU."""
-    return replace(gradients, lora=six_to_device(gradients.lora, device), lora_is_free=True)
+    return replace(gradients, lora=lora_to_device(gradients.lora, device), lora_is_free=True)
 
 
 def _within(ids: Tensor, count: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from ..backends import Saved
+from ..backends import SavedForward
 from ..backends.transfer import to_device
 
 _ticket_numbers = itertools.count(1)
@@ -68,7 +68,7 @@ def _bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class Ticket:
     """One forward: what the backend saved of it, with which LoRA values, and its inputs and output where kept."""
 
-    def __init__(self, values: LoraValues, saved: Saved | None, ids: Tensor) -> None:
+    def __init__(self, values: LoraValues, saved: SavedForward | None, ids: Tensor) -> None:
         self.number = next(_ticket_numbers)
         self.saved = saved
         self.ids = ids  # [T, K], -1 for no expert

@@ -8,10 +8,10 @@ import weakref
 from collections.abc import Iterable
 
 from ..backends.gpu.weight_stream import Streamer
-from ..backends.tiered import SplitBackend
+from ..backends.tiered import TieredBackend
 from ..experts.layer import KTExperts
 from ..placement.packer import Packer
-from ..placement.planner import Split
+from ..placement.planner import TierPlan
 
 logger = logging.getLogger(__name__)
 _SKIPPED, _TIMED = 2, 3  # steps: the first make buffers and learn what comes after what
@@ -31,7 +31,7 @@ class TierTimes:
     """
 
     def __init__(self, packer: Packer) -> None:
-        self._plan: Split | None = packer.planned if packer.tiers and packer.tiers.on_gpu else None
+        self._plan: TierPlan | None = packer.planned if packer.tiers and packer.tiers.on_gpu else None
         self._packer = weakref.ref(packer)
         self._steps = 0
         self._began: tuple[float, float] | None = None  # the step's begin, and the CPU's seconds until then
@@ -63,7 +63,7 @@ class TierTimes:
         if self._steps == _SKIPPED + _TIMED:
             self._tell(self._plan, _TIMED * max(forwards, 1))
 
-    def _tell(self, plan: Split, count: int) -> None:
+    def _tell(self, plan: TierPlan, count: int) -> None:
         parts = [
             f"{name} {took / count:.3g} s ({planned:.3g} planned)"
             for name, took, planned in (
@@ -82,4 +82,4 @@ class TierTimes:
 
 def _cpu_seconds(layers: Iterable[KTExperts]) -> float:
     backends = [layer.backend for layer in layers]
-    return sum(backend.cpu_seconds for backend in backends if isinstance(backend, SplitBackend))
+    return sum(backend.cpu_seconds for backend in backends if isinstance(backend, TieredBackend))

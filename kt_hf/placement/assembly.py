@@ -18,7 +18,7 @@ from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
 from .packer import Packer
-from .planner import Room
+from .planner import MemoryBudget
 from .tiers import Tiers, asked_for, check_tiers, field_of
 
 logger = logging.getLogger(__name__)
@@ -98,10 +98,12 @@ def make_packer(
     return packer
 
 
-def room_of(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> Room:
+def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> MemoryBudget:
     """What a planned placement goes by, of a model that has its weights or is yet to get them in `dtype`."""
     text = config.get_text_config()
     rest = [p for name, p in model.named_parameters() if ".experts." not in name and not p.is_cuda]
     experts_dtype = dtype or next((p.dtype for name, p in model.named_parameters() if ".experts." in name), None)
     size = sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in rest)
-    return Room(tokens, size, getattr(text, "num_hidden_layers", 0), getattr(text, "vocab_size", 0), experts_dtype)
+    return MemoryBudget(
+        tokens, size, getattr(text, "num_hidden_layers", 0), getattr(text, "vocab_size", 0), experts_dtype
+    )

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, most_tokens, pack
-from ..backends.build_tiered import pack_split
+from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, build_backend, most_tokens
+from ..backends.build_tiered import build_tiered
 from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.pinned_weights import lock_pages, unlock_pages
 from ..backends.gpu.resident import gpu_backend
@@ -21,7 +21,7 @@ from ..backends.gpu.weight_stream import Streamer
 from ..errors import KTAMXError
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
-from .planner import Line, Rates
+from .planner import LinearCost, MachineRates
 
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20
@@ -42,7 +42,7 @@ def measure_rates(
     tokens: int = _MOST,
     copy_bytes: int = _COPY_BYTES,
     gpu_tokens: int = _GPU_TOKENS,
-) -> Rates:
+) -> MachineRates:
     """Measure once, in a few seconds.
 
     Args:
@@ -62,11 +62,11 @@ def measure_rates(
     lengths = min(_SHORT, longest), longest
     with CALL_LOCK, torch.no_grad():
         pcie = _copy_rate(device, copy_bytes)
-        packed = pack(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")
+        packed = build_backend(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")
 
-        def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[Line, Line]:
+        def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[LinearCost, LinearCost]:
             weights, streamer = _weights(layer), Streamer(device)
-            split = pack_split(weights, layer, resident, streamed, streamer, torch.bfloat16, lambda *_: packed)
+            split = build_tiered(weights, layer, resident, streamed, streamer, torch.bfloat16, lambda *_: packed)
             return _lines(split, range(2 * _BESIDE, layer.num_experts), streamed, lengths)
 
         quiet = lines(range(2 * _BESIDE), range(0))
@@ -77,7 +77,7 @@ def measure_rates(
         ids = _ids(gpu_tokens, K, range(small.num_experts))
         took = _times(on_gpu, _random((gpu_tokens, H)), ids)
         forward, backward = (ids.numel() / seconds for seconds in took)
-    rates = Rates(pcie, *quiet, *beside, forward, backward)
+    rates = MachineRates(pcie, *quiet, *beside, forward, backward)
     logger.info("kt_hf: measured %s", rates)
     return rates
 
@@ -109,7 +109,9 @@ def _ids(tokens: int, top_k: int, used: range) -> Tensor:
     return used.start + chance.topk(top_k, dim=1).indices
 
 
-def _lines(split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequence[int]) -> tuple[Line, Line]:
+def _lines(
+    split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequence[int]
+) -> tuple[LinearCost, LinearCost]:
     """The model of the part on the CPU, forward and backward, by least squares over lengths, numbers of experts used,
     and tokens that are for none of them. With `streamed` every second choice is one of these."""
     K = split.shape.top_k
@@ -127,7 +129,7 @@ def _lines(split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequen
     return fitted(points, forward), fitted(points, backward)
 
 
-def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
+def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> LinearCost:
     """The line through measured points (1, tokens, experts, rows), without negative terms: what would be one is left
     out."""
     kept = [0, 1, 2, 3]
@@ -139,7 +141,7 @@ def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> Line:
             break
         kept.pop(int(found.argmin()))
     terms = dict(zip(kept, found.clamp(min=0).tolist(), strict=True))
-    return Line(*(terms.get(i, 0.0) for i in range(4)))
+    return LinearCost(*(terms.get(i, 0.0) for i in range(4)))
 
 
 def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, float]:

@@ -12,23 +12,22 @@ from ..backends import (
     OPERATORS,
     ExpertsBackend,
     ExpertWeights,
-    SavedLayer,
+    PackedLayerFiles,
+    build_backend,
     most_tokens,
-    pack,
 )
-from ..backends.build_tiered import pack_split
+from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.weight_stream import Streamer
 from ..config import KTConfig
-from ..quantized import SavedExperts as PrequantizedExperts
+from ..quantized import PrequantizedExperts
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
 from .calibration import measure_rates
 from .order import Placement
-from .planner import Room, Split
-from .planner import plan as make_plan
+from .planner import MemoryBudget, TierPlan, plan_tiers
 from .tiers import Tiers, check_tiers
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Packer:
     Attributes:
         placement: Which experts go to the GPU first; None for the first ones by number.
         planned: What was expected of the tiers, where they were planned.
-        of_8_bits: Whether streamed experts stay in 8 bits, as their checkpoint has them.
+        keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
     """
@@ -77,8 +76,8 @@ class Packer:
         self.config, self.backend, self.reason, self.threads = config, backend, reason, threads
         self.tiers, self.streamed, self.saved, self.gpu = tiers, streamed, saved, gpu
         self.placement: Placement | None = None
-        self.planned: Split | None = None
-        self.of_8_bits = False
+        self.planned: TierPlan | None = None
+        self.keep_8bit = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -126,24 +125,26 @@ class Packer:
             self._streamer = Streamer(self.gpu_device)
         return self._streamer
 
-    def place(self, layers: Mapping[int, ExpertShape], placement: Placement | None, room: Room | None = None) -> None:
+    def place(
+        self, layers: Mapping[int, ExpertShape], placement: Placement | None, budget: MemoryBudget | None = None
+    ) -> None:
         """Decide which experts of these layers go to the GPU, or are streamed to it.
 
         Args:
             layers: Shape by layer index.
             placement: Which of them go first; None for the first ones.
-            room: What a planned placement goes by.
+            budget: What a planned placement goes by.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
         """
         self.check_placement(layers, placement)
-        room = room or Room()
+        budget = budget or MemoryBudget()
         if self.tiers is None:
-            self.tiers = self._planned(list(layers.values()), placement, room)
-        tiers, self.of_8_bits = self.tiers, room.of_8_bits
+            self.tiers = self._planned(list(layers.values()), placement, budget)
+        tiers, self.keep_8bit = self.tiers, budget.keep_8bit
         self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in layers.values())
-        self._locked_bytes = sum(expert_bytes(shape, self.of_8_bits) * tiers.streamed for shape in layers.values())
+        self._locked_bytes = sum(expert_bytes(shape, self.keep_8bit) * tiers.streamed for shape in layers.values())
         if not tiers.on_gpu:
             return
         self.placement = placement
@@ -160,28 +161,28 @@ class Packer:
             for layer, shape in layers.items():
                 placement.check(layer, shape.num_experts)
 
-    def _planned(self, shapes: list[ExpertShape], placement: Placement | None, room: Room) -> Tiers:
+    def _planned(self, shapes: list[ExpertShape], placement: Placement | None, budget: MemoryBudget) -> Tiers:
         """By the machine's rates, measured now."""
         shape, device = max(shapes, key=expert_bytes), self.gpu_device
         shape = replace(shape, num_experts=min(one.num_experts for one in shapes))
-        tokens = room.tokens or self.config.kt_max_len or _TOKENS
+        tokens = budget.tokens or self.config.kt_max_len or _TOKENS
         free = free_device_memory(device)
         streaming = all(aligned(one) for one in shapes) and (
-            self.backend != "torch" or room.dtype in (None, torch.bfloat16)
+            self.backend != "torch" or budget.dtype in (None, torch.bfloat16)
         )
         rates = measure_rates(shape, device, self.threads, self.backend, tokens)
         if self.config.kt_moe_lora_device == "gpu":
-            room = replace(room, lora_rank=self.config.kt_lora_rank or _RANK)
-        left = room.free_for_experts(free, tokens, shape)
+            budget = replace(budget, lora_rank=self.config.kt_lora_rank or _RANK)
+        left = budget.free_for_experts(free, tokens, shape)
         popularity = placement.share if placement else ()
-        split = make_plan(rates, shape, len(shapes), tokens, left, popularity, streaming, room.of_8_bits)
+        split = plan_tiers(rates, shape, len(shapes), tokens, left, popularity, streaming, budget.keep_8bit)
         check_tiers(split.tiers, self.config, shapes, self.backend != "torch")
         logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, split)
         self.planned = split
         return split.tiers
 
     def build(
-        self, weights: ExpertWeights | SavedLayer, shape: ExpertShape, rank: int, label: str, layer_idx: int = 0
+        self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int = 0
     ) -> ExpertsBackend:
         """Build the backend of a layer; `weights` are taken over and released, those on disk loaded.
 
@@ -195,8 +196,8 @@ class Packer:
         if self._share is None:
             self._share = self._share_backward()
 
-        def on_cpu(weights: ExpertWeights | SavedLayer, shape: ExpertShape) -> ExpertsBackend:
-            return pack(
+        def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
+            return build_backend(
                 self.backend,
                 weights,
                 shape,
@@ -208,16 +209,16 @@ class Packer:
                 label=label,
             )
 
-        if isinstance(weights, SavedLayer):
+        if isinstance(weights, PackedLayerFiles):
             backend = on_cpu(weights, shape)
-        elif weights.taken_by is not None:
-            backend = weights.taken_by
+        elif weights.packed_as is not None:
+            backend = weights.packed_as
         elif self.tiers is None or not self.tiers.on_gpu:
             backend = on_cpu(weights, shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
-            backend = pack_split(weights, shape, resident, streamed, self.streamer, dtype, on_cpu)
+            backend = build_tiered(weights, shape, resident, streamed, self.streamer, dtype, on_cpu)
         if self.on_build:
             self.on_build(backend)
         if self.backend != "torch":
@@ -232,7 +233,7 @@ class Packer:
 
     def read_scaled(self, shape: ExpertShape, layer: int) -> Sequence[int]:
         """Ids of the experts of a layer that are to be left as their checkpoint has them, of 8 bits."""
-        return self._on_gpu(shape, layer)[1] if self.of_8_bits else ()
+        return self._on_gpu(shape, layer)[1] if self.keep_8bit else ()
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""

@@ -21,7 +21,7 @@ from .tiers import Tiers
 
 # Seconds of a layer besides its experts, forward and backward (with a checkpoint's recompute): what Python needs to
 # launch a DeepSeek-V2-Lite layer with LoRA (H200, Xeon). More work takes longer.
-REST = 5e-3, 10e-3
+ATTENTION_SECONDS = 5e-3, 10e-3
 
 
 # A split with experts on the CPU has to be so much faster than one without: what the parts cost each other makes it
@@ -30,7 +30,7 @@ _MARGIN = 0.9
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearCost:
     """Seconds of a layer's part on the CPU, in one direction: copies from and to the GPU among them."""
 
     fixed: float  # a call
@@ -43,7 +43,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Rates:
+class MachineRates:
     """What a machine does with experts of one shape.
 
     Attributes:
@@ -55,17 +55,17 @@ class Rates:
     """
 
     pcie_bytes_per_s: float
-    forward: Line
-    backward: Line
-    beside_forward: Line
-    beside_backward: Line
+    forward: LinearCost
+    backward: LinearCost
+    beside_forward: LinearCost
+    beside_backward: LinearCost
     gpu_forward_rows_per_s: float
     gpu_backward_rows_per_s: float
     assumed: bool = False
 
 
 @dataclass(frozen=True)
-class Split:
+class TierPlan:
     """A plan: experts of each layer by tier, and the seconds of a step that each part should take.
 
     `seconds` is the experts' time in a step: of each layer and direction that of its slowest part.
@@ -92,7 +92,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What a plan has to know of the model and the run besides its experts.
 
     Attributes:
@@ -102,7 +102,7 @@ class Room:
         vocabulary: Logits a token.
         dtype: The model's; None for bf16.
         lora_rank: Of the experts' LoRA, if its parameters and their optimizer are on the GPU.
-        of_8_bits: Whether experts that are streamed stay of 8 bits.
+        keep_8bit: Whether experts that are streamed stay of 8 bits.
     """
 
     tokens: int | None = None
@@ -111,7 +111,7 @@ class Room:
     vocabulary: int = 0
     dtype: torch.dtype | None = None
     lora_rank: int = 0
-    of_8_bits: bool = False
+    keep_8bit: bool = False
 
     def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
         """Bytes of a GPU's `free` ones that weights of experts may take, with checkpointing: what is left by the rest
@@ -123,16 +123,16 @@ class Room:
         return max(0, int(0.9 * free) - self.rest_bytes - activations - lora)
 
 
-def plan(
-    rates: Rates,
+def plan_tiers(
+    rates: MachineRates,
     shape: ExpertShape,
     layers: int,
     tokens: int,
     free_gpu_bytes: int,
     popularity: Sequence[float] = (),
     streaming: bool = True,
-    of_8_bits: bool = False,
-) -> Split:
+    keep_8bit: bool = False,
+) -> TierPlan:
     """The split with the least expert time in a step; of equals, that with the fewest experts on the GPU. One without
     experts on the CPU is taken unless it is a tenth slower.
 
@@ -144,21 +144,21 @@ def plan(
         free_gpu_bytes: For weights of all layers' resident experts, and for the buffers if any are streamed.
         popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
         streaming: Whether experts can be streamed.
-        of_8_bits: Whether they are of 8 bits then (their scales are not counted).
+        keep_8bit: Whether they are of 8 bits then (their scales are not counted).
     """
     streaming = streaming and rates.pcie_bytes_per_s > 0
     load = _Load.of(shape, tokens, popularity)
     size, E = expert_bytes(shape), shape.num_experts
-    found: list[Split] = []
+    found: list[TierPlan] = []
     for resident, streamed in itertools.product(range(E + 1), range(E + 1 if streaming else 1)):
         cpu = E - resident - streamed
         if cpu < 0 or 0 < cpu < shape.top_k:
             continue
-        if resident * size * layers + buffer_bytes(shape, streamed, of_8_bits) > free_gpu_bytes and resident + streamed:
+        if resident * size * layers + buffer_bytes(shape, streamed, keep_8bit) > free_gpu_bytes and resident + streamed:
             continue
-        found.append(predicted(rates, shape, layers, load, resident, streamed, of_8_bits))
+        found.append(predicted(rates, shape, layers, load, resident, streamed, keep_8bit))
 
-    def cost(split: Split) -> tuple[float, int, int]:
+    def cost(split: TierPlan) -> tuple[float, int, int]:
         return split.seconds * (_MARGIN if split.cpu == 0 else 1), split.resident + split.streamed, split.resident
 
     return min(found, key=cost)  # all on the CPU is always among them
@@ -183,49 +183,55 @@ class _Load:
 
 
 def predicted(
-    rates: Rates, shape: ExpertShape, layers: int, load: _Load, resident: int, streamed: int, of_8_bits: bool = False
-) -> Split:
+    rates: MachineRates,
+    shape: ExpertShape,
+    layers: int,
+    load: _Load,
+    resident: int,
+    streamed: int,
+    keep_8bit: bool = False,
+) -> TierPlan:
     """The times of one split."""
     on_gpu, E = resident + streamed, shape.num_experts
-    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, of_8_bits)
+    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, keep_8bit)
     stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
-    ahead = _ahead_bytes(shape, streamed, of_8_bits) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
+    ahead = _ahead_bytes(shape, streamed, keep_8bit) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate, rest in (
-        (rates.beside_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
-        (rates.beside_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
+        (rates.beside_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, ATTENTION_SECONDS[0]),
+        (rates.beside_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, ATTENTION_SECONDS[1]),
     ):
         cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
         gpu = load.rows[on_gpu] / gpu_rate
         total += max(stream - min(rest, ahead, stream), cpu, gpu)
         cpu_total, gpu_total = cpu_total + cpu, gpu_total + gpu
-    return Split(
+    return TierPlan(
         resident, streamed, E - on_gpu, layers * total, 2 * layers * stream, layers * cpu_total, layers * gpu_total
     )
 
 
-def buffer_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool = False) -> int:
+def buffer_bytes(shape: ExpertShape, streamed: int, keep_8bit: bool = False) -> int:
     """Of the GPU's buffers for so many streamed experts a layer; where they are of 8 bits, with a chunk in bf16."""
-    ahead = _ahead_bytes(shape, streamed, of_8_bits)
-    return ahead + 2 * ahead // BUFFERS if of_8_bits else ahead
+    ahead = _ahead_bytes(shape, streamed, keep_8bit)
+    return ahead + 2 * ahead // BUFFERS if keep_8bit else ahead
 
 
-def _ahead_bytes(shape: ExpertShape, streamed: int, of_8_bits: bool) -> int:
+def _ahead_bytes(shape: ExpertShape, streamed: int, keep_8bit: bool) -> int:
     """That the buffers hold."""
-    size = expert_bytes(shape, of_8_bits)
+    size = expert_bytes(shape, keep_8bit)
     return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
 
 
-def assumed_rates(shape: ExpertShape) -> Rates:
+def assumed_rates(shape: ExpertShape) -> MachineRates:
     """Those of an H200 on PCIe 5 and 16 AMX cores, measured on experts of 2,048 x 1,408 and scaled by size."""
     scale = shape.hidden_size * shape.intermediate_size / (2048 * 1408)
-    return Rates(
+    return MachineRates(
         pcie_bytes_per_s=55e9,
-        forward=Line(2.5e-3, 1.2e-6, 40e-6 * scale, 2.8e-6 * scale),
-        backward=Line(4e-3, 2.5e-6, 40e-6 * scale, 4.6e-6 * scale),
-        beside_forward=Line(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
-        beside_backward=Line(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
+        forward=LinearCost(2.5e-3, 1.2e-6, 40e-6 * scale, 2.8e-6 * scale),
+        backward=LinearCost(4e-3, 2.5e-6, 40e-6 * scale, 4.6e-6 * scale),
+        beside_forward=LinearCost(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
+        beside_backward=LinearCost(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
         gpu_forward_rows_per_s=12e6 / scale,
         gpu_backward_rows_per_s=4e6 / scale,
         assumed=True,

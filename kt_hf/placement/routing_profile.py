@@ -27,8 +27,7 @@ def count_experts(model: nn.Module, batches: Iterable[Any]) -> dict[int, Tensor]
     layers: list[tuple[int, nn.Module, int]] = [
         (layer.layer_idx, layer, layer.shape.num_experts) for layer in kt_layers(model)
     ] or [
-        (layer_index(place.name, i), place.experts, place.shape.num_experts)
-        for i, place in enumerate(find_experts(model))
+        (layer_index(site.name, i), site.experts, site.shape.num_experts) for i, site in enumerate(find_experts(model))
     ]
     counts: dict[int, Tensor] = {}
 

@@ -5,8 +5,8 @@ operators look at names and sizes alone, and only when they load a layer. Here i
 files are those written (contents as each layer is loaded), and that they were made of this model's weights.
 """
 
-from .folder import SavedExperts, for_run, open_saved
+from .folder import PrequantizedExperts, for_run, open_saved
 from .manifest import MANIFEST, Manifest
-from .write import bytes_on_disk, quantise
+from .write import bytes_on_disk, quantize
 
-__all__ = ["MANIFEST", "Manifest", "SavedExperts", "bytes_on_disk", "for_run", "open_saved", "quantise"]
+__all__ = ["MANIFEST", "Manifest", "PrequantizedExperts", "bytes_on_disk", "for_run", "open_saved", "quantize"]

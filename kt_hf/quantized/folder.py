@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..backends import QUANTISED, SavedLayer, kernel_availability
-from ..checkpoint.fingerprint import FLOATING, combined, mark
+from ..backends import QUANTIZED, PackedLayerFiles, kernel_availability
+from ..checkpoint.fingerprint import FLOATING, combined, fingerprint_of
 from ..errors import KTAMXConfigError, KTAMXError
 from ..shapes import ExpertShape
-from .manifest import MANIFEST, Manifest, Mark, read_manifest
+from .manifest import MANIFEST, Fingerprint, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 
 
-class SavedExperts:
+class PrequantizedExperts:
     """A folder of saved experts whose manifest and file sizes have been checked.
 
     Attributes:
@@ -106,7 +106,7 @@ class SavedExperts:
             if tensor.dtype is torch.float16 and wanted.dtype != "float16":
                 continue  # rounded before it is rounded to bf16
             compared += 1
-            if mark(tensor).sha256 != wanted.sha256:
+            if fingerprint_of(tensor).sha256 != wanted.sha256:
                 raise self._error(
                     f"was made of other weights ({m.model}): {name} differs from the model's. Quantise this model"
                 )
@@ -114,7 +114,7 @@ class SavedExperts:
             logger.warning("kt_weight_path=%s: it cannot be told whether it was made of this model (of %s it was).",
                            self.path, m.model)  # fmt: skip
 
-    def layer(self, name: str) -> SavedLayer:
+    def layer(self, name: str) -> PackedLayerFiles:
         """A layer's folder; its contents are read and compared with the checksums.
 
         Raises:
@@ -126,13 +126,13 @@ class SavedExperts:
         for file, (_, wanted) in made.files.items():
             if found[file] != wanted:
                 raise KTAMXError(f"kt_weight_path: {folder / file} is not what was written. Quantise again.")
-        return SavedLayer(folder, self.manifest.backward, combined(made.source))
+        return PackedLayerFiles(folder, self.manifest.backward, combined(made.source))
 
     def layer_bytes(self, name: str) -> int:
         """Of a layer's files."""
         return sum(size for size, _ in self.manifest.layers[name.removeprefix(_WRAPPER)].files.values())
 
-    def _source(self) -> Iterable[tuple[str, Mark]]:
+    def _source(self) -> Iterable[tuple[str, Fingerprint]]:
         for name, layer in self.manifest.layers.items():
             for part, wanted in layer.source.items():
                 yield f"{name}.{part}", wanted
@@ -141,15 +141,15 @@ class SavedExperts:
         return KTAMXConfigError(f"kt_weight_path={self.path} {problem}.")
 
 
-def for_run(path: str | Path, backend: str, lora_rank: int | None) -> SavedExperts:
+def for_run(path: str | Path, backend: str, lora_rank: int | None) -> PrequantizedExperts:
     """`open_saved` for `kt_weight_path`, after a look at the settings that go with it.
 
     Raises:
         KTAMXConfigError: kt_backend cannot use saved weights, or kt_lora_rank is not given.
     """
-    if backend not in QUANTISED:
+    if backend not in QUANTIZED:
         raise KTAMXConfigError(
-            f"kt_weight_path={path} needs kt_backend={' or '.join(QUANTISED)}, and kt_backend={backend}."
+            f"kt_weight_path={path} needs kt_backend={' or '.join(QUANTIZED)}, and kt_backend={backend}."
         )
     saved = open_saved(path)
     if lora_rank is None:
@@ -160,7 +160,7 @@ def for_run(path: str | Path, backend: str, lora_rank: int | None) -> SavedExper
     return saved
 
 
-def open_saved(path: str | Path) -> SavedExperts:
+def open_saved(path: str | Path) -> PrequantizedExperts:
     """Open a folder that `kt-hf quantize` wrote, and check that its files are there, no others, and of their sizes.
 
     Raises:
@@ -182,7 +182,7 @@ def open_saved(path: str | Path) -> SavedExperts:
         )
     for layer in manifest.layers.values():
         _check_files(path / layer.folder, {file: size for file, (size, _) in layer.files.items()})
-    return SavedExperts(path, manifest)
+    return PrequantizedExperts(path, manifest)
 
 
 def _check_files(folder: Path, wanted: dict[str, int]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.fingerprint import Mark
+from ..checkpoint.fingerprint import Fingerprint
 from ..errors import KTAMXConfigError, KTAMXError
 
 MANIFEST = "kt_experts_manifest.json"
@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class SavedLayerFiles:
+class LayerEntry:
     """One layer.
 
     Attributes:
@@ -27,7 +27,7 @@ class SavedLayerFiles:
 
     folder: str
     shape: list[int]
-    source: dict[str, Mark]
+    source: dict[str, Fingerprint]
     files: dict[str, tuple[int, str]]
 
 
@@ -56,8 +56,8 @@ class Manifest:
     model: str
     model_type: str
     config_sha256: str
-    marks: dict[str, Mark]
-    layers: dict[str, SavedLayerFiles]
+    marks: dict[str, Fingerprint]
+    layers: dict[str, LayerEntry]
 
     def write(self, folder: Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
@@ -83,7 +83,7 @@ def read_manifest(file: Path) -> Manifest:
         raise KTAMXError(f"{file} is damaged: {type(error).__name__}: {error}. Quantise again.") from error
 
 
-def read_layer(name: str, found: dict[str, Any]) -> SavedLayerFiles:
+def read_layer(name: str, found: dict[str, Any]) -> LayerEntry:
     """A layer's entry, as `asdict` makes it.
 
     Raises:
@@ -96,12 +96,12 @@ def read_layer(name: str, found: dict[str, Any]) -> SavedLayerFiles:
     if len(shape) != 3:
         raise ValueError(f"{name} has shape {shape}")
     files = {str(file): (int(size), str(sha)) for file, (size, sha) in found["files"].items()}
-    return SavedLayerFiles(found["folder"], shape, {part: Mark(**m) for part, m in found["source"].items()}, files)
+    return LayerEntry(found["folder"], shape, {part: Fingerprint(**m) for part, m in found["source"].items()}, files)
 
 
 def _manifest(found: dict[str, Any]) -> Manifest:
     found["layers"] = {name: read_layer(name, layer) for name, layer in found["layers"].items()}
-    found["marks"] = {name: Mark(**mark) for name, mark in found["marks"].items()}
+    found["marks"] = {name: Fingerprint(**mark) for name, mark in found["marks"].items()}
     made = Manifest(**found)
     for item in fields(Manifest):
         kind = {"backward": bool, "pools": int, "marks": dict, "layers": dict}.get(item.name, str)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
-from .manifest import SavedLayerFiles, read_layer
+from .manifest import LayerEntry, read_layer
 
 _LINE = "kt_hf: "  # before each answer, for a library may print too
 
@@ -46,7 +46,7 @@ class Job:
     backward: bool
 
 
-def in_new_process(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
+def in_new_process(job: Job) -> Iterator[tuple[str, LayerEntry]]:
     """Name and files of each layer, as it is done.
 
     Raises:
@@ -71,20 +71,20 @@ def in_new_process(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
                 raise KTAMXError(f"Quantising ended with status {process.returncode}: {last}")
 
 
-def _answer(found: dict[str, Any]) -> tuple[str, SavedLayerFiles]:
+def _answer(found: dict[str, Any]) -> tuple[str, LayerEntry]:
     if "error" in found:
         raise (OSError if found["system"] else KTAMXError)(found["error"])
     return found["name"], read_layer(found["name"], found["layer"])
 
 
-def work(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
+def work(job: Job) -> Iterator[tuple[str, LayerEntry]]:
     """Quantise the layers in this process; the next one is read while one is packed."""
     import torch
     from transformers import AutoConfig
 
-    from ..backends import save_packed
+    from ..backends import quantize_layer
     from ..checkpoint.expert_index import ExpertCheckpoint
-    from ..checkpoint.fingerprint import marks_of_weights
+    from ..checkpoint.fingerprint import fingerprints_of_weights
     from ..system.cpu import ThreadPlan
     from ..system.memory import return_freed_memory
     from .folder import checksums
@@ -98,15 +98,15 @@ def work(job: Job) -> Iterator[tuple[str, SavedLayerFiles]]:
             weights, shape = ahead.result(), checkpoint.shapes[name]
             if following is not None:
                 ahead = reader.submit(checkpoint.read, following, torch.bfloat16)
-            folder, source = Path(job.out) / job.layers[name], marks_of_weights(weights)
-            save_packed(job.backend, weights, shape, plan, folder, job.backward, name)
+            folder, source = Path(job.out) / job.layers[name], fingerprints_of_weights(weights)
+            quantize_layer(job.backend, weights, shape, plan, folder, job.backward, name)
             del weights
             return_freed_memory()
             sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.kt"))}
             sums = checksums(folder, sizes)
             yield (
                 name,
-                SavedLayerFiles(
+                LayerEntry(
                     folder.name,
                     [shape.num_experts, shape.hidden_size, shape.intermediate_size],
                     source,

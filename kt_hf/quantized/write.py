@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..backends import OPERATORS, QUANTISED, choose_backend, kernel_availability
+from ..backends import OPERATORS, QUANTIZED, choose_backend, kernel_availability
 from ..checkpoint.expert_index import ExpertCheckpoint
-from ..checkpoint.fingerprint import marks_of_files
+from ..checkpoint.fingerprint import fingerprints_of_files
 from ..errors import KTAMXConfigError
 from ..shapes import ExpertShape
 from ..system.cpu import ThreadPlan
-from .manifest import Manifest, SavedLayerFiles
+from .manifest import LayerEntry, Manifest
 from .worker import Job, in_new_process, work
 
 _BLOCK = 4096  # of a file system: the last one of a file is not full
@@ -23,7 +23,7 @@ _BLOCK = 4096  # of a file system: the last one of a file is not full
 _KEPT = 4 * 2**30
 
 
-def quantise(
+def quantize(
     checkpoint: ExpertCheckpoint,
     config: Any,
     out: Path,
@@ -56,14 +56,14 @@ def quantise(
         KTAMXError: The checkpoint is damaged.
         OSError: The folder cannot be written.
     """
-    if backend not in QUANTISED:
-        raise KTAMXConfigError(f"Experts are quantised for {' or '.join(QUANTISED)}, not for {backend}.")
+    if backend not in QUANTIZED:
+        raise KTAMXConfigError(f"Experts are quantised for {' or '.join(QUANTIZED)}, not for {backend}.")
     shapes, pools = checkpoint.shapes, len(plan.pools)
     for shape in set(shapes.values()):
         choose_backend(backend, shape, pools)
     out = Path(out).absolute()
     _check_place(out, sum(bytes_on_disk(shape, backend, pools, backward) for shape in shapes.values()))
-    details, marks = kernel_availability().details, marks_of_files(checkpoint.files, checkpoint.layers)
+    details, marks = kernel_availability().details, fingerprints_of_files(checkpoint.files, checkpoint.layers)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -73,7 +73,7 @@ def quantise(
             f"{partial} is there: another run writes it, or one was interrupted. Remove it if none does."
         ) from None
     try:
-        layers: dict[str, SavedLayerFiles] = {}
+        layers: dict[str, LayerEntry] = {}
         folder = str(checkpoint.files.folder.absolute())
         batches = _batches(checkpoint, backend)
         do = work if len(batches) == 1 else in_new_process

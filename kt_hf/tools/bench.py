@@ -24,7 +24,7 @@ from ..errors import KTAMXError
 from ..placement.assembly import make_packer
 from ..placement.calibration import timed_once
 from ..placement.packer import Packer
-from ..placement.planner import Room, Split
+from ..placement.planner import MemoryBudget, TierPlan
 from ..placement.tiers import Tiers
 from ..shapes import ExpertShape
 from ..train.model_sizes import ModelSizes
@@ -132,7 +132,7 @@ def measure_here(asked: Asked) -> list[Row]:
     return rows
 
 
-def _predicted(planned: Split, layers: int) -> float:
+def _predicted(planned: TierPlan, layers: int) -> float:
     """Milliseconds of a layer by itself: there is no attention during which weights are on their way."""
     slowest = max(planned.stream_seconds, planned.cpu_seconds, planned.gpu_seconds)
     return round(slowest / layers * 1000, 2)
@@ -150,8 +150,8 @@ def _placed(asked: Asked, tokens: int) -> Packer:
     layers = dict.fromkeys(range(asked.sizes.expert_layers), asked.shape)
     packer = make_packer(config, {f"layer {i}": shape for i, shape in layers.items()}, torch.bfloat16)
     sizes = asked.sizes
-    room = Room(tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, of_8_bits=sizes.of_8_bits)
-    packer.place(layers, None, room)
+    budget = MemoryBudget(tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, keep_8bit=sizes.keep_8bit)
+    packer.place(layers, None, budget)
     return packer
 
 
@@ -163,7 +163,9 @@ def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
     weights = ExpertWeights(_alike(E, 2 * I, H), _alike(E, H, I))
     if apart:
         n = len(apart)
-        weights.scaled = ScaledExperts(sorted(apart), _of_8_bits(n, 2 * I, H, parts=2), _of_8_bits(n, H, I, parts=1))
+        weights.scaled = ScaledExperts(
+            sorted(apart), _random_8bit(n, 2 * I, H, parts=2), _random_8bit(n, H, I, parts=1)
+        )
     layer = packer.build(weights, shape, asked.rank, "benchmark")
     layer.set_lora(tuple(torch.randn(size).mul_(0.02).to(layer.device) for size in shape.lora_shapes(asked.rank)))
     return layer
@@ -174,7 +176,7 @@ def _alike(count: int, rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns).mul_(0.02).bfloat16().expand(count, -1, -1).contiguous()
 
 
-def _of_8_bits(count: int, rows: int, columns: int, parts: int) -> ScaledMatrices:
+def _random_8bit(count: int, rows: int, columns: int, parts: int) -> ScaledMatrices:
     values = own_pages((count, rows, columns), torch.float8_e4m3fn)
     values.view(torch.uint8).copy_(torch.randn(rows, columns).to(values.dtype).view(torch.uint8))
     scales = torch.full((count, parts, -(-rows // parts // 128), -(-columns // 128)), 0.02)

@@ -152,7 +152,7 @@ def _installed(name: str) -> str | None:
 
 
 def _self_tests() -> Iterator[Finding]:
-    from ..backends import OPERATORS, QUANTISED, kernel_availability
+    from ..backends import OPERATORS, QUANTIZED, kernel_availability
     from .selftest import in_new_process
 
     for backend in (*OPERATORS, "torch") if kernel_availability().ok else ("torch",):
@@ -160,7 +160,7 @@ def _self_tests() -> Iterator[Finding]:
         value = result.problem or (
             f"right: output within {result.output_error:.1e}, gradients within {result.gradient_error:.1e}"
         )
-        other = "AMXBF16 or torch" if backend in QUANTISED else "torch"
+        other = "AMXBF16 or torch" if backend in QUANTIZED else "torch"
         fix = "" if result.ok else f"kt_backend: {other} avoids it; please report the block below"
         yield Finding("self-test", backend, value, result.ok, fix)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from ..checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from ..checkpoint.progress import LayersBar
 from ..errors import KTAMXConfigError
-from ..quantized.write import quantise
+from ..quantized.write import quantize
 from ..system.cpu import ThreadPlan, plan_threads
 
 
@@ -39,7 +39,7 @@ def run(
         raise KTAMXConfigError(f"{model!r}: {' '.join(str(error).split())}") from error
     checkpoint = ExpertCheckpoint(folder, config, trust_remote_code)
     with LayersBar(len(checkpoint.layers), console, "Quantising the experts") as bar:
-        quantise(
+        quantize(
             checkpoint, config, out, backend, plan_for(pools), backward, model, trust_remote_code, on_layer=bar.advance
         )
 

@@ -53,7 +53,7 @@ def in_new_process(backend: str, seconds: float = 120) -> SelfTest:
 
 def run(backend: str) -> SelfTest:
     """Compute the layer with `backend` in this process, and compare."""
-    from ..backends import ExpertWeights, pack
+    from ..backends import ExpertWeights, build_backend
     from ..shapes import ExpertShape
     from ..system.cpu import plan_threads
 
@@ -70,7 +70,7 @@ def run(backend: str) -> SelfTest:
     wanted = _reference(gate_up, down, lora, x, ids, routing, grad)
     dtype = torch.float32 if backend == "torch" else torch.bfloat16
     weights = ExpertWeights(gate_up.to(dtype), down.to(dtype))
-    layer = pack(backend, weights, shape, R, plan_threads(1), T, False, False, "self-test")
+    layer = build_backend(backend, weights, shape, R, plan_threads(1), T, False, False, "self-test")
     layer.set_lora(lora)
     output, saved = layer.forward(x.to(dtype), ids, routing, save=True)
     assert saved is not None

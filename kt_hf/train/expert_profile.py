@@ -21,7 +21,7 @@ _ROWS = 64
 
 
 @dataclass
-class Placing:
+class ProfileRun:
     """Finds the placement of a run.
 
     Attributes:

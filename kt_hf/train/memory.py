@@ -15,7 +15,7 @@ from typing import Any
 from ..backends import OPERATORS, shape_problem
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from ..errors import KTAMXError
-from ..placement.planner import Room, Split, assumed_rates, plan
+from ..placement.planner import MemoryBudget, TierPlan, assumed_rates, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
 from ..shapes import ExpertShape
@@ -43,7 +43,7 @@ class Estimate:
     sizes: ModelSizes | None = None
     tokens: int = 0
     shared_backward: bool = False
-    plan: Split | None = None  # kt_expert_placement=auto, by assumed rates
+    plan: TierPlan | None = None  # kt_expert_placement=auto, by assumed rates
 
     @property
     def host_total(self) -> int:
@@ -105,11 +105,11 @@ def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, mad
     asked = asked_for(s.kt, [shape], has_gpu=True)
     if asked is not None:
         return asked
-    room = Room(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
+    room = MemoryBudget(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
     free = ASSUMED_GPU if gpu_free is None else gpu_free
     left = room.free_for_experts(free, made.tokens, shape)
     rates = assumed_rates(shape)
-    made.plan = plan(rates, shape, m.expert_layers, made.tokens, left, of_8_bits=_streamed_width(s, m) == 1)
+    made.plan = plan_tiers(rates, shape, m.expert_layers, made.tokens, left, keep_8bit=_streamed_width(s, m) == 1)
     return made.plan.tiers
 
 
@@ -175,7 +175,7 @@ def _parts(
 
 def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
     """Bytes of a weight of a streamed expert."""
-    return 1 if m.of_8_bits and _streams(s) else 2
+    return 1 if m.keep_8bit and _streams(s) else 2
 
 
 def _backend(s: TrainSettings) -> str:

@@ -29,7 +29,7 @@ class ModelSizes:
         vocabulary: V.
         attention_width: Heads times head size, the larger of keys' and values'.
         kv_width: What a token leaves in the keys and values of a layer, in elements.
-        of_8_bits: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
+        keep_8bit: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
     """
 
     expert_layers: int
@@ -45,7 +45,7 @@ class ModelSizes:
     vocabulary: int
     attention_width: int
     kv_width: int
-    of_8_bits: bool = False
+    keep_8bit: bool = False
 
 
 def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
@@ -92,7 +92,7 @@ def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
         vocabulary=text.vocab_size,
         attention_width=heads * head,
         kv_width=kv,
-        of_8_bits=_of_8_bits(config, own.torch_dtype),
+        keep_8bit=_of_8_bits(config, own.torch_dtype),
     )
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.eight_bit import has_8_bits
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, OwnKeys
-from .expert_profile import Placing
+from .expert_profile import ProfileRun
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def load_model(
     config: Any,
     kt: KTConfig | None,
     console: Console | None = None,
-    placing: Placing | None = None,
+    placing: ProfileRun | None = None,
     tokens: int | None = None,
 ) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.

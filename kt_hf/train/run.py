@@ -18,7 +18,7 @@ from ..errors import KTAMXConfigError
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
 from .data.rows import Rows, for_sft, training_and_evaluation
-from .expert_profile import Placing
+from .expert_profile import ProfileRun
 from .memory import PROGRAM, Estimate, estimate, in_words
 from .model_sizes import model_sizes
 from .models import load_config, load_model, load_tokenizer
@@ -57,7 +57,7 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
-    placing = Placing(settings, train_rows.rows, tokenizer, console)
+    placing = ProfileRun(settings, train_rows.rows, tokenizer, console)
     model = load_model(own, config, settings.kt if own.use_kt else None, console, placing, memory.tokens)
     peft_config, told = lora_config(model, own)
     _tell(console, told)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.block_scaled import ScaledExperts, ScaledMatrices
-from kt_hf.backends.build_tiered import pack_split
+from kt_hf.backends.build_tiered import build_tiered
 from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.streamed import StreamedBackend
@@ -144,7 +144,7 @@ def scaled_layer(experts: Sequence[int] = range(8)) -> tuple[ScaledExperts, Tens
     def stack(rows: int, columns: int, parts: int) -> tuple[ScaledMatrices, Tensor]:
         values = torch.randn(8, rows, columns, generator=generator).to(torch.float8_e4m3fn)
         scales = torch.rand(8, parts, rows // parts // 16, columns // 16, generator=generator)
-        wide = ScaledMatrices(values, scales, (16, 16)).widened(torch.bfloat16)
+        wide = ScaledMatrices(values, scales, (16, 16)).dequantized(torch.bfloat16)
         some = values.view(torch.uint8)[list(experts)].view(values.dtype)
         return ScaledMatrices(some, scales[list(experts)], (16, 16)), wide
 
@@ -226,7 +226,7 @@ def test_where_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (given.down.values, given.down.scales, given.down.block)
     failing: list[BaseException] = [torch.OutOfMemoryError("no memory"), RuntimeError("no compiler")]
     fake = types.ModuleType("kernel")
-    fake.widened = lambda *_: (_ for _ in ()).throw(failing.pop(0))  # type: ignore[attr-defined]
+    fake.dequantized = lambda *_: (_ for _ in ()).throw(failing.pop(0))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kt_hf.backends.gpu.dequantize_kernel", fake)
     monkeypatch.setattr(module, "_kernel_runs", {})
     with pytest.raises(torch.OutOfMemoryError):
@@ -246,7 +246,7 @@ def test_a_row_is_that_of_the_whole() -> None:
             values = torch.randint(-127, 128, (3, 64, 50), dtype=torch.int8)
             scales = torch.rand(3, parts, -(-64 // parts // block[0]), -(-50 // block[1]))
             given = ScaledMatrices(values, scales, block)
-            whole = given.widened(torch.bfloat16)
+            whole = given.dequantized(torch.bfloat16)
             assert all(torch.equal(given.row(m, r, torch.bfloat16), whole[m, r]) for m in (0, 2) for r in range(64))
 
 
@@ -293,18 +293,18 @@ def test_three_tiers_and_an_interruption_while_the_rest_is_packed(interrupted: b
     scaled, gate_up, down = scaled_layer(apart)
     weights, shape = ExpertWeights(gate_up[rest], down[rest], scaled=scaled), ExpertShape(8, 2, 64, 32)
 
-    def pack(on_cpu: Callable[[ExpertWeights, ExpertShape], Any]) -> Any:
-        return pack_split(weights, shape, [3, 5], apart, Streamer(torch.device("cpu")), torch.bfloat16, on_cpu)
+    def build_backend(on_cpu: Callable[[ExpertWeights, ExpertShape], Any]) -> Any:
+        return build_tiered(weights, shape, [3, 5], apart, Streamer(torch.device("cpu")), torch.bfloat16, on_cpu)
 
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            pack(stopped)
+            build_backend(stopped)
         assert torch.equal(weights.gate_up, gate_up[rest])
         assert torch.equal(weights.down, down[rest])
-    split, whole = pack(TorchBackend), TorchBackend(ExpertWeights(gate_up, down), shape)
+    split, whole = build_backend(TorchBackend), TorchBackend(ExpertWeights(gate_up, down), shape)
     x, ids, routing = torch.randn(40, 64).bfloat16(), torch.rand(40, 8).topk(2).indices, torch.rand(40, 2)
     actual, expected = (one.forward(x, ids, routing, save=False)[0] for one in (split, whole))
     assert_close(actual, expected, 0.01, "output")

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kt_hf.backends.buffer_pool import Recycled
+from kt_hf.backends.buffer_pool import BufferPool
 
 MIB = 2**20
 
 
-def held(memory: Recycled) -> list[int]:
+def held(memory: BufferPool) -> list[int]:
     gc.collect()
     return sorted(len(block) // MIB for block in memory._free)
 
 
-def of(memory: Recycled, mib: int) -> Tensor:
+def of(memory: BufferPool, mib: int) -> Tensor:
     return memory.empty((mib, MIB), torch.uint8)
 
 
 def test_memory_comes_back_with_the_last_reference() -> None:
-    memory = Recycled()
+    memory = BufferPool()
     first = of(memory, 2)
     address, part = first.data_ptr(), first.view(-1)[3:].detach()
     del first
@@ -39,7 +39,7 @@ def test_memory_comes_back_with_the_last_reference() -> None:
 
 
 def test_the_smallest_that_fits_is_taken() -> None:
-    memory = Recycled()
+    memory = BufferPool()
     tensors = [of(memory, n) for n in (8, 2, 4)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     tensors.clear()
@@ -48,7 +48,7 @@ def test_the_smallest_that_fits_is_taken() -> None:
 
 
 def test_a_new_block_takes_the_place_of_one_that_is_too_small() -> None:
-    memory = Recycled()
+    memory = BufferPool()
     for n in (2, 3, 5, 4):
         of(memory, n)
         assert len(held(memory)) == 1
@@ -56,7 +56,7 @@ def test_a_new_block_takes_the_place_of_one_that_is_too_small() -> None:
 
 
 def test_no_more_is_held_than_blocks_were_in_use_at_once() -> None:
-    memory, generator = Recycled(), random.Random(0)
+    memory, generator = BufferPool(), random.Random(0)
     for _ in range(200):
         length = generator.randint(1, 6)
         step = [of(memory, factor * length) for factor in (1, 3, 2, 1)]
@@ -71,13 +71,13 @@ def test_no_more_is_held_than_blocks_were_in_use_at_once() -> None:
 
 @pytest.mark.parametrize("size", [(0, 7), (5, 7)])
 def test_small_tensors_are_left_to_the_c_library(size: tuple[int, int]) -> None:
-    memory = Recycled()
+    memory = BufferPool()
     assert memory.empty(size, torch.bfloat16).shape == size
     assert held(memory) == []
 
 
 def test_tensors_outlive_the_memory_they_are_of() -> None:
-    memory = Recycled()
+    memory = BufferPool()
     tensor = of(memory, 1).fill_(2)
     del memory
     gc.collect()
@@ -86,7 +86,7 @@ def test_tensors_outlive_the_memory_they_are_of() -> None:
 
 def test_gradients_accumulate_and_are_freed_as_ever() -> None:
     """What autograd keeps is ours; the next backward must not write to it."""
-    memory, parameter = Recycled(), nn.Parameter(torch.zeros(512, 1024))
+    memory, parameter = BufferPool(), nn.Parameter(torch.zeros(512, 1024))
 
     class Given(torch.autograd.Function):
         @staticmethod

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kt_hf import KTAMXConfigError, apply_kt_moe, load_kt_model, read_placement
 from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.backends.gpu.streamed import StreamedBackend
-from kt_hf.backends.tiered import SplitBackend
+from kt_hf.backends.tiered import TieredBackend
 from kt_hf.placement import PLACEMENT
 from kt_hf.placement import packer as packing
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, TORCH_FP32, Case, make_config
@@ -196,7 +196,7 @@ def test_interrupted_packing(
             raise KeyboardInterrupt
         return built
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(packing, "build_backend", pack)
     resident, streamed = tiers
     config = make_config(case.backend, kt_expert_placement={"resident": len(resident), "streamed": len(streamed)})
     counts = {i: torch.tensor([2 * int(e in resident) + int(e in streamed) for e in ALL]) for i in (0, 1)}
@@ -208,7 +208,7 @@ def test_interrupted_packing(
     set_lora(layer, lora)
     x = inputs(case)
     check(case, forward_backward(layer, x), x, base, lora)
-    assert isinstance(layer._runner.backend, SplitBackend)
+    assert isinstance(layer._runner.backend, TieredBackend)
 
 
 @both_ways
@@ -238,7 +238,7 @@ def test_other_ways_to_say_it(case: Case, placement: Any, monkeypatch: pytest.Mo
     expected = {"cpu": (0, 0), "gpu": (E, 0), "auto": (0, 0)}.get(str(placement)) or (placement["resident"], 0)
     tiers = layer.factory.tiers
     assert (tiers.resident, tiers.streamed) == expected
-    assert isinstance(layer._runner.backend, SplitBackend) == (expected[0] == 3)
+    assert isinstance(layer._runner.backend, TieredBackend) == (expected[0] == 3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from kt_hf import KTAMXConfigError, KTAMXForwardError, apply_kt_moe
 from kt_hf.backends import TorchBackend
 from kt_hf.backends.gpu.resident import GroupedBackend
-from kt_hf.backends.tiered import SplitBackend
+from kt_hf.backends.tiered import TieredBackend
 from kt_hf.placement import packer as packing
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, TORCH_FP32, Case, make_config
 from tests.support.helpers import MIXTRAL
@@ -208,7 +208,7 @@ def test_interrupted_packing(backend: str, failing: str, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return built
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(packing, "build_backend", pack)
     config = make_config(backend, kt_num_gpu_experts=3)
     model = apply_kt_moe(MIXTRAL(case.dtype), config)
     with pytest.raises(KeyboardInterrupt):
@@ -218,7 +218,7 @@ def test_interrupted_packing(backend: str, failing: str, monkeypatch: pytest.Mon
     set_lora(layer, lora)
     x = inputs(case)
     check(case, forward_backward(layer, x), x, base, lora)
-    assert isinstance(layer._runner.backend, SplitBackend)
+    assert isinstance(layer._runner.backend, TieredBackend)
 
 
 @pytest.mark.parametrize(("count", "words"), [(9, "has 8 experts. Set it to 8"), (7, "Set it to 8, or to 6 or less")])

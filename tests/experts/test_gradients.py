@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kt_hf.backends import Gradients
-from kt_hf.backends.buffer_pool import RECYCLED
-from kt_hf.backends.transfer import apart, b_of, joined
+from kt_hf.backends.buffer_pool import BUFFER_POOL
+from kt_hf.backends.transfer import flat_lora, lora_b_part, split_lora
 from kt_hf.experts.lora_tensors import LoraPart, LoraTensors
 from kt_hf.shapes import ExpertShape
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
@@ -71,7 +71,7 @@ def test_they_are_in_memory_of_their_own() -> None:
 def together(given: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
     """The same in one memory, and that."""
     flat = torch.empty(sum(t.numel() for t in given), dtype=given[0].dtype)
-    views = apart(flat, [t.shape for t in given])
+    views = split_lora(flat, [t.shape for t in given])
     for view, value in zip(views, given, strict=True):
         view.copy_(value)
     return views, flat
@@ -88,7 +88,7 @@ def test_those_that_lie_together_are_made_in_one_pass(
     given, flat = together(apart_ones)
     parts = [(2 * i, 0, R, scaling) for i, scaling in enumerate(scalings)]
     found = parameter_gradients(of(given, free), parts, wanted)
-    assert joined(found) is not None
+    assert flat_lora(found) is not None
     assert (found[0].data_ptr() == flat.data_ptr()) == (free and wanted == torch.bfloat16)
     for one, other in zip(found, parameter_gradients(of(apart_ones), parts, wanted), strict=True):
         assert one.dtype == wanted
@@ -103,27 +103,27 @@ def test_a_part_does_not_keep_the_memory_of_all() -> None:
 
 
 def test_large_ones_are_made_in_memory_that_is_used_again() -> None:
-    RECYCLED.release()
+    BUFFER_POOL.release()
     given = torch.ones(4, 8, 2**15, dtype=torch.bfloat16), torch.ones(4, 2**15, 8, dtype=torch.bfloat16)
     found = parameter_gradients(of(given), [(0, 0, 8, 2.0)], torch.float32)
     sizes = [tensor.nbytes for tensor in found]
     del found
     gc.collect()
-    assert sorted(map(len, RECYCLED._free)) == sizes
-    RECYCLED.release()
+    assert sorted(map(len, BUFFER_POOL._free)) == sizes
+    BUFFER_POOL.release()
 
 
 def test_what_does_not_lie_together_is_left_apart() -> None:
     given, flat = together(six(torch.float32))
-    whole = joined(given)
+    whole = flat_lora(given)
     assert whole is not None
     assert whole.data_ptr() == flat.data_ptr()
     assert torch.equal(whole, flat)
-    assert torch.equal(b_of(flat, given), torch.cat([b.flatten() for b in given[1::2]]))
+    assert torch.equal(lora_b_part(flat, given), torch.cat([b.flatten() for b in given[1::2]]))
     a, *others = given
     for first in (a.clone(), a.transpose(1, 2), a.view(torch.int32), others[1]):
-        assert joined((first, *others)) is None
-    assert joined((a, others[0].clone(), *others[1:])) is None
+        assert flat_lora((first, *others)) is None
+    assert flat_lora((a, others[0].clone(), *others[1:])) is None
 
 
 @pytest.mark.parametrize(

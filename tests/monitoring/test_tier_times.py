@@ -13,7 +13,7 @@ from peft import get_peft_model
 
 from kt_hf import KTMoECallback, apply_kt_moe
 from kt_hf.placement import packer as packing
-from kt_hf.placement.planner import Split
+from kt_hf.placement.planner import TierPlan
 from tests.support.cases import TORCH_BF16, make_config
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import lora_config
@@ -37,7 +37,7 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture, placement: object, **
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "make_plan", lambda *_: Split(2, 3, 3, 1.0, 0.1, 0.2, 0.3))
+    monkeypatch.setattr(packing, "plan_tiers", lambda *_: TierPlan(2, 3, 3, 1.0, 0.1, 0.2, 0.3))
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
 
 
@@ -74,6 +74,6 @@ def test_the_callback_keeps_no_expert_alive(tmp_path: Path) -> None:
 def test_everything_stays_on_the_cpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "make_plan", lambda *_: Split(0, 0, 8, 1.0, 0.0, 0.2, 0.0))
+    monkeypatch.setattr(packing, "plan_tiers", lambda *_: TierPlan(0, 0, 8, 1.0, 0.0, 0.2, 0.0))
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
     assert told(tmp_path, caplog, "auto") == []

@@ -47,7 +47,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({"name": name, "rank": rank, "plan": plan, "max_len": max_len, "share_backward": share, **rest})
         return SimpleNamespace(name=name)
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(packing, "build_backend", pack)
     return seen
 
 

@@ -19,7 +19,15 @@ from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.placement import Placement
 from kt_hf.placement import packer as packing
 from kt_hf.placement.calibration import fitted, measure_rates
-from kt_hf.placement.planner import REST, Line, Rates, Room, Split, assumed_rates, plan
+from kt_hf.placement.planner import (
+    ATTENTION_SECONDS,
+    LinearCost,
+    MachineRates,
+    MemoryBudget,
+    TierPlan,
+    assumed_rates,
+    plan_tiers,
+)
 from kt_hf.shapes import ExpertShape, expert_bytes
 from kt_hf.system.cpu import plan_threads
 from tests.support.cases import make_config
@@ -29,13 +37,13 @@ LITE = ExpertShape(64, 6, 2048, 1408)
 SMALL = ExpertShape(12, 3, 256, 128)
 RATES = assumed_rates(LITE)
 GB = 10**9
-QUIET = Line(1e-3, 1e-7, 5e-6, 4e-6), Line(1e-3, 2e-7, 9e-6, 7e-6)
-BESIDE = Line(2e-3, 1e-7, 6e-6, 5e-6), Line(2e-3, 2e-7, 9e-6, 8e-6)
-GENERAL = Rates(20e9, *QUIET, *BESIDE, 3e5, 1e5)
+QUIET = LinearCost(1e-3, 1e-7, 5e-6, 4e-6), LinearCost(1e-3, 2e-7, 9e-6, 7e-6)
+BESIDE = LinearCost(2e-3, 1e-7, 6e-6, 5e-6), LinearCost(2e-3, 2e-7, 9e-6, 8e-6)
+GENERAL = MachineRates(20e9, *QUIET, *BESIDE, 3e5, 1e5)
 
 
 def brute_force(
-    rates: Rates, shape: ExpertShape, layers: int, tokens: int, free: int, shares: list[float], width: int = 2
+    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, free: int, shares: list[float], width: int = 2
 ) -> dict[tuple[int, int], float]:
     """Seconds of every split that the rules allow, expert by expert; streamed weights have `width` bytes."""
     rows = [tokens * shape.top_k * share for share in shares]
@@ -54,8 +62,8 @@ def brute_force(
         stream = sum(used[e] for e in range(r, r + s)) * size * width / 2 / rates.pcie_bytes_per_s
         seconds = 0.0
         for line, gpu, attention in (
-            (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, REST[0]),
-            (rates.beside_backward if s else rates.backward, rates.gpu_backward_rows_per_s, REST[1]),
+            (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, ATTENTION_SECONDS[0]),
+            (rates.beside_backward if s else rates.backward, rates.gpu_backward_rows_per_s, ATTENTION_SECONDS[1]),
         ):
             operators = line.fixed + line.per_token * tokens if cpu else 0.0
             operators += sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu)
@@ -72,7 +80,7 @@ def test_it_is_the_best_there_is(seed: int) -> None:
     shares = [share / sum(shares) for share in shares]
     tokens, free = rng.choice([1, 30, 500, 20_000]), rng.choice([0, 10**6, 3 * 10**6, 10**9])
     width = 1 + seed % 2
-    found = plan(GENERAL, SMALL, 2, tokens, free, shares, of_8_bits=width == 1)
+    found = plan_tiers(GENERAL, SMALL, 2, tokens, free, shares, keep_8bit=width == 1)
     every = brute_force(GENERAL, SMALL, 2, tokens, free, shares, width)
     cost = {split: seconds * (0.9 if sum(split) == 12 else 1) for split, seconds in every.items()}
     assert cost[found.resident, found.streamed] == pytest.approx(min(cost.values()), rel=1e-9)
@@ -93,8 +101,8 @@ def test_rules_and_directions(tokens: int, pcie: int, free: int, gpu: int, share
     )
     popularity = sorted(shares, reverse=True)
 
-    def made(tokens: int = tokens, free: int = free, **more: Any) -> Split:
-        found = plan(dataclasses.replace(rates, **more), SMALL, 2, tokens, free, popularity)
+    def made(tokens: int = tokens, free: int = free, **more: Any) -> TierPlan:
+        found = plan_tiers(dataclasses.replace(rates, **more), SMALL, 2, tokens, free, popularity)
         assert found.cpu == 0 or found.cpu >= SMALL.top_k
         assert found.resident * expert_bytes(SMALL) * 2 <= free
         return found
@@ -110,41 +118,41 @@ def test_the_operators_need_as_many_as_a_token_is_sent_to() -> None:
     fast = dataclasses.replace(GENERAL, gpu_forward_rows_per_s=1e9, gpu_backward_rows_per_s=1e9)
     for left, expected in ((0, 0), (1, 3), (2, 3), (3, 3), (4, 4)):
         free = (12 - left) * expert_bytes(SMALL) * 2
-        assert plan(fast, SMALL, 2, 5000, free, streaming=False).cpu == expected
+        assert plan_tiers(fast, SMALL, 2, 5000, free, streaming=False).cpu == expected
 
 
 def test_what_it_chooses() -> None:
     """Experts of DeepSeek-V2-Lite's size on an H200 with PCIe 5 and 16 AMX cores."""
-    assert plan(RATES, LITE, 26, 8192, 100 * GB).cpu == 0, "a GPU with room for all takes all"
-    nothing = plan(RATES, LITE, 26, 8192, 0)
+    assert plan_tiers(RATES, LITE, 26, 8192, 100 * GB).cpu == 0, "a GPU with room for all takes all"
+    nothing = plan_tiers(RATES, LITE, 26, 8192, 0)
     assert (nothing.resident, nothing.streamed, nothing.cpu) == (0, 0, 64)
-    little = plan(RATES, LITE, 26, 8192, 2 * GB)
+    little = plan_tiers(RATES, LITE, 26, 8192, 2 * GB)
     assert little.streamed > 32, "at 8,192 tokens the bus is faster than the CPU"
-    assert plan(RATES, LITE, 26, 64, 2 * GB).streamed < little.streamed
-    assert plan(RATES, LITE, 26, 8192, 2 * GB, streaming=False).streamed == 0
+    assert plan_tiers(RATES, LITE, 26, 64, 2 * GB).streamed < little.streamed
+    assert plan_tiers(RATES, LITE, 26, 8192, 2 * GB, streaming=False).streamed == 0
     slow = dataclasses.replace(RATES, pcie_bytes_per_s=2e9)
-    assert plan(slow, LITE, 26, 512, 2 * GB).streamed < 8
-    eight = plan(RATES, LITE, 26, 2048, 2 * GB, of_8_bits=True)
-    assert eight.seconds < 0.7 * plan(RATES, LITE, 26, 2048, 2 * GB).seconds, "half the bytes cross the bus"
+    assert plan_tiers(slow, LITE, 26, 512, 2 * GB).streamed < 8
+    eight = plan_tiers(RATES, LITE, 26, 2048, 2 * GB, keep_8bit=True)
+    assert eight.seconds < 0.7 * plan_tiers(RATES, LITE, 26, 2048, 2 * GB).seconds, "half the bytes cross the bus"
     skewed = [0.5, 0.3] + [0.2 / 62] * 62
     for tokens, streaming in ((16, True), (8192, False)):
-        even = plan(RATES, LITE, 26, tokens, 2 * GB, streaming=streaming)
-        assert plan(RATES, LITE, 26, tokens, 2 * GB, skewed, streaming).seconds < even.seconds
+        even = plan_tiers(RATES, LITE, 26, tokens, 2 * GB, streaming=streaming)
+        assert plan_tiers(RATES, LITE, 26, tokens, 2 * GB, skewed, streaming).seconds < even.seconds
 
 
 @pytest.mark.parametrize(("cpu_seconds", "left"), [(0.1, True), (0.85, True), (0.95, False)])
 def test_experts_are_left_to_the_cpu_for_more_than_a_tenth(cpu_seconds: float, left: bool) -> None:
     """The bus takes a second for all of them, less for all but those that are left to the CPU."""
     size = 12 * expert_bytes(SMALL)
-    quiet, beside = [Line(10.0, 0, 0, 0)] * 2, [Line(cpu_seconds, 0, 0, 0)] * 2
-    found = plan(Rates(size, *quiet, *beside, 1e12, 1e12), SMALL, 100, 10_000, BUFFERS * size)
+    quiet, beside = [LinearCost(10.0, 0, 0, 0)] * 2, [LinearCost(cpu_seconds, 0, 0, 0)] * 2
+    found = plan_tiers(MachineRates(size, *quiet, *beside, 1e12, 1e12), SMALL, 100, 10_000, BUFFERS * size)
     assert found.resident == 0
     assert found.streamed > 0
     assert (found.cpu > 0) == left
 
 
 def test_memory_for_experts() -> None:
-    room = Room(2048, rest_bytes=3 * GB, layers=27, vocabulary=102_400)
+    room = MemoryBudget(2048, rest_bytes=3 * GB, layers=27, vocabulary=102_400)
     left = room.free_for_experts(80 * GB, 2048, LITE)
     assert 60 * GB < left < 69 * GB
     assert room.free_for_experts(80 * GB, 16_384, LITE) < left
@@ -155,7 +163,7 @@ def test_memory_for_experts() -> None:
 
 def test_fitting() -> None:
     """Exact lines are found, and noise makes no negative terms."""
-    line = Line(2e-3, 5e-7, 3e-5, 4e-6)
+    line = LinearCost(2e-3, 5e-7, 3e-5, 4e-6)
     points = [(1.0, float(t), float(e), float(n)) for t, e, n in itertools.product((64, 2048), (8, 16), (256, 4096))]
     found = fitted(points, [line.seconds(t, e, n) for _, t, e, n in points])
     assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(line), rel=1e-6)
@@ -197,11 +205,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: torch.device("cpu"))
     seen: list[Any] = []
 
-    def plan_seen(*args: Any) -> Split:
+    def plan_seen(*args: Any) -> TierPlan:
         seen.append(args)
-        return Split(2, 3, 3, 1.0, 0.1, 0.2, 0.3)
+        return TierPlan(2, 3, 3, 1.0, 0.1, 0.2, 0.3)
 
-    monkeypatch.setattr(packing, "make_plan", plan_seen)
+    monkeypatch.setattr(packing, "plan_tiers", plan_seen)
     monkeypatch.setattr(packing, "measure_rates", lambda *_: RATES)
     return seen
 
@@ -213,8 +221,8 @@ def test_auto(backend: str, tokens: int | None, expected: int, measured: list[An
     counts = {i: torch.tensor([1, 9, 1, 5, 1, 1, 1, 1]) for i in (0, 1)}
     config = make_config(backend, kt_expert_placement="auto", kt_lora_rank=8)
     model = apply_kt_moe(MIXTRAL(torch.bfloat16), config, placement=counts, tokens_per_step=tokens)
-    ((_, shape, layers, given_tokens, free, popularity, streaming, of_8_bits),) = measured
-    assert (shape.num_experts, layers, given_tokens, streaming, of_8_bits) == (8, 2, expected, True, False)
+    ((_, shape, layers, given_tokens, free, popularity, streaming, keep_8bit),) = measured
+    assert (shape.num_experts, layers, given_tokens, streaming, keep_8bit) == (8, 2, expected, True, False)
     assert popularity == pytest.approx([0.45, 0.25, *[0.05] * 6])
     assert free > 0
     parts = model._kt_wrappers[0]._runner.backend.parts

@@ -13,7 +13,7 @@ from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
-from kt_hf.backends.tiered import SplitBackend
+from kt_hf.backends.tiered import TieredBackend
 from tests.support.cases import Case, make_config
 from tests.support.helpers import MIXTRAL
 from tests.support.layers import random_lora, set_lora
@@ -55,7 +55,9 @@ def tiered_layer(
     rest = [e for e in range(E) if e not in {*resident, *streamed}]
     expected = [tier for tier in (sorted(resident), sorted(streamed), rest) if tier]
     backend = layer._runner.backend
-    parts = [part.experts.tolist() for part in backend.parts] if isinstance(backend, SplitBackend) else [list(range(E))]
+    parts = (
+        [part.experts.tolist() for part in backend.parts] if isinstance(backend, TieredBackend) else [list(range(E))]
+    )
     assert parts == expected
     base, lora = base_weights(MIXTRAL(case.dtype))[0], random_lora(MIXTRAL)
     set_lora(layer, lora)
@@ -67,7 +69,7 @@ def split_layer(case: Case, gpu: list[int], **config: Any) -> tuple[KTExperts, B
     layer = split_model(case, gpu, **config)._kt_wrappers[0]
     backend = layer._runner.backend
     if 0 < len(gpu) < E:
-        assert isinstance(backend, SplitBackend)
+        assert isinstance(backend, TieredBackend)
         assert [part.experts.tolist() for part in backend.parts] == [gpu, [e for e in range(E) if e not in gpu]]
     base, lora = base_weights(MIXTRAL(case.dtype))[0], random_lora(MIXTRAL)
     set_lora(layer, lora)
@@ -106,6 +108,6 @@ def streamed_parts(model: Any) -> list[StreamedBackend]:
     found = []
     for layer in model._kt_wrappers:
         backend = layer._runner.backend
-        parts = [part.backend for part in backend.parts] if isinstance(backend, SplitBackend) else [backend]
+        parts = [part.backend for part in backend.parts] if isinstance(backend, TieredBackend) else [backend]
         found += [part for part in parts if isinstance(part, StreamedBackend)]
     return found

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from kt_hf.backends import ExpertsBackend
 from kt_hf.backends.gpu.resident import GroupedBackend
 from kt_hf.backends.gpu.streamed import StreamedBackend
-from kt_hf.backends.tiered import SplitBackend
+from kt_hf.backends.tiered import TieredBackend
 from kt_hf.cli import app
 from kt_hf.errors import KTAMXError
 from kt_hf.placement import packer as packing
-from kt_hf.placement.planner import Split
+from kt_hf.placement.planner import TierPlan
 from kt_hf.tools import bench
 from kt_hf.train.model_sizes import ModelSizes
 from tests.support.cases import KERNEL_MARKS
@@ -52,7 +52,7 @@ class Built:
     """A layer as it was measured: its experts by tier, in order, and what was planned."""
 
     tiers: dict[str, int]
-    planned: Split | None
+    planned: TierPlan | None
     backend: ExpertsBackend
 
 
@@ -62,7 +62,7 @@ def built(cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[Built]:
 
     def pack(packer: packing.Packer, *args: Any) -> ExpertsBackend:
         backend = original(packer, *args)
-        parts = [(p.backend, p.experts.tolist()) for p in backend.parts] if isinstance(backend, SplitBackend) else None
+        parts = [(p.backend, p.experts.tolist()) for p in backend.parts] if isinstance(backend, TieredBackend) else None
         tiers = {tier_of(one): len(ids) for one, ids in parts or [(backend, range(E))]}
         assert [e for _, ids in parts or () for e in ids] in ([], list(range(E))), "not the first experts first"
         found.append(Built(tiers, packer.planned, backend))
@@ -124,7 +124,7 @@ def test_placements_are_measured(backend: str, model: str, built: list[Built]) -
     split = {"resident": 1, "streamed": 1, "CPU": 2}
     expected = [{"CPU": 4}, split, {"resident": 2, "CPU": 2}, {"streamed": 4}, {"resident": 4}]
     assert [one.tiers for one in built] == expected
-    assert isinstance(built[1].backend, SplitBackend)
+    assert isinstance(built[1].backend, TieredBackend)
     assert built[1].backend.cpu_seconds > 0
     assert torch.get_num_threads() == before
 
@@ -159,9 +159,9 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
     """Each number of tokens has its plan, made for all layers; a layer is gone before the next is packed."""
     seen, layers = [], []
 
-    def plan(_: Any, shape: Any, count: int, tokens: int, *rest: Any) -> Split:
+    def plan(_: Any, shape: Any, count: int, tokens: int, *rest: Any) -> TierPlan:
         seen.append((count, tokens))
-        return Split(0, 2, 2, 9, 0.02, 0.01, 0.01) if tokens < 64 else Split(1, 1, 2, 9, 0.01, 0.05, 0.01)
+        return TierPlan(0, 2, 2, 9, 0.02, 0.01, 0.01) if tokens < 64 else TierPlan(1, 1, 2, 9, 0.01, 0.05, 0.01)
 
     def pack(packer: packing.Packer, *args: Any) -> ExpertsBackend:
         assert all(layer() is None for layer in layers), "the layer before is still held"
@@ -171,7 +171,7 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
 
     original = packing.Packer.pack
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
-    monkeypatch.setattr(packing, "make_plan", plan)
+    monkeypatch.setattr(packing, "plan_tiers", plan)
     monkeypatch.setattr(packing.Packer, "build", pack)
     rows = bench.measure_here(asked("torch", [4, 16, 64], "auto"))
     assert seen == [(LAYERS, 4), (LAYERS, 16), (LAYERS, 64)]

@@ -12,9 +12,9 @@ import torch
 from kt_hf import KTAMXConfigError, count_experts, read_placement
 from kt_hf.placement import PLACEMENT
 from kt_hf.placement import packer as packing
-from kt_hf.placement.planner import Split
+from kt_hf.placement.planner import TierPlan
 from kt_hf.train.config.read import read_arguments
-from kt_hf.train.expert_profile import Placing
+from kt_hf.train.expert_profile import ProfileRun
 from tests.support.checkpoints import make_8_bits
 from tests.support.tiny import save_model, trained, write_yaml
 
@@ -87,7 +87,7 @@ def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
     file = write_yaml(tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", output_dir=str(tmp_path / "out"),
                       dataset=str(tmp_path / "data.jsonl"), max_length=30)  # fmt: skip
-    placing = Placing(read_arguments(file), [row] * 3, tokenizer(), Console(quiet=True))
+    placing = ProfileRun(read_arguments(file), [row] * 3, tokenizer(), Console(quiet=True))
     batches = list(placing.batches())
     assert len(batches) == 3
     text = tokenizer().decode(batches[0][0])
@@ -105,7 +105,7 @@ def test_three_tiers_and_a_resume_under_others(
     assert (content["resident"], content["streamed"]) == (1, 1)
     seen = []
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
-    monkeypatch.setattr(packing, "make_plan", lambda *a: (seen.append(a), Split(0, 2, 2, 1, 1, 1, 1))[1])
+    monkeypatch.setattr(packing, "plan_tiers", lambda *a: (seen.append(a), TierPlan(0, 2, 2, 1, 1, 1, 1))[1])
     more = ("max_steps=2", "resume_from_checkpoint=true", "kt_expert_placement=auto")
     trained(tmp_path, model, ROWS, *more, "max_length=40", "per_device_train_batch_size=2", *keys)
     assert seen[0][3] == 80

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTMoECallback
-from kt_hf.backends.buffer_pool import RECYCLED
+from kt_hf.backends.buffer_pool import BUFFER_POOL
 from kt_hf.callback import check_saved_experts
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.helpers import MIXTRAL
@@ -154,13 +154,13 @@ def test_pytorch_leaves_a_core_to_operators_on_the_cpu(tmp_path: Path, monkeypat
 
 def test_memory_kept_for_the_next_step_is_given_back_at_the_end(tmp_path: Path) -> None:
     model = model_to_train(TORCH_FP32)
-    RECYCLED.release()
+    BUFFER_POOL.release()
     held: list[int] = []
-    model.register_forward_pre_hook(lambda *_: held.append(len(RECYCLED._free)))
-    RECYCLED.empty((2**20,), torch.float32)  # free again at once
+    model.register_forward_pre_hook(lambda *_: held.append(len(BUFFER_POOL._free)))
+    BUFFER_POOL.empty((2**20,), torch.float32)  # free again at once
     trainer_for(model, tmp_path, max_steps=1).train()
     assert held == [1]
-    assert RECYCLED._free == []
+    assert BUFFER_POOL._free == []
 
 
 # -- checkpoints

@@ -27,7 +27,7 @@ def _widen(values, scales, out, rows, columns, part_rows, R, C, height, width, C
     tl.store(out + line * columns + column, (value * scale).to(tl.bfloat16), mask=there)
 
 
-def widened(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+def dequantized(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """values [n, rows, columns] of 8 bits, times scales [n, parts, R, C] fp32 of blocks of each part's rows, in bf16.
     Both contiguous, on one GPU."""
     n, rows, columns = values.shape

@@ -69,7 +69,7 @@ class HostWeights:
             return copied[0], copied[1]
         gate_up, down, *scales = copied
         made = [
-            ScaledMatrices(values, factors, self._block).widened(torch.bfloat16)
+            ScaledMatrices(values, factors, self._block).dequantized(torch.bfloat16)
             for values, factors in zip((gate_up, down), scales, strict=True)
         ]
         return made[0], made[1]

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...errors import KTAMXConfigError
 from ...shapes import ExpertShape
-from ..base import ExpertWeights, Gradients, Saved
+from ..base import ExpertWeights, Gradients, SavedForward
 from ..torch_loop import TorchBackend
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora, Rows, aligned
 
 
 @dataclass
-class _GroupedSaved(Saved):
+class _GroupedForward(SavedForward):
     rows: Rows
     x: Tensor  # [T, H]
     lora: Lora | None
@@ -41,16 +41,16 @@ class GroupedBackend(GroupedExperts):
             raise KTAMXConfigError(f"Experts of {weights.gate_up.dtype}: grouped products need bfloat16.")
         self.weights = weights
 
-    def can_backward(self, saved: Saved) -> bool:
-        return isinstance(saved, _GroupedSaved)
+    def can_backward(self, saved: SavedForward) -> bool:
+        return isinstance(saved, _GroupedForward)
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         y = grouped.outputs(x.index_select(0, rows.tokens), self.weights.gate_up, self.weights.down, lora, rows)
-        return self._sum_by_token(y, rows), _GroupedSaved(rows, x, lora) if save else None
+        return self._sum_by_token(y, rows), _GroupedForward(rows, x, lora) if save else None
 
-    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
-        assert isinstance(saved, _GroupedSaved)
+    def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _GroupedForward)
         rows = saved.rows
         x, d = (t.index_select(0, rows.tokens) for t in (saved.x, grad_output))
         found = grouped.gradients(x, d, self.weights.gate_up, self.weights.down, saved.lora, rows)

@@ -1,7 +1,7 @@
 """Experts whose weights are in host memory and are copied to the GPU each time they are used, chunk by chunk.
 
 The mathematics is `grouped`'s, over the rows of one chunk of experts at a time. The host has to know how many rows each
-expert has: a chunk's rows are then an exact slice, and an expert without any is not copied. `SplitBackend` brings the
+expert has: a chunk's rows are then an exact slice, and an expert without any is not copied. `TieredBackend` brings the
 counts with what its part on the CPU waits for; in backward they are known.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...shapes import ExpertShape
-from ..base import Gradients, Saved
+from ..base import Gradients, SavedForward
 from ..transfer import to_host
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora, Rows
@@ -24,7 +24,7 @@ from .weight_stream import Loaded, Streamer
 
 
 @dataclass
-class _StreamedSaved(Saved):
+class _StreamedForward(SavedForward):
     rows: Rows
     counts: list[int]
     x: Tensor  # [T, H]
@@ -47,21 +47,21 @@ class StreamedBackend(GroupedExperts):
         self.weights = weights
         self._streamer = streamer
 
-    def can_backward(self, saved: Saved) -> bool:
-        return isinstance(saved, _StreamedSaved)
+    def can_backward(self, saved: SavedForward) -> bool:
+        return isinstance(saved, _StreamedForward)
 
     def row_counts(self, ids: Tensor) -> Tensor:
         """[E] int64 on `device`: the rows of each expert in ids [T, K]."""
         flat = ids.reshape(-1) + 1
         return flat.new_zeros(self.shape.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return self.forward_counted(x, ids, weights, save, counts.tolist())
 
     def forward_counted(
         self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
-    ) -> tuple[Tensor, Saved | None]:
+    ) -> tuple[Tensor, SavedForward | None]:
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         spread = x.new_zeros(rows.T * rows.K, x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
@@ -69,10 +69,10 @@ class StreamedBackend(GroupedExperts):
             y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, own, part)
             spread.index_copy_(0, part.order, y)
             del chunk
-        return rows.sum_by_token(spread), _StreamedSaved(rows, counts, x, lora) if save else None
+        return rows.sum_by_token(spread), _StreamedForward(rows, counts, x, lora) if save else None
 
-    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
-        assert isinstance(saved, _StreamedSaved)
+    def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        assert isinstance(saved, _StreamedForward)
         rows, lora = saved.rows, saved.lora
         spread = grad_output.new_zeros(rows.T * rows.K, grad_output.shape[1])
         grad_weights = spread.new_zeros(rows.T * rows.K, dtype=torch.float32)

@@ -22,14 +22,14 @@ from torch import Tensor
 from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
 from ...shapes import LORA_NAMES, ExpertShape
 from ...system.cpu import ThreadPlan, cpu_features
-from ..base import Availability, ExpertWeights, Gradients, Saved
-from ..transfer import apart, host_empty, to_host, wait_until_read, written_again
+from ..base import Availability, ExpertWeights, Gradients, SavedForward
+from ..transfer import host_empty, split_lora, to_host, track_reads, wait_for_reads
 from .engine import Cache, Engine
 from .gate_overflow import careful_backward
-from .idle_workers import Pause
-from .native_code import native_output_to_log, outlive_python
+from .idle_workers import CallGap
+from .native_code import native_output_to_log, never_destroy
 from .operators import OPERATORS, most_tokens, shape_problem
-from .packed_files import SavedLayer, check_saved, folder_to_load, folder_to_save
+from .packed_files import PackedLayerFiles, check_saved, folder_to_load, folder_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def availability() -> Availability:
 
 
 @dataclass
-class _KernelSaved(Saved):
+class _KernelForward(SavedForward):
     generation: int
     tokens: int
 
@@ -75,7 +75,7 @@ class KTKernelBackend:
 
     Args:
         weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied. Or a
-            `SavedLayer`, what `save_to` once wrote, of the same operators and number of pools.
+            `PackedLayerFiles`, what `save_to` once wrote, of the same operators and number of pools.
         shape: Sizes; H, and I by the number of pools, are multiples of 32 (AMXBF16), 64 (AMXInt8) or 128 (AMXInt4).
         rank: LoRA rank the operator is built for; smaller ones are padded with zeros. 0 packs for inference.
         plan: Worker threads.
@@ -98,7 +98,7 @@ class KTKernelBackend:
 
     def __init__(
         self,
-        weights: ExpertWeights | SavedLayer,
+        weights: ExpertWeights | PackedLayerFiles,
         shape: ExpertShape,
         rank: int,
         plan: ThreadPlan,
@@ -139,12 +139,12 @@ class KTKernelBackend:
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
-        self._pauses: dict[str, Pause] = {}
+        self._pauses: dict[str, CallGap] = {}
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
         self._moe: Any = None
-        outlive_python(self)
+        never_destroy(self)
         config = self._config(share_backward, share_cache)
-        if isinstance(weights, SavedLayer):
+        if isinstance(weights, PackedLayerFiles):
             with folder_to_load(weights.folder, config.layer_idx) as path:
                 config.load, config.path = True, path
                 self._moe = self._build(config)
@@ -191,7 +191,7 @@ class KTKernelBackend:
         try:
             weights.gate_up = torch.empty(0)  # released before the packed copy is made
             self._moe = self._build(config)
-            weights.taken_by = self
+            weights.packed_as = self
         except BaseException:  # KeyboardInterrupt among them
             weights.gate_up = torch.cat((gate, up), 1).to(like)  # so that the layer can be packed again
             raise
@@ -271,7 +271,7 @@ class KTKernelBackend:
     def lora_copy(self) -> tuple[Tensor, ...]:
         return tuple(t.clone() for t in self._lora) if self._lora_on else ()
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         T, K = self._check_inputs(x, ids, weights)
         out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
@@ -285,16 +285,16 @@ class KTKernelBackend:
         if not save:
             return out, None
         self._cache.holds = next(self._cache.generations)
-        return out, _KernelSaved(self._cache.holds, T)
+        return out, _KernelForward(self._cache.holds, T)
 
-    def can_backward(self, saved: Saved) -> bool:
-        return isinstance(saved, _KernelSaved) and self._cache.holds == saved.generation
+    def can_backward(self, saved: SavedForward) -> bool:
+        return isinstance(saved, _KernelForward) and self._cache.holds == saved.generation
 
-    def backward(self, saved: Saved, grad_output: Tensor) -> Gradients:
+    def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         self._check_process()
         if not self.can_backward(saved):
             raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
-        assert isinstance(saved, _KernelSaved)
+        assert isinstance(saved, _KernelForward)
         T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
         _check(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
         if self.max_rank and not self._grads:
@@ -302,11 +302,11 @@ class KTKernelBackend:
             # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
             if torch.cuda.is_initialized():  # pinned: the sum would be rounded up to a power of two
-                self._grads = written_again(tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes))
+                self._grads = track_reads(tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes))
             else:
                 flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.bfloat16, device="cpu")
-                self._grads = apart(flat, sizes)
-        wait_until_read(self._grads)  # copies to a GPU, of the backward before
+                self._grads = split_lora(flat, sizes)
+        wait_for_reads(self._grads)  # copies to a GPU, of the backward before
         grad_input = host_empty((T, H), torch.bfloat16)
         grad_weights = host_empty((T, K), torch.float32)
         if not self._operators.clears_gradients:

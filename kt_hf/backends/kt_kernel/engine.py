@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import KTAMXNotAvailableError
 from ...system.cpu import ThreadPlan, plan_threads
-from .idle_workers import Workers
-from .native_code import native_output_to_log, outlive_python
+from .idle_workers import IdleWorkers
+from .native_code import native_output_to_log, never_destroy
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class Engine:
         self.plan = plan
         self.pid = os.getpid()
         self.shared_cache = Cache()
-        self.workers = Workers()
+        self.workers = IdleWorkers()
         # The most of PyTorch's threads where these have the cores between calls: the workers are on one of them then.
         self.torch_threads = plan_threads(tp_enabled=False).workers
         with native_output_to_log(logger):
             self.cpu_infer = kt_kernel_ext.CPUInfer(pool_config(plan))
-        outlive_python(self)
+        never_destroy(self)
 
     kept = False  # destroyed by nobody any more: the interpreter ends, or this is a fork
 

@@ -33,7 +33,7 @@ _TASKS = Path("/proc/self/task")
 
 
 @dataclass
-class Pause:
+class CallGap:
     """Seconds from a call to the next of anything, with the workers on their cores and with them aside; as measured."""
 
     here: float = math.nan
@@ -59,7 +59,7 @@ class Pause:
         return self.calls % _MOVE_AGAIN == 0
 
 
-class Workers:
+class IdleWorkers:
     """The operators' threads. Between calls they share one core, where that is worth the moves.
 
     It is not where a GPU does the rest, where PyTorch has one thread only, and after a call that is followed by the
@@ -75,11 +75,11 @@ class Workers:
         self._away = False
         self._out = 0.0  # seconds that the last move to the corner took
         self._moves = math.inf  # there and back; the fastest, for it is not taken again while it seems too slow
-        self._last: tuple[Pause, float] | None = None
-        self._team: SecondTeam | None = None
+        self._last: tuple[CallGap, float] | None = None
+        self._team: SleepingTeam | None = None
 
     @contextlib.contextmanager
-    def at_work(self, pauses: dict[str, Pause], name: str) -> Iterator[None]:
+    def at_work(self, pauses: dict[str, CallGap], name: str) -> Iterator[None]:
         """Around a call of an operator.
 
         Args:
@@ -93,7 +93,7 @@ class Workers:
             if torch.get_num_threads() > 1 and not torch.cuda.is_initialized():
                 if self._homes is None:
                     self._homes, self._corner = _find()
-                pause = pauses.setdefault(name, Pause())
+                pause = pauses.setdefault(name, CallGap())
                 if self._homes and pause.worth(self._moves if self._moves < math.inf else 0.0):
                     self._step_aside(self._homes)
                 self._last = (pause, time.perf_counter())
@@ -125,7 +125,7 @@ class Workers:
 
     def _step_aside(self, homes: dict[int, int]) -> None:
         if self._team is None:
-            self._team = SecondTeam()
+            self._team = SleepingTeam()
         begin = time.perf_counter()
         self._away = True  # before the first is moved: an interruption must not leave some of them there
         try:
@@ -156,7 +156,7 @@ def _find() -> tuple[dict[int, int], int]:
     return {thread: core for thread, core in found.items() if core != corner}, corner
 
 
-class SecondTeam:
+class SleepingTeam:
     """A team of sleeping OpenMP threads, one a core, whose presence makes PyTorch's sleep after each loop.
 
     GNU OpenMP's threads spin for less than 0.1 ms instead of up to 76 ms where there are more of them than cores (its

@@ -50,7 +50,7 @@ def _flush_c() -> None:
         ctypes.CDLL(None).fflush(None)
 
 
-def outlive_python(owner: Any) -> None:
+def never_destroy(owner: Any) -> None:
     """What `owner.natives()` gives is never destroyed once the interpreter ends, nor in a fork of this process.
 
     kt-kernel's destructors print, and join their threads: after a fork those are not there and the child hangs; at exit

@@ -42,7 +42,7 @@ OPERATORS = {
         Operators("AMXInt4", "AMXInt4_SFT_MOE", 128, 0.5, clears_gradients=False, saved_as="INT4"),
     )
 }
-QUANTISED = tuple(made.name for made in OPERATORS.values() if made.saved_as)
+QUANTIZED = tuple(made.name for made in OPERATORS.values() if made.saved_as)
 
 
 def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") -> str | None:

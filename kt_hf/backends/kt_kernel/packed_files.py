@@ -23,18 +23,18 @@ _SIZE = re.compile(r"_(\d+)Byte_(quant|scale)_\.kt$")
 
 
 @dataclass(frozen=True)
-class SavedLayer:
+class PackedLayerFiles:
     """One layer's packed weights on disk.
 
     Attributes:
         folder: Holds `_numa_0` and so on, one for each pool.
         backward: Whether the weights for backward are there too.
-        mark: Of the weights they were made of; another for others.
+        fingerprint: Of the weights they were made of; another for others.
     """
 
     folder: Path
     backward: bool
-    mark: str = ""
+    fingerprint: str = ""
 
 
 def pool_folder(pool: int) -> str:
@@ -59,7 +59,7 @@ def size_in_name(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def check_saved(layer: SavedLayer, operators: Operators, pools: int, share_backward: bool, label: str) -> None:
+def check_saved(layer: PackedLayerFiles, operators: Operators, pools: int, share_backward: bool, label: str) -> None:
     """Refuse saved weights that these operators would crash on or compute wrong gradients with.
 
     Raises:

@@ -156,12 +156,12 @@ def _saved_experts(c: Checked, purpose: str) -> None:
     path = c.kt.get("kt_weight_path")
     if path is None:
         return
-    from ...backends import QUANTISED
+    from ...backends import QUANTIZED
     from ...quantized import open_saved
 
     backend = c.kt.get("kt_backend", "auto")
-    if backend not in QUANTISED:
-        c.problem("kt_weight_path", f"kt_weight_path={path} needs kt_backend: {' or '.join(QUANTISED)}, not {backend}")
+    if backend not in QUANTIZED:
+        c.problem("kt_weight_path", f"kt_weight_path={path} needs kt_backend: {' or '.join(QUANTIZED)}, not {backend}")
     elif purpose == "train":
         try:
             open_saved(path)

@@ -35,7 +35,7 @@ class Format:
     convert: Callable[[Row], Row]
 
 
-def recognise(columns: set[str]) -> Format | None:
+def recognize(columns: set[str]) -> Format | None:
     """The first format whose columns are all there."""
     return next((known for known in FORMATS if known.columns <= columns), None)
 

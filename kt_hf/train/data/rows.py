@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import KTAMXConfigError
 from ..config.settings import OwnKeys
-from .formats import FORMATS, BadRow, recognise
+from .formats import FORMATS, BadRow, recognize
 from .sources import read_source
 
 # More unusable rows than this share stop the run.
@@ -45,7 +45,7 @@ def load_rows(specs: Sequence[str], purpose: str, stage: str, most: int | None =
     for spec in specs:
         raw = read_source(spec, purpose, stage, most)
         columns = raw.columns()
-        known = recognise(columns)
+        known = recognize(columns)
         bad = list(raw.bad)
         rows = []
         if raw.rows and known is None:

@@ -50,7 +50,7 @@ def test_widened_as_on_the_cpu(
     there = ScaledMatrices(given.values.cuda(), given.scales.cuda(), given.block)
     known = there.values.dtype, there.values.device
     monkeypatch.setattr(scaled, "_kernel_runs", {} if kernel else {known: False})
-    assert torch.equal(there.widened(torch.bfloat16).cpu(), given.widened(torch.bfloat16))
+    assert torch.equal(there.dequantized(torch.bfloat16).cpu(), given.dequantized(torch.bfloat16))
     assert scaled._kernel_runs == {known: kernel}
 
 
@@ -60,8 +60,8 @@ def test_large_matrices_are_widened_to_the_bit(parts: int) -> None:
     values = torch.randn(3, 2 * 700, 1300, device="cuda").mul_(20).to(torch.float8_e4m3fn)
     scales = torch.rand(3, parts, -(-2 * 700 // parts // 128), -(-1300 // 128), device="cuda")
     given = ScaledMatrices(values, scales, (128, 128))
-    wanted = ScaledMatrices(values.cpu(), scales.cpu(), (128, 128)).widened(torch.bfloat16)
-    assert torch.equal(given.widened(torch.bfloat16).cpu(), wanted)
+    wanted = ScaledMatrices(values.cpu(), scales.cpu(), (128, 128)).dequantized(torch.bfloat16)
+    assert torch.equal(given.dequantized(torch.bfloat16).cpu(), wanted)
 
 
 def backends(chunk: int, buffers: int) -> tuple[StreamedBackend, StreamedBackend]:
@@ -71,7 +71,7 @@ def backends(chunk: int, buffers: int) -> tuple[StreamedBackend, StreamedBackend
     made = []
     for weights in (
         HostWeights.of_scaled(ScaledExperts(range(E), gate_up, down)),
-        HostWeights(gate_up.widened(torch.bfloat16), down.widened(torch.bfloat16)),
+        HostWeights(gate_up.dequantized(torch.bfloat16), down.dequantized(torch.bfloat16)),
     ):
         device = torch.device("cuda", torch.cuda.current_device())
         same = chunk // 2 if weights.scaled else chunk  # as many experts

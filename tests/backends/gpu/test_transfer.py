@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from kt_hf.backends.finite_checks import DeferredChecks, all_finite
-from kt_hf.backends.transfer import apart, host_empty, six_to_device, to_device, to_host, wait_until_read, written_again
+from kt_hf.backends.transfer import (
+    host_empty,
+    lora_to_device,
+    split_lora,
+    to_device,
+    to_host,
+    track_reads,
+    wait_for_reads,
+)
 from kt_hf.experts import runner
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.support.helpers import MIXTRAL
@@ -67,16 +75,16 @@ def test_six_to_device(how: str) -> None:
     six = tuple(torch.randn(size).bfloat16() for size in SIZES)
     expected = [t.clone() for t in six]
     if how == "together":
-        six = apart(torch.cat([six[i].flatten() for i in (0, 2, 4, 1, 3, 5)]), SIZES)
+        six = split_lora(torch.cat([six[i].flatten() for i in (0, 2, 4, 1, 3, 5)]), SIZES)
     elif how == "pinned":
         six = tuple(host_empty(size, torch.bfloat16).copy_(t) for size, t in zip(SIZES, six, strict=True))
     if how == "pinned":
-        six = written_again(six)
+        six = track_reads(six)
     torch.cuda._sleep(2_000_000_000)  # about a second
     (slept := torch.cuda.Event()).record()
-    there = six_to_device(six, torch.device("cuda"))
+    there = lora_to_device(six, torch.device("cuda"))
     assert not slept.query(), "it has waited for the GPU"
-    wait_until_read(six)
+    wait_for_reads(six)
     for tensor in six:
         tensor.fill_(7)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(there, expected, strict=True))
@@ -86,11 +94,11 @@ def test_six_to_device(how: str) -> None:
 def test_a_buffer_is_not_overwritten_in_flight() -> None:
     """Its owner waits, though the GPU gets to the copy late."""
     torch.zeros(1, device="cuda")
-    (buffer,) = written_again((host_empty((1 << 22,), torch.float32).fill_(1),))
+    (buffer,) = track_reads((host_empty((1 << 22,), torch.float32).fill_(1),))
     assert buffer.is_pinned()
     torch.cuda._sleep(100_000_000)
     moved = to_device(buffer, torch.device("cuda"))
-    wait_until_read([buffer])
+    wait_for_reads([buffer])
     buffer.fill_(2)
     assert torch.equal(moved, torch.ones_like(moved))
 

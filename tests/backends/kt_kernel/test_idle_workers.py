@@ -20,7 +20,7 @@ import torch
 
 from kt_hf.backends.kt_kernel import idle_workers as _cores
 from kt_hf.backends.kt_kernel.engine import Engine
-from kt_hf.backends.kt_kernel.idle_workers import Pause, SecondTeam, Workers
+from kt_hf.backends.kt_kernel.idle_workers import CallGap, IdleWorkers, SleepingTeam
 from kt_hf.system.cpu import affinity
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS
 from tests.support.helpers import MIXTRAL
@@ -39,7 +39,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     numbers; PyTorch with two threads and no GPU."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(_cores, "SecondTeam", lambda: SimpleTeam())
+    monkeypatch.setattr(_cores, "SleepingTeam", lambda: SimpleTeam())
     others = os.listdir(_cores._TASKS)  # an engine of other tests may be alive
     listed = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: [name for name in listed(path) if name not in others])
@@ -70,15 +70,15 @@ def where(threads: list[int]) -> list[set[int]]:
     return [os.sched_getaffinity(thread) for thread in threads]
 
 
-def call(workers: Workers, pauses: dict[str, Pause], threads: list[int]) -> list[set[int]]:
+def call(workers: IdleWorkers, pauses: dict[str, CallGap], threads: list[int]) -> list[set[int]]:
     """Where the workers are during a call."""
     with workers.at_work(pauses, "forward"):
         return where(threads)
 
 
-def eager() -> dict[str, Pause]:
+def eager() -> dict[str, CallGap]:
     """The workers are to step aside, for the pause after the last call took nine seconds."""
-    return {"forward": Pause(here=9.0)}
+    return {"forward": CallGap(here=9.0)}
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @two_cores
 def test_workers_are_at_home_in_calls_and_aside_between(pinned: list[int], clock: list[float]) -> None:
-    workers, pauses = Workers(), {}
+    workers, pauses = IdleWorkers(), {}
     assert call(workers, pauses, pinned) == HOME
     assert where(pinned) == HOME  # to know how long it takes so
     for seconds in (0.25, 0.02, 0.03):
@@ -116,7 +116,7 @@ def test_workers_stay_where_the_next_call_follows_at_once(
         move(thread, cores)
 
     monkeypatch.setattr(os, "sched_setaffinity", moved)
-    workers, pauses, seen = Workers(), {}, []
+    workers, pauses, seen = IdleWorkers(), {}, []
     for pause in (30, 25, 30, 40, 20, 9, 9):
         call(workers, pauses, pinned)
         seen.append(where(pinned))
@@ -125,7 +125,7 @@ def test_workers_stay_where_the_next_call_follows_at_once(
     assert seen == [HOME, ASIDE, HOME, HOME, ASIDE, ASIDE, ASIDE]
 
 
-def ways(pause: Pause, calls: int, here: float, aside: float, moves: float = 1.0) -> list[int]:
+def ways(pause: CallGap, calls: int, here: float, aside: float, moves: float = 1.0) -> list[int]:
     """The calls, of so many, after which the workers step aside, where a pause takes so long either way."""
     found = []
     for i in range(calls):
@@ -146,17 +146,17 @@ def ways(pause: Pause, calls: int, here: float, aside: float, moves: float = 1.0
 def test_the_way_that_is_shorter_is_taken_and_the_other_tried_now_and_then(
     here: float, aside: float, wanted: list[int]
 ) -> None:
-    assert ways(Pause(), 300, here, aside) == wanted
+    assert ways(CallGap(), 300, here, aside) == wanted
 
 
 def test_a_long_pause_of_another_cause_misleads_nobody() -> None:
     """A checkpoint was written; an evaluation ran."""
     for way in (True, False):
-        pause = Pause()
+        pause = CallGap()
         ways(pause, 10, 3.0, 1.0)
         pause.took(1000.0, way)
         assert ways(pause, 10, 3.0, 1.0) == [*range(10)]
-        pause = Pause()
+        pause = CallGap()
         ways(pause, 10, 3.0, 2.9)
         pause.took(1000.0, way)
         assert ways(pause, 5, 3.0, 2.9) == []
@@ -164,7 +164,7 @@ def test_a_long_pause_of_another_cause_misleads_nobody() -> None:
 
 def test_other_lengths_are_followed() -> None:
     """Short sequences at first, where moving costs more than it brings, then long ones."""
-    pause = Pause()
+    pause = CallGap()
     assert ways(pause, 20, 1.5, 1.0) == [1, 15]
     assert len(ways(pause, 100, 30.0, 10.0)) > 60
 
@@ -177,13 +177,13 @@ def test_workers_stay_where_nothing_would_use_their_cores(
     pinned: list[int], monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: int
 ) -> None:
     monkeypatch.setattr(module, name, lambda: value)
-    call(Workers(), eager(), pinned)
+    call(IdleWorkers(), eager(), pinned)
     assert where(pinned) == HOME
 
 
 @two_cores
 def test_error_in_a_call(pinned: list[int]) -> None:
-    workers = Workers()
+    workers = IdleWorkers()
     with pytest.raises(KeyError), workers.at_work(eager(), "forward"):
         raise KeyError
     assert where(pinned) == ASIDE
@@ -193,7 +193,7 @@ def test_error_in_a_call(pinned: list[int]) -> None:
 @two_cores
 def test_threads_of_another_name_stay(pinned: list[int]) -> None:
     Path(_cores._TASKS, str(pinned[1]), "comm").write_text("python")
-    call(Workers(), eager(), pinned)
+    call(IdleWorkers(), eager(), pinned)
     assert where(pinned) == HOME
 
 
@@ -201,7 +201,7 @@ def test_threads_of_another_name_stay(pinned: list[int]) -> None:
 def test_workers_on_cores_that_are_not_the_process_s_stay(pinned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """kt-kernel pins them whatever the process's affinity is; PyTorch's threads cannot have those cores."""
     monkeypatch.setattr(_cores, "affinity", lambda: {CORES[0]})
-    call(Workers(), eager(), pinned)
+    call(IdleWorkers(), eager(), pinned)
     assert where(pinned) == HOME
 
 
@@ -218,7 +218,7 @@ def refusing(forbidden: set[int]) -> Callable[[int, set[int]], None]:
 
 @two_cores
 def test_threads_that_may_not_be_moved(pinned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = Workers()
+    workers = IdleWorkers()
     monkeypatch.setattr(os, "sched_setaffinity", refusing({CORES[0]}))
     for _ in range(2):
         assert call(workers, eager(), pinned) == where(pinned) == HOME
@@ -229,7 +229,7 @@ def test_a_core_that_is_taken_from_the_process(
     pinned: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its worker may have any other then: it must not wait for the corner."""
-    workers = Workers()
+    workers = IdleWorkers()
     call(workers, eager(), pinned)
     monkeypatch.setattr(os, "sched_setaffinity", refusing({CORES[1]}))
     for _ in range(2):
@@ -243,8 +243,8 @@ def test_a_core_that_is_taken_from_the_process(
 
 _SPIN = """
 import sys, time, torch
-from kt_hf.backends.kt_kernel.idle_workers import SecondTeam
-team = SecondTeam() if sys.argv[1] == "team" else None
+from kt_hf.backends.kt_kernel.idle_workers import SleepingTeam
+team = SleepingTeam() if sys.argv[1] == "team" else None
 threads = torch.get_num_threads()
 values, spent = torch.ones(4_000_000), []
 for _ in range(12):
@@ -296,10 +296,10 @@ def settled(most: int) -> int:
 
 def test_second_team_leaves_nothing(three_torch_threads: None) -> None:
     start = psutil.Process().num_threads()
-    SecondTeam().end()
+    SleepingTeam().end()
     before = settled(start)
     assert before <= start
-    team = SecondTeam()
+    team = SleepingTeam()
     assert psutil.Process().num_threads() >= before + len(affinity())
     seen: list[int] = []
     later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -317,7 +317,7 @@ def test_second_team_leaves_nothing(three_torch_threads: None) -> None:
 @kernel
 def test_packing_and_new_lora_call_the_workers_home(mark: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(Workers, "gather", lambda self: calls.append("home"))
+    monkeypatch.setattr(IdleWorkers, "gather", lambda self: calls.append("home"))
     layer = model_to_train(KERNEL_BF16)._kt_wrappers[0]
     layer.update_lora_pointers()
     calls.clear()
@@ -340,8 +340,8 @@ def test_packing_and_new_lora_call_the_workers_home(mark: None, monkeypatch: pyt
 def test_second_team_ends_with_the_engine(three_torch_threads: None) -> None:
     """Also where it goes with a cycle that is collected while Python's list of threads is locked."""
     engine: Any = Engine.__new__(Engine)  # without worker pools: those of other tests may be alive
-    engine.workers, engine.cpu_infer, engine.itself = Workers(), None, engine
-    engine.workers._team = team = SecondTeam()
+    engine.workers, engine.cpu_infer, engine.itself = IdleWorkers(), None, engine
+    engine.workers._team = team = SleepingTeam()
     gc.disable()
     try:
         with threading._active_limbo_lock:  # type: ignore[attr-defined]
@@ -355,14 +355,14 @@ def test_second_team_ends_with_the_engine(three_torch_threads: None) -> None:
 def _trained(queue: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     found: list[bool] = []
-    gathered = Workers.gather
+    gathered = IdleWorkers.gather
 
-    def gather(self: Workers) -> None:
+    def gather(self: IdleWorkers) -> None:
         found.append(self._away)
         gathered(self)
 
-    Workers.gather = gather  # type: ignore[method-assign]
-    Pause.worth = lambda self, moves: True  # type: ignore[method-assign]  # whatever the pauses are on a busy machine
+    IdleWorkers.gather = gather  # type: ignore[method-assign]
+    CallGap.worth = lambda self, moves: True  # type: ignore[method-assign]  # whatever the pauses are on a busy machine
     model = model_to_train(KERNEL_BF16, kt_num_threads=2)
     engine = model._kt_wrappers[0].backend.engine
     engine.torch_threads = 2  # on two cores one would be left
