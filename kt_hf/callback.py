@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .adapters import publish, seal, start_from, tell_interrupted
+from .adapters import publish, seal, start_from, tell_interrupted, verify_adapter
+from .adapters.adapter import ADAPTER
 from .backends import CALL_LOCK
 from .backends.buffer_pool import BUFFER_POOL
 from .errors import KTAMXConfigError
@@ -133,6 +134,11 @@ class KTMoECallback(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero:
             return
+        # What another callback or a Trainer's own save did to the files since they were verified. PEFT saves the
+        # adapter "default" in the folder, others in a folder of their name.
+        for file in [folder / ADAPTER, *folder.glob(f"*/{ADAPTER}")]:
+            if file.exists():
+                verify_adapter(file.parent)
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

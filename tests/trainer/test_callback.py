@@ -17,7 +17,6 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTMoECallback
 from kt_hf.backends.buffer_pool import BUFFER_POOL
-from kt_hf.callback import check_saved_experts
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import lora_config, patched_model
@@ -193,10 +192,10 @@ def rewrite(file: Path, change: Callable[..., Any]) -> None:
     save_file(change({name: value.clone() for name, value in load_file(file).items()}), file)
 
 
-LOSSES: dict[str, tuple[Callable[..., Any], int, str]] = {
-    "without_experts": (without_experts, 12, "missing"),
-    "without_one": (without_one, 1, r"layers\.1\.mlp\.experts\.down_proj\.lora_B\.weight: missing"),
-    "of_another_rank": (of_another_rank, 2, r"\(8, 64, 4\), not \(8, 64, 8\)"),
+LOSSES: dict[str, Callable[..., Any]] = {
+    "without_experts": without_experts,
+    "without_one": without_one,
+    "of_another_rank": of_another_rank,
 }
 
 
@@ -205,7 +204,7 @@ def test_checkpoint_lacking_expert_tensors_is_an_error(
     name: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever loses them on the way to the disk."""
-    change, count, words = LOSSES[name]
+    change = LOSSES[name]
     trainer = trainer_for(model_to_train(case), tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
     save = trainer.save_model
 
@@ -214,10 +213,8 @@ def test_checkpoint_lacking_expert_tensors_is_an_error(
         rewrite(Path(folder) / ADAPTER, change)
 
     monkeypatch.setattr(trainer, "save_model", save_model)
-    with pytest.raises(KTAMXError, match=words) as error:
+    with pytest.raises(KTAMXError, match=f"checkpoint-2/{ADAPTER}"):
         trainer.train()
-    assert "checkpoint-2" in str(error.value)
-    assert f"({count} tensors in all)" in str(error.value)
     assert trainer.state.global_step == 2
 
 
@@ -227,9 +224,8 @@ def test_adapter_of_another_name_is_checked_as_well(tmp_path: Path) -> None:
     model = get_peft_model(model, lora_config(MIXTRAL), adapter_name="mine")
     model.save_pretrained(tmp_path / "checkpoint-1")
     file = tmp_path / "checkpoint-1" / "mine" / ADAPTER
-    check_saved_experts(model, file)
     rewrite(file, without_one)
     args = SimpleNamespace(output_dir=str(tmp_path))
     state = TrainerState(global_step=1, is_world_process_zero=True)
-    with pytest.raises(KTAMXError, match="missing"):
+    with pytest.raises(KTAMXError, match=f"mine/{ADAPTER}"):
         KTMoECallback().on_save(args, state, TrainerControl(), model=model)

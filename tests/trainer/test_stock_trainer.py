@@ -122,7 +122,7 @@ def test_stale_pointers_over_two_pools(mark: None, tmp_path: Path, monkeypatch: 
     losses = []
     for case, callback in ((TORCH_FP32, True), (KERNEL_BF16, True), (KERNEL_BF16, False)):
         with monkeypatch.context() as patch:
-            patch.setattr("kt_hf.placement.packer.plan_threads", lambda *_: plan)
+            patch.setattr("kt_hf.placement.assembly.plan_threads", lambda *_: plan)
             model = apply_kt_moe(family(case.dtype), make_config(case.backend))
         model = get_peft_model(model, lora_config(family))
         fill_lora(model, seed=1)
