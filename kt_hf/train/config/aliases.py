@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# Older name -> TRL's or ours, with the same meaning.
+# Another name -> TRL's or ours, with the same meaning.
 RENAMED = {
     "cutoff_len": "max_length",
     "max_seq_length": "max_length",
@@ -20,17 +20,24 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "neat_packing": "packing",
+    "modules_to_save": "additional_target",
+    "revision": "model_revision",
+    "kt_cpu_activation": "kt_expert_activations",
+    "kt_share_backward_bb": "kt_share_backward_weights",
 }
-# Older name -> (name, function of the value).
+# Another name -> (name, function of the value).
 TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "disable_gradient_checkpointing": ("activation_checkpointing", lambda value: not value),
     "group_by_length": ("train_sampling_strategy", lambda value: "group_by_length" if value else "random"),
     "use_reentrant_gc": ("activation_checkpointing_kwargs", lambda value: {"use_reentrant": value}),
     "train_on_prompt": ("completion_only_loss", lambda value: not value),
     "pref_loss": ("loss_type", lambda value: [value] if isinstance(value, str) else value),
+    "pure_bf16": ("torch_dtype", lambda value: "bfloat16" if value else None),
 }
-# Of these older names the value is true or false.
-BOOLEANS = ("disable_gradient_checkpointing", "use_reentrant_gc", "train_on_prompt", "group_by_length")
+# Of these names the value is true or false.
+BOOLEANS = ("disable_gradient_checkpointing", "use_reentrant_gc", "train_on_prompt", "group_by_length", "pure_bf16")
+_FOR_IMAGES = "only text is trained"
+_BY_ITSELF = "it is decided by the files and the machine"
 # Taken without effect, and why.
 IGNORED = {
     "overwrite_cache": "nothing is cached between runs",
@@ -38,29 +45,125 @@ IGNORED = {
     "low_cpu_mem_usage": "weights are never held twice while loading",
     "save_safetensors": "adapters are always saved as safetensors",
     "preprocessing_batch_size": "TRL chooses it",
-    "flash_attn": "transformers picks the attention kernel (sdpa)",
+    "flash_attn": "transformers picks the attention kernel; attn_implementation names one",
     "upcast_layernorm": "LoRA trains in fp32 anyway",
+    "compute_accuracy": "TRL logs the accuracy of tokens itself",
+    "infer_backend": "no inference takes part",
+    "infer_dtype": "no inference takes part",
+    "ray_run_name": "Ray takes no part",
+    "image_max_pixels": _FOR_IMAGES,
+    "image_min_pixels": _FOR_IMAGES,
+    "video_max_pixels": _FOR_IMAGES,
+    "video_min_pixels": _FOR_IMAGES,
+    "video_fps": _FOR_IMAGES,
+    "video_maxlen": _FOR_IMAGES,
+    "media_dir": _FOR_IMAGES,
+    "freeze_vision_tower": _FOR_IMAGES,
+    "freeze_multi_modal_projector": _FOR_IMAGES,
+    "kt_threadpool_count": "threads are planned for the machine's NUMA nodes; kt_tp_enabled: false keeps to one",
+    "kt_model_max_length": "buffers grow with the batches; kt_max_len bounds them",
+    "kt_force_fused_expert_lora": "each expert has LoRA of its own",
+    "kt_skip_expert_loading": "experts are always streamed to the operators",
+    "kt_weight_lifecycle": _BY_ITSELF,
 }
-# Refused, and what to write instead.
+# Refused unless null or false, and what to write instead.
 REMOVED = {
     "kt_optimize_rule": "leave it out: experts are found by themselves, rule files are not used",
     "cpu_infer": "write kt_num_threads",
     "chunk_size": "write kt_max_len",
+    "kt_non_expert_weight_path": "leave it out: all but the experts is read from model_name_or_path",
+    "kt_expert_checkpoint_path": "leave it out: experts are read from model_name_or_path, or from kt_weight_path",
+    "kt_use_lora_experts": "leave it out: the routed experts themselves have LoRA",
+    "kt_lora_expert_num": "leave it out: the routed experts themselves have LoRA",
+    "kt_lora_expert_intermediate_size": "leave it out: the routed experts themselves have LoRA",
     "use_unsloth": "leave it out: Unsloth's models have no experts that can be computed on the CPU",
-    "quantization_bit": "leave it out: bitsandbytes cannot quantise packed experts",
+    "use_unsloth_gc": "write activation_checkpointing",
+    "quantization_bit": "leave it out: bitsandbytes cannot quantise packed experts; kt_backend: AMXInt8 does",
+    "quantization_method": "leave it out: kt_backend: AMXInt8 quantises experts",
     "load_in_4bit": "leave it out: bitsandbytes cannot quantise packed experts",
     "load_in_8bit": "leave it out: bitsandbytes cannot quantise packed experts",
-    "adapter_name_or_path": "use resume_from_checkpoint to go on with a run",
+    "create_new_adapter": "leave it out: adapter_name_or_path is trained on; kt-hf export --to merged merges one",
     "dataset_dir": "give the file or folder itself in dataset",
     "streaming": "leave it out: data is read before training",
     "tokenized_path": "leave it out: data is tokenised at each start",
-    "loraplus_lr_ratio": "leave it out: LoRA+ is not supported",
+    "loraplus_lr_embedding": "leave it out: loraplus_lr_ratio alone is taken",
     "use_dora": "leave it out: DoRA is not supported on experts",
     "pissa_init": "leave it out: PiSSA is not supported on experts",
+    "pissa_convert": "leave it out: PiSSA is not supported on experts",
+    "use_galore": "leave it out: LoRA is what is trained",
+    "use_apollo": "leave it out: LoRA is what is trained",
+    "use_badam": "leave it out: LoRA is what is trained",
+    "use_muon": "leave it out: torch's Muon takes no experts' LoRA",
+    "use_adam_mini": "write optim",
+    "use_llama_pro": "leave it out: LoRA is what is trained",
+    "use_swanlab": "write report_to: swanlab",
+    "rope_scaling": "write it into the model's config.json",
+    "shift_attn": "leave it out: the model's own attention is used",
+    "resize_vocab": "leave it out: the vocabulary is the model's",
+    "add_tokens": "leave it out: the vocabulary is the model's",
+    "ref_model": "leave it out: DPO's reference is the model without its adapter",
+    "do_predict": "leave it out: kt-hf train trains",
+    "predict_with_generate": "leave it out: evaluation is by the loss",
+    "export_dir": "leave it out: `kt-hf export ADAPTER FOLDER --to merged` writes a merged model",
     "gpu_memory_utilization": "leave it out: no inference server takes part",
     "device_map": "leave it out: the trainer places the model, kt_hf the experts",
     "max_prompt_length": "TRL cuts prompt and answer together: write max_length",
 }
+# What expert weights are in kt_config.kt_expert_weight_format -> what to write; None: the files tell it themselves.
+EXPERT_FORMATS = {
+    "bf16": None,
+    "fp8": None,
+    "int8": "write kt_backend: AMXInt8 (quantised while loading, or once by `kt-hf quantize` for kt_weight_path)",
+    "int4": "write kt_backend: AMXInt4 (quantised while loading, or once by `kt-hf quantize` for kt_weight_path)",
+}
+# Names of axolotl, LLaMA-Factory, Unsloth and plain habit -> what to write here.
+MEANT = {
+    **dict.fromkeys(
+        ("batch_size", "micro_batch_size", "train_batch_size", "mini_batch_size", "bs"), "per_device_train_batch_size"
+    ),
+    **dict.fromkeys(("eval_batch_size", "val_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("base_model", "model", "model_name", "model_path", "model_id", "pretrained"), "model_name_or_path"),
+    **dict.fromkeys(("lr", "learningrate"), "learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("steps", "num_steps", "max_train_steps"), "max_steps"),
+    **dict.fromkeys(
+        ("sequence_len", "seq_len", "seq_length", "sequence_length", "max_seq_len", "max_len", "context_length",
+         "model_max_length"), "cutoff_len",
+    ),
+    **dict.fromkeys(("grad_accum", "gradient_accumulation", "accumulation_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(
+        ("datasets", "data", "data_path", "dataset_path", "dataset_name", "train_file", "train_data", "data_files"),
+        "dataset",
+    ),
+    **dict.fromkeys(("test_datasets", "eval_data", "validation_file", "val_dataset", "valid_data"), "eval_dataset"),
+    **dict.fromkeys(("val_set_size", "test_size", "validation_split"), "val_size"),
+    **dict.fromkeys(("output", "out_dir", "save_dir", "output_path"), "output_dir"),
+    **dict.fromkeys(("lora_r", "rank", "r"), "lora_rank"),
+    **dict.fromkeys(("alpha",), "lora_alpha"),
+    **dict.fromkeys(("lora_target_modules", "target_modules", "lora_target_linear"), "lora_target"),
+    **dict.fromkeys(("lora_modules_to_save",), "additional_target"),
+    **dict.fromkeys(("lora_model_dir", "adapter_path", "adapter_dir", "lora_path"), "adapter_name_or_path"),
+    **dict.fromkeys(("adapter", "peft_type"), "finetuning_type"),
+    **dict.fromkeys(("optimizer",), "optim"),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "lr_scheduler_type"),
+    **dict.fromkeys(("warmup",), "warmup_steps"),
+    **dict.fromkeys(("sample_packing", "pack"), "packing"),
+    **dict.fromkeys(("train_on_inputs",), "train_on_prompt"),
+    **dict.fromkeys(("chat_template", "prompt_template", "conversation_template"), "template"),
+    **dict.fromkeys(("flash_attention", "attention_implementation", "sdp_attention", "xformers_attention"),
+                    "attn_implementation"),
+    **dict.fromkeys(("resume", "resume_from", "auto_resume_from_checkpoints"), "resume_from_checkpoint"),
+    **dict.fromkeys(("wandb_project", "use_wandb", "logger", "report"), "report_to"),
+    **dict.fromkeys(("evals_per_epoch", "eval_interval", "val_steps"), "eval_steps"),
+    **dict.fromkeys(("saves_per_epoch", "save_interval", "checkpoint_every"), "save_steps"),
+    **dict.fromkeys(("log_interval", "log_every"), "logging_steps"),
+    **dict.fromkeys(("num_workers",), "dataloader_num_workers"),
+    **dict.fromkeys(("clip_grad", "gradient_clipping", "grad_clip"), "max_grad_norm"),
+    **dict.fromkeys(("precision", "compute_dtype", "model_dtype"), "torch_dtype"),
+    **dict.fromkeys(("threads", "num_threads", "cpu_threads"), "kt_num_threads"),
+    **dict.fromkeys(("backend",), "kt_backend"),
+    **dict.fromkeys(("loraplus_ratio", "lora_plus_ratio"), "loraplus_lr_ratio"),
+}  # fmt: skip
 # LLaMA-Factory's templates, which people's files name. Only the fall-backs are used: tokenizers bring their own.
 FALLBACK_TEMPLATES = ("chatml", "alpaca")
 TEMPLATES = {

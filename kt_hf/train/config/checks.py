@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,30 @@ from ...errors import KTAMXError
 from ..data.sources import dataset_problem
 from . import aliases as names
 from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
-from .yaml_file import Problem, Setting
+from .yaml_file import Problem, Setting, key_shown, shown
 
 # Key -> smallest value, and whether it is allowed itself.
 _FROM_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank"),
     *("max_samples", "max_length", "dataset_num_proc", "save_total_limit"),
 )
-_ABOVE_ZERO = ("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps", "beta")
-_FROM_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm", "val_size", "lora_dropout")
+_ABOVE_ZERO = (
+    *("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps", "beta"),
+    "loraplus_lr_ratio",
+)
+_FROM_ZERO = (
+    *("warmup_steps", "weight_decay", "max_grad_norm", "val_size", "lora_dropout", "seed", "data_seed"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"),
+)
 _LEAST = dict.fromkeys(_FROM_ONE, (1, True)) | dict.fromkeys(_ABOVE_ZERO, (0, False))
 _LEAST |= dict.fromkeys(_FROM_ZERO, (0, True))
+# Key -> largest value: beyond it a run would never end, or a library would fail with it.
+_MOST = {
+    "lora_rank": 1024, "num_train_epochs": 1_000_000, "max_steps": 2**31, "max_length": 2**24, "seed": 2**32 - 1,
+    "data_seed": 2**32 - 1, "per_device_train_batch_size": 2**20, "per_device_eval_batch_size": 2**20,
+    "gradient_accumulation_steps": 2**20, "dataloader_num_workers": 1024, "lora_alpha": 1e6, "learning_rate": 1e3,
+}  # fmt: skip
+_BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
 # Key -> why it cannot be used with experts on the CPU, and what to do.
 _NOT_WITH_KT = {
     "deepspeed": "DeepSpeed partitions a model that is whole here: leave it out, the experts are on the CPU already",
@@ -31,6 +47,7 @@ _NOT_WITH_KT = {
     "use_liger_kernel": "Liger replaces expert classes too: leave it out",
     "use_ipex": "leave it out",
 }
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -58,16 +75,51 @@ class Checked:
 
 def check_combinations(checked: Checked, purpose: str) -> None:
     """Add everything that is wrong to `checked.problems`."""
+    _text(checked)
+    _home(checked)
     _ranges(checked)
     _choices(checked)
-    _model(checked)
-    _data(checked, purpose)
-    _evaluation(checked)
-    if checked.own.use_kt:
-        _with_kt(checked, purpose)
-        _saved_experts(checked, purpose)
-    if purpose == "train":
-        _output(checked)
+    try:
+        _model(checked, purpose)
+        _data(checked, purpose)
+        _evaluation(checked)
+        if checked.own.use_kt:
+            _with_kt(checked, purpose)
+            _saved_experts(checked, purpose)
+        if purpose == "train":
+            _output(checked)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        checked.problem("", f"{shown(error.filename)} cannot be looked at: {error.strerror}")
+
+
+def _text(c: Checked) -> None:
+    """Text that no file name, terminal or tokenizer can take."""
+    for key, setting in c.settings.items():
+        for text in _texts(setting.value):
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                c.problem(key, f"{key_shown(key)}={shown(text)}: it has a character that is no text (NUL, a surrogate)")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for item in (*value, *value.values()):
+            yield from _texts(item)
+
+
+def _home(c: Checked) -> None:
+    """`~` in paths, which libraries would take for a name on the hub. An unknown user's stays as it is."""
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        path = getattr(c.own, key)
+        if path and path.startswith("~"):
+            c.own = dataclasses.replace(c.own, **{key: os.path.expanduser(path)})
+    path = c.kt.get("kt_weight_path")
+    if isinstance(path, str):
+        c.kt["kt_weight_path"] = os.path.expanduser(path)
 
 
 def _ranges(c: Checked) -> None:
@@ -75,23 +127,29 @@ def _ranges(c: Checked) -> None:
         value = c.get(key)
         if isinstance(value, (int, float)) and not (value > least or (included and value == least)):
             c.problem(key, f"{key}={value}: it must be {'at least' if included else 'more than'} {least}")
-    if c.own.lora_dropout >= 1:
-        c.problem("lora_dropout", f"lora_dropout={c.own.lora_dropout}: it must be less than 1")
-    if c.own.lora_rank > 1024:
-        c.problem("lora_rank", f"lora_rank={c.own.lora_rank}: it must be at most 1024")
+    for key, most in _MOST.items():
+        value = c.get(key)
+        if isinstance(value, (int, float)) and value > most:
+            c.problem(key, f"{key}={shown(value)}: it must be at most {most:,}")
+    for key in _BELOW_ONE:
+        value = c.get(key)
+        if isinstance(value, (int, float)) and value >= 1:
+            c.problem(key, f"{key}={value}: it must be less than 1")
+    if c.trainer.get("max_steps") == 0:
+        c.problem("max_steps", "max_steps=0: leave it out to train whole epochs, or give a number of steps")
 
 
 def _choices(c: Checked) -> None:
     for key, allowed in (("stage", STAGES), ("torch_dtype", DTYPES), ("finetuning_type", ("lora",))):
         value = getattr(c.own, key)
         if value not in allowed:
-            c.problem(key, f"{key}={value!r}: it must be {' or '.join(allowed)}")
+            c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}")
     if c.own.template is not None and c.own.template not in names.TEMPLATES:
         c.notices.append(f"template {c.own.template} is not known here: the tokenizer's own chat template decides.")
 
 
-def _model(c: Checked) -> None:
-    name = c.own.model_name_or_path
+def _model(c: Checked, purpose: str) -> None:
+    name, adapter = c.own.model_name_or_path, c.own.adapter_name_or_path
     if not name:
         c.problem(
             "model_name_or_path", "model_name_or_path is missing: a folder, a name on the hub, or " + BUILTIN_MODEL
@@ -100,8 +158,19 @@ def _model(c: Checked) -> None:
         kind, _, layers = name.partition("/")
         if kind != BUILTIN_MODEL or (layers and not (layers.isdigit() and int(layers) > 0)):
             c.problem("model_name_or_path", f"model_name_or_path={name!r}: the built-in model is {BUILTIN_MODEL}")
-    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        c.problem("model_name_or_path", f"model_name_or_path={name!r}: there is no such folder")
+    elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        c.problem("model_name_or_path", f"model_name_or_path={shown(name)}: there is no such folder")
+    if c.own.model_revision and (name.startswith("builtin:") or Path(name).is_dir()):
+        c.notices.append(f"model_revision has no effect: {name} is not of the hub.")
+    if adapter and purpose == "train" and not Path(adapter).exists():
+        c.problem(
+            "adapter_name_or_path",
+            f"adapter_name_or_path={shown(adapter)}: there is no such folder or file (adapters of the hub have to be "
+            "downloaded: hf download NAME --local-dir FOLDER)",
+        )
+    for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "additional_target"):
+        if adapter and key in c.settings:
+            c.notices.append(f"{key} has no effect: the settings of the adapter in adapter_name_or_path are used.")
 
 
 def _data(c: Checked, purpose: str) -> None:
@@ -206,18 +275,26 @@ def _output(c: Checked) -> None:
     if not folder:
         c.problem("output_dir", "output_dir is missing: the folder for checkpoints and the adapter")
         return
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if path.exists() and not path.is_dir():
-        c.problem("output_dir", f"output_dir={folder!r} is a file: give a folder")
+        c.problem("output_dir", f"output_dir={shown(folder)} is a file: give a folder")
         return
-    checkpoints = [p for p in path.glob("checkpoint-*") if p.is_dir()] if path.is_dir() else []
-    if isinstance(resume, str) and not Path(resume).expanduser().is_dir():
-        c.problem("resume_from_checkpoint", f"resume_from_checkpoint={resume!r}: there is no such folder")
+    there = sorted(p for p in path.glob("checkpoint-*") if p.is_dir()) if path.is_dir() else []
+    checkpoints = [p for p in there if _CHECKPOINT.fullmatch(p.name)]
+    strange = [p.name for p in there if re.match(r"checkpoint-\d", p.name) and p not in checkpoints]
+    if strange and c.trainer.get("save_total_limit"):
+        c.problem(
+            "output_dir",
+            f"output_dir={shown(folder)} has the folder {shown(strange[0])}, which the Trainer takes for a checkpoint: "
+            "save_total_limit would remove it. Rename or move it",
+        )
+    if isinstance(resume, str) and not Path(os.path.expanduser(resume)).is_dir():
+        c.problem("resume_from_checkpoint", f"resume_from_checkpoint={shown(resume)}: there is no such folder")
     elif resume is True and not checkpoints:
         c.problem("resume_from_checkpoint", f"resume_from_checkpoint=true: {folder} holds no checkpoint to go on from")
     elif not resume and not c.own.overwrite_output_dir and (checkpoints or (path / "adapter_config.json").exists()):
         c.problem(
             "output_dir",
-            f"output_dir={folder!r} holds an earlier run: set resume_from_checkpoint: true to go on with it, "
+            f"output_dir={shown(folder)} holds an earlier run: set resume_from_checkpoint: true to go on with it, "
             "overwrite_output_dir: true to start again, or give another folder",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import types
 import typing
 from typing import Any
@@ -26,7 +27,7 @@ def convert(value: Any, hint: Any) -> Any:
     """`value` as the field's type; what YAML reads in an unexpected way is set right.
 
     YAML 1.1 reads `1e-4` as text and `no` as false: where a number or a choice with "no" in it is due, they are taken
-    as meant. A list may be written `a,b,c`.
+    as meant. A list may be written `a,b,c`. Numbers are finite; a whole one may be written `1e3`.
 
     Raises:
         ValueError: It does not fit; the message says what would.
@@ -34,6 +35,8 @@ def convert(value: Any, hint: Any) -> Any:
     members = _members(hint)
     if value is None and type(None) in members:
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("it must be finite")
     enums = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
     if enums:
         return _choice(value, enums[0])
@@ -42,12 +45,14 @@ def convert(value: Any, hint: Any) -> Any:
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
         if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return value
+            return _checked_items(value, members) if kind is list else value
     if any(kind is typing.Literal and value in typing.get_args(m) for kind, m in zip(plain, members, strict=True)):
         return value
+    if int in plain and isinstance(value, float) and value.is_integer():
+        return int(value)
     if float in plain and isinstance(value, str):
         try:
-            return float(value)
+            return convert(float(value), float)
         except ValueError:
             pass
     if list in plain and isinstance(value, str):
@@ -57,6 +62,23 @@ def convert(value: Any, hint: Any) -> Any:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _checked_items(values: list[Any], members: tuple[Any, ...]) -> list[Any]:
+    """A list, if its items are of a type that the field's list may have."""
+    kinds = [kind for member in members if typing.get_origin(member) is list for kind in typing.get_args(member)]
+    for value in values:
+        if kinds and kinds != [Any] and not any(_fits(value, kind) for kind in kinds):
+            raise ValueError(f"{value!r} in it must be {_expected([typing.get_origin(k) or k for k in kinds])}")
+    return values
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        convert(value, kind)
+    except ValueError:
+        return False
+    return True
 
 
 def _choice(value: Any, kind: type[enum.Enum]) -> str:

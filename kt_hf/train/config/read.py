@@ -17,9 +17,10 @@ from . import aliases as names
 from .checks import Checked, check_combinations
 from .convert import allows_none, convert
 from .settings import OwnKeys, TrainSettings
-from .yaml_file import BadSettings, Problem, Setting, read_settings
+from .yaml_file import BadSettings, Problem, Setting, key_shown, read_settings, shown
 
 _KT_KEYS = [*(field.name for field in dataclasses.fields(KTConfig)), "kt_max_cache_depth"]
+_MOST_SUGGESTED = 20  # unknown settings of a file: looking for what was meant takes its time
 # In transformers before these names came, they were called otherwise.
 _CHECKPOINTING = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -39,7 +40,8 @@ def read_arguments(file: Path, overrides: Sequence[str] = (), purpose: str = "tr
         BadSettings: Everything that is wrong with the file, each with its line.
     """
     settings, problems = read_settings(file, overrides)
-    return check_settings(settings, problems, str(file), purpose)
+    checked = check_settings(settings, problems, str(file), purpose)
+    return dataclasses.replace(checked, overrides=tuple(overrides))
 
 
 def check_settings(
@@ -47,6 +49,7 @@ def check_settings(
 ) -> TrainSettings:
     """As `read_arguments`, for settings that have been read, with the problems found so far."""
     problems, notices = list(problems), list[str]()
+    settings = _flatten_kt_config(settings, problems)
     stage = settings["stage"].value if "stage" in settings else "sft"
     fields = trainer_fields("dpo" if stage == "dpo" else "sft")
     settings = _translate(settings, fields, problems, notices)
@@ -54,6 +57,7 @@ def check_settings(
     own: dict[str, Any] = {}
     kt: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
+    unknown = 0
     for key, setting in settings.items():
         if key in _KT_KEYS:
             _take_kt(key, setting, kt, problems)
@@ -62,14 +66,16 @@ def check_settings(
         elif key in fields:
             _take(key, setting, fields[key], trainer, problems)
         else:
-            problems.append(Problem(setting.where, _unknown(key, stage, [*own_fields, *_KT_KEYS, *fields])))
+            unknown += 1
+            known = [*own_fields, *_KT_KEYS, *fields] if unknown <= _MOST_SUGGESTED else []
+            problems.append(Problem(setting.where, _unknown(key, stage, known)))
     checked = Checked(settings, OwnKeys(**own), kt, trainer, problems, notices)
     check_combinations(checked, purpose)
     if not problems:
         _ask_trl(checked)
     if problems:
         raise BadSettings(source, sorted(problems, key=_position))
-    return TrainSettings(source, checked.own, KTConfig(**kt), trainer, tuple(notices))
+    return TrainSettings(source, checked.own, KTConfig(**kt), trainer, tuple(notices), given=frozenset(settings))
 
 
 @functools.cache
@@ -115,15 +121,18 @@ def _translate(
     for key, setting in settings.items():
         name, value = key, setting.value
         if key in names.REMOVED:
-            problems.append(Problem(setting.where, f"{key} is no setting of kt_hf: {names.REMOVED[key]}"))
+            if value is not None and value is not False:
+                problems.append(Problem(setting.where, f"{key} is no setting of kt_hf: {names.REMOVED[key]}"))
             continue
         if key in names.IGNORED:
             notices.append(f"{key} has no effect: {names.IGNORED[key]}.")
             continue
         if key in names.TRANSLATED:
             name, change = names.TRANSLATED[key]
+            if value is None:
+                continue
             if key in names.BOOLEANS and not isinstance(value, bool):
-                problems.append(Problem(setting.where, f"{key}={value!r}: it must be true or false"))
+                problems.append(Problem(setting.where, f"{key}={shown(value)}: it must be true or false"))
                 continue
             value = change(value)
         elif key in names.RENAMED:
@@ -135,17 +144,50 @@ def _translate(
                 Problem(setting.where, f"{key} means the same as {called[name]} at {result[name].where}: keep one")
             )
             continue
-        result[name], called[name] = Setting(value, setting.where), key
+        result[name], called[name] = Setting(value, setting.where, setting.text), key
+    return result
+
+
+def _flatten_kt_config(settings: dict[str, Setting], problems: list[Problem]) -> dict[str, Setting]:
+    """`settings` with the entries of LLaMA-Factory's mapping `kt_config` as settings of their own."""
+    if "kt_config" not in settings:
+        return settings
+    result = {key: setting for key, setting in settings.items() if key != "kt_config"}
+    nested, where = settings["kt_config"].value, settings["kt_config"].where
+    if nested is None:
+        return result
+    if not isinstance(nested, dict) or not all(isinstance(key, str) for key in nested):
+        problems.append(Problem(where, f"kt_config={shown(nested)}: it must be a mapping of kt_ settings"))
+        return result
+    for key, value in nested.items():
+        if key == "kt_expert_weight_format":
+            kind = str(value).lower()
+            advice = names.EXPERT_FORMATS.get(kind, "experts of this format cannot be trained on")
+            if value is not None and advice:
+                problems.append(Problem(where, f"kt_config: {key}={shown(value)}: {advice}"))
+        elif key in result:
+            problems.append(Problem(where, f"kt_config: {key_shown(key)} is set at {result[key].where} too: keep one"))
+        elif key != "enabled":
+            result[key] = Setting(value, where)
     return result
 
 
 def _take(key: str, setting: Setting, hint: Any, into: dict[str, Any], problems: list[Problem]) -> None:
     if setting.value is None and not allows_none(hint):
         return  # as if it were not there
+    value = setting.value
+    if setting.text and value is not None and str in _plain(hint):
+        value = setting.text if not isinstance(value, (str, list, dict)) else value  # as it was typed
     try:
-        into[key] = convert(setting.value, hint)
+        into[key] = convert(value, hint)
     except ValueError as error:
-        problems.append(Problem(setting.where, f"{key}={setting.value!r}: {error}"))
+        problems.append(Problem(setting.where, f"{key}={shown(value)}: {error}"))
+
+
+def _plain(hint: Any) -> tuple[Any, ...]:
+    """The types of a field that takes text or nothing."""
+    members = typing.get_args(hint) or (hint,)
+    return members if set(members) <= {str, type(None)} else ()
 
 
 def _take_kt(key: str, setting: Setting, into: dict[str, Any], problems: list[Problem]) -> None:
@@ -161,9 +203,11 @@ def _unknown(key: str, stage: Any, known: Sequence[str]) -> str:
     other = "sft" if stage == "dpo" else "dpo"
     if key in trainer_fields(other):
         return f"{key} belongs to stage: {other}, this is stage: {stage}"
-    candidates = [*known, *names.RENAMED, *names.TRANSLATED, *names.IGNORED]
-    close = difflib.get_close_matches(key, candidates, n=1)
-    return f"{key} is no known setting" + (f"; did you mean {close[0]}?" if close else "")
+    if key in names.MEANT:
+        return f"{key} is no setting of kt_hf; did you mean {names.MEANT[key]}?"
+    candidates = [*known, *names.RENAMED, *names.TRANSLATED, *names.IGNORED] if known and len(key) <= 64 else []
+    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.75)
+    return f"{key_shown(key)} is no known setting" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _ask_trl(checked: Checked) -> None:

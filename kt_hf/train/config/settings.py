@@ -19,8 +19,11 @@ class OwnKeys:
     """The keys that are not TRL's: name, type and default. `convert` checks their types as it does TRL's."""
 
     model_name_or_path: str = ""
+    model_revision: str | None = None
+    adapter_name_or_path: str | None = None
     trust_remote_code: bool = False
     torch_dtype: str = "auto"
+    attn_implementation: str | None = None
     stage: str = "sft"
     finetuning_type: str = "lora"
     use_kt: bool = True
@@ -29,6 +32,8 @@ class OwnKeys:
     lora_dropout: float = 0.0
     lora_target: str | list[str] = "all"
     use_rslora: bool = False
+    additional_target: list[str] = field(default_factory=list)
+    loraplus_lr_ratio: float | None = None
     dataset: list[str] = field(default_factory=list)
     eval_dataset: list[str] = field(default_factory=list)
     val_size: float = 0.0
@@ -49,6 +54,8 @@ class TrainSettings:
         kt: The `kt_*` keys.
         trainer: Keyword arguments of TRL's `SFTConfig` or `DPOConfig`, as far as they were given.
         notices: What the user should know of how the file was understood: translated, ignored, replaced.
+        overrides: `key=value` of the command line, as typed.
+        given: Names, as of today, of the settings that the file or the command line has.
     """
 
     source: str
@@ -56,6 +63,8 @@ class TrainSettings:
     kt: KTConfig
     trainer: dict[str, Any]
     notices: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()
 
     @property
     def output_dir(self) -> str:
