@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,6 +32,8 @@ _ALPACA = (
     + _ANSWER.replace("END", "eos_token + '\n\n'")
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
+# What any tokenizer with a vocabulary makes tokens of.
+_PROBE = "Hello, world 123"
 CHAT_TEMPLATES = {"chatml": _CHATML, "alpaca": _ALPACA}
 
 
@@ -52,20 +55,63 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
     """
     name = own.model_name_or_path
     if is_builtin(name):
-        return _builtin_config(builtin_layers(name)), []
+        return _with_attention(_builtin_config(builtin_layers(name)), own), []
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        kind = PreTrainedConfig.get_config_dict(name, **_revision(own))[0].get("model_type")
         native = kind in CONFIG_MAPPING
-        config = AutoConfig.from_pretrained(name, trust_remote_code=own.trust_remote_code and not native)
-    except (OSError, ValueError, KeyError) as error:
-        raise KTAMXConfigError(f"model_name_or_path={name!r}: {' '.join(str(error).split())}") from None
+        trusted = own.trust_remote_code and not native
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **_revision(own))
+    except Exception as error:  # what is in config.json may make it raise anything
+        raise KTAMXConfigError(f"model_name_or_path={name!r}: {_in_a_line(error)}") from None
+    config = _with_attention(config, own)
     told = []
     if own.trust_remote_code and native:
         told.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
     return config, told
+
+
+def _revision(own: OwnKeys) -> dict[str, str]:
+    return {"revision": own.model_revision} if own.model_revision else {}
+
+
+def _with_attention(config: Any, own: OwnKeys) -> Any:
+    if own.attn_implementation:
+        config._attn_implementation = own.attn_implementation
+    return config
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_weights(own: OwnKeys, config: Any) -> list[str]:
+    """Refuse a model of which a weight is missing or has another shape, by the headers of its files; a model of the hub
+    is downloaded. Checkpoints that are not safetensors are judged when they are loaded.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        KTAMXError: Naming file and weight.
+    """
+    if is_builtin(own.model_name_or_path):
+        return []
+    from ..checkpoint.complete import check_complete
+
+    folder = _safetensors_folder(own)
+    if folder is None:
+        return []
+    spare = check_complete(folder, config, _trusted(own, config))
+    if not spare:
+        return []
+    return [f"The checkpoint has {len(spare)} tensors that the model has no place for: {', '.join(spare[:3])}."]
+
+
+def _trusted(own: OwnKeys, config: Any) -> bool:
+    return own.trust_remote_code and not type(config).__module__.startswith("transformers.")
 
 
 def load_model(
@@ -75,12 +121,14 @@ def load_model(
     console: Console | None = None,
     placing: ProfileRun | None = None,
     tokens: int | None = None,
+    rank: int | None = None,
 ) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.
 
     The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
     them; they are packed for the run's LoRA rank. Not so where `placing` has to count first which of them go to the
-    GPU: that takes the whole model. A placement that is planned goes by `tokens`, those of a step's forward.
+    GPU: that takes the whole model. A placement that is planned goes by `tokens`, those of a step's forward. `rank` is
+    the LoRA rank that experts are packed for, `lora_rank` without.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
@@ -90,7 +138,7 @@ def load_model(
     from ..placement.tiers import order_matters
     from ..system import gpu
 
-    name = own.model_name_or_path
+    name, rank = own.model_name_or_path, own.lora_rank if rank is None else rank
     to_gpu = placing if kt is not None and order_matters(kt, gpu.experts_device() is not None) else None
     placement = to_gpu.saved() if to_gpu else None
     profile = to_gpu.profile if to_gpu and placement is None else None
@@ -112,53 +160,53 @@ def load_model(
         dense, _ = load_dense()
         model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
         model.config._name_or_path = model.name_or_path = name
+        if own.attn_implementation:
+            model.set_attn_implementation(own.attn_implementation)
         return patched(model)
     from transformers import AutoModelForCausalLM
 
-    trusted = own.trust_remote_code and not type(config).__module__.startswith("transformers.")
+    trusted = _trusted(own, config)
     try:
-        if kt is not None and profile is None and not trusted and _is_safetensors(name):
-            rank = own.lora_rank if kt.kt_lora_rank is None else kt.kt_lora_rank
-            streamed = replace(kt, kt_lora_rank=rank)
+        if kt is not None and profile is None and not trusted and _safetensors_folder(own):
+            streamed = replace(kt, kt_lora_rank=rank if kt.kt_lora_rank is None else kt.kt_lora_rank)
             try:
                 return load_kt_model(
                     name, streamed, dtype=own.torch_dtype, config=config, console=console, placement=placement,
-                    tokens_per_step=tokens,
+                    tokens_per_step=tokens, **_revision(own),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted, output_loading_info=True
-        )
-        lost = sorted(key for key in report["missing_keys"] if ".experts." in key)
+            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted, output_loading_info=True,
+            **_revision(own),
+        )  # fmt: skip
+        lost = sorted(report["missing_keys"])
         if lost:  # transformers goes on with random weights
             raise KTAMXConfigError(f"model_name_or_path={name!r} has no weights for {lost[0]} ({len(lost)} missing).")
     except KTAMXError:
         raise
-    except (OSError, ValueError) as error:
-        raise KTAMXConfigError(
-            f"model_name_or_path={name!r} cannot be loaded: {' '.join(str(error).split())}"
-        ) from None
+    except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
+        raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from None
     return patched(model)
 
 
-def _is_safetensors(name: str) -> bool:
-    """Whether there is a safetensors checkpoint; one of the hub is downloaded."""
+def _safetensors_folder(own: OwnKeys) -> Path | None:
+    """Where the safetensors checkpoint is, None if there is none; one of the hub is downloaded."""
     from ..checkpoint.expert_index import checkpoint_folder
     from ..checkpoint.tensor_files import INDEX, SINGLE
 
     try:
-        folder = checkpoint_folder(name)
+        folder = checkpoint_folder(own.model_name_or_path, **_revision(own))
     except KTAMXConfigError:
-        return False
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+        return None
+    return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None
 
 
 def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:
     """(the tokenizer, with a chat template where `chat` needs one; what to tell the user).
 
     Raises:
-        KTAMXConfigError: There is none.
+        KTAMXConfigError: There is none, or one that makes no tokens of text.
     """
     if is_builtin(own.model_name_or_path):
         tokenizer = _builtin_tokenizer()
@@ -166,11 +214,14 @@ def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(own.model_name_or_path, trust_remote_code=own.trust_remote_code)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(
+                own.model_name_or_path, trust_remote_code=own.trust_remote_code, **_revision(own)
+            )
+        except Exception as error:  # a damaged tokenizer.json is a plain Exception of the tokenizers library
             raise KTAMXConfigError(
-                f"model_name_or_path={own.model_name_or_path!r}: no tokenizer: {' '.join(str(error).split())}"
+                f"model_name_or_path={own.model_name_or_path!r}: no tokenizer: {_in_a_line(error)}"
             ) from None
+    _probe(tokenizer, own.model_name_or_path)
     told = []
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -182,6 +233,19 @@ def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:
         tokenizer.chat_template = CHAT_TEMPLATES[name]
         told.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
     return tokenizer, told
+
+
+def _probe(tokenizer: Any, name: str) -> None:
+    """transformers makes a tokenizer without a vocabulary of a folder that has no tokenizer's files."""
+    try:
+        ids = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    except Exception as error:
+        raise KTAMXConfigError(f"model_name_or_path={name!r}: its tokenizer cannot be used: {_in_a_line(error)}") from None
+    if all(token == tokenizer.unk_token_id for token in ids):
+        raise KTAMXConfigError(
+            f"model_name_or_path={name!r}: its tokenizer makes no tokens of {_PROBE!r}. The folder lacks the tokenizer's "
+            "files (tokenizer.json, tokenizer.model or vocab.json with tokenizer_config.json): copy them there."
+        )
 
 
 def _builtin_dtype(own: OwnKeys) -> str:

@@ -1,0 +1,111 @@
+"""Whether a checkpoint's files hold every weight of the model, told from their headers before anything is loaded.
+
+transformers fills a weight that is missing with random values and says so in a report only. Here its own loader is run
+on tensors without memory (the meta device), with the names and shapes of the files' headers: what it would convert, tie
+or leave out is decided by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..discovery import skeleton
+from ..errors import KTAMXError, KTAMXModelNotSupportedError
+from .eight_bit import SCALE_PATTERN, has_8_bits
+from .expert_index import ExpertCheckpoint
+from .tensor_files import INDEX, SINGLE, TensorFiles
+
+_SHOWN = 3
+_SCALE = re.compile(rf"{SCALE_PATTERN}$")
+_ROUTED = re.compile(r"\.experts\.")
+
+
+def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -> list[str]:
+    """Check that a safetensors checkpoint has every weight of the model, in its shape.
+
+    Args:
+        folder: Of the checkpoint.
+        config: The model's configuration.
+        trust_remote_code: As transformers has it.
+
+    Returns:
+        Names of tensors that the model has no place for, sorted; scales of 8-bit weights left out. Of a checkpoint
+        quantized in another way only the files are checked.
+
+    Raises:
+        KTAMXError: A weight is missing and not tied to one that is there, or has another shape, or a file is missing or
+            damaged; naming file and weight.
+        KTAMXConfigError: The folder has no safetensors checkpoint.
+    """
+    files = TensorFiles(folder)
+    if getattr(config, "quantization_config", None) is not None and not has_8_bits(config):
+        return []
+    # It names an expert that is missing, where transformers' loader tells only that something cannot be converted.
+    experts_checked = True
+    try:
+        ExpertCheckpoint(folder, config, trust_remote_code)
+    except KTAMXModelNotSupportedError:
+        experts_checked = False  # experts of another kind, which transformers alone may know how to load
+    outline = skeleton(config, trust_remote_code)
+    config = copy.deepcopy(outline.config)
+    tensors = {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        for name, stored in files.tensors.items()
+        if not (experts_checked and _ROUTED.search(name))
+    }
+    with _quiet() as report:
+        try:
+            _, told = type(outline).from_pretrained(
+                None, config=config, state_dict=tensors, device_map="meta", dtype=torch.bfloat16,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            text = report.getvalue().strip() or str(error)
+            raise KTAMXError(f"{_where(files, folder)} cannot be loaded: {' '.join(text.split())[:600]}") from None
+    mismatched = {entry[0]: entry[1:] for entry in told["mismatched_keys"]}
+    if mismatched:
+        name, shapes = next(iter(sorted(mismatched.items())))
+        got, wanted = (list(shape) for shape in shapes)
+        raise KTAMXError(
+            f"{_where(files, folder)}: {name} has the shape {got}, by the model's config it is {wanted} "
+            f"({len(mismatched)} weights differ). Are the weights and config.json of one model?"
+        )
+    missing = sorted(name for name in told["missing_keys"] if not (experts_checked and _ROUTED.search(name)))
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
+        raise KTAMXError(
+            f"{_where(files, folder)} has no {shown} ({len(missing)} of the model's weights missing). Copy the checkpoint "
+            "again: with random values in their place training would be worth nothing."
+        )
+    return sorted(name for name in told["unexpected_keys"] if not _SCALE.search(name))
+
+
+def _where(files: TensorFiles, folder: Path) -> Path:
+    """The file that says which weights there are."""
+    return files.files[0] if len(files.files) == 1 else Path(folder) / (INDEX if len(files.files) > 1 else SINGLE)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """Nothing of transformers' loading on the terminal; what its report says is kept."""
+    kept = io.StringIO()
+    handler = logging.StreamHandler(kept)
+    logger = logging.getLogger("transformers")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield kept
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
