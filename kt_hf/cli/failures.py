@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which SLURM and the like send: it ends a verb as Ctrl-C does."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
 @contextmanager
 def plain_failures(*own: type[Exception]) -> Iterator[None]:
-    """Turn KTAMXError, OSError, Ctrl-C and the verb's `own` exceptions into a message on stderr and an exit code.
+    """Turn KTAMXError, OSError, Ctrl-C, SIGTERM and the verb's `own` exceptions into a message on stderr and an exit
+    code.
 
     The code is the exception's `exit_code` where it has one. Otherwise 2 for what the user can set right (a setting, a
-    missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C.
+    missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield from _plainly(own)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise Terminated("Terminated.")
+
+
+def _plainly(own: tuple[type[Exception], ...]) -> Iterator[None]:
     from ..errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
 
     foreseen: tuple[type[Exception], ...] = (KTAMXError, OSError, *own)
     try:
         yield
-    except KeyboardInterrupt:
-        _stop("Interrupted.", INTERRUPTED)
+    except KeyboardInterrupt as stopped:
+        _stop(str(stopped) or "Interrupted.", getattr(stopped, "exit_code", INTERRUPTED))
     except foreseen as error:
         failed = isinstance(error, (KTAMXForwardError, KTAMXBackwardError, OSError))
         _stop(str(error) or type(error).__name__, getattr(error, "exit_code", FAILED if failed else BAD_INPUT))

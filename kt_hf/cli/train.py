@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .failures import INTERRUPTED, plain_failures
+from .failures import plain_failures
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     Example: kt-hf train configs/demo_smol.yaml learning_rate=5e-4
 
     The exit code is 0 when the adapter is saved, 1 when the run failed, 2 when a setting or the data is wrong (all that
-    is wrong is told at once, nothing is written), 130 after Ctrl-C.
+    is wrong is told at once, nothing is written), 130 after Ctrl-C, 143 after SIGTERM.
     """
     with plain_failures():
         from rich.console import Console
@@ -34,10 +34,6 @@ def main(
         quiet_libraries()
         # PEFT looks for the base model's vocabulary on the hub.
         warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
-        from ..train.run import Interrupted, run
+        from ..train.run import run
 
-        try:
-            run(settings, Console(highlight=False))
-        except Interrupted as stopped:
-            typer.echo(str(stopped), err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        run(settings, Console(highlight=False))

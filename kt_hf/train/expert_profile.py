@@ -29,24 +29,20 @@ class ProfileRun:
         rows: Its training data, in TRL's format.
         tokenizer: With a chat template, if the rows are conversations.
         console: Is told what is done.
+        resume: Folder of the checkpoint to resume from.
     """
 
     settings: TrainSettings
     rows: list[dict[str, Any]]
     tokenizer: Any
     console: Console
+    resume: Path | None = None
 
     def saved(self) -> Placement | None:
-        """That of the checkpoint to resume from; None if there is none."""
-        resume = self.settings.own.resume_from_checkpoint
-        if not resume:
-            return None
-        if isinstance(resume, str):
-            return read_placement(Path(resume).expanduser())
-        from transformers.trainer_utils import get_last_checkpoint
-
-        last = get_last_checkpoint(str(Path(self.settings.output_dir).expanduser()))
-        return read_placement(last) if last else None
+        """That of the checkpoint to resume from, or of the adapter to start from; None if there is none."""
+        start = self.settings.own.adapter_name_or_path
+        folder = self.resume or (Path(start) if start and Path(start).is_dir() else None)
+        return read_placement(folder) if folder else None
 
     def profile(self, model: Any) -> Placement:
         """By the routers of `model`, still unpatched, over the first rows."""

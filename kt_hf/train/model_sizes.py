@@ -48,17 +48,23 @@ class ModelSizes:
     keep_8bit: bool = False
 
 
-def model_sizes(config: Any, own: OwnKeys) -> ModelSizes:
+def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
     """Sizes of the model that `config` describes, with the LoRA that the settings ask for.
+
+    Args:
+        config: The model's configuration.
+        own: The run's settings.
+        model: The model of that configuration on the meta device, where there is one already.
 
     Raises:
         KTAMXModelNotSupportedError: It has no fused experts.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    if model is None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     stacked = [(name, p) for name, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", name)]
     down = [p for name, p in stacked if name.endswith("down_proj") and p.dim() == 3]

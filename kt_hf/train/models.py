@@ -87,6 +87,22 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def outline_of(own: OwnKeys, config: Any) -> Any:
+    """The model on the meta device: names and sizes, no weights.
+
+    Raises:
+        KTAMXConfigError: Its class cannot be made from the configuration, an attention that is not there for instance.
+    """
+    from ..discovery import skeleton
+
+    try:
+        return skeleton(config, _trusted(own, config))
+    except KTAMXError:
+        raise
+    except Exception as error:
+        raise KTAMXConfigError(f"model_name_or_path={own.model_name_or_path!r}: {_in_a_line(error)}") from None
+
+
 def check_weights(own: OwnKeys, config: Any) -> list[str]:
     """Refuse a model of which a weight is missing or has another shape, by the headers of its files; a model of the hub
     is downloaded. Checkpoints that are not safetensors are judged when they are loaded.

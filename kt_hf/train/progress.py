@@ -1,11 +1,8 @@
-"""What a user sees while a run trains, and how a run is stopped."""
+"""What a user sees while a run trains and evaluates."""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,22 +26,33 @@ class TokenCounter:
         self._handle.remove()
 
 
+_EVERY = 30.0  # seconds between two lines of an evaluation, where there is no bar
+
+
 class ShowProgress(TrainerCallback):
-    """A line for each log and each evaluation; on terminals a bar with the time left, too."""
+    """A line for each log and each evaluation; on terminals a bar with the time left, too. What a run before this one
+    did, which this one resumes, does not count for the time left."""
 
     def __init__(self, console: Console, counter: TokenCounter) -> None:
         self.console, self.counter = console, counter
         self.seconds = 0.0  # in training steps, without evaluation and saving
         self._started = self._shown_seconds = 0.0
         self._shown_tokens = 0
+        self._first_step = 0  # that this run does not do itself
+        self._evaluated = 0  # batches of the evaluation that is under way
+        self._evaluation_shown = 0.0
         self._bar: Progress | None = None
         self._task: Any = None
+        self._evaluation: Any = None
 
     @property
     def tokens_per_second(self) -> float:
         return self.counter.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step = state.global_step
+        if self._first_step:
+            self.console.print(f"  going on after step {self._first_step} of {state.max_steps}")
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -69,12 +77,36 @@ class ShowProgress(TrainerCallback):
             seconds, tokens = self.seconds - self._shown_seconds, self.counter.tokens - self._shown_tokens
             self._shown_seconds, self._shown_tokens = self.seconds, self.counter.tokens
             rate = f"{tokens / seconds:.0f}" if seconds else "?"
-            done = max(1, state.global_step)
+            done = max(1, state.global_step - self._first_step)
             left = self.seconds / done * (state.max_steps - state.global_step)
             self.console.print(
                 f"  step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
                 f"lr {float(logs.get('learning_rate', 0)):.2e}  {rate} tokens/s  {_clock(left)} left"
             )
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        total = _length(kwargs.get("eval_dataloader"))
+        now = time.perf_counter()
+        if self._evaluated == 0:
+            self._evaluation_shown = now
+            if self._bar:
+                self._evaluation = self._bar.add_task("", total=total, text="evaluation batches")
+        self._evaluated += 1
+        if self._bar and self._evaluation is not None:
+            self._bar.update(self._evaluation, completed=self._evaluated)
+        if not self.console.is_terminal and now - self._evaluation_shown > _EVERY:
+            self._evaluation_shown = now
+            self.console.print(f"  evaluating: batch {self._evaluated}{f' of {total}' if total else ''}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluation_over()
+
+    def evaluation_over(self) -> None:
+        """Take the evaluation's bar away."""
+        self._evaluated = 0
+        if self._bar and self._evaluation is not None:
+            self._bar.remove_task(self._evaluation)
+        self._evaluation = None
 
     def close(self) -> None:
         """Take the bar away; does nothing the second time."""
@@ -82,40 +114,14 @@ class ShowProgress(TrainerCallback):
             self._bar.stop()
 
 
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # of unknown length
+        return None
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after the step it is in, with a checkpoint if the run makes any; the second at
-    once.
-
-    A KeyboardInterrupt in the middle of a step could hit a save, or leave worker threads with a call half done.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT while the run trains."""
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _interrupt(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.console.print("Ctrl-C: stopping after this step. Press it again to stop at once.")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_training_stop = True
-            control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-            control.should_evaluate = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +11,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from ..config import KTConfig
 from .config.settings import TrainSettings
 
 
@@ -86,12 +89,50 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
     table.add_row("Adapter", escape(summary["adapter"]))
     if summary["plots"]:
         table.add_row("Plots", escape(", ".join(summary["plots"])))
-    load = "model = PeftModel.from_pretrained(model, " + repr(summary["adapter"]) + ")"
-    patch = "model = apply_kt_moe(model); " if settings.own.use_kt else ""
-    table.add_row("Load it", escape(patch + load))
     if settings.own.use_kt:
-        table.add_row("Export it", escape(f"kt-hf export {summary['adapter']} NEW_FOLDER --to peft"))
+        export = shlex.join(["kt-hf", "export", summary["adapter"], "NEW_FOLDER", "--to", "peft"])
+        table.add_row("Export it", escape(export))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
+    console.print("Load it:")
+    for line in loading_lines(settings, summary["adapter"]):
+        console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def loading_lines(settings: TrainSettings, adapter: str) -> list[str]:
+    """A Python program, line by line, that loads the run's model with its adapter."""
+    own = settings.own
+    name, dtype = own.model_name_or_path, own.torch_dtype
+    lines = ["from peft import PeftModel"]
+    if name.startswith("builtin:"):
+        lines += ["from kt_hf.builtin.smollm2_moe import upcycle"]
+        _, _, layers = name.partition("/")
+        load = f"model, tokenizer = upcycle({f'num_layers={layers}' if layers else ''})"
+    else:
+        lines += ["from transformers import AutoTokenizer" + ("" if own.use_kt else ", AutoModelForCausalLM")]
+        more = f", revision={own.model_revision!r}" if own.model_revision else ""
+        call = f"load_kt_model({name!r}, {_kt_config(settings)}" if own.use_kt else f"AutoModelForCausalLM.from_pretrained({name!r}"
+        load = f"model = {call}, dtype={dtype!r}{more})"
+    if own.use_kt:
+        lines += ["from kt_hf import KTConfig, " + ("apply_kt_moe" if name.startswith("builtin:") else "load_kt_model")]
+    lines += [load]
+    if own.use_kt and name.startswith("builtin:"):
+        lines += [f"model = apply_kt_moe(model, {_kt_config(settings)})"]
+    lines += [f"model = PeftModel.from_pretrained(model, {adapter!r})"]
+    if not name.startswith("builtin:"):
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"]
+    return lines
+
+
+def _kt_config(settings: TrainSettings) -> str:
+    """`KTConfig(...)` with the settings that differ from the defaults, packed for the run's rank."""
+    default = KTConfig()
+    given = {
+        field.name: getattr(settings.kt, field.name)
+        for field in dataclasses.fields(KTConfig)
+        if getattr(settings.kt, field.name) != getattr(default, field.name)
+    }
+    given.setdefault("kt_lora_rank", settings.own.lora_rank)
+    return f"KTConfig({', '.join(f'{key}={value!r}' for key, value in given.items())})"
 
 
 def _table() -> Table:

@@ -6,11 +6,12 @@ import contextlib
 import json
 import math
 import os
-import shutil
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,20 +19,22 @@ from ..errors import KTAMXConfigError
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
 from .data.rows import Rows, for_sft, training_and_evaluation
-from .expert_profile import ProfileRun
+from .dry_run import try_out
+from .expert_profile import Placing
+from .lock import OutputLock
 from .memory import PROGRAM, Estimate, estimate, in_words
 from .model_sizes import model_sizes
-from .models import load_config, load_model, load_tokenizer
+from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
+from .optimizer import use_loraplus
 from .plots import plot_expert_load, plot_losses
-from .progress import ShowProgress, StopOnInterrupt, TokenCounter
+from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
-from .targets import lora_config
+from .resume import KeepRecord, Resume, check_settings, clear_earlier_run, find_checkpoint, fingerprint, record
+from .start_adapter import check_start, put_adapter
+from .stopping import Interrupted, StopOnSignal, checkpoint_of
+from .targets import check_targets, lora_config
 
 SUMMARY = "kt_hf_summary.json"
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; the message says what is left of it."""
 
 
 def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -40,43 +43,93 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
     Raises:
         KTAMXError: Something in the data, the model or the machine does not fit the settings.
-        Interrupted: Ctrl-C; a checkpoint was saved if the run makes any.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved if the run makes any.
     """
+    lock = OutputLock(Path(settings.output_dir).expanduser())
+    try:
+        lock.take(create=False)
+        ready = _prepare(settings, console)
+        lock.take()
+        return _train(settings, ready, console)
+    finally:
+        lock.release()
+
+
+@dataclass
+class _Ready:
+    """All that a run needs before its model is loaded."""
+
+    config: Any
+    tokenizer: Any
+    train_rows: Rows
+    eval_rows: Rows | None
+    options: dict[str, Any]
+    memory: Estimate
+    resume: Resume | None
+    record: dict[str, Any]
+    expert_rank: int | None  # of the adapter to start from
+
+
+def _prepare(settings: TrainSettings, console: Console) -> _Ready:
+    """Everything that can be wrong is found before weights are loaded or anything is written."""
     own = settings.own
     _tell(console, settings.notices)
+    resume = find_checkpoint(settings)
     train_rows, eval_rows = training_and_evaluation(own, settings.trainer.get("seed", 42))
+    content = record(settings, len(train_rows.rows), fingerprint(train_rows.rows))
+    if resume:
+        changes = check_settings(resume, content)
+        _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
     config, told = load_config(own)
     tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
     _tell(console, told + more)
     options = _trainer_options(settings, train_rows, eval_rows, tokenizer)
     _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
-
-    memory = _before_loading(settings, config)
+    outline = outline_of(own, config)
+    check_targets(outline, own)
+    rank, told = check_start(own, outline)
+    memory = _before_loading(settings, config, outline)
+    _tell(console, told + check_weights(own, config))
+    shortest = sorted(train_rows.rows, key=lambda row: len(str(row)))[:2]
+    try_out(settings, options, tokenizer, Dataset.from_list(shortest))
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
+    return _Ready(config, tokenizer, train_rows, eval_rows, options, memory, resume, content, rank)
+
+
+def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
+    own, rows, eval_rows = settings.own, ready.train_rows, ready.eval_rows
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
-    placing = ProfileRun(settings, train_rows.rows, tokenizer, console)
-    model = load_model(own, config, settings.kt if own.use_kt else None, console, placing, memory.tokens)
-    peft_config, told = lora_config(model, own)
-    _tell(console, told)
+    placing = Placing(settings, rows.rows, ready.tokenizer, console, ready.resume.folder if ready.resume else None)
+    kt = settings.kt if own.use_kt else None
+    model = load_model(own, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
+    peft_config = None
+    if own.adapter_name_or_path:
+        model = put_adapter(model, own)
+    else:
+        peft_config, told = lora_config(model, own)
+        _tell(console, told)
     counter = TokenCounter(model)
-    stop, progress = StopOnInterrupt(console), ShowProgress(console, counter)
+    stop, progress = StopOnSignal(console), ShowProgress(console, counter)
     with console.status("Tokenising, packing the experts") if console.is_terminal else contextlib.nullcontext():
-        trainer = _make_trainer(settings, options, model, tokenizer, peft_config, train_rows, eval_rows)
-    trainer.add_callback(stop)
-    trainer.add_callback(progress)
+        trainer = _make_trainer(settings, ready, model, peft_config)
+    for callback in (stop, progress, KeepRecord(ready.record)):
+        trainer.add_callback(callback)
     show_start(
-        console, settings, trainer, in_words(memory), len(train_rows.rows), len(eval_rows.rows) if eval_rows else 0
+        console, settings, trainer, in_words(ready.memory), len(rows.rows), len(eval_rows.rows) if eval_rows else 0
     )
-    show_example(console, trainer, tokenizer)
-    _clear_earlier_run(settings, console)
+    show_example(console, trainer, ready.tokenizer)
+    if own.overwrite_output_dir and not ready.resume:
+        removed = clear_earlier_run(Path(trainer.args.output_dir))
+        if removed:
+            console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
     try:
-        with stop.listening():
-            trainer.train(resume_from_checkpoint=_resume(settings))
+        with stop.listening(trainer):
+            trainer.train(resume_from_checkpoint=str(ready.resume.folder) if ready.resume else None)
             if stop.asked:
-                raise Interrupted(_what_is_left(settings, trainer))
+                raise Interrupted(_what_is_left(settings, trainer), stop.number)
             history = trainer.state.log_history
             evaluated = any(row.get("step") == trainer.state.global_step for row in history if "eval_loss" in row)
             if eval_rows and not evaluated:
@@ -84,10 +137,13 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     finally:
         progress.close()
         counter.close()
-    return _finish(settings, trainer, console, progress)
+    summary = _finish(settings, trainer, console, progress)
+    if stop.asked:
+        raise Interrupted(f"Stopped in the last evaluation. The adapter is in {summary['adapter']}.", stop.number)
+    return summary
 
 
-def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
+def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estimate:
     """The memory the run will take; and what the experts cannot be computed with is refused before weights are loaded.
 
     Raises:
@@ -100,7 +156,7 @@ def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
     from ..system.cpu import plan_threads
     from ..system.memory import available_memory
 
-    sizes = model_sizes(config, settings.own)
+    sizes = model_sizes(config, settings.own, outline)
     kernel = False
     if settings.own.use_kt:
         shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
@@ -113,35 +169,28 @@ def _before_loading(settings: TrainSettings, config: Any) -> Estimate:
     return estimate(settings, sizes, kernel, gpu, available_memory() + PROGRAM, gpu_free)
 
 
-def _make_trainer(
-    settings: TrainSettings,
-    options: dict[str, Any],
-    model: Any,
-    tokenizer: Any,
-    peft_config: Any,
-    train_rows: Rows,
-    eval_rows: Rows | None,
-) -> Any:
+def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_config: Any) -> Any:
     """TRL's trainer of the stage, around the model."""
-    from datasets import Dataset
     from transformers import PrinterCallback, set_seed
     from trl import DPOTrainer, SFTTrainer
 
     from .. import KTMoECallback
 
-    args = trainer_config(settings.own.stage)(**options)
+    args = trainer_config(settings.own.stage)(**ready.options)
     set_seed(args.seed)  # LoRA's start
     callbacks = [KTMoECallback()] if settings.own.use_kt else []
     kind = DPOTrainer if settings.own.stage == "dpo" else SFTTrainer
     trainer = kind(
         model,
         args=args,
-        train_dataset=Dataset.from_list(train_rows.rows),
-        eval_dataset=Dataset.from_list(eval_rows.rows) if eval_rows else None,
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(ready.train_rows.rows),
+        eval_dataset=Dataset.from_list(ready.eval_rows.rows) if ready.eval_rows else None,
+        processing_class=ready.tokenizer,
         peft_config=peft_config,
         callbacks=callbacks,
     )
+    if settings.own.loraplus_lr_ratio:
+        use_loraplus(trainer, settings.own.loraplus_lr_ratio)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
 
@@ -172,31 +221,17 @@ def _marks_answers(tokenizer: Any) -> bool:
     return True
 
 
-def _resume(settings: TrainSettings) -> bool | str | None:
-    resume = settings.own.resume_from_checkpoint
-    return str(Path(resume).expanduser()) if isinstance(resume, str) else resume or None
-
-
-def _clear_earlier_run(settings: TrainSettings, console: Console) -> None:
-    """Checkpoints of an earlier run have higher numbers: rotation would keep them, and a resume take them."""
-    if not settings.own.overwrite_output_dir or settings.own.resume_from_checkpoint:
-        return
-    old = [path for path in Path(settings.output_dir).expanduser().glob("checkpoint-*") if path.is_dir()]
-    for folder in old:
-        shutil.rmtree(folder)
-    if old:
-        console.print(f"overwrite_output_dir: {len(old)} checkpoints of an earlier run are removed.")
-
-
 def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
     step = trainer.state.global_step
-    folder = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    folder = checkpoint_of(trainer.args, trainer.state)
     if not folder.is_dir():
-        return f"Stopped after step {step} of {trainer.state.max_steps}. Nothing was saved (save_strategy: no)."
-    return (
-        f"Stopped after step {step} of {trainer.state.max_steps}. {folder} has it all; go on with:\n"
-        f"  kt-hf train {settings.source} resume_from_checkpoint=true"
-    )
+        why = "save_strategy: no" if step else "not one step was done"
+        return f"Stopped after step {step} of {trainer.state.max_steps}. Nothing was saved ({why})."
+    # As it was typed, so that the same run goes on.
+    gone = ("resume_from_checkpoint", "overwrite_output_dir")
+    overrides = [one for one in settings.overrides if one.partition("=")[0].strip() not in gone]
+    command = shlex.join(["kt-hf", "train", settings.source, *overrides, "resume_from_checkpoint=true"])
+    return f"Stopped after step {step} of {trainer.state.max_steps}. {folder} has it all; go on with:\n  {command}"
 
 
 def _finish(settings: TrainSettings, trainer: Any, console: Console, progress: ShowProgress) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from ..errors import KTAMXConfigError
+from ..experts.projections import ALIASES
 from .config.settings import OwnKeys
 
 # Multi-head latent attention (DeepSeek-V2 and V3) has no projections of these names. What computes the same in it:
@@ -37,6 +38,37 @@ def lora_targets(wanted: str | list[str], modules: set[str]) -> tuple[str | list
     return list(found), told
 
 
+def check_targets(outline: Any, own: OwnKeys) -> None:
+    """Refuse names in lora_target and additional_target that the model does not have, before it is loaded.
+
+    Args:
+        outline: The model on the meta device, or any.
+        own: The run's settings.
+
+    Raises:
+        KTAMXConfigError: Naming one.
+    """
+    modules = {name for name, _ in outline.named_modules()}
+    endings = {".".join(name.split(".")[-parts:]) for name in modules for parts in range(1, name.count(".") + 2)}
+    targets, _ = lora_targets(own.lora_target, {name.rsplit(".", 1)[-1] for name in modules})
+    if not targets:
+        raise KTAMXConfigError(f"lora_target={own.lora_target!r} is empty: give all, all_attention, or names.")
+    for name in targets if isinstance(targets, list) else ():
+        if name not in endings | _EXPERTS | set(ALIASES):
+            known = sorted({n.rsplit(".", 1)[-1] for n in _linears(outline)} | _EXPERTS)
+            raise KTAMXConfigError(f"lora_target: no module is called {name!r}. There are: {', '.join(known)}.")
+    for name in own.additional_target:
+        reached = [module for module in modules if module == name or module.endswith(f".{name}")]
+        if not reached:
+            raise KTAMXConfigError(f"additional_target: no module is called {name!r}; embed_tokens or lm_head, say.")
+        routed = [module for module in reached if re.search(r"(^|\.)experts(\.|$)", module)]
+        if routed:
+            raise KTAMXConfigError(
+                f"additional_target: {name!r} reaches {routed[0]}, and routed experts are trained by LoRA only: "
+                "lora_target reaches them."
+            )
+
+
 def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
     """(the `LoraConfig`, what to tell the user) for a patched model, or for a stock one with fused experts.
 
@@ -49,6 +81,8 @@ def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
     last_parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets, told = lora_targets(own.lora_target, last_parts)
     options: dict[str, Any] = {"use_rslora": True} if own.use_rslora else {}
+    if own.additional_target:
+        options["modules_to_save"] = list(own.additional_target)
     if kt_layers(model):
         return kt_lora_config(model, own.lora_rank, own.lora_alpha, own.lora_dropout, targets, **options), told
     return _stock(model, own, targets, options, told)

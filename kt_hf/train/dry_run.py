@@ -1,0 +1,173 @@
+"""The settings tried out before the model is loaded: what would fail after minutes of loading fails at once.
+
+TRL's own trainer is built with the run's settings and tokenizer around a tiny model, on a few of its rows, and makes
+one optimizer step: the reporters are imported, the rows templated and tokenized, optimizer and schedule built. What
+they refuse is refused in a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..errors import KTAMXConfigError, KTAMXError
+from .config.read import trainer_config
+from .config.settings import TrainSettings
+from .config.yaml_file import shown
+from .optimizer import use_loraplus
+
+_TOKENS = 32  # of a row in the step
+_STEPS = 1000  # that the schedule is built for, where the run's number is not known yet
+# What belongs to the run's own model, data or network, or would cost time for nothing.
+_LEFT_OUT: dict[str, Any] = {
+    "report_to": "none", "push_to_hub": False, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False,
+    "load_best_model_at_end": False, "logging_strategy": "no", "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None, "dataset_num_proc": None, "torch_compile": False, "use_liger_kernel": False,
+    "precompute_ref_log_probs": False, "auto_find_batch_size": False, "torch_empty_cache_steps": None,
+}  # fmt: skip
+
+
+def try_out(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any) -> None:
+    """Train a tiny model for a step as the settings say.
+
+    Args:
+        settings: The run's.
+        options: The keyword arguments of TRL's configuration.
+        tokenizer: The run's.
+        rows: A few of the run's, as a `Dataset` in TRL's format.
+
+    Raises:
+        KTAMXConfigError: What the libraries refuse, naming the setting where they do.
+    """
+    if settings.trainer.get("deepspeed") or settings.trainer.get("fsdp"):
+        return  # they keep a state in the process, which only the run's own model may make
+    named = [key for key in options if key in settings.trainer]
+    try:
+        with _quiet(), tempfile.TemporaryDirectory(prefix="kt-hf-try-") as folder:
+            _report(settings, options)
+            _step(settings, options, tokenizer, rows, folder)
+    except KTAMXError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a library raises, it is about a setting, the tokenizer or a row
+        text = " ".join(str(error).split()) or type(error).__name__
+        keys = [key for key in named if re.search(rf"\b{re.escape(key)}\b", text)]
+        values = [key for key in named if isinstance(options[key], str) and options[key] and options[key] in text]
+        about = "".join(f"{key}={shown(options[key])}: " for key in (keys or values)[:1])
+        raise KTAMXConfigError(
+            f"{about}{text[:600]} ({type(error).__name__}, when the settings were tried out on a tiny model)"
+        ) from error
+
+
+def _report(settings: TrainSettings, options: dict[str, Any]) -> None:
+    """Make the reporters' callbacks, which import their packages; nothing is sent."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    wanted = options.get("report_to")
+    if not wanted or wanted == "none" or wanted == ["none"]:
+        return
+    names = trainer_config(settings.own.stage)(**options).report_to
+    for name in [names] if isinstance(names, str) else names or []:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise KTAMXConfigError(f"report_to={name}: {text} Or leave it out (report_to: none).") from None
+
+
+def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any, folder: str) -> None:
+    from peft import LoraConfig
+    from trl import DPOTrainer, SFTTrainer
+
+    more = dict(_LEFT_OUT)
+    steps = options.get("max_steps") or -1
+    more["max_steps"] = steps if steps > 0 else _STEPS
+    if options.get("optim_target_modules"):
+        more["optim_target_modules"] = "all-linear"  # the names are those of the run's model
+    fields = trainer_config(settings.own.stage).__dataclass_fields__
+    args = trainer_config(settings.own.stage)(
+        **(options | {key: value for key, value in more.items() if key in fields} | {"output_dir": folder})
+    )
+    kind = DPOTrainer if settings.own.stage == "dpo" else SFTTrainer
+    trainer = kind(
+        _tiny_model(settings, tokenizer),
+        args=args,
+        train_dataset=rows,
+        processing_class=_copy(tokenizer),
+        peft_config=LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        callbacks=[_OneStep()],
+    )
+    if settings.own.loraplus_lr_ratio:
+        use_loraplus(trainer, settings.own.loraplus_lr_ratio)
+    trainer.train_dataset = trainer.train_dataset.select([0]).map(_shortened)
+    trainer.train()
+
+
+def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    if settings.own.attn_implementation:
+        config._attn_implementation = settings.own.attn_implementation
+    dtype = torch.float32 if settings.own.torch_dtype in ("float32", "auto") else getattr(torch, settings.own.torch_dtype)
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def _copy(tokenizer: Any) -> Any:
+    """TRL sets tokens and templates of the tokenizer it is given; the run's own trainer is to do that itself."""
+    import copy
+
+    return copy.deepcopy(tokenizer)
+
+
+def _shortened(row: dict[str, Any]) -> dict[str, Any]:
+    """The end of a tokenized row, where the answer is."""
+    short = {key: value[-_TOKENS:] for key, value in row.items() if isinstance(value, list) and _numbers(value)}
+    if "seq_lengths" in short:
+        short["seq_lengths"] = [min(_TOKENS, sum(row["seq_lengths"]))]
+    return row | short
+
+
+def _numbers(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], int)
+
+
+class _OneStep(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of the trial on the terminal: the run itself says it once more."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if not bars:
+            datasets.enable_progress_bars()

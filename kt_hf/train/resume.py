@@ -1,0 +1,277 @@
+"""Going on with a run: from which checkpoint, and with which of the settings.
+
+Each checkpoint of `kt-hf train` has a record of the settings it was trained with (`kt_hf_run.json`). What decides what
+is trained, and on which rows, may not change in the middle of a run; of the rest it is said what a change does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..adapters import MANIFEST, check_checkpoint, last_complete
+from ..errors import KTAMXConfigError, KTAMXError
+from ..system.files import write_json
+from .config.read import trainer_config
+from .config.settings import TrainSettings
+from .stopping import checkpoint_of
+
+RECORD = "kt_hf_run.json"
+_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What tells that a folder of that name is a checkpoint and not something of the user's.
+_MARKS = (_STATE, "adapter_config.json", "adapter_model.safetensors", MANIFEST, "optimizer.pt")
+# These decide what is trained and on which rows: they are refused.
+_FIXED = (
+    "stage", "model_name_or_path", "model_revision", "use_kt", "lora_rank", "lora_alpha", "use_rslora", "lora_target",
+    "additional_target", "loraplus_lr_ratio", "dataset", "mix_strategy", "interleave_probs", "val_size", "max_samples",
+    "template", "default_system", "enable_thinking", "mask_history", "packing", "packing_strategy",
+    "completion_only_loss", "assistant_only_loss", "beta", "loss_type",
+)  # fmt: skip
+_ANEW = "To start a new run from its adapter, write adapter_name_or_path: {folder} and another output_dir."
+_KEPT = "it has no effect: the optimizer goes on with the checkpoint's"
+_EFFECT = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), _KEPT),
+    "optim": "it takes effect from here on, with the checkpoint's state of the other optimizer",
+    "lr_scheduler_type": "it takes effect from here on, starting from the checkpoint's learning rate",
+    "lr_scheduler_kwargs": "they take effect from here on, starting from the checkpoint's learning rate",
+    "warmup_steps": "the schedule is computed with it from here on",
+    "max_steps": "the run ends there, and the schedule is computed with it from here on",
+    "num_train_epochs": "the run ends there, and the schedule is computed with it from here on",
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps"),
+        "it takes effect from here on; rows are skipped as if the steps before had had it, so some may be trained "
+        "twice or not at all",
+    ),
+    **dict.fromkeys(("seed", "data_seed"), "the rows come in another order, so some may be trained twice or not at all"),
+    "max_length": "rows are cut by it from here on",
+    "kt_backend": "experts are computed by it from here on, with its rounding",
+}
+_QUIET = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "plot_loss", "report_to", "run_name",
+    "logging_steps", "logging_dir", "logging_strategy", "save_steps", "save_strategy", "save_total_limit",
+    "eval_steps", "eval_strategy", "eval_dataset", "dataset_dir", "dataset_num_proc", "dataloader_num_workers", "finetuning_type", "adapter_name_or_path",
+    "trust_remote_code",
+}  # fmt: skip
+# Optimizers whose states are of one form.
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        folder: The checkpoint's.
+        step: Optimizer steps done.
+        told: What to tell the user.
+    """
+
+    folder: Path
+    step: int
+    told: tuple[str, ...] = ()
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders `checkpoint-<number>` that a training wrote, the latest first."""
+    if not output_dir.is_dir():
+        return []
+    numbered = [path for path in output_dir.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+    written = [p for p in numbered if p.is_dir() and not p.is_symlink() and any((p / mark).exists() for mark in _MARKS)]
+    return sorted(written, key=_step, reverse=True)
+
+
+def clear_earlier_run(output_dir: Path) -> int:
+    """Remove the checkpoints of an earlier run, and nothing else; returns how many. Theirs have higher numbers:
+    rotation would keep them, and a resume take them."""
+    old = checkpoints(output_dir)
+    for folder in old:
+        shutil.rmtree(folder)
+    return len(old)
+
+
+def find_checkpoint(settings: TrainSettings) -> Resume | None:
+    """The checkpoint to go on from, checked; None for a run that starts anew.
+
+    With `resume_from_checkpoint: true` it is the last complete one, and what is wrong with a later one is told.
+
+    Raises:
+        KTAMXError: The folder that was named is no checkpoint, or not complete.
+        KTAMXConfigError: None in the output folder is.
+    """
+    wanted = settings.own.resume_from_checkpoint
+    if not wanted:
+        return None
+    if isinstance(wanted, str):
+        folder = Path(os.path.expanduser(wanted))
+        if not (folder / _STATE).is_file() and checkpoints(folder):
+            raise KTAMXConfigError(
+                f"resume_from_checkpoint={wanted!r} holds checkpoints and is none: give one of them, such as "
+                f"{checkpoints(folder)[0]}, or output_dir: {wanted} and resume_from_checkpoint: true."
+            )
+        if not (folder / _STATE).is_file():
+            raise KTAMXConfigError(f"resume_from_checkpoint={wanted!r} is no checkpoint: it has no {_STATE}.")
+        check_checkpoint(folder)
+        return Resume(folder, _step_of(folder))
+    output_dir = Path(settings.output_dir).expanduser()
+    there = sorted((p for p in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)), key=_step)
+    folder = last_complete(output_dir)  # type: ignore[assignment]
+    if folder is None:
+        raise KTAMXConfigError(
+            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(there[-1])})"
+            if there
+            else f"resume_from_checkpoint=true: {output_dir} holds no checkpoint to go on from."
+        )
+    later = [path for path in there if _step(path) > _step(folder)]
+    told = tuple(f"{path} is left out: {_why_not(path)}" for path in later)
+    return Resume(folder, _step_of(folder), told)
+
+
+def _why_not(folder: Path) -> str:
+    try:
+        check_checkpoint(folder)
+    except KTAMXError as error:
+        text = str(error).removeprefix(f"{folder} cannot be resumed: ")
+        return re.sub(r" (The last complete one is|There is no other).*$", "", text, flags=re.DOTALL)
+    return "it is complete by now"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def _step_of(folder: Path) -> int:
+    """Steps done, by the Trainer's state.
+
+    Raises:
+        KTAMXError: It does not say.
+    """
+    try:
+        step = json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"global_step is {step!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise KTAMXError(f"{folder / _STATE} cannot be read: {error}. The checkpoint is damaged.") from None
+    return step
+
+
+def record(settings: TrainSettings, rows: int, data: str) -> dict[str, Any]:
+    """What a checkpoint remembers of the settings.
+
+    Args:
+        settings: The run's.
+        rows: Of training data.
+        data: Their fingerprint.
+    """
+    own = {key: getattr(settings.own, key) for key in settings.own.__dataclass_fields__}
+    own["lora_target"] = _targets(own["lora_target"])
+    own["additional_target"] = sorted(own["additional_target"])
+    name = own["model_name_or_path"]
+    own["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
+    for key in ("dataset", "eval_dataset"):
+        own[key] = [os.path.realpath(spec) if os.path.exists(spec) else spec for spec in own[key]]
+    kt = {"kt_backend": settings.kt.kt_backend}
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer_config(settings.own.stage))}
+    trainer = {key: value for key, value in settings.trainer.items() if value != defaults.get(key)}
+    return {"version": 1, "settings": own | kt | trainer, "rows": rows, "data": data}
+
+
+def fingerprint(rows: list[dict[str, Any]]) -> str:
+    """Of training rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _targets(value: str | list[str]) -> list[str]:
+    names = value.split(",") if isinstance(value, str) else value
+    return sorted({name.strip() for name in names} - {""})
+
+
+class KeepRecord(TrainerCallback):
+    """Writes the record into each checkpoint as it is saved."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed Trainer would go on with the checkpoint's logging_steps, eval_steps and save_steps.
+        state.compute_steps(args, state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = checkpoint_of(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            write_json(folder / RECORD, json.loads(json.dumps(self.content, default=str)))
+
+
+def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
+    """Compare the record of a checkpoint with that of the settings it is to go on with.
+
+    Returns:
+        What the settings that differ do, to tell the user.
+
+    Raises:
+        KTAMXConfigError: One differs that decides what is trained, naming it and both values.
+    """
+    before = _read_record(resume.folder)
+    anew = _ANEW.format(folder=resume.folder)
+    old, new = before["settings"], json.loads(json.dumps(now["settings"], default=str))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if before.get("partial"):  # an adapter_config.json alone
+        changed = [key for key in changed if key in old]
+    for key in changed:
+        if key in _FIXED:
+            raise KTAMXConfigError(
+                f"{key}={_value(new, key)}: {resume.folder} was trained with {_value(old, key)}, and a run cannot change "
+                f"it. {anew}"
+            )
+    if "optim" in changed and not {old.get("optim", "adamw_torch"), new.get("optim", "adamw_torch")} <= _ADAMW:
+        raise KTAMXConfigError(
+            f"optim={_value(new, 'optim')}: the state of the optimizer in {resume.folder} is that of "
+            f"{_value(old, 'optim')}. {anew}"
+        )
+    if before.get("data") not in (None, now["data"]):
+        raise KTAMXConfigError(
+            f"dataset: its {now['rows']} rows are not the {before.get('rows')} that {resume.folder} was trained on, so "
+            f"the rest of a run would not be the rest. {anew}"
+        )
+    return [
+        f"{key} was {_value(old, key)} and is {_value(new, key)}: {_EFFECT.get(key, 'it takes effect from here on')}."
+        for key in changed
+        if key not in _QUIET
+    ]
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    return "the default" if settings.get(key) is None else repr(settings[key])[:80]
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The record; what adapter_config.json tells for a checkpoint of another program, which has none."""
+    path = folder / RECORD
+    try:
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+                raise ValueError("it holds no settings")
+            return content
+        path = folder / "adapter_config.json"
+        adapter = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(adapter, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise KTAMXError(f"{path} cannot be read: {error}. The checkpoint is damaged.") from None
+    names = {"r": "lora_rank", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora"}
+    known = {ours: adapter[theirs] for theirs, ours in names.items() if theirs in adapter}
+    return {"settings": known, "partial": True}
