@@ -108,10 +108,33 @@ def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows
         peft_config=LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         callbacks=[_OneStep()],
     )
-    if settings.own.loraplus_lr_ratio:
-        use_loraplus(trainer, settings.own.loraplus_lr_ratio)
     trainer.train_dataset = trainer.train_dataset.select([0]).map(_shortened)
+    with _about("optim", options):
+        if settings.own.loraplus_lr_ratio:
+            use_loraplus(trainer, settings.own.loraplus_lr_ratio)
+        trainer.create_optimizer()
+    with _about("lr_scheduler_type", options):
+        trainer.create_scheduler(args.max_steps, trainer.optimizer)
     trainer.train()
+    if settings.own.eval_dataset or settings.own.val_size:
+        trainer.eval_dataset = trainer.train_dataset
+        _check_metric(trainer.evaluate(), options.get("metric_for_best_model"))
+
+
+@contextlib.contextmanager
+def _about(key: str, options: dict[str, Any]) -> Iterator[None]:
+    """What goes wrong in it is about this setting."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise KTAMXConfigError(f"{key}={shown(options.get(key))} cannot be used: {text}") from error
+
+
+def _check_metric(metrics: dict[str, float], wanted: str | None) -> None:
+    if wanted and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+        there = ", ".join(sorted(name for name in metrics if isinstance(metrics[name], float)))
+        raise KTAMXConfigError(f"metric_for_best_model={wanted!r} is not measured. There are: {there}.")
 
 
 def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:

@@ -76,8 +76,8 @@ def show_example(console: Console, trainer: Any, tokenizer: Any) -> None:
     console.print()
 
 
-def show_result(console: Console, settings: TrainSettings, summary: dict[str, Any]) -> None:
-    """A table of what came out, and what to do with it."""
+def show_result(console: Console, settings: TrainSettings, summary: dict[str, Any], rank: int) -> None:
+    """A table of what came out, and what to do with it; `rank` is the adapter's on experts."""
     table = _table()
     if summary["loss"] is not None:
         table.add_row("Loss", f"{summary['loss']:.4f}")
@@ -94,11 +94,11 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
         table.add_row("Export it", escape(export))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
     console.print("Load it:")
-    for line in loading_lines(settings, summary["adapter"]):
+    for line in loading_lines(settings, summary["adapter"], rank):
         console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
 
 
-def loading_lines(settings: TrainSettings, adapter: str) -> list[str]:
+def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]:
     """A Python program, line by line, that loads the run's model with its adapter."""
     own = settings.own
     name, dtype = own.model_name_or_path, own.torch_dtype
@@ -110,28 +110,28 @@ def loading_lines(settings: TrainSettings, adapter: str) -> list[str]:
     else:
         lines += ["from transformers import AutoTokenizer" + ("" if own.use_kt else ", AutoModelForCausalLM")]
         more = f", revision={own.model_revision!r}" if own.model_revision else ""
-        call = f"load_kt_model({name!r}, {_kt_config(settings)}" if own.use_kt else f"AutoModelForCausalLM.from_pretrained({name!r}"
+        call = f"load_kt_model({name!r}, {_kt_config(settings, rank)}" if own.use_kt else f"AutoModelForCausalLM.from_pretrained({name!r}"
         load = f"model = {call}, dtype={dtype!r}{more})"
     if own.use_kt:
         lines += ["from kt_hf import KTConfig, " + ("apply_kt_moe" if name.startswith("builtin:") else "load_kt_model")]
     lines += [load]
     if own.use_kt and name.startswith("builtin:"):
-        lines += [f"model = apply_kt_moe(model, {_kt_config(settings)})"]
+        lines += [f"model = apply_kt_moe(model, {_kt_config(settings, rank)})"]
     lines += [f"model = PeftModel.from_pretrained(model, {adapter!r})"]
     if not name.startswith("builtin:"):
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"]
     return lines
 
 
-def _kt_config(settings: TrainSettings) -> str:
-    """`KTConfig(...)` with the settings that differ from the defaults, packed for the run's rank."""
+def _kt_config(settings: TrainSettings, rank: int) -> str:
+    """`KTConfig(...)` with the settings that differ from the defaults, packed for the adapter's rank."""
     default = KTConfig()
     given = {
         field.name: getattr(settings.kt, field.name)
         for field in dataclasses.fields(KTConfig)
         if getattr(settings.kt, field.name) != getattr(default, field.name)
     }
-    given.setdefault("kt_lora_rank", settings.own.lora_rank)
+    given.setdefault("kt_lora_rank", rank)
     return f"KTConfig({', '.join(f'{key}={value!r}' for key, value in given.items())})"
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..adapters import MANIFEST, check_checkpoint, last_complete
+from ..adapters import check_checkpoint, last_complete
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
+from .checkpoints import STATE, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
 from .config.settings import TrainSettings
 from .stopping import checkpoint_of
 
 RECORD = "kt_hf_run.json"
-_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What tells that a folder of that name is a checkpoint and not something of the user's.
-_MARKS = (_STATE, "adapter_config.json", "adapter_model.safetensors", MANIFEST, "optimizer.pt")
 # These decide what is trained and on which rows: they are refused.
 _FIXED = (
     "stage", "model_name_or_path", "model_revision", "use_kt", "lora_rank", "lora_alpha", "use_rslora", "lora_target",
@@ -82,24 +78,6 @@ class Resume:
     told: tuple[str, ...] = ()
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Folders `checkpoint-<number>` that a training wrote, the latest first."""
-    if not output_dir.is_dir():
-        return []
-    numbered = [path for path in output_dir.iterdir() if _CHECKPOINT.fullmatch(path.name)]
-    written = [p for p in numbered if p.is_dir() and not p.is_symlink() and any((p / mark).exists() for mark in _MARKS)]
-    return sorted(written, key=_step, reverse=True)
-
-
-def clear_earlier_run(output_dir: Path) -> int:
-    """Remove the checkpoints of an earlier run, and nothing else; returns how many. Theirs have higher numbers:
-    rotation would keep them, and a resume take them."""
-    old = checkpoints(output_dir)
-    for folder in old:
-        shutil.rmtree(folder)
-    return len(old)
-
-
 def find_checkpoint(settings: TrainSettings) -> Resume | None:
     """The checkpoint to go on from, checked; None for a run that starts anew.
 
@@ -113,28 +91,27 @@ def find_checkpoint(settings: TrainSettings) -> Resume | None:
     if not wanted:
         return None
     if isinstance(wanted, str):
-        folder = Path(os.path.expanduser(wanted))
-        if not (folder / _STATE).is_file() and checkpoints(folder):
-            raise KTAMXConfigError(
-                f"resume_from_checkpoint={wanted!r} holds checkpoints and is none: give one of them, such as "
-                f"{checkpoints(folder)[0]}, or output_dir: {wanted} and resume_from_checkpoint: true."
-            )
-        if not (folder / _STATE).is_file():
-            raise KTAMXConfigError(f"resume_from_checkpoint={wanted!r} is no checkpoint: it has no {_STATE}.")
+        folder = Path(os.path.abspath(os.path.expanduser(wanted)))
+        if not is_numbered(folder) or not (folder / STATE).is_file():
+            inside = checkpoints(folder)
+            hint = f"it holds checkpoints: give one of them, such as {inside[0]}" if inside else f"it has no {STATE}"
+            if not inside and (folder / STATE).is_file():
+                hint = "its name is not checkpoint-<step>"
+            raise KTAMXConfigError(f"resume_from_checkpoint={wanted!r} is no checkpoint of a run: {hint}.")
         check_checkpoint(folder)
         return Resume(folder, _step_of(folder))
     output_dir = Path(settings.output_dir).expanduser()
-    there = sorted((p for p in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)), key=_step)
-    folder = last_complete(output_dir)  # type: ignore[assignment]
-    if folder is None:
+    there = numbered(output_dir)
+    if not there:
+        raise KTAMXConfigError(f"resume_from_checkpoint=true: {output_dir} holds no checkpoint to go on from.")
+    last = last_complete(output_dir)
+    if last is None:
         raise KTAMXConfigError(
-            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(there[-1])})"
-            if there
-            else f"resume_from_checkpoint=true: {output_dir} holds no checkpoint to go on from."
+            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(there[0])})"
         )
-    later = [path for path in there if _step(path) > _step(folder)]
+    later = [path for path in there if step_in_name(path) > step_in_name(last)]
     told = tuple(f"{path} is left out: {_why_not(path)}" for path in later)
-    return Resume(folder, _step_of(folder), told)
+    return Resume(last, _step_of(last), told)
 
 
 def _why_not(folder: Path) -> str:
@@ -146,10 +123,6 @@ def _why_not(folder: Path) -> str:
     return "it is complete by now"
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.rsplit("-", 1)[1])
-
-
 def _step_of(folder: Path) -> int:
     """Steps done, by the Trainer's state.
 
@@ -157,22 +130,16 @@ def _step_of(folder: Path) -> int:
         KTAMXError: It does not say.
     """
     try:
-        step = json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"]
+        step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"global_step is {step!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KTAMXError(f"{folder / _STATE} cannot be read: {error}. The checkpoint is damaged.") from None
+        raise KTAMXError(f"{folder / STATE} cannot be read: {error}. The checkpoint is damaged.") from None
     return step
 
 
-def record(settings: TrainSettings, rows: int, data: str) -> dict[str, Any]:
-    """What a checkpoint remembers of the settings.
-
-    Args:
-        settings: The run's.
-        rows: Of training data.
-        data: Their fingerprint.
-    """
+def record(settings: TrainSettings) -> dict[str, Any]:
+    """What a checkpoint remembers of the settings; `with_rows` adds the data."""
     own = {key: getattr(settings.own, key) for key in settings.own.__dataclass_fields__}
     own["lora_target"] = _targets(own["lora_target"])
     own["additional_target"] = sorted(own["additional_target"])
@@ -183,15 +150,15 @@ def record(settings: TrainSettings, rows: int, data: str) -> dict[str, Any]:
     kt = {"kt_backend": settings.kt.kt_backend}
     defaults = {field.name: field.default for field in dataclasses.fields(trainer_config(settings.own.stage))}
     trainer = {key: value for key, value in settings.trainer.items() if value != defaults.get(key)}
-    return {"version": 1, "settings": own | kt | trainer, "rows": rows, "data": data}
+    return {"version": 1, "settings": own | kt | trainer}
 
 
-def fingerprint(rows: list[dict[str, Any]]) -> str:
-    """Of training rows, in their order."""
+def with_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A record with the number of the training rows, and a hash of them in their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    return content | {"rows": len(rows), "data": digest.hexdigest()}
 
 
 def _targets(value: str | list[str]) -> list[str]:
@@ -230,27 +197,37 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if before.get("partial"):  # an adapter_config.json alone
         changed = [key for key in changed if key in old]
-    for key in changed:
-        if key in _FIXED:
-            raise KTAMXConfigError(
-                f"{key}={_value(new, key)}: {resume.folder} was trained with {_value(old, key)}, and a run cannot change "
-                f"it. {anew}"
-            )
+    fixed = [key for key in _FIXED if key in changed]
+    if fixed:
+        key, more = fixed[0], f" Other than there are {', '.join(fixed[1:])}, too." if fixed[1:] else ""
+        raise KTAMXConfigError(
+            f"{key}={_value(new, key)}: {resume.folder} was trained with {_value(old, key)}, and a run cannot change "
+            f"it.{more} {anew}"
+        )
     if "optim" in changed and not {old.get("optim", "adamw_torch"), new.get("optim", "adamw_torch")} <= _ADAMW:
         raise KTAMXConfigError(
             f"optim={_value(new, 'optim')}: the state of the optimizer in {resume.folder} is that of "
             f"{_value(old, 'optim')}. {anew}"
-        )
-    if before.get("data") not in (None, now["data"]):
-        raise KTAMXConfigError(
-            f"dataset: its {now['rows']} rows are not the {before.get('rows')} that {resume.folder} was trained on, so "
-            f"the rest of a run would not be the rest. {anew}"
         )
     return [
         f"{key} was {_value(old, key)} and is {_value(new, key)}: {_EFFECT.get(key, 'it takes effect from here on')}."
         for key in changed
         if key not in _QUIET
     ]
+
+
+def check_rows(resume: Resume, now: dict[str, Any]) -> None:
+    """Compare the rows of a checkpoint with those it is to go on with.
+
+    Raises:
+        KTAMXConfigError: They are not the same, or come in another order.
+    """
+    before = _read_record(resume.folder)
+    if before.get("data") not in (None, now["data"]):
+        raise KTAMXConfigError(
+            f"dataset: its {now['rows']} rows are not the {before.get('rows')} that {resume.folder} was trained on, so "
+            f"the rest of a run would not be the rest. {_ANEW.format(folder=resume.folder)}"
+        )
 
 
 def _value(settings: Mapping[str, Any], key: str) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
+from .checkpoints import clear_earlier_run
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
 from .data.rows import Rows, for_sft, training_and_evaluation
@@ -29,7 +30,7 @@ from .optimizer import use_loraplus
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
-from .resume import KeepRecord, Resume, check_settings, clear_earlier_run, find_checkpoint, fingerprint, record
+from .resume import KeepRecord, Resume, check_rows, check_settings, find_checkpoint, record, with_rows
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
@@ -74,12 +75,14 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     """Everything that can be wrong is found before weights are loaded or anything is written."""
     own = settings.own
     _tell(console, settings.notices)
-    resume = find_checkpoint(settings)
-    train_rows, eval_rows = training_and_evaluation(own, settings.trainer.get("seed", 42))
-    content = record(settings, len(train_rows.rows), fingerprint(train_rows.rows))
+    resume, content = find_checkpoint(settings), record(settings)
     if resume:
         changes = check_settings(resume, content)
         _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
+    train_rows, eval_rows = training_and_evaluation(own, settings.trainer.get("seed", 42))
+    content = with_rows(content, train_rows.rows)
+    if resume:
+        check_rows(resume, content)
     config, told = load_config(own)
     tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
     _tell(console, told + more)
@@ -137,7 +140,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     finally:
         progress.close()
         counter.close()
-    summary = _finish(settings, trainer, console, progress)
+    summary = _finish(settings, trainer, progress)
+    show_result(console, settings, summary, ready.expert_rank or own.lora_rank)
     if stop.asked:
         raise Interrupted(f"Stopped in the last evaluation. The adapter is in {summary['adapter']}.", stop.number)
     return summary
@@ -179,6 +183,8 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
     args = trainer_config(settings.own.stage)(**ready.options)
     set_seed(args.seed)  # LoRA's start
     callbacks = [KTMoECallback()] if settings.own.use_kt else []
+    for callback in callbacks:  # which would look for checkpoints that are not complete; `find_checkpoint` has done it
+        callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
     kind = DPOTrainer if settings.own.stage == "dpo" else SFTTrainer
     trainer = kind(
         model,
@@ -234,7 +240,8 @@ def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
     return f"Stopped after step {step} of {trainer.state.max_steps}. {folder} has it all; go on with:\n  {command}"
 
 
-def _finish(settings: TrainSettings, trainer: Any, console: Console, progress: ShowProgress) -> dict[str, Any]:
+def _finish(settings: TrainSettings, trainer: Any, progress: ShowProgress) -> dict[str, Any]:
+    """Save the adapter, draw, and write the summary."""
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder))
     trainer.save_state()
@@ -265,7 +272,6 @@ def _finish(settings: TrainSettings, trainer: Any, console: Console, progress: S
         "expert_load": load,
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    show_result(console, settings, summary)
     return summary
 
 

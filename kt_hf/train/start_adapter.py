@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, load_adapter, open_adapter, verify_adapter
+from ..adapters import Adapter, load_adapter, open_adapter
 from ..adapters.adapter import ADAPTER, PREFIX
 from ..discovery import find_experts
 from ..errors import KTAMXConfigError, KTAMXModelNotSupportedError
@@ -28,9 +28,7 @@ def check_start(own: OwnKeys, outline: Any) -> tuple[int | None, list[str]]:
     path = own.adapter_name_or_path
     if path is None:
         return None, []
-    if Path(path).is_dir():
-        verify_adapter(path)
-    with open_adapter(path) as adapter:
+    with open_adapter(path) as adapter:  # its files against their manifest, if there is one
         adapter.check(finite=True)
         if not own.use_kt and (adapter.experts and adapter.format != "peft" or not Path(path).is_dir()):
             raise KTAMXConfigError(

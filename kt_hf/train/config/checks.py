@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import KTAMXError
+from ..checkpoints import numbered, would_be_rotated
 from ..data.sources import dataset_problem
 from . import aliases as names
 from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
@@ -47,7 +47,6 @@ _NOT_WITH_KT = {
     "use_liger_kernel": "Liger replaces expert classes too: leave it out",
     "use_ipex": "leave it out",
 }
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -279,14 +278,13 @@ def _output(c: Checked) -> None:
     if path.exists() and not path.is_dir():
         c.problem("output_dir", f"output_dir={shown(folder)} is a file: give a folder")
         return
-    there = sorted(p for p in path.glob("checkpoint-*") if p.is_dir()) if path.is_dir() else []
-    checkpoints = [p for p in there if _CHECKPOINT.fullmatch(p.name)]
-    strange = [p.name for p in there if re.match(r"checkpoint-\d", p.name) and p not in checkpoints]
-    if strange and c.trainer.get("save_total_limit"):
+    checkpoints = numbered(path) if path.is_dir() else []
+    others = would_be_rotated(path) if path.is_dir() and c.trainer.get("save_total_limit") else []
+    if others:
         c.problem(
             "output_dir",
-            f"output_dir={shown(folder)} has the folder {shown(strange[0])}, which the Trainer takes for a checkpoint: "
-            "save_total_limit would remove it. Rename or move it",
+            f"output_dir={shown(folder)} has the folder {shown(others[0].name)}, which is no checkpoint of a run, but "
+            "save_total_limit would remove it as one. Rename or move it",
         )
     if isinstance(resume, str) and not Path(os.path.expanduser(resume)).is_dir():
         c.problem("resume_from_checkpoint", f"resume_from_checkpoint={shown(resume)}: there is no such folder")
