@@ -1,5 +1,5 @@
-"""`python -m kt_hf.cli` is `kt-hf`."""
+"""`python -m kt_hf.cli`."""
 
-from . import app
+from ..__main__ import main
 
-app(prog_name="kt-hf")
+main()

@@ -27,14 +27,15 @@ def plain_failures(*own: type[Exception]) -> Iterator[None]:
     The code is the exception's `exit_code` where it has one. Otherwise 2 for what the user can set right (a setting, a
     missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM.
     """
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, _terminated)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # signals come to no other
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminated)):
+            before[number] = signal.signal(number, handler)
     try:
         yield from _plainly(own)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminated(number: int, frame: Any) -> None:
