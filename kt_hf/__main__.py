@@ -1,4 +1,4 @@
-"""`kt-hf`, and `python -m kt_hf`: the command line, which can be stopped from its first moment on without a traceback."""
+"""`kt-hf`, and `python -m kt_hf`: the command line, which can be stopped without a traceback from its start."""
 
 from __future__ import annotations
 

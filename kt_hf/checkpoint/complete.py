@@ -83,8 +83,8 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
         raise KTAMXError(
-            f"{_where(files, folder)} has no {shown} ({len(missing)} of the model's weights missing). Copy the checkpoint "
-            "again: with random values in their place training would be worth nothing."
+            f"{_where(files, folder)} has no {shown} ({len(missing)} of the model's weights missing). Copy the "
+            "checkpoint again: with random values in their place training would be worth nothing."
         )
     return sorted(name for name in told["unexpected_keys"] if not _SCALE.search(name))
 

@@ -27,10 +27,12 @@ def plain_failures(*own: type[Exception]) -> Iterator[None]:
     The code is the exception's `exit_code` where it has one. Otherwise 2 for what the user can set right (a setting, a
     missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM.
     """
-    before = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # signals come to no other
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminated)):
-            before[number] = signal.signal(number, handler)
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, _terminated),
+        }
     try:
         yield from _plainly(own)
     finally:

@@ -148,7 +148,9 @@ def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
     )  # fmt: skip
     if settings.own.attn_implementation:
         config._attn_implementation = settings.own.attn_implementation
-    dtype = torch.float32 if settings.own.torch_dtype in ("float32", "auto") else getattr(torch, settings.own.torch_dtype)
+    dtype = (
+        torch.float32 if settings.own.torch_dtype in ("float32", "auto") else getattr(torch, settings.own.torch_dtype)
+    )
     with torch.random.fork_rng(devices=[]):
         return LlamaForCausalLM(config).to(dtype)
 
@@ -187,7 +189,11 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -256,11 +256,13 @@ def _probe(tokenizer: Any, name: str) -> None:
     try:
         ids = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     except Exception as error:
-        raise KTAMXConfigError(f"model_name_or_path={name!r}: its tokenizer cannot be used: {_in_a_line(error)}") from None
+        raise KTAMXConfigError(
+            f"model_name_or_path={name!r}: its tokenizer cannot be used: {_in_a_line(error)}"
+        ) from None
     if all(token == tokenizer.unk_token_id for token in ids):
         raise KTAMXConfigError(
-            f"model_name_or_path={name!r}: its tokenizer makes no tokens of {_PROBE!r}. The folder lacks the tokenizer's "
-            "files (tokenizer.json, tokenizer.model or vocab.json with tokenizer_config.json): copy them there."
+            f"model_name_or_path={name!r}: its tokenizer makes no tokens of {_PROBE!r}. The folder lacks the "
+            "tokenizer's files (tokenizer.json, tokenizer.model or vocab.json, and tokenizer_config.json): copy them."
         )
 
 

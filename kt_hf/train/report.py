@@ -110,7 +110,11 @@ def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]
     else:
         lines += ["from transformers import AutoTokenizer" + ("" if own.use_kt else ", AutoModelForCausalLM")]
         more = f", revision={own.model_revision!r}" if own.model_revision else ""
-        call = f"load_kt_model({name!r}, {_kt_config(settings, rank)}" if own.use_kt else f"AutoModelForCausalLM.from_pretrained({name!r}"
+        call = (
+            f"load_kt_model({name!r}, {_kt_config(settings, rank)}"
+            if own.use_kt
+            else f"AutoModelForCausalLM.from_pretrained({name!r}"
+        )
         load = f"model = {call}, dtype={dtype!r}{more})"
     if own.use_kt:
         lines += ["from kt_hf import KTConfig, " + ("apply_kt_moe" if name.startswith("builtin:") else "load_kt_model")]

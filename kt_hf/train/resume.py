@@ -49,16 +49,18 @@ _EFFECT = {
         "it takes effect from here on; rows are skipped as if the steps before had had it, so some may be trained "
         "twice or not at all",
     ),
-    **dict.fromkeys(("seed", "data_seed"), "the rows come in another order, so some may be trained twice or not at all"),
+    **dict.fromkeys(
+        ("seed", "data_seed"), "the rows come in another order, so some may be trained twice or not at all"
+    ),
     "max_length": "rows are cut by it from here on",
     "kt_backend": "experts are computed by it from here on, with its rounding",
 }
 _QUIET = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "plot_loss", "report_to", "run_name",
-    "logging_steps", "logging_dir", "logging_strategy", "save_steps", "save_strategy", "save_total_limit",
-    "eval_steps", "eval_strategy", "eval_dataset", "dataset_dir", "dataset_num_proc", "dataloader_num_workers", "finetuning_type", "adapter_name_or_path",
-    "trust_remote_code",
-}  # fmt: skip
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "adapter_name_or_path", "finetuning_type"),
+    *("trust_remote_code", "plot_loss", "report_to", "run_name", "logging_steps", "logging_dir", "logging_strategy"),
+    *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_dataset", "dataset_dir"),
+    *("dataset_num_proc", "dataloader_num_workers"),
+}
 # Optimizers whose states are of one form.
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 

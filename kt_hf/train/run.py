@@ -131,7 +131,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     try:
         with stop.listening(trainer):
             trainer.train(resume_from_checkpoint=str(ready.resume.folder) if ready.resume else None)
-            if stop.asked:
+            if stop.number is not None:
                 raise Interrupted(_what_is_left(settings, trainer), stop.number)
             history = trainer.state.log_history
             evaluated = any(row.get("step") == trainer.state.global_step for row in history if "eval_loss" in row)
@@ -142,7 +142,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         counter.close()
     summary = _finish(settings, trainer, progress)
     show_result(console, settings, summary, ready.expert_rank or own.lora_rank)
-    if stop.asked:
+    if stop.number is not None:
         raise Interrupted(f"Stopped in the last evaluation. The adapter is in {summary['adapter']}.", stop.number)
     return summary
 

@@ -1,4 +1,4 @@
-"""`adapter_name_or_path`: a run that starts from an adapter, of any format that is read, with the adapter's settings."""
+"""`adapter_name_or_path`: a run that starts from an adapter of any format that is read, with its settings."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ def check_start(own: OwnKeys, outline: Any) -> tuple[int | None, list[str]]:
         return None, []
     with open_adapter(path) as adapter:  # its files against their manifest, if there is one
         adapter.check(finite=True)
-        if not own.use_kt and (adapter.experts and adapter.format != "peft" or not Path(path).is_dir()):
+        if not own.use_kt and ((adapter.experts and adapter.format != "peft") or not Path(path).is_dir()):
             raise KTAMXConfigError(
-                f"adapter_name_or_path={path!r} is of the format {adapter.format}, and use_kt: false trains stock PEFT's "
-                f"only: kt-hf export {path} NEW_FOLDER --to peft."
+                f"adapter_name_or_path={path!r} is of the format {adapter.format}, and use_kt: false trains stock "
+                f"PEFT's only: kt-hf export {path} NEW_FOLDER --to peft."
             )
         _check_places(adapter, outline, path)
         ranks = sorted({one.rank for one in adapter.experts.values()})
         count = len(adapter.experts) + len(adapter.modules())
     told = f"Starting from the adapter in {path} (format {adapter.format}, LoRA on {count} modules"
-    told += f", of rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))} on experts)." if ranks else ", not on experts)."
+    told += (
+        f", of rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))} on experts)."
+        if ranks
+        else ", not on experts)."
+    )
     return max([*ranks, own.lora_rank if not ranks else 0]), [told]
 
 
@@ -65,8 +69,8 @@ def _check_places(adapter: Adapter, outline: Any, path: str) -> None:
         into = None if shape is None else shape.intermediate_size if one.name == "down_proj" else shape.hidden_size
         if shape is None or one.a.shape != (shape.num_experts, one.rank, into):
             raise KTAMXConfigError(
-                f"adapter_name_or_path={path!r}: its LoRA on {name} is {list(one.a.shape)} and has no place in this model: "
-                "another base model's adapter?"
+                f"adapter_name_or_path={path!r}: its LoRA on {name} is {list(one.a.shape)} and has no place in this "
+                "model: another base model's adapter?"
             )
 
 

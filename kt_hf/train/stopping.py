@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-class _EvaluationStopped(Exception):  # noqa: N818 (no error)
+class _EvaluationStopped(Exception):
     """Leaves an evaluation at the end of a batch."""
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ..errors import KTAMXConfigError
-from ..experts.projections import ALIASES
+from ..shapes import ALIASES
 from .config.settings import OwnKeys
 
 # Multi-head latent attention (DeepSeek-V2 and V3) has no projections of these names. What computes the same in it:

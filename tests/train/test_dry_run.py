@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kt_hf.errors import KTAMXError
-from tests.train.runs import forbid_loading, runs_in
+from tests.support.train_runs import forbid_loading, runs_in
 
 REFUSED = [
     ("report_to=wandb", "report_to=wandb: .*wandb"),

@@ -13,7 +13,7 @@ from kt_hf.errors import KTAMXError
 from kt_hf.train.checkpoints import checkpoints, clear_earlier_run, would_be_rotated
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.config.yaml_file import BadSettings
-from tests.train.runs import Runs, forbid_loading, runs_in
+from tests.support.train_runs import Runs, forbid_loading, runs_in
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,13 @@ def truncated(name: str) -> Callable[[Path], None]:
     return damage
 
 
-DAMAGES = [truncated(name) for name in ("optimizer.pt", "adapter_model.safetensors", "trainer_state.json", "rng_state.pth")]
-DAMAGES += [lambda folder: (folder / "trainer_state.json").unlink(), lambda folder: (folder / "adapter_config.json").unlink()]
+DAMAGES = [
+    truncated(name) for name in ("optimizer.pt", "adapter_model.safetensors", "trainer_state.json", "rng_state.pth")
+]
+DAMAGES += [
+    lambda folder: (folder / "trainer_state.json").unlink(),
+    lambda folder: (folder / "adapter_config.json").unlink(),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
@@ -139,7 +144,7 @@ def test_a_save_that_was_cut_off_is_left_out_and_told(
     assert "checkpoint-2 is left out: " in found.told[0]
     damage(copy.out / "checkpoint-1")
     forbid_loading(monkeypatch)
-    with pytest.raises(KTAMXError, match="no checkpoint in .* is complete"):
+    with pytest.raises(KTAMXError, match=r"no checkpoint in .* is complete"):
         copy.again("resume_from_checkpoint=true")
 
 
@@ -150,7 +155,9 @@ def test_it_trains_on_from_the_one_before(copy: Runs) -> None:
     assert "step 2/2" in copy.printed
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(copy: Runs, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(
+    copy: Runs, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forbid_loading(monkeypatch)
     for folder, reason in ((tiny_model, "trainer_state.json"), (copy.out, "holds checkpoints: give one of them")):
         with pytest.raises(KTAMXError, match=f"no checkpoint of a run: .*{reason}"):
@@ -178,6 +185,6 @@ def test_only_what_a_training_wrote_is_removed(tmp_path: Path) -> None:
 def test_rotation_of_the_users_own_folders_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     runs = runs_in(tmp_path, tiny_model, overwrite_output_dir=True, save_total_limit=1)
     (runs.out / "checkpoint-500-backup").mkdir(parents=True)
-    with pytest.raises(BadSettings, match="checkpoint-500-backup.*save_total_limit would remove it"):
+    with pytest.raises(BadSettings, match=r"checkpoint-500-backup.*save_total_limit would remove it"):
         read_arguments(tmp_path / "run.yaml")
     assert read_arguments(tmp_path / "run.yaml", ["save_total_limit=null"])

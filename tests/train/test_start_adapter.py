@@ -14,8 +14,8 @@ from kt_hf.adapters import convert
 from kt_hf.errors import KTAMXError
 from kt_hf.train import run as run_module
 from kt_hf.train.targets import check_targets
-from tests.train.runs import Runs, forbid_loading, runs_in
-from tests.train.tiny import save_model
+from tests.support.tiny import save_model
+from tests.support.train_runs import Runs, forbid_loading, runs_in
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("form", ["kt", "peft", "per-expert", "fused"])
 def test_any_readable_adapter_is_trained_on(form: str, trained: Runs, tiny_model: Path, tmp_path: Path) -> None:
     start = trained.out if form == "kt" else convert(trained.out, tmp_path / form, to=form)
-    runs = runs_in(tmp_path, tiny_model, adapter_name_or_path=str(start), learning_rate=1e-9, save_strategy="no", max_steps=1)
+    runs = runs_in(
+        tmp_path, tiny_model, adapter_name_or_path=str(start), learning_rate=1e-9, save_strategy="no", max_steps=1
+    )
     runs.again()
     assert "Starting from the adapter in" in runs.printed
     assert "lora_rank has no effect: the settings of the adapter" in runs.printed
@@ -50,7 +52,7 @@ def test_an_adapter_of_another_model_is_refused_before_loading(
     damaged = tmp_path / "damaged"
     shutil.copytree(trained.out, damaged)
     (damaged / "adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(KTAMXError, match="adapter_model.safetensors"):
+    with pytest.raises(KTAMXError, match=r"adapter_model.safetensors"):
         runs_in(tmp_path, other, adapter_name_or_path=str(damaged)).again()
 
 
@@ -107,5 +109,5 @@ def test_targets_are_checked_on_any_model(tiny_model: Path) -> None:
     for targets in ("all", "all_attention", "q_proj,w1", "self_attn.q_proj", ["gate_proj", "up_proj"]):
         check_targets(outline, OwnKeys(lora_target=targets))
     for targets in ("", "q_prj", "proj", ["q_proj", "nix"]):
-        with pytest.raises(KTAMXError, match="lora_target"):
+        with pytest.raises(KTAMXError, match=r"lora_target"):
             check_targets(outline, OwnKeys(lora_target=targets))

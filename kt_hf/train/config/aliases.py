@@ -122,7 +122,7 @@ MEANT = {
         ("batch_size", "micro_batch_size", "train_batch_size", "mini_batch_size", "bs"), "per_device_train_batch_size"
     ),
     **dict.fromkeys(("eval_batch_size", "val_batch_size"), "per_device_eval_batch_size"),
-    **dict.fromkeys(("base_model", "model", "model_name", "model_path", "model_id", "pretrained"), "model_name_or_path"),
+    **dict.fromkeys(("base_model", "model", "model_name", "model_path", "model_id"), "model_name_or_path"),
     **dict.fromkeys(("lr", "learningrate"), "learning_rate"),
     **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs"), "num_train_epochs"),
     **dict.fromkeys(("steps", "num_steps", "max_train_steps"), "max_steps"),

@@ -45,7 +45,7 @@ def convert(value: Any, hint: Any) -> Any:
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
         if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return _checked_items(value, members) if kind is list else value
+            return _checked_items(value, members) if isinstance(value, list) else value
     if any(kind is typing.Literal and value in typing.get_args(m) for kind, m in zip(plain, members, strict=True)):
         return value
     if int in plain and isinstance(value, float) and value.is_integer():

@@ -14,7 +14,7 @@ from rich.console import Console
 from kt_hf.train import run as run_module
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.run import run
-from tests.train.tiny import write_yaml
+from tests.support.tiny import write_yaml
 
 
 @dataclass
