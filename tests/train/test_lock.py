@@ -13,8 +13,8 @@ from kt_hf.train.lock import LOCK, OutputLock
 from tests.support.train_runs import forbid_loading, runs_in
 
 HOLD = (
-    "import sys; from pathlib import Path; from kt_hf.train.lock import OutputLock; lock = OutputLock(Path(sys.argv[1]))"
-    "; lock.take(); print('taken', flush=True); sys.stdin.read()"
+    "import sys; from pathlib import Path; from kt_hf.train.lock import OutputLock"
+    "; lock = OutputLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); sys.stdin.read()"
 )
 
 

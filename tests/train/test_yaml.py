@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_told(text: str, message: str, tmp_path: Path) ->
 def test_a_file_of_thousands_of_wrong_keys_is_told_briefly(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("".join(f"key{i}: {i}\n" for i in range(2000)))
-    with pytest.raises(BadSettings, match="and 19[0-9][0-9] more") as caught:
+    with pytest.raises(BadSettings, match=r"and 19[0-9][0-9] more") as caught:
         read_arguments(file)
     assert len(caught.value.problems) > 2000
 
