@@ -21,7 +21,7 @@ from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
 from .data.rows import Rows, for_sft, training_and_evaluation
 from .dry_run import try_out
-from .expert_profile import Placing
+from .expert_profile import ProfileRun
 from .lock import OutputLock
 from .memory import PROGRAM, Estimate, estimate, in_words
 from .model_sizes import model_sizes
@@ -105,7 +105,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     own, rows, eval_rows = settings.own, ready.train_rows, ready.eval_rows
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
-    placing = Placing(settings, rows.rows, ready.tokenizer, console, ready.resume.folder if ready.resume else None)
+    placing = ProfileRun(settings, rows.rows, ready.tokenizer, console, ready.resume.folder if ready.resume else None)
     kt = settings.kt if own.use_kt else None
     model = load_model(own, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
