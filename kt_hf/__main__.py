@@ -12,7 +12,7 @@ def main() -> None:
         signal.signal(number, _leave)  # until the verb takes signals itself: its libraries take seconds to import
     from .cli import app
 
-    app()
+    app(prog_name="kt-hf")
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -30,12 +30,12 @@ def numbered(output_dir: Path) -> list[Path]:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Folders `checkpoint-<number>` that a training wrote, the latest first."""
-    return [
-        path
-        for path in numbered(output_dir)
-        if not path.is_symlink() and any((path / mark).exists() for mark in _MARKS)
-    ]
+    """Folders `checkpoint-<number>` that a training wrote, or that are empty, the latest first."""
+    return [path for path in numbered(output_dir) if not path.is_symlink() and _is_written(path)]
+
+
+def _is_written(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in _MARKS) or not any(folder.iterdir())
 
 
 def would_be_rotated(output_dir: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
 from .checkpoints import STATE, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
-from .config.settings import TrainSettings
+from .config.settings import OwnKeys, TrainSettings
 from .stopping import checkpoint_of
 
 RECORD = "kt_hf_run.json"
@@ -199,9 +199,12 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if before.get("partial"):  # an adapter_config.json alone
         changed = [key for key in changed if key in old]
+    # A setting that an earlier version of kt_hf did not have was at its default.
+    defaults = dataclasses.asdict(OwnKeys())
+    changed = [key for key in changed if key in old or new[key] != defaults.get(key)]
     fixed = [key for key in _FIXED if key in changed]
     if fixed:
-        key, more = fixed[0], f" Other than there are {', '.join(fixed[1:])}, too." if fixed[1:] else ""
+        key, more = fixed[0], f" So it is with {', '.join(fixed[1:])}." if fixed[1:] else ""
         raise KTAMXConfigError(
             f"{key}={_value(new, key)}: {resume.folder} was trained with {_value(old, key)}, and a run cannot change "
             f"it.{more} {anew}"

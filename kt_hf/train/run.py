@@ -131,11 +131,11 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     try:
         with stop.listening(trainer):
             trainer.train(resume_from_checkpoint=str(ready.resume.folder) if ready.resume else None)
-            if stop.number is not None:
+            state = trainer.state
+            if stop.number is not None and state.global_step < state.max_steps:
                 raise Interrupted(_what_is_left(settings, trainer), stop.number)
-            history = trainer.state.log_history
-            evaluated = any(row.get("step") == trainer.state.global_step for row in history if "eval_loss" in row)
-            if eval_rows and not evaluated:
+            evaluated = any(row.get("step") == state.global_step for row in state.log_history if "eval_loss" in row)
+            if eval_rows and not evaluated and stop.number is None:
                 trainer.evaluate()
     finally:
         progress.close()
@@ -143,7 +143,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     summary = _finish(settings, trainer, progress)
     show_result(console, settings, summary, ready.expert_rank or own.lora_rank)
     if stop.number is not None:
-        raise Interrupted(f"Stopped in the last evaluation. The adapter is in {summary['adapter']}.", stop.number)
+        raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)
     return summary
 
 

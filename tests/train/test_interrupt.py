@@ -149,12 +149,12 @@ def test_in_the_last_evaluation_the_adapter_is_saved(
     runs = runs_in(tmp_path, tiny_model, val_size=2, save_strategy="no", max_steps=1)
     signal_at(monkeypatch, "on_prediction_step", signal.SIGINT)
     error = stopped(runs)
-    assert "Stopped in the last evaluation. The adapter is in" in str(error)
+    assert "Stopped after the last step. The adapter is in" in str(error)
     assert (runs.out / "adapter_model.safetensors").exists()
 
 
 def test_a_run_that_saves_nothing_says_so(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = runs_in(tmp_path, tiny_model, save_strategy="no")
+    runs = runs_in(tmp_path, tiny_model, save_strategy="no", max_steps=3)
     signal_at(monkeypatch, "on_step_begin", signal.SIGINT)
     assert "Nothing was saved (save_strategy: no)" in str(stopped(runs))
     assert not list(runs.out.glob("checkpoint-*"))

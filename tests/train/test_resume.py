@@ -171,12 +171,14 @@ def test_only_what_a_training_wrote_is_removed(tmp_path: Path) -> None:
     for name in ("checkpoint-1", "checkpoint-20", "checkpoint-3", "checkpoint-thesis-backup", "checkpoint-20-old"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-1" / "adapter_model.safetensors").touch()
+    (tmp_path / "checkpoint-3" / "thesis.txt").touch()
+    (tmp_path / "checkpoint-4").mkdir()  # with nothing to lose
     (tmp_path / "checkpoint-20" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-20-old" / "trainer_state.json").touch()
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(tmp_path / "checkpoint-20", elsewhere)
     (tmp_path / "checkpoint-7").symlink_to(elsewhere)
-    assert clear_earlier_run(tmp_path) == 2
+    assert clear_earlier_run(tmp_path) == 3
     left = {"checkpoint-3", "checkpoint-7", "checkpoint-thesis-backup", "checkpoint-20-old", "elsewhere"}
     assert {path.name for path in tmp_path.iterdir()} == left
     assert {path.name for path in would_be_rotated(tmp_path)} == {"checkpoint-3", "checkpoint-7", "checkpoint-20-old"}
@@ -188,3 +190,33 @@ def test_rotation_of_the_users_own_folders_is_refused(tiny_model: Path, tmp_path
     with pytest.raises(BadSettings, match=r"checkpoint-500-backup.*save_total_limit would remove it"):
         read_arguments(tmp_path / "run.yaml")
     assert read_arguments(tmp_path / "run.yaml", ["save_total_limit=null"])
+
+
+def test_a_checkpoint_of_another_program_is_judged_by_its_adapter(copy: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy.out / "checkpoint-2" / "kt_hf_run.json").unlink()
+    with monkeypatch.context() as patch:
+        forbid_loading(patch)
+        with pytest.raises(KTAMXError, match=r"^lora_alpha=8: .*checkpoint-2 was trained with 4"):
+            copy.again("resume_from_checkpoint=true", "lora_alpha=8")
+    assert copy.again("resume_from_checkpoint=true", "max_steps=3")["steps"] == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 5}', "[" * 5000])
+def test_a_damaged_record_is_told(content: str, copy: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_loading(monkeypatch)
+    (copy.out / "checkpoint-2" / "kt_hf_run.json").write_text(content)
+    with pytest.raises(KTAMXError, match=r"kt_hf_run\.json cannot be read"):
+        copy.again("resume_from_checkpoint=true")
+
+
+def test_a_record_without_a_setting_had_its_default(copy: Runs) -> None:
+    from kt_hf.train.resume import check_settings, find_checkpoint, record
+
+    file = copy.out / "checkpoint-2" / "kt_hf_run.json"
+    content = json.loads(file.read_text())
+    del content["settings"]["additional_target"], content["settings"]["template"]
+    file.write_text(json.dumps(content))
+    settings = read_arguments(copy.folder / "run.yaml", ["resume_from_checkpoint=true"])
+    found = find_checkpoint(settings)
+    assert found is not None
+    assert check_settings(found, record(settings)) == []
