@@ -141,8 +141,9 @@ def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    vocabulary = max([len(tokenizer), *tokenizer.get_vocab().values()]) + 1
     config = LlamaConfig(
-        vocab_size=max([len(tokenizer), *tokenizer.get_vocab().values()]) + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

@@ -171,19 +171,9 @@ def load_model(
         return apply_kt_moe(model, kt, placement=profile(model) if profile else placement, tokens_per_step=tokens)
 
     if is_builtin(name):
-        from ..builtin.smollm2_moe import load_dense, upcycle_model
-
-        dense, _ = load_dense()
-        model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
-        model.config._name_or_path = model.name_or_path = name
-        if own.attn_implementation:
-            model.set_attn_implementation(own.attn_implementation)
-        return patched(model)
-    from transformers import AutoModelForCausalLM
-
-    trusted = _trusted(own, config)
+        return patched(_builtin_model(own))
     try:
-        if kt is not None and profile is None and not trusted and _safetensors_folder(own):
+        if kt is not None and profile is None and not _trusted(own, config) and _safetensors_folder(own):
             streamed = replace(kt, kt_lora_rank=rank if kt.kt_lora_rank is None else kt.kt_lora_rank)
             try:
                 return load_kt_model(
@@ -192,18 +182,39 @@ def load_model(
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=own.torch_dtype, trust_remote_code=trusted, output_loading_info=True,
-            **_revision(own),
-        )  # fmt: skip
-        lost = sorted(report["missing_keys"])
-        if lost:  # transformers goes on with random weights
-            raise KTAMXConfigError(f"model_name_or_path={name!r} has no weights for {lost[0]} ({len(lost)} missing).")
+        model = _whole_model(own, config)
     except KTAMXError:
         raise
     except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
-        raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from None
+        raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from error
     return patched(model)
+
+
+def _builtin_model(own: OwnKeys) -> Any:
+    from ..builtin.smollm2_moe import load_dense, upcycle_model
+
+    name = own.model_name_or_path
+    dense, _ = load_dense()
+    model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
+    model.config._name_or_path = model.name_or_path = name
+    if own.attn_implementation:
+        model.set_attn_implementation(own.attn_implementation)
+    return model
+
+
+def _whole_model(own: OwnKeys, config: Any) -> Any:
+    """By transformers, which goes on with random values where a weight is missing: that is refused."""
+    from transformers import AutoModelForCausalLM
+
+    name = own.model_name_or_path
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=own.torch_dtype, trust_remote_code=_trusted(own, config), output_loading_info=True,
+        **_revision(own),
+    )  # fmt: skip
+    lost = sorted(report["missing_keys"])
+    if lost:
+        raise KTAMXConfigError(f"model_name_or_path={name!r} has no weights for {lost[0]} ({len(lost)} missing).")
+    return model
 
 
 def _safetensors_folder(own: OwnKeys) -> Path | None:
