@@ -39,7 +39,7 @@ FAILURES: dict[str, Tests] = {
         "experts/test_inputs.py::test_ids_and_layouts",
         "experts/test_inputs.py::test_the_output_is_new_memory",
     ),
-    "lora-no-effect": ("peft_compat/test_peft.py::test_a_loaded_adapter_of_experts_alone_has_effect",),
+    "lora-no-effect": ("peft_compat/test_load_order.py::test_a_loaded_adapter_of_experts_alone_has_effect",),
     "int8-segfault": (
         f"{_K}test_weight_path.py::test_it_trains_or_a_bad_weight_path_is_refused",
         "quantized/test_folder.py::test_broken_folders_and_wrong_settings_are_refused",
