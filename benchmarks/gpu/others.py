@@ -1,4 +1,4 @@
-"""What gpu_train.py measures kt_hf against, besides stock transformers and PEFT with everything on the GPU.
+"""What train.py measures kt_hf against, besides stock transformers and PEFT with everything on the GPU.
 
 `streamed`: stock transformers and PEFT, the experts' weights in host memory, moved to the GPU before a decoder layer
 runs and dropped behind it, by hooks, as accelerate's offloading does with modules that are not trained. "pageable" is

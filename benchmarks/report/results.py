@@ -11,7 +11,7 @@ NEEDED = (
     "date", "commit", "cpu", "cores", "torch", "transformers", "peft", "kt_kernel", "benchmark", "case", "shape",
     "tokens", "threads", "part", "p50_ms", "peak_mib",
 )  # fmt: skip
-RESULTS_FILE = Path(__file__).parent / "results.csv"
+RESULTS_FILE = Path(__file__).parents[1] / "results.csv"
 VARIANTS = {"amx": "AMX", "avx512_bf16": "AVX512-BF16"}
 
 

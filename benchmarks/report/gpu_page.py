@@ -1,4 +1,4 @@
-"""Tables and plots of docs/gpu.md, of gpu_train.csv, gpu_tiers.csv and gpu_fp8.csv: `python benchmarks/gpu_plot.py`.
+"""Tables and plots of docs/gpu.md, of benchmarks/gpu_*.csv: `python benchmarks/report/gpu_page.py`.
 
 Of rows that measured the same the last counts. Tables go between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -10,15 +10,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
+from picture import STYLE, plt, save
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
-HERE = Path(__file__).parent
-CSV, PAGE, PLOT = HERE / "gpu_train.csv", HERE.parent / "docs/gpu.md", HERE.parent / "docs/plots/gpu_experts.svg"
-FP8 = HERE / "gpu_fp8.csv"
-TIERS, SWEEPS = HERE / "gpu_tiers.csv", HERE.parent / "docs/plots/gpu_tiers.svg"
+BENCHMARKS, DOCS = Path(__file__).parents[1], Path(__file__).parents[2] / "docs"
+CSV, TIERS, FP8 = (BENCHMARKS / f"gpu_{name}.csv" for name in ("train", "tiers", "fp8"))
+PAGE, PLOT, SWEEPS = DOCS / "gpu.md", DOCS / "plots/gpu_experts.png", DOCS / "plots/gpu_tiers.png"
 KEY = ("case", "family", "layers", "sequence", "rank", "gpu_experts", "streamed_experts", "bus", "batch",
        "checkpointing", "lora_device")  # fmt: skip
 Row = dict[str, str]
@@ -109,7 +105,7 @@ def split(found: list[Row]) -> str:
 
 
 def plot(found: list[Row], path: Path = PLOT) -> None:
-    mpl.rcParams["svg.hashsalt"] = "kt_hf"
+    plt.rcParams.update(STYLE)
     points = placements(found)
     ours = [r for r in points if r["case"] == "kt"]
     figure, axes = plt.subplots(figsize=(6, 3.6))
@@ -120,9 +116,8 @@ def plot(found: list[Row], path: Path = PLOT) -> None:
     axes.set(xlabel="experts of each layer on the GPU (of 64)", ylabel="tokens a second", yscale="log", xticks=x)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+    figure.tight_layout()
+    save(figure, path)
 
 
 def sweeps(path: Path = TIERS) -> list[list[Row]]:
@@ -181,7 +176,7 @@ def on_tiers(row: Row) -> tuple[int, int]:
 
 def plot_sweeps(found: list[list[Row]], path: Path = SWEEPS) -> None:
     """Seconds a step over streamed experts, measured and predicted, a panel a sweep."""
-    mpl.rcParams["svg.hashsalt"] = "kt_hf"
+    plt.rcParams.update(STYLE)
     columns = 4
     figure, panels = plt.subplots(-(-len(found) // columns), columns, figsize=(11, 5.4), squeeze=False)
     for axes, sweep in zip(panels.flat, found, strict=False):
@@ -200,9 +195,7 @@ def plot_sweeps(found: list[list[Row]], path: Path = SWEEPS) -> None:
     figure.supxlabel("experts of each layer streamed", fontsize=9)
     figure.supylabel("seconds a step", fontsize=9)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def eight_bits(path: Path = FP8) -> list[tuple[Row, Row]]:

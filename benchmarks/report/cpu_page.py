@@ -1,6 +1,6 @@
 """Write the tables and plots of docs/performance.md from results.csv.
 
-    python benchmarks/plot.py [--csv FILE] [--page FILE]
+    python benchmarks/report/cpu_page.py [--csv FILE] [--page FILE]
 
 Between `<!-- table: NAME -->` or `<!-- plot: NAME -->` and `<!-- end -->` the page is this script's: the same CSV gives
 the same bytes. Plots are written to the folder `plots` beside the page.
@@ -13,18 +13,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from picture import STYLE, plt, save
 from results import RESULTS_FILE, Results, latest, read
-from tables import CASES, PARTS, TABLES, roofline_rows, size
+from tables import CASES, PARTS, TABLES
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-PAGE = Path(__file__).parents[1] / "docs/performance.md"
+PAGE = Path(__file__).parents[2] / "docs/performance.md"
 BLOCK = re.compile(r"<!-- (table|plot): ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-# The same bytes each time: no random ids, no date.
-STYLE = {"svg.hashsalt": "kt_hf", "svg.fonttype": "none", "font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
-COLOURS = {case: f"C{index}" for index, case in enumerate(CASES)}
+COLORS = {case: f"C{index}" for index, case in enumerate(CASES)}
 
 
 def grid(rows: int, columns: int, height: float = 2.4) -> tuple[Any, Any]:
@@ -46,7 +41,7 @@ def layer(results: Results) -> Any:
                 held = at.of(case=case)
                 tokens = [int(str(t)) for t in held.each("tokens")]
                 times = [(held.ms(tokens=t) or 0.0) / max(t, 1) for t in tokens]
-                axis.plot(tokens, times, marker=".", color=COLOURS[case], label=case)
+                axis.plot(tokens, times, marker=".", color=COLORS[case], label=case)
             axis.set(xscale="log", yscale="log", title=f"{shape}\n{machine}", xlabel="tokens", ylabel="ms a token")
             if at:
                 axis.legend(fontsize=6)
@@ -90,42 +85,7 @@ def threads(results: Results) -> Any:
     return figure
 
 
-def growth(results: Results) -> Any:
-    found = results.of(benchmark="growth")
-    if not found:
-        return None
-    names = ("T", "E", "r", "L")
-    figure, axes = grid(len(found.each("machine")), len(names))
-    for row, ((machine,), at) in zip(axes, found.split("machine"), strict=True):
-        for axis, name in zip(row, names, strict=True):
-            varied = Results(r for r in at.rows if r.case.endswith(f", {name} varied"))
-            for (case, part), held in varied.split("case", "part"):
-                points = sorted((r.tokens if name == "T" else size(r.shape, name), r.ms) for r in held.rows)
-                axis.plot(*zip(*points, strict=True), marker=".", label=f"{str(case).split(',')[0]} {part}")
-            axis.set(title=str(machine), xlabel=name, ylabel="ms", xlim=(0, None), ylim=(0, None))
-            if varied:
-                axis.legend(fontsize=6)
-    return figure
-
-
-def roofline(results: Results) -> Any:
-    """The least time as a share of the measured, against tokens."""
-    panels = results.of(benchmark="roofline").split("machine")
-    if not panels:
-        return None
-    figure, axes = grid(1, len(panels))
-    for axis, ((machine,), at) in zip(axes[0], panels, strict=True):
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for shape, tokens, part, ms, least, *_ in roofline_rows(at):
-            curves.setdefault(f"{shape} {part}", []).append((tokens, least / ms))
-        for name, points in curves.items():
-            axis.plot(*zip(*points, strict=True), marker=".", label=name)
-        axis.set(xscale="log", ylim=(0, 1), title=str(machine), xlabel="tokens", ylabel="least / measured")
-        axis.legend(fontsize=6)
-    return figure
-
-
-PLOTS = {"layer": layer, "step": step, "threads": threads, "growth": growth, "roofline": roofline}
+PLOTS = {"layer": layer, "step": step, "threads": threads}
 
 
 def filled(page: str, results: Results, folder: Path) -> str:
@@ -148,10 +108,8 @@ def _drawn(name: str, results: Results, folder: Path) -> str:
         if figure is None:
             return ""
         figure.tight_layout()
-        folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        plt.close(figure)
-    return f"![{name}](plots/{name}.svg)"
+        save(figure, folder / f"{name}.png")
+    return f"![{name}](plots/{name}.png)"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The planner against a sweep: training steps with a layer's experts split over GPU, bus and CPU in all ways.
 
-    python benchmarks/gpu_tiers.py --csv gpu_tiers.csv                              # 512 to 32,768 tokens a step
-    python benchmarks/gpu_tiers.py --slower-bus 2 4 --tokens 2048 --csv gpu_tiers.csv   # PCIe 4 and 3
-    python benchmarks/gpu_tiers.py --device cpu --shape tiny --tokens 64            # try the script without a GPU
+    python benchmarks/gpu tiers --csv gpu_tiers.csv                              # 512 to 32,768 tokens a step
+    python benchmarks/gpu tiers --slower-bus 2 4 --tokens 2048 --csv gpu_tiers.csv   # PCIe 4 and 3
+    python benchmarks/gpu tiers --device cpu --shape tiny --tokens 64            # try the script without a GPU
 
 For each number of tokens the planner chooses for a GPU whose memory has room for `--resident` experts a layer; then the
 splits around its choice train in turn, a step each, so that a slow moment of the machine hits all of them. A row has
@@ -17,20 +17,18 @@ import argparse
 import gc
 import logging
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import adapted, make_config, make_model, set_checkpointing, start_again
-from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
-from gpu_train import machine, write
+from common import free_memory, machine, write
+from models import adapted, make_config, make_model, set_checkpointing, start_again
+from parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.placement import packer as packing
 from kt_hf.placement import planner
 from kt_hf.placement.planner import MachineRates, predicted
 from kt_hf.shapes import expert_bytes
-from kt_hf.system import gpu
 
 TierPlan = tuple[int, int]  # resident, streamed
 
@@ -159,26 +157,19 @@ def rows(given: argparse.Namespace, tokens: int, bus: int, device: torch.device,
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("deepseek-v2-lite", "tiny"), default="deepseek-v2-lite")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32768])
-    parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--slower-bus", type=int, nargs="+", default=[1])
     parser.add_argument("--resident", type=int, default=8)
     parser.add_argument("--step", type=int, help="between numbers of streamed experts; default: an eighth of all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lora-device", choices=("cpu", "gpu"), default="gpu")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
-    device = torch.device("cuda", torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
-        gpu.experts_device = lambda: device
+
+
+def run(given: argparse.Namespace, device: torch.device) -> None:
     logging.basicConfig(level=logging.WARNING)
-    print(f"{machine(device)}\n{torch.get_num_threads()} threads of PyTorch's", flush=True)
     parts = Parts(device.type == "cuda")
     watch_transfers(parts)
     for bus in given.slower_bus:
@@ -188,10 +179,4 @@ def main() -> None:
             for row in found:
                 if given.csv:
                     write(given.csv, machine(device) | row)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+            free_memory(device)

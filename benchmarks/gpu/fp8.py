@@ -1,7 +1,7 @@
 """Streamed experts as an FP8 checkpoint has them against the same in bf16: training steps of two models in turn.
 
-    python benchmarks/gpu_fp8.py --csv gpu_fp8.csv
-    python benchmarks/gpu_fp8.py --device cpu --shape tiny --layers 3 --batch 1 --sequence 64    # try the script
+    python benchmarks/gpu fp8 --csv gpu_fp8.csv
+    python benchmarks/gpu fp8 --device cpu --shape tiny --layers 3 --batch 1 --sequence 64    # try the script
 
 Both are of DeepSeek-V2-Lite's shape with checkpointing, LoRA on the GPU and `--resident` experts of each layer there;
 one is loaded from a checkpoint of random FP8 weights, the other made in bf16.
@@ -10,7 +10,6 @@ one is loaded from a checkpoint of random FP8 weights, the other made in bf16.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import tempfile
 import time
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import adapted, experts_of, make_config, make_fp8_checkpoint, make_model, set_checkpointing, start_again
-from gpu_tiers import rounds
-from gpu_train import machine, write
+from common import free_memory, machine, write
+from models import adapted, experts_of, make_config, make_fp8_checkpoint, make_model, set_checkpointing, start_again
+from tiers import rounds
 
 from kt_hf import KTConfig, apply_kt_moe, load_kt_model
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.tiered import TieredBackend
-from kt_hf.system import gpu
 
 
 def made(source: str, given: argparse.Namespace, device: torch.device) -> tuple[Any, float]:
@@ -57,21 +55,14 @@ def streamed_bytes(model: Any) -> int:
     return sum(t.nbytes for p in parts if isinstance(p, StreamedBackend) for t in p.weights.tensors)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("deepseek-v2-lite", "tiny"), default="deepseek-v2-lite")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=27)
-    parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--resident", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
-    device = torch.device("cuda", torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
-        gpu.experts_device = lambda: device
-    print(machine(device), flush=True)
+
+
+def run(given: argparse.Namespace, device: torch.device) -> None:
     models = {source: made(source, given, device) for source in ("fp8", "bf16")}
     for batch in given.batch:
         steps = rounds({source: model for source, (model, _) in models.items()}, given, batch * given.sequence, None)
@@ -88,10 +79,4 @@ def main() -> None:
                             for name, value in row.items()), flush=True)  # fmt: skip
             if given.csv:
                 write(given.csv, machine(device) | row)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+        free_memory(device)

@@ -1,42 +1,39 @@
 """Training steps of a DeepSeek-V2-Lite-shaped model with one GPU: attention there, experts on the CPU, or on both.
 
-    python benchmarks/gpu_train.py --csv gpu_train.csv                                  # all experts on the CPU
-    python benchmarks/gpu_train.py --gpu-experts 0 8 16 32 64 --layers 9 --csv gpu_train.csv
-    python benchmarks/gpu_train.py --placement cpu 16,0 0,64 8,24 auto gpu --csv gpu_train.csv    # a sweep: R,S
-    python benchmarks/gpu_train.py --case stock --csv gpu_train.csv                     # all on the GPU
-    python benchmarks/gpu_train.py --case streamed --csv gpu_train.csv                  # stock, experts in host memory
-    python benchmarks/gpu_train.py --case peer --family qwen3_moe --csv gpu_train.csv   # ktransformers' own layer
-    python benchmarks/gpu_train.py --check --layers 6                                   # losses of 30 steps
-    python benchmarks/gpu_train.py --device cpu --shape tiny                            # try the script without a GPU
+    python benchmarks/gpu train --csv gpu_train.csv                                  # all experts on the CPU
+    python benchmarks/gpu train --gpu-experts 0 8 16 32 64 --layers 9 --csv gpu_train.csv
+    python benchmarks/gpu train --placement cpu 16,0 0,64 8,24 auto gpu --csv gpu_train.csv    # a sweep: R,S
+    python benchmarks/gpu train --case stock --csv gpu_train.csv                     # all on the GPU
+    python benchmarks/gpu train --case streamed --csv gpu_train.csv                  # stock, experts in host memory
+    python benchmarks/gpu train --case peer --family qwen3_moe --csv gpu_train.csv   # ktransformers' own layer
+    python benchmarks/gpu train --check --layers 6                                   # losses of 30 steps
+    python benchmarks/gpu train --device cpu --shape tiny                            # try the script without a GPU
 
 Weights are random: one layer's experts serve all layers until they are packed. LoRA is on attention and every MLP.
-`--family qwen3_moe` has the same sizes; the peer takes no DeepSeek-V2. gpu_others.py says what the cases are.
-Seconds a step are medians; gpu_parts.py says what its parts are.
+`--family qwen3_moe` has the same sizes; the peer takes no DeepSeek-V2. others.py says what the cases are.
+Seconds a step are medians; parts.py says what its parts are.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import gc
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import gpu_others
+import others
 import psutil
 import torch
-from gpu_models import adapted, experts_of, make_config, make_fp8_checkpoint, make_model, set_checkpointing, start_again
-from gpu_parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
-from harness import _commit, _cpu, _kernel, _version
+from common import free_memory, machine, write
+from models import adapted, experts_of, make_config, make_fp8_checkpoint, make_model, set_checkpointing, start_again
+from parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 
 from kt_hf import KTConfig, apply_kt_moe, load_kt_model
-from kt_hf.system import gpu
 
 
 def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, parts: Parts | None) -> dict[str, Any]:
@@ -50,9 +47,8 @@ def run_steps(model: Any, given: argparse.Namespace, batch: int, steps: int, par
 
 
 def reset_peaks(device: torch.device) -> None:
-    gc.collect()
+    free_memory(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory
@@ -65,24 +61,6 @@ def peaks(device: torch.device) -> dict[str, float]:
         host = float(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
     gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return {"gpu_peak_gb": gpu / 1e9, "host_peak_gb": host / 1e9}
-
-
-def write(path: Path, row: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):
-        row = row | {"commit": _commit()}
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
-    versions = {name: _version(name) for name in ("torch", "transformers", "peft")}
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return {"date": date, "commit": "", "gpu": gpu, "cpu": _cpu(), **versions, "kt_kernel": _kernel()}
 
 
 def measure(model: Any, given: argparse.Namespace, case: dict[str, Any], parts: Parts | None) -> None:
@@ -120,18 +98,18 @@ def check(model: Any, given: argparse.Namespace, gpu_experts: int, losses: dict[
             print(f"{name}: {' '.join(f'{loss:.3f}' for loss in losses[name])}", flush=True)
 
 
-def others(given: argparse.Namespace, config: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
+def beside(given: argparse.Namespace, config: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
     """What is measured beside kt_hf: (name, model)."""
     model = make_model(config, device, stock=given.case == "stock")
     if given.case == "peer":
-        yield from gpu_others.peer(model, lambda model: adapted(model, given.rank, device, False), given)
+        yield from others.peer(model, lambda model: adapted(model, given.rank, device, False), given)
         return
-    model = adapted(model, given.rank, device) if given.case == "stock" else gpu_others.adapted_in_place(
+    model = adapted(model, given.rank, device) if given.case == "stock" else others.adapted_in_place(
         model, lambda model: adapted(model, given.rank, torch.device("cpu")), device)  # fmt: skip
     if given.case == "stock":
         yield "stock", model
     else:
-        yield from gpu_others.streamed(model, device)
+        yield from others.streamed(model, device)
 
 
 def placement(text: str) -> str | dict[str, int]:
@@ -142,16 +120,13 @@ def placement(text: str) -> str | dict[str, int]:
     return {"resident": resident, "streamed": streamed}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("deepseek-v2-lite", "tiny"), default="deepseek-v2-lite")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=27)
-    parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--gpu-experts", type=int, nargs="+", default=[0])
-    told = "kt_expert_placement: auto, cpu, gpu, or R,S: resident and streamed experts a layer"
-    parser.add_argument("--placement", nargs="+", type=placement, default=[], help=told)
+    values = "kt_expert_placement: auto, cpu, gpu, or R,S: resident and streamed experts a layer"
+    parser.add_argument("--placement", nargs="+", type=placement, default=[], help=values)
     parser.add_argument("--lora-device", nargs="+", choices=("cpu", "gpu"), default=["cpu"])
     parser.add_argument("--case", choices=("kt", "stock", "streamed", "peer"), default="kt")
     parser.add_argument("--family", choices=("deepseek_v2", "qwen3_moe"), default="deepseek_v2")
@@ -161,17 +136,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, help="worker threads of the operators; default: the plan")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--own-memory", action="store_true", help="each layer's experts in memory of their own")
     parser.add_argument("--source", choices=("bf16", "fp8"), default="bf16", help="fp8: load a checkpoint of FP8")
     parser.add_argument("--gpu-gb", type=float, help="let PyTorch have so much of the GPU's memory")
     parser.add_argument("--slower-bus", type=int, default=1, help="copy streamed weights so many times: 2 is PCIe 4")
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
-    device = torch.device(given.device, torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
-        gpu.experts_device = lambda: device
-    print(f"{machine(device)}\n{torch.get_num_threads()} threads of PyTorch's", flush=True)
+
+
+def run(given: argparse.Namespace, device: torch.device) -> None:
     if given.gpu_gb:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(given.gpu_gb * 1e9 / total, device)
@@ -180,10 +151,10 @@ def main() -> None:
         if given.source == "fp8":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             make_fp8_checkpoint(make_config(given.family, given.shape, given.layers), folder)
-        run(given, device, folder)
+        cases(given, device, folder)
 
 
-def run(given: argparse.Namespace, device: torch.device, folder: Path | None) -> None:
+def cases(given: argparse.Namespace, device: torch.device, folder: Path | None) -> None:
     config = make_config(given.family, given.shape, given.layers)
     common = {
         "bus": f"1/{given.slower_bus}",
@@ -194,7 +165,7 @@ def run(given: argparse.Namespace, device: torch.device, folder: Path | None) ->
     }
     losses: dict[str, list[float]] = {}
     if given.case != "kt":
-        for name, model in others(given, config, device):
+        for name, model in beside(given, config, device):
             on_gpu = experts_of(config) if given.case == "stock" else 0
             measure(model, given, {"case": name} | common | {"gpu_experts": on_gpu, "streamed_experts": 0}, None)
         return
@@ -244,7 +215,3 @@ def judge(losses: dict[str, list[float]]) -> None:
     if not (apart <= 0.02 and fall >= 0.3):  # NaN is neither
         raise SystemExit(f"FAILED: {told}")
     print(told)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from lines import fit
 from results import Results
-from sizes import bound, parse
 
 CASES = (
     "default", "kt", "kt-int8", "kt-int4", "torch", "bare", "peer", "peer-shared", "stock", "stock-eager",
@@ -130,42 +128,6 @@ def threads(results: Results) -> str:
     return by_machine(results.of(benchmark="threads"), table)
 
 
-def growth(results: Results) -> str:
-    def table(found: Results) -> str:
-        rows = []
-        for (case, part), at in found.split("case", "part"):
-            kind, name = str(case).removesuffix(" varied").split(", ")
-            points = [(float(r.tokens) if name == "T" else float(size(r.shape, name)), r.ms) for r in at.rows]
-            line = fit([x for x, _ in points], [y for _, y in points])
-            rows.append([
-                kind, str(part), name, f"{min(x for x, _ in points):g} to {max(x for x, _ in points):g}",
-                number(line.slope * 1e3), f"{line.fixed:.2f}", f"{line.worst:.0%}",
-            ])  # fmt: skip
-        return markdown(("case", "part", "varied", "range", "µs each", "ms at zero", "furthest point"), rows)
-
-    return by_machine(results.of(benchmark="growth"), table)
-
-
-def size(label: str, name: str) -> int:
-    """`name=8` in a label."""
-    return int(next(part.split("=")[1] for part in label.split() if part.startswith(f"{name}=")))
-
-
-def optimizer(results: Results) -> str:
-    def table(found: Results) -> str:
-        rows = []
-        for (shape, count), at in found.split("shape", "threads"):
-            ours, memory = at.of(case="kt"), at.of(case="memory")
-            for part in (*ours.each("part"), None):
-                one = ours.ms(part=part) if part else ours.ms()
-                least = memory.ms(part=part) if part else memory.ms()
-                cells = [str(part or "both"), number(one), number(least), ratio(one, least)]
-                rows.append([str(shape), str(count), *cells])
-        return markdown(("LoRA", "PyTorch's threads", "part", "ms", "as many bytes copied, ms", "ratio"), rows)
-
-    return by_machine(results.of(benchmark="optimizer"), table)
-
-
 def dpo(results: Results) -> str:
     def table(found: Results) -> str:
         rows = []
@@ -182,44 +144,4 @@ def dpo(results: Results) -> str:
     return by_machine(results.of(benchmark="dpo"), table)
 
 
-def roofline_rows(found: Results) -> Iterable[tuple[str, int, str, float, float, str, float, float]]:
-    """Shape, tokens, part, ms, least ms, what limits it, FLOP a second and bytes a second, of one machine."""
-    for (label, tokens), at in found.split("shape", "tokens"):
-        shape, rank = parse(str(label))
-        n, mib = size(str(label), "n"), size(str(label), "MiB")
-        product, copy = at.ms(part="product"), at.ms(part="copy")
-        if not product or not copy:
-            continue
-        flops, rate = 2 * n**3 / product * 1e3, 2 * mib * 2**20 / copy * 1e3
-        for part in ("forward", "backward"):
-            ms = at.ms(case="default", part=part)
-            if ms is not None:
-                least, by = bound(shape, part, int(str(tokens)), rank, flops, rate)
-                yield shape.label(rank), int(str(tokens)), part, ms, least * 1e3, by, flops, rate
-
-
-def roofline(results: Results) -> str:
-    def table(found: Results) -> str:
-        rows = [
-            [
-                shape,
-                f"{tokens:,}",
-                part,
-                number(ms),
-                number(least),
-                by,
-                ratio(ms, least),
-                number(flops / 1e12),
-                number(rate / 1e9),
-            ]
-            for shape, tokens, part, ms, least, by, flops, rate in roofline_rows(found)
-        ]
-        return markdown(("shape", "tokens", "part", "ms", "least ms", "by", "ratio", "peak TFLOP/s", "copy GB/s"), rows)
-
-    return by_machine(results.of(benchmark="roofline"), table)
-
-
-TABLES = {
-    "machines": machines, "layer": layer, "lora": lora, "step": step, "threads": threads, "growth": growth,
-    "optimizer": optimizer, "dpo": dpo, "roofline": roofline,
-}  # fmt: skip
+TABLES = {"machines": machines, "layer": layer, "lora": lora, "step": step, "threads": threads, "dpo": dpo}
