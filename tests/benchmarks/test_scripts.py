@@ -1,4 +1,4 @@
-"""Every benchmark runs on a tiny shape, and the plotter makes of a CSV the tables and plots that it should."""
+"""Every benchmark runs on a tiny shape, and the report makes of a CSV the tables and plots that it should."""
 
 import csv
 import importlib
@@ -66,6 +66,14 @@ def run(file: Path, commands: Sequence[str]) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "left out" not in done.stdout
     return file
+
+
+def test_percentiles_of_few_runs_lie_between_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    harness = importlib.import_module("harness")
+    harness.append("layer", "tiny r=8", 1, 1, {"kt": harness.Timing({"forward": [0.001, 0.1]})}, tmp_path / "rows.csv")
+    (row,) = read(tmp_path / "rows.csv")
+    assert 1 <= float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) <= 100
 
 
 GPU_COMMANDS = (
