@@ -45,6 +45,12 @@ def check_versions(floors: dict[str, str] = FLOORS, ceilings: dict[str, str] = C
         if Version(Version(installed).base_version) >= Version(ceiling):
             logger.warning(
                 "kt_hf was tested with %s below %s only; version %s is installed. It replaces private functions of %s, "
-                "so if something fails, install an older one: pip install '%s>=%s,<%s'",
-                name, ceiling, installed, name, name, floors.get(name, FLOORS[name]), ceiling,
+                "so if something fails, install an older one: pip install '%s'",
+                name, ceiling, installed, name, requirement(name),
             )  # fmt: skip
+
+
+def requirement(name: str) -> str:
+    """The versions of a package that kt_hf was tested with, as pip takes them: `peft>=0.21,<0.23`."""
+    ceiling = CEILINGS.get(name)
+    return f"{name}>={FLOORS[name]}" + (f",<{ceiling}" if ceiling else "")

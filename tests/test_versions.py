@@ -21,7 +21,7 @@ def test_this_installation_is_new_enough() -> None:
     check_versions()
 
 
-def test_floors_and_ceilings_are_those_of_the_package() -> None:
+def test_floors_are_those_of_the_package() -> None:
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     written = {
         match[1]: match for text in dependencies if (match := re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?$", text))
