@@ -30,8 +30,8 @@ EXPECTED = json.loads((DATA / "expected.json").read_text())
 ANOTHER_CPU = 1e-4  # fp32 logits of about 1: sums may be taken in another order there
 ADAPTER = "adapter_model.safetensors"
 
-# What 0.1.0 had in public, by module: `__all__`, else what its documentation names. Not placement_of and take_over, which
-# `kt_hf.placement` had without an underscore, for its neighbours alone.
+# What 0.1.0 had in public, by module: `__all__`, else what its documentation names. Not placement_of and take_over,
+# which kt_hf.placement had without an underscore for its neighbors alone.
 PUBLIC = {
     "kt_hf": "KTAMXBackwardError KTAMXConfigError KTAMXError KTAMXForwardError KTAMXModelNotSupportedError "
     "KTAMXNotAvailableError KTConfig KTExperts KTMoECallback Placement apply_kt_moe count_experts kt_lora_config "
