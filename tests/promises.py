@@ -366,7 +366,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "Several ranks and `nn.DataParallel` are refused": (
             "test_patch_refused.py::test_several_processes_by_torch", "test_patch_refused.py::test_data_parallel",
         ),
-        "LoRA bias and the data-driven initialisations are refused": (
+        "LoRA bias and the data-driven initializations are refused": (
             "experts/test_adapters.py::test_variants_of_lora_are_refused_by_name",
         ),
         "cannot be merged into a patched model in place": (
@@ -433,7 +433,7 @@ PAGES: dict[str, dict[str, Tests]] = {
             "train/test_gpu_experts.py::test_profile_then_the_checkpoints",
             "placement/test_order.py::test_the_most_used_come_first",
         ),
-        "takes that of a checkpoint, to resume as it was": (
+        "takes the profile of a checkpoint, to resume as it was": (
             "placement/test_order.py::test_resumed_run_keeps_the_placement",
         ),
         "before it is logged or saved": (
@@ -469,7 +469,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "the next layer while one is packed": ("checkpoint/test_equal.py::test_layers_are_read_one_ahead",),
         "`kt_lora_rank` is needed": ("checkpoint/test_arguments.py::test_the_operators_need_a_rank",),
         "or fused, in one file or sharded": ("checkpoint/test_sources.py::test_fused",),
-        "They are de-quantised on the way": (
+        "They are dequantized on the way": (
             "checkpoint/test_sources.py::test_8_bits_are_dequantised",
             "checkpoint/test_sources.py::test_other_quantisation_is_refused",
         ),
@@ -480,7 +480,7 @@ PAGES: dict[str, dict[str, Tests]] = {
             "train/test_streamed_loading.py::test_experts_under_unknown_names_are_loaded_with_the_rest",
         ),
     },
-    "docs/quantised.md": {
+    "docs/quantized.md": {
         "`auto` never chooses them": ("backends/test_registry.py::test_auto_never_quantises",),
         "the same results to the bit": ("quantized/test_folder.py::test_saved_is_online_to_the_bit",),
         "the model's own expert weights are not read": (

@@ -15,6 +15,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from .._versions import requirement
 from ..errors import KTAMXNotAvailableError
 from . import checks, conversion, saving, weighted
 
@@ -66,7 +67,7 @@ class Patch:
             raise KTAMXNotAvailableError(
                 f"kt_hf replaces {self.owner}.{self.name} ({self.why}), which "
                 f"{self.package} {version(self.package)} does not have. Install a version that kt_hf was tested with: "
-                "pip install 'peft>=0.21,<0.23' 'transformers>=5.17,<6', or a newer kt_hf."
+                f"pip install '{requirement('peft')}' '{requirement('transformers')}', or a newer kt_hf."
             ) from error
         return owner
 

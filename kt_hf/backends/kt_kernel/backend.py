@@ -323,6 +323,21 @@ class KTKernelBackend:
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
         return careful_backward(self, x, ids, weights, grad_output, bad)
 
+    def raw_operator(self) -> Any:
+        """kt-kernel's operator of this layer, for benchmarks that call it without this class around it.
+
+        Its methods take addresses (`forward_sft`, `backward`, `update_lora_weights`) and check nothing: the rules are
+        in docs/kernel-contract.md. Get it anew before each pair of calls: it comes with its workers awake, and with
+        the forward that this backend had saved forgotten, for the caller's forward overwrites it.
+
+        Raises:
+            KTAMXForwardError: The process is a fork of the one that packed the weights.
+        """
+        self._check_process()
+        self._cache.holds = 0
+        self._engine.workers.gather()
+        return self._moe
+
     def _check_process(self) -> None:
         if self._engine.pid != os.getpid():
             raise KTAMXForwardError(
