@@ -24,7 +24,7 @@ from ..system.json_fields import Field, parse_json, printable, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_LONGEST_HEADER = 40_000_000  # bytes; the library takes 100 million, which would be 2 GB in memory
 _LARGEST = 2**48  # elements of a tensor; PyTorch's own arithmetic of shapes and strides ends at 2**63
 _MOST_BUFFERS = 1024  # a call of preadv takes (IOV_MAX of Linux and macOS)
 

@@ -11,6 +11,7 @@ their folder.
 from __future__ import annotations
 
 import json
+import reprlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from typing import Any, NoReturn
 
 from ..errors import KTAMXError
 
-_LARGEST = 256 * 2**20  # bytes; the header or the index of a model of a thousand experts has some ten million
+_LARGEST = 40_000_000  # bytes; the index of a model of many experts has some ten million
+_MOST_OBJECTS, _MOST_VALUES = 1_000_000, 5_000_000  # which take 50 times as much memory as in the file
 _DEEPEST = 64
+_SHORT = reprlib.Repr()  # a value may be a list of millions
+_SHORT.maxstring = _SHORT.maxother = 80
 _WHOLE = 2**53  # what JSON's readers agree on
 
 
@@ -40,8 +44,7 @@ class Field:
 
     def refuse(self, why: str) -> NoReturn:
         """Raise KTAMXError with file, field and value."""
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        shown = _SHORT.repr(self.value)
         raise KTAMXError(f"{self.file}: {f'{printable(self.name)}={shown}' if self.name else shown} {why}.")
 
     def object(self) -> Fields:
@@ -185,6 +188,8 @@ def parse_json(data: bytes) -> Any:
             `Field.number` refuses it.
     """
     try:
+        if data.count(b"[") + data.count(b"{") > _MOST_OBJECTS or data.count(b",") > _MOST_VALUES:
+            raise ValueError("it holds more values than any such file has")
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_no_doubles)
         if _depth(value) > _DEEPEST:
