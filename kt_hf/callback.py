@@ -19,8 +19,10 @@ from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers
 from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
+from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
 from .shapes import PROJECTIONS
+from .system.disk import check_space
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class KTMoECallback(TrainerCallback):
                 "The experts are not trained: no LoRA on them. target_modules (or lora_target) %s would reach them.",
                 ", ".join(PROJECTIONS),
             )
+        check_trained(model)
         if self.adapter is not None and state.global_step == 0:
             start_from(model, self.adapter)
         self._refresh(layers)
@@ -100,6 +103,14 @@ class KTMoECallback(TrainerCallback):
         self._refresh(layers)
         if self._times:
             self._times.step_end(layers, args.gradient_accumulation_steps)
+        if control.should_save:
+            _check_space(args, kwargs["model"], kwargs.get("optimizer"))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            _check_space(args, kwargs["model"], kwargs.get("optimizer"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -155,6 +166,18 @@ class KTMoECallback(TrainerCallback):
     def _refresh(layers: list[KTExperts]) -> None:
         for layer in layers:
             layer.update_lora_pointers()
+
+
+def _check_space(args: TrainingArguments, model: Any, optimizer: Any) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for (KTAMXError): the Trainer would leave a part of it."""
+    states = {} if args.save_only_model else getattr(optimizer, "state", {})
+    values = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    adapters = sum(adapter_bytes(model, name) for name in getattr(model, "peft_config", None) or {})
+    check_space(
+        Path(args.output_dir or "."),
+        adapters + sum(value.numel() * value.element_size() for value in values),
+        "Free some and resume: the checkpoints that are there are whole",
+    )
 
 
 def _settle(model: nn.Module) -> None:
