@@ -40,7 +40,9 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Also draw a PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How fast this machine computes one layer of a model's experts, forward and backward.
+    """Measure a layer of a model's experts on this machine.
+
+    How fast it is computed, forward and backward.
 
     Example: kt-hf bench Qwen/Qwen3-30B-A3B --tokens 512,2048 --threads 8,16,32 --plot bench.png
 

@@ -23,7 +23,9 @@ def main(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
-    """How much memory a run takes, before anything is loaded: part by part, whether it fits, and what to change if not.
+    """Tell how much memory a run takes, before anything is loaded.
+
+    Part by part, whether it fits, and what to change if not.
 
     Example: kt-hf estimate configs/qwen3_30b_a3b_sft.yaml per_device_train_batch_size=4
 

@@ -18,7 +18,9 @@ def main(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Its adapter_config.json, where it is not beside it.")] = None,
 ) -> None:
-    """Write another program's adapter in the format that kt_hf trains and loads.
+    """Write another program's adapter in kt_hf's format.
+
+    It can be trained further and loaded then.
 
     Example: kt-hf import llama_factory_adapter outputs/start --from per-expert
 
