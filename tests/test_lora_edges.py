@@ -64,16 +64,9 @@ def test_a_given_task_is_kept() -> None:
 
 
 def small(config: Any) -> Any:
-    """A configuration of a model that sees, with two decoder layers (the second of experts), to be built in memory."""
+    """A configuration of a model that sees, with two decoder layers, the second of experts."""
     text = config.get_text_config()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "num_experts": 4,
-             "num_experts_per_tok": 2, "n_routed_experts": 4, "pad_token_id": 0}  # fmt: skip
-    for name, value in sizes.items():
-        if hasattr(text, name):  # a size for each kind of experts, in a list, of Ernie
-            before = getattr(text, name)
-            setattr(text, name, [value] * len(before) if isinstance(before, list) else value)
-    text.mlp_layer_types = ["dense", "sparse"]
+    text.num_hidden_layers, text.mlp_layer_types = 2, ["dense", "sparse"]
     for part in vars(config).values():
         for name in ("depth", "num_hidden_layers", "encoder_layers"):
             if part is not text and hasattr(part, "to_dict") and hasattr(part, name):

@@ -32,7 +32,8 @@ def refuse_stacked_lora(original: Callable[..., Any], optimizer: Any, *args: Any
     try:
         return original(optimizer, *args, **kwargs)
     except ValueError as error:
-        shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if p.dim() == 3]
+        groups = getattr(optimizer, "param_groups", [])  # none yet, where another argument is refused
+        shapes = [tuple(p.shape) for group in groups for p in group["params"] if p.dim() == 3]
         if not shapes:
             raise
         raise KTAMXConfigError(
