@@ -46,6 +46,8 @@ class KTMoECallback(TrainerCallback):
     """
 
     def __init__(self, adapter: str | Path | None = None) -> None:
+        if adapter is not None and not isinstance(adapter, (str, Path)):
+            raise KTAMXConfigError(f"adapter={adapter!r} is no path: give an adapter's folder or safetensors file.")
         self.adapter = adapter
         self._told = False
         self._threads: int | None = None

@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, kt_lora_config, load_kt_model
+from kt_hf import KTAMXConfigError, KTConfig, KTMoECallback, apply_kt_moe, count_experts, kt_lora_config, load_kt_model
 from kt_hf.config import as_config
 from kt_hf.lora import linear_targets
 from tests.support.models import FAMILIES
@@ -229,3 +229,29 @@ def test_an_adapter_without_targets_gets_those_that_peft_has() -> None:
     """PEFT's table names them for Mixtral."""
     model = get_peft_model(apply_kt_moe(FAMILIES["mixtral"](), TORCH), LoraConfig(r=2))
     assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("batches", [torch.ones(1, 4, dtype=torch.long), {"input_ids": [[1]]}, "text"], ids=str)
+def test_one_batch_is_no_list_of_batches(model: PreTrainedModel, batches: Any) -> None:
+    with pytest.raises(KTAMXConfigError, match=r"give a list of batches, \[batch\] for one"):
+        count_experts(model, batches)
+    with pytest.raises(KTAMXConfigError, match="is no model"):
+        count_experts("name", [batches])
+
+
+def test_the_callbacks_adapter_is_a_path() -> None:
+    with pytest.raises(KTAMXConfigError, match="adapter=3 is no path"):
+        KTMoECallback(adapter=3)
+
+
+def test_experts_of_ligers_class_are_taken_for_what_they_are() -> None:
+    """`apply_kt_moe` after Liger replaced the class of the experts, before the model was loaded: SiLU, unnamed."""
+    model = QWEN3()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    expected = model(ids).logits
+    kind = type("LigerExperts", (nn.Module,), {"__module__": "liger_kernel.transformers.swiglu"})
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            old, layer.mlp.experts = layer.mlp.experts, kind()
+            layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj = old.gate_up_proj, old.down_proj
+    assert torch.allclose(apply_kt_moe(model, TORCH)(ids).logits, expected, atol=1e-5)

@@ -34,4 +34,8 @@ def main(
             with open_adapter(adapter, config) as opened:
                 if opened.format != source:
                     raise KTAMXConfigError(f"--from={source}: {adapter} is of the format {opened.format}.")
-        typer.echo(f"Written: {convert(adapter, output, to='kt', config=config)}")
+        written = convert(adapter, output, to="kt", config=config)
+        typer.echo(
+            f"Written: {written}. Train it further with adapter_name_or_path={written} (kt-hf train), or load it with "
+            "PeftModel.from_pretrained on a patched model."
+        )
