@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .failures import FAILED, plain_failures
+
+if TYPE_CHECKING:
+    from ..train.config.settings import TrainSettings
 
 
 def main(
@@ -66,13 +69,7 @@ def make(
         KTAMXError: Bad settings, no such model, or one without experts.
     """
     from ..errors import KTAMXConfigError
-    from ..train.config.read import check_settings, read_arguments
-    from ..train.config.yaml_file import Setting, read_overrides
-    from ..train.hub import sizes_of
-    from ..train.memory import estimate
     from ..train.memory_size import bytes_of
-    from ..train.model_sizes import model_sizes
-    from ..train.models import load_config
 
     if device not in ("auto", "cuda", "cpu"):
         raise KTAMXConfigError(f"--device={device}: it must be auto, cuda or cpu.")
@@ -80,15 +77,15 @@ def make(
         raise KTAMXConfigError(f"--gpu-memory={gpu_memory} and --device=cpu: leave one of them out.")
     host_given = bytes_of(memory, "--memory") if memory is not None else None
     gpu_given = bytes_of(gpu_memory, "--gpu-memory") if gpu_memory is not None else None
-    if Path(what).suffix in (".yaml", ".yml"):
-        settings = read_arguments(Path(what), overrides, purpose="estimate")
-    else:
-        given, problems = read_overrides({"model_name_or_path": Setting(what, "command line")}, overrides)
-        settings = check_settings(given, problems, what, purpose="estimate")
+    settings = _settings(what, overrides)
     import torch
 
     from ..backends import OPERATORS, kernel_availability
     from ..system.memory import available_memory
+    from ..train.hub import sizes_of
+    from ..train.memory import estimate
+    from ..train.model_sizes import model_sizes
+    from ..train.models import load_config
 
     config = sizes_of(settings.own.model_name_or_path) or load_config(settings.own)[0]
     elsewhere = host_given is not None or gpu_given is not None
@@ -103,6 +100,24 @@ def make(
         host_free=available_memory() if host_given is None else host_given,
         gpu_free=torch.cuda.mem_get_info()[0] if gpu_here and gpu and not elsewhere else gpu_given,
     )
+
+
+def _settings(what: str, overrides: list[str]) -> TrainSettings:
+    """Those of a YAML file, or the defaults for a model. A model that nobody has is refused before the libraries that
+    know TRL's settings are imported, which takes seconds."""
+    from ..builtin.known_models import known_config
+    from ..train.hub import configuration_of
+
+    written = Path(what).suffix in (".yaml", ".yml")
+    if not written and not what.startswith("builtin:") and known_config(what) is None:
+        configuration_of(what)
+    from ..train.config.read import check_settings, read_arguments
+    from ..train.config.yaml_file import Setting, read_overrides
+
+    if written:
+        return read_arguments(Path(what), overrides, purpose="estimate")
+    given, problems = read_overrides({"model_name_or_path": Setting(what, "command line")}, overrides)
+    return check_settings(given, problems, what, purpose="estimate")
 
 
 def show(made: Any) -> None:

@@ -197,7 +197,8 @@ def test_reaching_for_the_hub_takes_no_longer_than_that(monkeypatch: pytest.Monk
     asleep = threading.Event()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("kt_hf.train.hub._PATIENCE", 0.05)
-    monkeypatch.setattr(socket, "create_connection", lambda *_: asleep.wait(60))  # a name that is looked up for ever
+    # A name that is looked up for ever.
+    monkeypatch.setattr(socket, "create_connection", lambda *_: asleep.wait(60) and socket.socket())
     assert not reachable()
     asleep.set()
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
