@@ -48,6 +48,8 @@ class KTMoECallback(TrainerCallback):
     """
 
     def __init__(self, adapter: str | Path | None = None) -> None:
+        if adapter is not None and not isinstance(adapter, (str, Path)):
+            raise KTAMXConfigError(f"adapter={adapter!r} is no path: give an adapter's folder or safetensors file.")
         self.adapter = adapter
         self._told = False
         self._threads: int | None = None
@@ -60,6 +62,7 @@ class KTMoECallback(TrainerCallback):
         model = kwargs["model"]
         layers = _layers(model)
         _refuse_parallel(args, model)
+        _refuse_another_forward(layers)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
             raise KTAMXConfigError(
@@ -192,6 +195,19 @@ def _layers(model: nn.Module) -> list[KTExperts]:
     if not layers:
         raise KTAMXConfigError("KTMoECallback: the trainer's model is not patched. Call apply_kt_moe(model) before.")
     return layers
+
+
+def _refuse_another_forward(layers: list[KTExperts]) -> None:
+    """Kernel libraries bind a forward of stock experts to the instance (accelerate's hooks call ours, and are kept)."""
+    for layer in layers:
+        bound = vars(layer).get("forward")
+        if bound is not None and not hasattr(layer, "_hf_hook"):
+            name = getattr(bound, "__qualname__", type(bound).__name__)
+            raise KTAMXConfigError(
+                f"The forward of {layer.label} has been replaced by {getattr(bound, '__module__', '')}.{name}, which "
+                "cannot compute patched experts. Leave that library's experts out (of Liger: swiglu=False), or apply "
+                "it before apply_kt_moe."
+            )
 
 
 def _refuse_parallel(args: TrainingArguments, model: nn.Module) -> None:

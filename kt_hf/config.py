@@ -79,7 +79,15 @@ class KTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KTConfig:
-        """A config from a mapping, of a YAML file for instance, with the checks of the constructor."""
+        """A config from a mapping, of a YAML file for instance, with the checks of the constructor.
+
+        Raises:
+            KTAMXConfigError: No mapping, an unknown field, or a value that is out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise KTAMXConfigError(f"KTConfig.from_dict takes a mapping of settings, not {values!r}.")
+        if wrong := [name for name in values if not isinstance(name, str)]:
+            raise KTAMXConfigError(f"{wrong[0]!r} is no setting of kt_hf: names are text.")
         return cls(**values)
 
     def __post_init__(self, kt_max_cache_depth: int | None) -> None:
@@ -113,6 +121,19 @@ class KTConfig:
             )
         if self.kt_lora_rank is not None and self.kt_lora_rank > 1024:
             raise KTAMXConfigError(f"kt_lora_rank={self.kt_lora_rank} is too large: at most 1024.")
+
+
+def as_config(given: Any) -> KTConfig:
+    """The settings that a caller gave: a `KTConfig`, a mapping of its fields, or None for the defaults.
+
+    Raises:
+        KTAMXConfigError: Anything else, or a field or value that `KTConfig` refuses.
+    """
+    if given is None or isinstance(given, KTConfig):
+        return given or KTConfig()
+    if isinstance(given, Mapping):
+        return KTConfig.from_dict(given)
+    raise KTAMXConfigError(f"cfg={given!r} are no settings: give a KTConfig, a dict of its fields, or leave it out.")
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

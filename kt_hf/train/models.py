@@ -13,6 +13,7 @@ from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, OwnKeys
 from .expert_profile import ProfileRun
+from .hub import configuration_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
     name = own.model_name_or_path
     if is_builtin(name):
         return _builtin_config(builtin_layers(name)), []
+    name = configuration_of(name)
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
