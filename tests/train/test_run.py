@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from kt_hf.errors import KTAMXConfigError, KTAMXError
 from kt_hf.train import run as run_module
-from tests.support.tiny import MARKED, save_model, trained
+from tests.support.tiny import CHAT, MARKED, save_model, trained
 
 TURNS = [
     {"role": "user", "content": "2+2?"},
@@ -38,8 +38,15 @@ def test_every_answer_is_trained_where_the_template_marks_them(tmp_path: Path) -
     assert trained_bytes(text)[1] == len("four") + len("six") + 2 * (1 + len("\n"))
 
 
-def test_else_the_last_answer_is_and_that_is_told(tiny_model: Path, tmp_path: Path) -> None:
+def test_and_where_it_renders_a_conversation_as_its_parts(tiny_model: Path, tmp_path: Path) -> None:
     _, text = trained(tmp_path, tiny_model, [{"messages": TURNS}] * 4)
+    assert trained_bytes(text)[1] == len("four") + len("six") + 2 * (1 + len("\n"))
+
+
+def test_else_the_last_answer_is_and_that_is_told(tmp_path: Path) -> None:
+    once = CHAT.replace("{{ message.content }}", "{{ message.content if loop.last or message.role == 'user' }}")
+    model = save_model(tmp_path / "model", once)
+    _, text = trained(tmp_path, model, [{"messages": TURNS}] * 4)
     assert "only the last of each is trained" in text
     assert trained_bytes(text)[1] == len("six") + 1 + len("\n")
 

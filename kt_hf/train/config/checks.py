@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import KTAMXError
+from ..data.rows import mixing_problem
 from ..data.sources import dataset_problem
 from . import aliases as names
 from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
@@ -109,9 +110,12 @@ def _data(c: Checked, purpose: str) -> None:
         c.problem("dataset", f"dataset is missing: a file, a folder, a name on the hub, or {BUILTIN_DATA}")
     for key in ("dataset", "eval_dataset"):
         for spec in getattr(c.own, key):
-            problem = dataset_problem(spec)
+            problem = dataset_problem(spec, c.own.dataset_dir)
             if problem:
                 c.problem(key, f"{key}={spec!r}: {problem}")
+    mixing = mixing_problem(c.own)
+    if mixing:
+        c.problem(*mixing)
 
 
 def _evaluation(c: Checked) -> None:
