@@ -170,9 +170,12 @@ def _without(row: Row, thing: tuple[str, str]) -> Row:
 
 
 def _same(template: ChatTemplate, row: Row, thing: tuple[str, str]) -> bool:
-    without = _without(row, thing)
+    """Whether a row is rendered the same without one of its things, with and without a question at the end."""
+    messages, without = conversation(row), _without(row, thing)
+    several = sum(message["role"] == "assistant" for message in messages) > 1
+    used = (several and template.marked) or ""
     try:
-        whole = [template.text(row, conversation(row), ask=ask) for ask in (False, True)]
-        return whole == [template.text(without, without["messages"], ask=ask) for ask in (False, True)]
+        whole = [template.text(row, messages, used, ask) for ask in (False, True)]
+        return whole == [template.text(without, without["messages"], used, ask) for ask in (False, True)]
     except Exception:  # without it the template fails, so it is used; or it always fails, which the row itself tells
         return False

@@ -219,15 +219,16 @@ def _compact(result: dict[str, Any]) -> dict[str, Any]:
 
 def _attempt(row: Row, how: Reading, tokenize: Callable[[Row, Reading], dict[str, Any]]) -> dict[str, Any]:
     """What came of a row. Templates are programs of strangers: whatever one raises is the row's problem."""
-    result = {"problem": "", "input_ids": [], "labels": [], "cut": False, "lost": 0}
+    result: dict[str, Any] = {"problem": "", "input_ids": [], "labels": [], "cut": False, "lost": 0}
     try:
-        return _compact(result | tokenize(row, how))
+        result |= tokenize(row, how)
     except BadRow as error:
-        return result | {"problem": str(error)}
+        result["problem"] = str(error)
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
         what = "the chat template refuses it" if messages_column(row) else "it cannot be tokenized"
-        return result | {"problem": f"{what}: {words[:_LONGEST_REASON]}"}
+        result["problem"] = f"{what}: {words[:_LONGEST_REASON]}"
+    return _compact(result)
 
 
 def _tokenized(row: Row, how: Reading) -> dict[str, Any]:
