@@ -234,7 +234,7 @@ def damaged(content: bytes, random_: random.Random) -> bytes:
 
 
 def strange_file(folder: Path, number: int) -> tuple[Path, str]:
-    """(a file made from valid rows, changed as rows and as bytes by its number alone; a stage, mostly the right one)."""
+    """(a file made from valid rows, changed as rows and as bytes by its number alone; mostly the right stage)."""
     random_ = random.Random(number)
     seed = random_.choice(SEEDS)
     share = random_.choice((0, 0.5, 1))
