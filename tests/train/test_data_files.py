@@ -18,12 +18,11 @@ import typer
 
 from kt_hf.cli.failures import plain_failures
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.system.text import printable
 from kt_hf.train.config.settings import OwnKeys
 from kt_hf.train.data.rows import Rows, load_rows
 from kt_hf.train.data.sources import dataset_problem
 from kt_hf.train.data.tokens import prepare, reading
-from tests.train.tiny import CHAT, tokenizer
+from tests.support.tiny import CHAT, tokenizer
 
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
 
@@ -165,8 +164,6 @@ def test_a_name_that_names_nothing_is_told(
 
 
 def test_what_terminals_obey_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "a\x1b[31mb\x07\x9b\u202ec\r\n\td\ud800é😀"
-    assert printable(text) == r"a\x1b[31mb\x07\x9b\u202ec\r" + "\n\td" + r"\ud800é😀"
     file = tmp_path / "a\x1b.jsonl"
     file.write_text(json.dumps({"\x1b[2Jtext": "a", "messages": [{"role": "\x1b]0;title\x07", "content": "a"}]}))
     with pytest.raises(typer.Exit), plain_failures():

@@ -13,8 +13,8 @@ from kt_hf.train.config.read import read_arguments
 from kt_hf.train.data import sources
 from kt_hf.train.data.rows import Rows, load_rows
 from kt_hf.train.data.sources import dataset_problem
+from tests.support.tiny import write_yaml
 from tests.train.test_data import write
-from tests.train.tiny import write_yaml
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "four"}

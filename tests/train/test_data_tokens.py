@@ -14,7 +14,7 @@ from kt_hf.errors import KTAMXConfigError
 from kt_hf.train.config.settings import OwnKeys
 from kt_hf.train.data.rows import Rows
 from kt_hf.train.data.tokens import Prepared, prepare, reading
-from tests.train.tiny import CHAT, MARKED, tokenizer
+from tests.support.tiny import CHAT, MARKED, tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "four"}
@@ -296,6 +296,48 @@ def test_what_the_template_leaves_out_is_named_once(row: dict[str, Any], name: s
     assert len(told) == 1
     assert told[0].startswith("the chat template does not use ")
     assert told[0].count(name) == 1
+
+
+AS_JSON = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("several", [False, True])  # with several answers TRL's own template for DeepSeek is used
+@pytest.mark.parametrize(("template", "words"), [
+    (trl_templates.deepseekv3_chat_template, "JSON text: it refuses objects"),
+    (AS_JSON, "objects: it writes text as JSON once more"),
+    (trl_templates.qwen3_chat_template, ""),
+])  # fmt: skip
+def test_arguments_are_what_the_template_takes(template: str, words: str, several: bool, stage: str) -> None:
+    """Objects and text in the same rows: neither fails, nor is JSON in JSON."""
+    calls = [CALL, CALL | {"function": CALL["function"] | {"arguments": '{"a": 7}'}}]
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "4"}]
+    row: dict[str, Any] = {"messages": [*turns, FOUR]} if several else {"prompt": turns, "completion": [FOUR]}
+    if stage == "dpo":
+        row = {"prompt": turns, "chosen": [FOUR], "rejected": [FIVE]}
+    data = prepared([row] * 2, template, stage)
+    text = tokenizer().decode(data.sequences[0])
+    if stage == "dpo":
+        args = DPOConfig(output_dir="unused", report_to=[], bf16=False, use_cpu=True)
+        trainer = SimpleNamespace(_tokenizer=tokenizer(template))
+        found = DPOTrainer._prepare_dataset(trainer, data.dataset, tokenizer(template), args, "train")[0]
+        text = tokenizer().decode(found["prompt_ids"])
+    assert '{"a": 2, "b": 2}' in text
+    assert '{"a": 7}' in text
+    assert [words in told for told in data.told] == ([True] if words else [])
+
+
+def test_packed_rows_keep_their_labels() -> None:
+    row = {"messages": [USER, FOUR, *MORE]}
+    data = prepared([row] * 3, ALL, packing=True, max_length=256)
+    args = SFTConfig(output_dir="unused", report_to=[], bf16=False, use_cpu=True, packing=True, max_length=256)
+    trainer = SimpleNamespace(_tokenizer=tokenizer(ALL), chat_template=None, completion_only_loss=False, args=args)
+    (packed,) = SFTTrainer._prepare_dataset(trainer, data.dataset, tokenizer(ALL), args, True, None, "train")
+    assert packed["labels"] == data.dataset[0]["labels"] * 3
 
 
 def test_several_processes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def test_what_terminals_obey_does_not_reach_them(tiny_model: Path, tmp_path: Pat
 
 def test_the_fallback_ends_a_turn_once() -> None:
     from kt_hf.train.models import CHAT_TEMPLATES
-    from tests.train.tiny import tokenizer
+    from tests.support.tiny import tokenizer
 
     words = tokenizer(CHAT_TEMPLATES["chatml"])
     assert words.apply_chat_template(TURNS[:2], tokenize=False).endswith("four<|im_end|><|endoftext|>\n")

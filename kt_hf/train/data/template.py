@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .formats import Row
 from .messages import BadRow, Message
+from .tool_calls import has_arguments, json_twice, with_arguments
 
 # Rows in which it is looked for what the template leaves out: of those that have a thing, the first few.
 _PROBED = 3
@@ -22,10 +23,17 @@ class ChatTemplate:
         tokenizer: With a chat template.
         marked: The template that tells answers from the rest, by `{% generation %}`: the tokenizer's own (""), one that
             TRL knows in its place, or None if there is none.
+        calls: Template -> what it wants for the arguments of tool calls, `str` or `dict`, if the rows have others.
     """
 
     tokenizer: Any
     marked: str | None
+    calls: Mapping[str, type] = field(default_factory=dict)
+
+    def plain(self, messages: Sequence[Message], template: str = "") -> list[Message]:
+        """The messages as a template may see them."""
+        shown = [{key: value for key, value in message.items() if key != _FLAG} for message in messages]
+        return with_arguments(shown, self.calls[template]) if template in self.calls else shown
 
     def arguments(self, row: Row, template: str = "") -> dict[str, Any]:
         """Of `apply_chat_template`, beside the messages."""
@@ -35,12 +43,13 @@ class ChatTemplate:
     def text(self, row: Row, messages: Sequence[Message], template: str = "", ask: bool = False) -> str:
         """The messages as text, with what begins an answer at the end if `ask`."""
         options = self.arguments(row, template) | {"tokenize": False, "add_generation_prompt": ask}
-        return str(self.tokenizer.apply_chat_template(plain(messages), **options))
+        return str(self.tokenizer.apply_chat_template(self.plain(messages, template), **options))
 
     def tokens(self, row: Row, messages: Sequence[Message], ask: bool = False) -> list[int]:
         """The messages as token ids, with what begins an answer at the end if `ask`."""
         options = self.arguments(row) | {"add_generation_prompt": ask}
-        processed = self.tokenizer.apply_chat_template(plain(messages), tokenize=True, return_dict=True, **options)
+        shown = self.plain(messages)
+        processed = self.tokenizer.apply_chat_template(shown, tokenize=True, return_dict=True, **options)
         return list(processed["input_ids"])
 
     def answers(
@@ -60,7 +69,7 @@ class ChatTemplate:
         if self.marked is None:
             return self._by_prefix(row, messages, wanted, "")
         processed = self.tokenizer.apply_chat_template(
-            plain(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            self.plain(messages, self.marked), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
             **self.arguments(row, self.marked),
         )  # fmt: skip
         ids, inside = list(processed["input_ids"]), [bool(bit) for bit in processed["assistant_masks"]]
@@ -107,11 +116,6 @@ def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
     return next((i for i in range(shorter) if ids[i] != others[i]), shorter)
 
 
-def plain(messages: Sequence[Message]) -> list[Message]:
-    """The messages as a template may see them."""
-    return [{key: value for key, value in message.items() if key != _FLAG} for message in messages]
-
-
 def chat_template(tokenizer: Any) -> ChatTemplate:
     """The chat template of a tokenizer, and whether it marks answers, itself or by one that TRL knows in its place."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -122,6 +126,31 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
         return ChatTemplate(tokenizer, get_training_chat_template(tokenizer))
     except Exception:  # it renders dialogues of its own, which any template may refuse
         return ChatTemplate(tokenizer, None)
+
+
+def fitted(template: ChatTemplate, rows: Sequence[Row]) -> tuple[ChatTemplate, str | None]:
+    """(the template with what it wants for the arguments of tool calls, what to tell), tried out on the first such row.
+
+    Most want objects; DeepSeek's own adds text, and fails on objects. Some write text as JSON once more.
+    """
+    calls: dict[str, type] = {}
+    objects, texts = (next((r for r in rows if has_arguments(conversation(r), kind)), None) for kind in (dict, str))
+    for name in {"", template.marked or ""}:
+        as_text = replace(template, calls={name: str})
+        if objects and not _rendered(template, objects, name) and _rendered(as_text, objects, name):
+            calls[name] = str
+        elif texts and json_twice(_rendered(template, texts, name), conversation(texts)):
+            calls[name] = dict
+    told = "the arguments of tool calls are given to the chat template as "
+    told += "JSON text: it refuses objects" if calls.get("") is str else "objects: it writes text as JSON once more"
+    return replace(template, calls=calls), told if "" in calls else None
+
+
+def _rendered(template: ChatTemplate, row: Row, name: str) -> str:
+    try:
+        return template.text(row, conversation(row), name)
+    except Exception:  # whatever a template raises
+        return ""
 
 
 def left_out(template: ChatTemplate, rows: Sequence[Row]) -> list[str]:

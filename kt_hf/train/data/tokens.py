@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from ..config.settings import OwnKeys
 from .formats import Row
 from .messages import BadRow
 from .rows import Rows, judge, messages_column
-from .template import ChatTemplate, chat_template, common_length, conversation, left_out
+from .template import ChatTemplate, chat_template, common_length, conversation, fitted, left_out
 
 _MASKED = -100
+_PAIR = ("prompt", "chosen", "rejected")
 _SHOWN = 3
 _LONGEST_REASON = 300
 _ROWS_PER_PROCESS = 1000  # a process costs more than a thousand short rows
@@ -148,13 +149,16 @@ def prepare(rows: Rows, how: Reading, stage: str, purpose: str) -> Prepared:
     from datasets import Dataset, Features, Json, List, Value
 
     name = "the training data" if purpose == "train" else "the evaluation data"
+    chats = [row for row in rows.rows if messages_column(row)]
+    template, fit = fitted(how.template, chats)
+    how = replace(how, template=template)
     results = _each(rows.rows, how, _tokenized_pair if stage == "dpo" else _tokenized)
     bad = [(rows.place(i), result["problem"]) for i, result in enumerate(results) if result["problem"]]
     judge(name, bad, len(results))
     good = [i for i, result in enumerate(results) if not result["problem"]]
-    prepared = Prepared(None, _told(results, bad, how, name))
-    if rows.conversational:
-        unused = left_out(how.template, [row for row in rows.rows if messages_column(row)])
+    prepared = Prepared(None, [*([fit] if fit else []), *_told(results, bad, how, name)])
+    if chats:
+        unused = left_out(how.template, chats)
         prepared.told += [f"the chat template does not use {', '.join(unused)} in {name}"] if unused else []
     prepared.sequences = [results[i]["input_ids"] for i in good[:64]]
     if stage == "sft":
@@ -162,16 +166,20 @@ def prepare(rows: Rows, how: Reading, stage: str, purpose: str) -> Prepared:
         columns = {column: [results[i][column] for i in good] for column in features}
         prepared.dataset = Dataset.from_dict(columns, features=features)
         return prepared
-    taken = [rows.rows[i] for i in good]
+    taken = [_as_rendered(rows.rows[i], template) for i in good]
     # As JSON: Arrow's own form of objects gives each the keys of all, with null for what it does not have.
     beside = [column for column in ("tools", "chat_template_kwargs") if any(column in row for row in taken)]
-    filled = [{"tools": None, "chat_template_kwargs": {}} | row for row in taken]
-    columns = {column: [row[column] for row in filled] for column in ("prompt", "chosen", "rejected", *beside)}
-    text = not rows.conversational
-    prepared.dataset = Dataset.from_dict(
-        columns, features=Features({column: Value("large_string") if text else Json() for column in columns})
-    )
+    filled: list[Row] = [{"tools": None, "chat_template_kwargs": {}} | row for row in taken]
+    columns = {column: [row[column] for row in filled] for column in (*_PAIR, *beside)}
+    kind = Json() if chats else Value("large_string")
+    prepared.dataset = Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, kind)))
     return prepared
+
+
+def _as_rendered(row: Row, template: ChatTemplate) -> Row:
+    """A pair whose messages are as its chat template may see them."""
+    shown = {column: template.plain(row[column]) for column in _PAIR if isinstance(row[column], list)}
+    return row | shown
 
 
 def _told(results: Sequence[dict[str, Any]], bad: Sequence[tuple[str, str]], how: Reading, name: str) -> list[str]:
