@@ -52,7 +52,8 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     _tell(console, told + more)
     _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
     options = _trainer_options(settings, len(train_rows.rows))
-    how = reading(own, options, tokenizer, config.get_text_config().vocab_size)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    how = reading(own, options, tokenizer, vocabulary)
     train_data = prepare(train_rows, how, own.stage, "train")
     eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
     _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,6 +135,47 @@ def test_an_answer_begins_where_the_tokens_part(header: str) -> None:
     row = {"messages": [USER, {"role": "assistant", "content": "<i>four"}, *MORE]}
     answer = trained(prepared([row], asked).dataset[0]).split(" + ")[0]
     assert answer == f"{'i>' if '<b>' in header else '<i>'}four{ENDED}"  # bytes are tokens here: the < is common
+
+
+def test_a_question_is_not_trained_where_the_prompt_alone_is_rendered_otherwise() -> None:
+    """What asks for the answer has another beginning than the conversation: the answer's own place is not known."""
+    other = "{% if add_generation_prompt %}Answer this.{% endif %}" + CHAT
+    data = prepared([{"messages": [USER, FOUR, *MORE]}], other)
+    header = "<|im_start|>assistant\n"
+    assert trained(data.dataset[0]) == f"{header}four{ENDED} + {header}six{ENDED}"
+
+
+def test_a_tokenizer_without_offsets_trains_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    data = prepared([{"messages": [USER, FOUR, *MORE]}], CHAT)
+    assert trained(data.dataset[0]) == f"six{ENDED}"
+    assert "only the last of each is trained" in data.told[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "tokenizer"])
+def test_the_template_of_another_place_is_used(kind: str, tmp_path: Path) -> None:
+    """TRL takes it over when its trainer is made; the rows are tokens by then."""
+    other = tokenizer(MARKED.replace("im_start|>{{ message.role }}", "im_start|>by {{ message.role }}"))
+    other.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    source = tmp_path / "other.jinja"
+    if kind == "file":
+        source.write_text(other.chat_template)
+    else:
+        source = tmp_path
+        other.save_pretrained(source)
+    words = tokenizer(CHAT)
+    how = reading(OwnKeys(), {"chat_template_path": str(source)}, words, 259)
+    data = prepare(
+        Rows([{"messages": [USER, FOUR | {"content": "<more>" if kind == "tokenizer" else "four"}]}]),
+        how,
+        "sft",
+        "train",
+    )
+    assert "by user" in words.decode(data.dataset[0]["input_ids"])
+    assert (259 in data.dataset[0]["input_ids"]) is (kind == "tokenizer")
+    assert words.chat_template == CHAT
+    with pytest.raises(KTAMXConfigError, match="chat_template_path='nothing' cannot be used"):
+        reading(OwnKeys(), {"chat_template_path": "nothing"}, words, 259)
 
 
 def test_mixtral_trains_all_answers() -> None:

@@ -100,8 +100,12 @@ class ChatTemplate:
                 continue
             asked = self.text(row, messages[:index], template, ask=True)
             start = len(asked)
-            if not text.startswith(asked):  # as TRL: the answer starts where the tokens part
-                start = encoded["offset_mapping"][self._common(asked, ids)][0]
+            if not text.startswith(asked):  # as TRL: the answer starts where the tokens part, though not before it
+                before = self.text(row, messages[:index], template)
+                if not text.startswith(before):
+                    lost += 1
+                    continue
+                start = max(len(before), encoded["offset_mapping"][self._common(asked, ids)][0])
             for token, (first, last) in enumerate(encoded["offset_mapping"]):
                 trained[token] |= start <= first < len(end) and last > first
         return ids, trained, lost

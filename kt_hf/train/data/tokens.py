@@ -117,7 +117,7 @@ def _as_trained(options: dict[str, Any], tokenizer: Any, vocabulary: int) -> tup
         tokenizer.eos_token = end
     if source is not None:
         try:
-            if Path(source).is_file():
+            if source.endswith((".jinja", ".j2")) and Path(source).is_file():
                 tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
                 return tokenizer, vocabulary
             from transformers import AutoTokenizer
@@ -276,7 +276,10 @@ def _labelled(row: Row, how: Reading) -> tuple[list[int], list[int], int]:
     if wanted == [len(messages) - 1]:
         return _last_answer(row, how)
     ids, trained, lost = how.template.answers(row, messages, wanted)
-    if lost == len(wanted) and wanted:
+    if lost == len(wanted) and wanted[-1] == len(messages) - 1:  # a tokenizer that does not say where its tokens stand
+        ids, labels, _ = _last_answer(row, how)
+        return ids, labels, lost - 1
+    if lost == len(wanted):
         raise BadRow(
             "the chat template renders its answers otherwise once another turn follows, so none can be trained"
         )
