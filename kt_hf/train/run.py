@@ -51,14 +51,14 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
     _tell(console, told + more)
     _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
+    memory = _before_loading(settings, config)
     options = _trainer_options(settings, len(train_rows.rows))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
     how = reading(own, options, tokenizer, vocabulary)
-    train_data = prepare(train_rows, how, own.stage, "train")
-    eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
+    with _working(console, "Tokenizing"):
+        train_data = prepare(train_rows, how, own.stage, "train")
+        eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
     _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])
-
-    memory = _before_loading(settings, config)
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
@@ -70,18 +70,12 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     _tell(console, told)
     counter = TokenCounter(model)
     stop, progress = StopOnInterrupt(console), ShowProgress(console, counter)
-    with console.status("Tokenising, packing the experts") if console.is_terminal else contextlib.nullcontext():
+    with _working(console, "Packing the experts"):
         trainer = _make_trainer(settings, options, model, tokenizer, peft_config, train_data, eval_data)
     trainer.add_callback(stop)
     trainer.add_callback(progress)
-    show_start(
-        console,
-        settings,
-        trainer,
-        in_words(memory),
-        len(train_data.dataset),
-        len(eval_data.dataset) if eval_data else 0,
-    )
+    rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
+    show_start(console, settings, trainer, in_words(memory), *rows)
     show_example(console, trainer, tokenizer)
     _clear_earlier_run(settings, console)
     try:
@@ -240,6 +234,11 @@ def _expert_load(trainer: Any) -> dict[int, list[float]]:
     callback.expert_load.collect(kt_layers(trainer.model))  # since the last log
     total = callback.expert_load.total
     return {layer: (c.double() / c.sum().clamp(min=1) * len(c)).tolist() for layer, c in total.items()}
+
+
+def _working(console: Console, words: str) -> contextlib.AbstractContextManager[Any]:
+    """Says what takes its time, on terminals alone."""
+    return console.status(words) if console.is_terminal else contextlib.nullcontext()
 
 
 def _tell(console: Console, lines: Any) -> None:

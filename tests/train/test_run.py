@@ -122,7 +122,7 @@ def test_a_backend_that_is_not_there_is_told_before_a_model_is_loaded(
 
 
 def test_short_memory_is_told(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kt_hf.placement.packer.available_memory", lambda *_: 0)
+    monkeypatch.setattr("kt_hf.system.memory.available_memory", lambda *_: 0)
     _, text = trained(tmp_path, tiny_model, [{"text": "a"}] * 4)
     assert "This may need more memory than there is (at most " in text
     assert "gradient checkpointing" in text
