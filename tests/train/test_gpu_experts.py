@@ -53,7 +53,7 @@ def test_a_quantised_model_is_not_loaded_whole(
     """Its streamed experts stay of 8 bits, and which are used most is not counted, which is told."""
     model, seen = save_model(tmp_path / "model"), []
     make_8_bits(model, (32, 32))
-    made = packing.Packer.pack
+    made = packing.Packer.build
 
     def watched(*args: Any) -> Any:
         seen.append(args[1].scaled)
