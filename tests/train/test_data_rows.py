@@ -313,6 +313,26 @@ def test_the_text_column_may_have_trls_other_name(tmp_path: Path) -> None:
     files = {"a.jsonl": [{"body": "a", "text": "not this"}]}
     rows = from_settings(tmp_path, files, dataset_text_field="body")
     assert rows.rows == [{"text": "a"}]
+    with pytest.raises(KTAMXConfigError, match="no known format has the columns none"):
+        from_settings(tmp_path, {"a.jsonl": [{"text": "a"}]}, dataset_text_field="nothing")
+
+
+@pytest.mark.parametrize("folder", ["nothing", "a.jsonl", "a\0b", "~nobody-of-that-name", "a" * 5000])
+def test_a_dataset_dir_that_is_none_is_told(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KTAMXConfigError, match=r"1 problem:\n  line \d+: dataset_dir="):
+        from_settings(tmp_path, {"a.jsonl": [{"text": "a"}]}, dataset_dir=folder)
+
+
+@pytest.mark.parametrize("dataset", [[1, {"a": 2}], ["a.jsonl", None]])
+def test_names_of_data_sets_are_text(dataset: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    file = write_yaml(
+        tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", output_dir="out", dataset=dataset
+    )
+    with pytest.raises(KTAMXConfigError, match="it must be text"):
+        read_arguments(file)
 
 
 def test_a_conversation_in_parquet_may_have_times_beside_it(tmp_path: Path) -> None:

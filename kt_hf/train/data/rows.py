@@ -109,7 +109,7 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
 
 def _renamed(row: dict[str, Any], text_column: str) -> dict[str, Any]:
     rest = {key: value for key, value in row.items() if key not in (text_column, _TEXT_COLUMN)}
-    return rest | {_TEXT_COLUMN: row[text_column]} if text_column in row else row
+    return rest | ({_TEXT_COLUMN: row[text_column]} if text_column in row else {})
 
 
 def _format_of(source: Source, spec: str, stage: str) -> Format | None:

@@ -37,6 +37,15 @@ class Source:
         return {key for _, row in self.rows for key in row}
 
 
+def dataset_dir_problem(dataset_dir: str | None) -> str | None:
+    """Why `dataset_dir` cannot be a folder of data sets, or None."""
+    try:
+        there = dataset_dir is None or Path(dataset_dir).expanduser().is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a ~user who is not there
+        return f"it cannot be looked at: {error}"
+    return None if there else "there is no such folder"
+
+
 def dataset_problem(spec: Any, dataset_dir: str | None = None) -> str | None:
     """Why `spec` cannot name a data set, or None. Looks at the file system only."""
     if not isinstance(spec, str):
