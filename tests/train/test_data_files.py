@@ -24,6 +24,7 @@ from kt_hf.train.data.sources import dataset_problem
 from kt_hf.train.data.tokens import prepare, reading
 from tests.support.tiny import CHAT, tokenizer
 
+MANY = ", ".join(f'"a{number}": 0' for number in range(100_000))
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
 
 
@@ -171,6 +172,29 @@ def test_what_terminals_obey_is_escaped(tmp_path: Path, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert "\x1b" not in error
     assert r"a\x1b.jsonl line 1" in error
+
+
+@pytest.mark.parametrize(
+    ("row", "stage"),
+    [
+        (f'{{"text": "a", {MANY}, "a7": 0}}', "sft"),
+        (f"{{{MANY}}}", "sft"),
+        (json.dumps({"x" * 1_000_000: 1}), "sft"),
+        (json.dumps({"messages": [{"role": "x" * 1_000_000}]}), "sft"),
+        (json.dumps({"messages": MESSAGES * 2000}), "sft"),
+        (json.dumps({"chosen": MESSAGES * 10_000, "rejected": MESSAGES * 10_000}), "dpo"),
+    ],
+    ids=["key twice", "many columns", "long column", "long role", "many turns", "many turns of pairs"],
+)
+def test_large_rows_are_read_in_time_or_refused_in_few_words(row: str, stage: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(row)
+    start, words = time.process_time(), ""
+    try:
+        prepare(loaded(tmp_path / "a.jsonl", stage), reading(OwnKeys(), {}, tokenizer(CHAT), 259), stage, "train")
+    except KTAMXConfigError as error:
+        words = str(error)
+    assert len(words) < 2_000
+    assert time.process_time() - start < 5
 
 
 SEEDS: list[Any] = [

@@ -130,9 +130,9 @@ def test_llama_factorys_calls_of_functions(tmp_path: Path) -> None:
     ("messages", "reason"),
     [
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}, FOUR],
-         "content has a part of type image, and this trains text models"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, FOUR], "part of type image_url"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}, FOUR], "part of type input_audio"),
+         "content has a part of type 'image', and this trains text models"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, FOUR], "part of type 'image_url'"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}, FOUR], "part of type 'input_audio'"),
         ([{"role": "user", "content": [{"type": "file"}]}, FOUR], "part of unknown type 'file'"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}, FOUR], "a part without text"),
         ([{"role": "user", "content": {"text": "a"}}, FOUR], "content is dict, not text"),

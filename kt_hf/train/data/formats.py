@@ -214,10 +214,9 @@ def _answers(row: Columns, asked: list[Message]) -> list[list[Message]]:
 
 def _pair(row: Columns, asked: list[Message]) -> Row:
     chosen, rejected = _answers(row, asked)
-    while (
-        len(chosen) > 1 and len(rejected) > 1 and chosen[0] == rejected[0]
-    ):  # they part later: what is before is prompt
-        asked, chosen, rejected = [*asked, chosen[0]], chosen[1:], rejected[1:]
+    shorter = min(len(chosen), len(rejected)) - 1
+    same = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    asked, chosen, rejected = [*asked, *chosen[:same]], chosen[same:], rejected[same:]  # alike so far: that is prompt
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
     if not asked:

@@ -8,6 +8,7 @@ the loss is on it.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -61,7 +62,7 @@ def _message(message: Any, column: str, role: str, content: str) -> Message:
         raise BadRow(f"{column}: a message without {role}")
     speaker = ROLES.get(message[role])
     if speaker is None:
-        raise BadRow(f"{column}: unknown {role} {message[role]!r}")
+        raise BadRow(f"{column}: unknown {role} {reprlib.repr(message[role])}")
     # Null is absence: parquet gives every message the keys of all the others.
     rest = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
     if role == "from" and {"role", "content"} & set(rest):
@@ -96,9 +97,9 @@ def _text_of(value: Any, column: str, key: str) -> str | None:
         if isinstance(part, dict):
             kind = part.get("type", "text")
             if any(name in str(kind) for name in _MEDIA):
-                raise BadRow(f"{column}: {key} has a part of type {kind}, and this trains text models")
+                raise BadRow(f"{column}: {key} has a part of type {reprlib.repr(kind)}, and this trains text models")
             if kind not in ("text", "input_text", "output_text"):
-                raise BadRow(f"{column}: {key} has a part of unknown type {kind!r}")
+                raise BadRow(f"{column}: {key} has a part of unknown type {reprlib.repr(kind)}")
             part = part.get("text")
         if not isinstance(part, str):
             raise BadRow(f"{column}: {key} has a part without text")
@@ -163,7 +164,7 @@ def _flagged(message: Message, speaker: str, column: str) -> Message:
     flags = {key: message.pop(key) for key in _FLAGS if key in message}
     for key, value in flags.items():
         if value not in (0, 1):
-            raise BadRow(f"{column}: {key} is {value!r}, and it must be true or false")
+            raise BadRow(f"{column}: {key} is {reprlib.repr(value)}, and it must be true or false")
         if value and speaker != "assistant":
             raise BadRow(f"{column}: {key} is true for {speaker}, and only answers are trained")
     if flags and speaker == "assistant":

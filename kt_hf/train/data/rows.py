@@ -16,6 +16,7 @@ from .sources import Source, read_source
 # More unusable rows than this share stop the run.
 MOST_BAD = 0.01
 _SHOWN = 3
+_MOST_NAMES, _LONGEST_NAME = 20, 60  # of columns, in a sentence
 _TEXT_COLUMN = "text"
 
 
@@ -103,8 +104,14 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
     )
     result.told.append(f"{spec}: {shown}{_left_out(bad)}")
     if there - used:
-        result.told.append(f"{spec}: nothing uses the columns {', '.join(sorted(map(str, there - used)))}")
+        result.told.append(f"{spec}: nothing uses the columns {_named(there - used)}")
     return result
+
+
+def _named(columns: set[str]) -> str:
+    names = sorted(str(column)[:_LONGEST_NAME] for column in columns)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return (", ".join(names[:_MOST_NAMES]) or "none") + more
 
 
 def _renamed(row: dict[str, Any], text_column: str) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def _format_of(source: Source, spec: str, stage: str) -> Format | None:
     form = recognize(columns, stage)
     if form is None:
         wanted = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
-        shown = ", ".join(sorted(map(str, columns))) or "none"
+        shown = _named(columns)
         raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {wanted}.")
     if form.stage != stage:
         raise KTAMXConfigError(

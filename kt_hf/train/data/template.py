@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from .formats import Row
 from .messages import BadRow, Message
 from .tool_calls import has_arguments, json_twice, with_arguments
@@ -53,7 +55,7 @@ class ChatTemplate:
         return list(processed["input_ids"])
 
     def answers(
-        self, row: Row, messages: Sequence[Message], wanted: Sequence[int]
+        self, row: Row, messages: Sequence[Message], wanted: Sequence[int], most: int | None = None
     ) -> tuple[list[int], list[bool], int]:
         """(token ids, which of them belong to answers, how many answers cannot be told from the rest).
 
@@ -61,13 +63,15 @@ class ChatTemplate:
             row: Of which `messages` are, for its tools and settings.
             messages: A conversation.
             wanted: Indices of the answers to find.
+            most: Tokens that will be kept of the beginning; answers behind the first that lies beyond are not looked
+                for.
 
         Raises:
             BadRow: The template marks answers, but none in this row.
         """
         every = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked is None:
-            return self._by_prefix(row, messages, wanted, "")
+            return self._by_prefix(row, messages, wanted, "", most)
         processed = self.tokenizer.apply_chat_template(
             self.plain(messages, self.marked), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
             **self.arguments(row, self.marked),
@@ -77,11 +81,11 @@ class ChatTemplate:
             raise BadRow("the chat template marks no answer in it")
         if list(wanted) == every:
             return ids, inside, 0
-        _, turns, lost = self._by_prefix(row, messages, wanted, self.marked)
+        _, turns, lost = self._by_prefix(row, messages, wanted, self.marked, most)
         return ids, [one and other for one, other in zip(inside, turns, strict=True)], lost
 
     def _by_prefix(
-        self, row: Row, messages: Sequence[Message], wanted: Sequence[int], template: str
+        self, row: Row, messages: Sequence[Message], wanted: Sequence[int], template: str, most: int | None
     ) -> tuple[list[int], list[bool], int]:
         """As `answers`, by comparing the conversation with its own beginnings.
 
@@ -90,25 +94,41 @@ class ChatTemplate:
         follows, the answer is not what the model would have said there, and counts as lost.
         """
         text = self.text(row, messages, template)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        fast = self.tokenizer.is_fast
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
         ids = list(encoded["input_ids"])
-        trained, lost = [False] * len(ids), 0
+        if not fast:  # it does not say where its tokens stand in the text
+            return ids, [False] * len(ids), len(wanted)
+        first, last = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
+        trained, lost = np.zeros(len(ids), dtype=bool), 0
         for index in wanted:
-            end = self.text(row, messages[: index + 1], template)
-            if not self.tokenizer.is_fast or not text.startswith(end):
+            place = self._place(row, messages, index, template, text, (ids, first))
+            if place is None:
                 lost += 1
                 continue
-            asked = self.text(row, messages[:index], template, ask=True)
-            start = len(asked)
-            if not text.startswith(asked):  # as TRL: the answer starts where the tokens part, though not before it
-                before = self.text(row, messages[:index], template)
-                if not text.startswith(before):
-                    lost += 1
-                    continue
-                start = max(len(before), encoded["offset_mapping"][self._common(asked, ids)][0])
-            for token, (first, last) in enumerate(encoded["offset_mapping"]):
-                trained[token] |= start <= first < len(end) and last > first
-        return ids, trained, lost
+            start, end = place
+            trained |= (start <= first) & (first < end) & (last > first)
+            if most is not None and len(ids) > most and start >= first[most]:
+                break
+        return ids, trained.tolist(), lost
+
+    def _place(
+        self, row: Row, messages: Sequence[Message], index: int, template: str, text: str, tokens: tuple[Any, Any]
+    ) -> tuple[int, int] | None:
+        """(start, end) of an answer in the conversation's text, in characters; None if it is not rendered so there.
+
+        `tokens` are the conversation's ids and where in the text each begins.
+        """
+        end = self.text(row, messages[: index + 1], template)
+        if not text.startswith(end):
+            return None
+        asked = self.text(row, messages[:index], template, ask=True)
+        if text.startswith(asked):
+            return len(asked), len(end)
+        # As TRL: the answer begins where the tokens part, though not before its own turn.
+        before = self.text(row, messages[:index], template)
+        ids, first = tokens
+        return (max(len(before), first[self._common(asked, ids)]), len(end)) if text.startswith(before) else None
 
     def _common(self, text: str, ids: Sequence[int]) -> int:
         return common_length(self.tokenizer(text, add_special_tokens=False)["input_ids"], ids)

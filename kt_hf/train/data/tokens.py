@@ -55,6 +55,11 @@ class Reading:
     last_answer: bool
     processes: int | None
 
+    @property
+    def beginning(self) -> int | None:
+        """How many tokens are kept of a row's beginning; None for all, or where its end is kept."""
+        return self.max_length if self.cut and not self.keep_end else None
+
     def kept(self, numbers: list[int]) -> list[int]:
         """What is left of a row's tokens or labels."""
         if self.max_length is None or not self.cut:
@@ -275,7 +280,7 @@ def _labelled(row: Row, how: Reading) -> tuple[list[int], list[int], int]:
     wanted = [i for i in wanted if i == len(messages) - 1] if how.last_answer else wanted
     if wanted == [len(messages) - 1]:
         return _last_answer(row, how)
-    ids, trained, lost = how.template.answers(row, messages, wanted)
+    ids, trained, lost = how.template.answers(row, messages, wanted, how.beginning)
     if lost == len(wanted) and wanted[-1] == len(messages) - 1:  # a tokenizer that does not say where its tokens stand
         ids, labels, _ = _last_answer(row, how)
         return ids, labels, lost - 1
