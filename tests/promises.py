@@ -314,6 +314,9 @@ DECISIONS: dict[int, tuple[str, Tests]] = {
             "adapters/test_nothing_lost.py::test_a_state_dict_without_experts_is_not_saved",
             "adapters/test_merge.py::test_what_finds_no_place_is_an_error",
             "train/test_data.py::test_its_malformed_twin_is_refused_above_one_percent",
+            "train/test_data_tokens.py::test_tokens_and_labels_are_trls",
+            "train/test_data_tokens.py::test_a_prompt_longer_than_the_limit_is_told_and_stops_above_one_percent",
+            "train/test_data_rows.py::test_columns_that_nobody_uses_are_named_once",
         ),
     ),
 }
@@ -416,6 +419,14 @@ PAGES: dict[str, dict[str, Tests]] = {
             "train/test_run.py::test_every_answer_is_trained_where_the_template_marks_them",
             "train/test_run.py::test_else_the_last_answer_is_and_that_is_told",
         ),
+        "nothing of one is dropped unnamed": (
+            "train/test_data_tokens.py::test_what_the_template_leaves_out_is_named_once",
+            "train/test_data_rows.py::test_columns_that_nobody_uses_are_named_once",
+            "train/test_data_rows.py::test_what_cannot_be_used_is_refused_by_name",
+            "train/test_data_tokens.py::test_a_row_that_is_cut_is_told",
+        ),
+        "are those of TRL's own preparation": ("train/test_data_tokens.py::test_tokens_and_labels_are_trls",),
+        "is refused at once, and so": ("train/test_data_info.py::test_the_hub_out_of_reach_is_a_sentence_at_once",),
         "Its log-probabilities are computed once": ("train/test_arguments.py::test_the_reference_is_computed_once",),
         "A second Ctrl-C stops at once": ("train/test_interrupt.py::test_twice_stops_at_once",),
         "Refused, with what to write instead": (

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import typer
 
+from ..system.text import printable
+
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -30,5 +32,5 @@ def plain_failures(*own: type[Exception]) -> Iterator[None]:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"kt-hf: {message}", err=True)
+    typer.echo(f"kt-hf: {printable(message)}", err=True)
     raise typer.Exit(code)

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 _ANSWER = "{% generation %}{{ message['content'] + END }}{% endgeneration %}"
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    + _ANSWER.replace("END", "'<|im_end|>' + eos_token + '\n'")
+    # Where the end of text is the end of a turn, once is enough.
+    + _ANSWER.replace("END", "'<|im_end|>' + ('' if eos_token == '<|im_end|>' else eos_token or '') + '\n'")
     + "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -29,7 +30,7 @@ _ALPACA = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
     "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
     "{% else %}{{ '### Response:\n' }}"
-    + _ANSWER.replace("END", "eos_token + '\n\n'")
+    + _ANSWER.replace("END", "(eos_token or '') + '\n\n'")
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 CHAT_TEMPLATES = {"chatml": _CHATML, "alpaca": _ALPACA}

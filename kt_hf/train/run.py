@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
+from ..system.text import printable
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
-from .data.rows import Rows, for_sft, training_and_evaluation
+from .data.rows import training_and_evaluation
+from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .expert_profile import ProfileRun
 from .memory import PROGRAM, Estimate, estimate, in_words
 from .model_sizes import model_sizes
@@ -44,32 +46,36 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """
     own = settings.own
     _tell(console, settings.notices)
-    train_rows, eval_rows = training_and_evaluation(own, settings.trainer.get("seed", 42))
+    train_rows, eval_rows = training_and_evaluation(settings)
     config, told = load_config(own)
     tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
     _tell(console, told + more)
-    options = _trainer_options(settings, train_rows, eval_rows, tokenizer)
     _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
-
     memory = _before_loading(settings, config)
+    options = _trainer_options(settings, len(train_rows.rows))
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    how = reading(own, options, tokenizer, vocabulary)
+    with _working(console, "Tokenizing"):
+        train_data = prepare(train_rows, how, own.stage, "train")
+        eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
+    _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
-    placing = ProfileRun(settings, train_rows.rows, tokenizer, console)
+    placing = ProfileRun(settings, train_data.sequences, console)
     model = load_model(own, config, settings.kt if own.use_kt else None, console, placing, memory.tokens)
     peft_config, told = lora_config(model, own)
     _tell(console, told)
     counter = TokenCounter(model)
     stop, progress = StopOnInterrupt(console), ShowProgress(console, counter)
-    with console.status("Tokenising, packing the experts") if console.is_terminal else contextlib.nullcontext():
-        trainer = _make_trainer(settings, options, model, tokenizer, peft_config, train_rows, eval_rows)
+    with _working(console, "Packing the experts"):
+        trainer = _make_trainer(settings, options, model, tokenizer, peft_config, train_data, eval_data)
     trainer.add_callback(stop)
     trainer.add_callback(progress)
-    show_start(
-        console, settings, trainer, in_words(memory), len(train_rows.rows), len(eval_rows.rows) if eval_rows else 0
-    )
+    rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
+    show_start(console, settings, trainer, in_words(memory), *rows)
     show_example(console, trainer, tokenizer)
     _clear_earlier_run(settings, console)
     try:
@@ -79,7 +85,7 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
                 raise Interrupted(_what_is_left(settings, trainer))
             history = trainer.state.log_history
             evaluated = any(row.get("step") == trainer.state.global_step for row in history if "eval_loss" in row)
-            if eval_rows and not evaluated:
+            if eval_data and not evaluated:
                 trainer.evaluate()
     finally:
         progress.close()
@@ -119,16 +125,16 @@ def _make_trainer(
     model: Any,
     tokenizer: Any,
     peft_config: Any,
-    train_rows: Rows,
-    eval_rows: Rows | None,
+    train_data: Prepared,
+    eval_data: Prepared | None,
 ) -> Any:
     """TRL's trainer of the stage, around the model."""
-    from datasets import Dataset
     from transformers import PrinterCallback, set_seed
     from trl import DPOTrainer, SFTTrainer
 
     from .. import KTMoECallback
 
+    options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
     args = trainer_config(settings.own.stage)(**options)
     set_seed(args.seed)  # LoRA's start
     callbacks = [KTMoECallback()] if settings.own.use_kt else []
@@ -136,8 +142,8 @@ def _make_trainer(
     trainer = kind(
         model,
         args=args,
-        train_dataset=Dataset.from_list(train_rows.rows),
-        eval_dataset=Dataset.from_list(eval_rows.rows) if eval_rows else None,
+        train_dataset=train_data.dataset,
+        eval_dataset=eval_data.dataset if eval_data else None,
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=callbacks,
@@ -146,30 +152,13 @@ def _make_trainer(
     return trainer
 
 
-def _trainer_options(settings: TrainSettings, train: Rows, evaluation: Rows | None, tokenizer: Any) -> dict[str, Any]:
+def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
     options = on_this_machine(settings.trainer, settings.own) | {"disable_tqdm": True}
     options["output_dir"] = str(Path(settings.output_dir).expanduser())
-    if settings.own.stage == "sft":
-        train_on_all = options.get("completion_only_loss") is False
-        masks = for_sft(train, evaluation, lambda: not train_on_all and _marks_answers(tokenizer))
-        if masks:
-            options.setdefault("assistant_only_loss", True)
     processes = options.get("dataset_num_proc")
     if processes:  # a process costs more than a thousand short rows
-        options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, len(train.rows) // 1000) or None
+        options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, rows // 1000) or None
     return options
-
-
-def _marks_answers(tokenizer: Any) -> bool:
-    """Whether TRL can tell the answers of a conversation from the rest, by the template or one it knows in its
-    place."""
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError:
-        return False
-    return True
 
 
 def _resume(settings: TrainSettings) -> bool | str | None:
@@ -247,6 +236,11 @@ def _expert_load(trainer: Any) -> dict[int, list[float]]:
     return {layer: (c.double() / c.sum().clamp(min=1) * len(c)).tolist() for layer, c in total.items()}
 
 
+def _working(console: Console, words: str) -> contextlib.AbstractContextManager[Any]:
+    """Says what takes its time, on terminals alone."""
+    return console.status(words) if console.is_terminal else contextlib.nullcontext()
+
+
 def _tell(console: Console, lines: Any) -> None:
     for line in lines:
-        console.print(f"[dim]note:[/dim] {escape(line)}")
+        console.print(f"[dim]note:[/dim] {escape(printable(line))}")

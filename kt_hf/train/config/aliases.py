@@ -51,7 +51,6 @@ REMOVED = {
     "load_in_4bit": "leave it out: bitsandbytes cannot quantise packed experts",
     "load_in_8bit": "leave it out: bitsandbytes cannot quantise packed experts",
     "adapter_name_or_path": "use resume_from_checkpoint to go on with a run",
-    "dataset_dir": "give the file or folder itself in dataset",
     "streaming": "leave it out: data is read before training",
     "tokenized_path": "leave it out: data is tokenised at each start",
     "loraplus_lr_ratio": "leave it out: LoRA+ is not supported",
