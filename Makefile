@@ -45,8 +45,5 @@ bench: $(VENV)/ready
 	$(PY) benchmarks/layer.py --tokens 512 2048 --runs 5 --ranks 8 0 --cases default kt bare
 	$(PY) benchmarks/step.py --runs 2 --cases kt operators stock peer
 	$(PY) benchmarks/threads.py --tokens 64 512 2048 --runs 3
-	$(PY) benchmarks/growth.py --runs 5
-	$(PY) benchmarks/optimizer.py
 	$(PY) benchmarks/dpo.py
-	$(PY) benchmarks/roofline.py --tokens 16 128 512 2048 --runs 3
-	$(PY) benchmarks/plot.py
+	$(PY) benchmarks/report/cpu_page.py

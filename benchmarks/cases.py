@@ -1,4 +1,4 @@
-"""What computes one expert layer in layer.py, threads.py, growth.py and roofline.py: each case forward and backward as
+"""What computes one expert layer in layer.py and threads.py: each case forward and backward as
 a training step calls it, gradients starting from None."""
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from harness import cores, timed
 from peer import peer_layer
 from peft import LoraConfig, get_peft_model
 from processes import Build, Run
-from shapes import make_batch, random_model
-from sizes import Shape
+from shapes import Shape, make_batch, random_model
 from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe
@@ -106,24 +105,23 @@ def torch_threads(backend: Any) -> int:
 
 def bare(backend: Any, shape: Shape) -> Run:
     """kt-kernel's two calls with pointers made ready before: what no wrapper can be faster than."""
-    moe, K = backend._moe, shape.K
+    K = shape.K
     grads = [torch.zeros(size, dtype=torch.bfloat16) for size in backend.shape.lora_shapes(backend.max_rank)]
 
     def run(tokens: int) -> dict[str, float]:
         torch.set_num_threads(1)
-        backend._engine.workers.gather()
+        operator = backend.raw_operator()
         batch = make_batch(shape, tokens)
         length, x, ids, grad = torch.tensor([tokens], dtype=torch.int32), batch["x"], batch["ids"], batch["grad"]
         out, grad_input = torch.empty_like(x), torch.empty_like(x)
         weights, grad_weights = batch["weights"].float().contiguous(), torch.empty(tokens, K)
         pointers = [g.data_ptr() for g in grads] if backend.max_rank else [0] * 6
-        forward = timed(lambda: moe.forward_sft(
+        forward = timed(lambda: operator.forward_sft(
             length.data_ptr(), K, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), True
         ))  # fmt: skip
-        backward = timed(lambda: moe.backward(
+        backward = timed(lambda: operator.backward(
             grad.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0,
         ))  # fmt: skip
-        backend._cache.holds = 0
         return {"forward": forward, "backward": backward}
 
     return run

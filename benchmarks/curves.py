@@ -120,10 +120,7 @@ def train(model: Any, data: list[torch.Tensor], given: argparse.Namespace) -> tu
 
 
 def plot(curves: dict[str, list[float]], title: str, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from report.picture import plt, save
 
     figure, axis = plt.subplots(figsize=(7, 4))
     for index, (name, losses) in enumerate(curves.items()):
@@ -133,7 +130,7 @@ def plot(curves: dict[str, list[float]], title: str, file: Path) -> None:
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    save(figure, file, dpi=110)
 
 
 def main() -> int:

@@ -21,8 +21,7 @@ from cases import torch_threads
 from harness import append, cores, describe, parser, timed
 from peft import LoraConfig, get_peft_model
 from processes import Run, take_turns
-from shapes import fitting, random_model
-from sizes import SIZES, Shape
+from shapes import SIZES, Shape, fitting, random_model
 from torch import Tensor, nn
 
 from kt_hf import KTConfig, apply_kt_moe

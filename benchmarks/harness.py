@@ -121,7 +121,8 @@ def append(
             writer.writeheader()
         for case, timing in timings.items():
             for part, seconds in timing.parts.items():
-                cuts = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
+                # Inclusive: the other way goes beyond the least and the most of few runs, below zero at times.
+                cuts = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
                 row = {"case": case, "part": part, "runs": len(seconds), "threads": timing.threads or threads}
                 row |= {f"p{10 * (i + 1)}_ms": f"{cuts[i] * 1e3:.3f}" for i in (1, 4, 7)}
                 row["peak_mib"] = timing.peak_mib or ""

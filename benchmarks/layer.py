@@ -6,7 +6,7 @@ Prints milliseconds and ratios of one run, and appends to results.csv. With LoRA
 
     default      KTExperts of apply_kt_moe(model): the backend and threads that kt_hf chooses
     kt           the same with AMXBF16, backward weights of the layer's own, buffers for the longest batch alone;
-                 kt-int8, kt-int4: quantised
+                 kt-int8, kt-int4: quantized
     torch        kt_hf's torch backend on all cores
     bare         kt-kernel's two calls and nothing else, on kt's packed weights
     stock        transformers' grouped_mm with PEFT's LoRA on fused experts (target_parameters), all cores
@@ -32,8 +32,7 @@ import argparse
 from cases import builds
 from harness import append, describe, parser, with_pages
 from processes import Build, take_turns
-from shapes import fitting
-from sizes import SIZES, Shape
+from shapes import SIZES, Shape, fitting
 
 from kt_hf.system.memory import available_memory
 

@@ -105,7 +105,7 @@ def child(what: str, folder: Path, backend: str, threads: int, share: bool) -> d
         weights = [checkpoint.read(layer, torch.bfloat16) for layer in checkpoint.layers]
         start = time.perf_counter()
         for layer, one in zip(checkpoint.layers, weights, strict=True):
-            keep.append(packer.pack(one, shapes[layer], 8, layer))
+            keep.append(packer.build(one, shapes[layer], 8, layer))
     start = start if what == "pack" else time.perf_counter()
     if what == "read":
         for layer in checkpoint.layers:

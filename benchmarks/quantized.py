@@ -1,4 +1,4 @@
-"""Quantised experts of the up-cycled SmolLM2 (8 experts, hidden size 576, intermediate size 1536): error and memory.
+"""Quantized experts of the up-cycled SmolLM2 (8 experts, hidden size 576, intermediate size 1536): error and memory.
 
     python benchmarks/quantized.py errors [--layers 0 10 20 29] [--write docs/quantized_errors.csv]
     python benchmarks/quantized.py memory [--write docs/quantized_memory.csv]
@@ -6,7 +6,7 @@
 
 errors: real layers against the same in fp32 with the original weights, mean|a - b| / mean|b| of the output and the
 worst of the gradients; once on normally distributed hidden states and output gradients, once on those of a real text.
-Real hidden states have a few channels ten times as large as the rest, and a token's row is quantised by its largest
+Real hidden states have a few channels ten times as large as the rest, and a token's row is quantized by its largest
 value, so errors are twice as large there. 576 is no multiple of 128: INT4 is shown on a layer of random weights
 (--shape), with the other two.
 

@@ -1,13 +1,49 @@
-"""Random weights and inputs of the sizes that are measured."""
+"""The sizes of the models whose expert layers are measured, and random weights and inputs of such sizes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from sizes import SIZES, Shape
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kt_hf.system.memory import available_memory
+
+SIZES = {  # experts, experts a token, hidden size, expert intermediate size
+    "deepseek-v2-lite": (64, 6, 2048, 1408),
+    "deepseek-v3": (256, 8, 7168, 2048),
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "qwen3-235b-a22b": (128, 8, 4096, 1536),
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "smol": (8, 2, 576, 1536),
+    "tiny": (8, 2, 128, 128),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer's experts E, of which each token takes K, hidden size H, intermediate size I (`inner`)."""
+
+    name: str
+    E: int
+    K: int
+    H: int
+    inner: int
+
+    @property
+    def expert_weights(self) -> int:
+        return 3 * self.H * self.inner
+
+    @property
+    def bytes(self) -> int:
+        """Of a layer's experts in bf16."""
+        return 2 * self.E * self.expert_weights
+
+    def label(self, rank: int) -> str:
+        """As the CSV has it: the number of experts is named where memory did not allow them all."""
+        fewer = f" E={self.E}" if SIZES[self.name][0] > self.E else ""
+        return f"{self.name}{fewer} r={rank}"
 
 
 def fitting(name: str, layers: int = 1) -> Shape:

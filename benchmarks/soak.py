@@ -78,10 +78,7 @@ def train(steps: int, backend: str, folder: str) -> list[dict[str, float]]:
 
 
 def plot(rows: list[dict[str, float]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from report.picture import plt, save
 
     figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True)
     for axis, name in zip(axes, [name for name in rows[0] if name != "step"], strict=True):
@@ -90,7 +87,7 @@ def plot(rows: list[dict[str, float]], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[-1].set(xlabel="step")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    save(figure, file, dpi=110)
 
 
 def main() -> int:

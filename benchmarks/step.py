@@ -33,8 +33,7 @@ from harness import append, cores, describe, parser, timed, with_pages
 from peer import peer_model, settings
 from peft import LoraConfig, get_peft_model
 from processes import Build, Run, Worker, take_turns
-from shapes import fitting, random_model
-from sizes import SIZES
+from shapes import SIZES, fitting, random_model
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 

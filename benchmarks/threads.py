@@ -16,8 +16,7 @@ import sys
 from cases import default_backend, patched, step
 from harness import Timing, append, cores, describe, parser
 from processes import Build, Run, take_turns
-from shapes import fitting
-from sizes import SIZES, Shape
+from shapes import SIZES, Shape, fitting
 
 from kt_hf import KTConfig
 from kt_hf.backends import kernel_availability

@@ -1,7 +1,8 @@
-"""The versions kt_hf was tested with are its floors; an older package is refused at import, with the remedy."""
+"""Versions of other packages that kt_hf runs with. Below a floor it refuses at import, from a ceiling on it warns."""
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
@@ -9,10 +10,19 @@ from packaging.version import Version
 from .errors import KTAMXNotAvailableError
 
 FLOORS = {"torch": "2.9", "transformers": "5.17", "peft": "0.21", "accelerate": "1.15", "safetensors": "0.6"}
+CEILINGS = {"transformers": "6", "peft": "0.23"}
+"""The first versions whose private functions nobody has compared with those that kt_hf replaces."""
+
+logger = logging.getLogger(__name__)
 
 
-def check_versions(floors: dict[str, str] = FLOORS) -> None:
-    """Compare installed versions with the floors.
+def check_versions(floors: dict[str, str] = FLOORS, ceilings: dict[str, str] = CEILINGS) -> None:
+    """Compare installed versions with the floors, and with the ceilings, which only warn.
+
+    Args:
+        floors: Package name -> oldest version that works.
+        ceilings: Package name -> first version that was not tested. Pip refuses it already; who installs it all the
+            same may know better, so it is no error here.
 
     Raises:
         KTAMXNotAvailableError: A package is missing or too old, with the command that mends it.
@@ -30,3 +40,17 @@ def check_versions(floors: dict[str, str] = FLOORS) -> None:
         what = ", ".join(f"{name} {floor} or later ({found})" for name, floor, found in wrong)
         command = " ".join(f"'{name}>={floor}'" for name, floor, _ in wrong)
         raise KTAMXNotAvailableError(f"kt_hf needs {what}. Install with: pip install -U {command}")
+    for name, ceiling in ceilings.items():
+        installed = version(name)
+        if Version(Version(installed).base_version) >= Version(ceiling):
+            logger.warning(
+                "kt_hf was tested with %s below %s only; version %s is installed. It replaces private functions of %s, "
+                "so if something fails, install an older one: pip install '%s'",
+                name, ceiling, installed, name, requirement(name),
+            )  # fmt: skip
+
+
+def requirement(name: str) -> str:
+    """The versions of a package that kt_hf was tested with, as pip takes them: `peft>=0.21,<0.23`."""
+    ceiling = CEILINGS.get(name)
+    return f"{name}>={FLOORS[name]}" + (f",<{ceiling}" if ceiling else "")

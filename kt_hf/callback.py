@@ -19,8 +19,10 @@ from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers
 from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
+from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
 from .shapes import PROJECTIONS
+from .system.disk import check_space
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class KTMoECallback(TrainerCallback):
     """
 
     def __init__(self, adapter: str | Path | None = None) -> None:
+        if adapter is not None and not isinstance(adapter, (str, Path)):
+            raise KTAMXConfigError(f"adapter={adapter!r} is no path: give an adapter's folder or safetensors file.")
         self.adapter = adapter
         self._told = False
         self._threads: int | None = None
@@ -58,6 +62,7 @@ class KTMoECallback(TrainerCallback):
         model = kwargs["model"]
         layers = _layers(model)
         _refuse_parallel(args, model)
+        _refuse_another_forward(layers)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
             raise KTAMXConfigError(
@@ -76,6 +81,7 @@ class KTMoECallback(TrainerCallback):
                 "The experts are not trained: no LoRA on them. target_modules (or lora_target) %s would reach them.",
                 ", ".join(PROJECTIONS),
             )
+        check_trained(model)
         if self.adapter is not None and state.global_step == 0:
             start_from(model, self.adapter)
         self._refresh(layers)
@@ -100,6 +106,14 @@ class KTMoECallback(TrainerCallback):
         self._refresh(layers)
         if self._times:
             self._times.step_end(layers, args.gradient_accumulation_steps)
+        if control.should_save:
+            _check_space(args, kwargs["model"], kwargs.get("optimizer"))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            _check_space(args, kwargs["model"], kwargs.get("optimizer"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -157,6 +171,18 @@ class KTMoECallback(TrainerCallback):
             layer.update_lora_pointers()
 
 
+def _check_space(args: TrainingArguments, model: Any, optimizer: Any) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for (KTAMXError): the Trainer would leave a part of it."""
+    states = {} if args.save_only_model else getattr(optimizer, "state", {})
+    values = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    adapters = sum(adapter_bytes(model, name) for name in getattr(model, "peft_config", None) or {})
+    check_space(
+        Path(args.output_dir or "."),
+        adapters + sum(value.numel() * value.element_size() for value in values),
+        "Free some and resume: the checkpoints that are there are whole",
+    )
+
+
 def _settle(model: nn.Module) -> None:
     """Look at all checks of results that a GPU has under way (KTAMXForwardError, KTAMXBackwardError)."""
     for checks in {id(layer.factory.checks): layer.factory.checks for layer in kt_layers(model)}.values():
@@ -169,6 +195,19 @@ def _layers(model: nn.Module) -> list[KTExperts]:
     if not layers:
         raise KTAMXConfigError("KTMoECallback: the trainer's model is not patched. Call apply_kt_moe(model) before.")
     return layers
+
+
+def _refuse_another_forward(layers: list[KTExperts]) -> None:
+    """Kernel libraries bind a forward of stock experts to the instance (accelerate's hooks call ours, and are kept)."""
+    for layer in layers:
+        bound = vars(layer).get("forward")
+        if bound is not None and not hasattr(layer, "_hf_hook"):
+            name = getattr(bound, "__qualname__", type(bound).__name__)
+            raise KTAMXConfigError(
+                f"The forward of {layer.label} has been replaced by {getattr(bound, '__module__', '')}.{name}, which "
+                "cannot compute patched experts. Leave that library's experts out (of Liger: swiglu=False), or apply "
+                "it before apply_kt_moe."
+            )
 
 
 def _refuse_parallel(args: TrainingArguments, model: nn.Module) -> None:

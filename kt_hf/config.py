@@ -32,13 +32,17 @@ class KTConfig:
     Args:
         kt_backend: What computes the experts: `auto` (AMX, then AVX512-BF16, then torch; torch as well on two cores
             without AMX, unless kt_num_threads is set), `AMXBF16` (kt-kernel's bf16 operators, on AMX or AVX512-BF16),
-            `AMXInt8` or `AMXInt4` (the same, weights quantised as they are packed: a half and a quarter of the memory,
+            `AMXInt8` or `AMXInt4` (the same, weights quantized as they are packed: a half and a quarter of the memory,
             never chosen by `auto`), or `torch` (PyTorch, any device and dtype).
         kt_num_threads: Worker threads of the operators. None plans them from the machine; more than it
             has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
         kt_num_gpu_experts: Experts of each layer that are computed on the GPU while the CPU computes the others: the
             most used, if `apply_kt_moe` is given a placement. None means 0.
+        kt_expert_placement: In place of `kt_num_gpu_experts`, how many experts of each layer have their weights in the
+            GPU's memory, how many are copied to the GPU each time they are needed (the most used first, by the
+            placement), the CPU computing the others: `{"resident": 8, "streamed": 16}`; `cpu` or `gpu` (all of them);
+            or `auto`, which plans the numbers by the machine's measured rates. None leaves it to `kt_num_gpu_experts`.
         kt_weight_path: Folder of expert weights that `kt-hf quantize` wrote, used in place of the model's own
             (AMXInt8, AMXInt4; `kt_lora_rank` must be given).
         kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, `cpu` or `gpu`.
@@ -75,7 +79,15 @@ class KTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KTConfig:
-        """A config from a mapping, of a YAML file for instance, with the checks of the constructor."""
+        """A config from a mapping, of a YAML file for instance, with the checks of the constructor.
+
+        Raises:
+            KTAMXConfigError: No mapping, an unknown field, or a value that is out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise KTAMXConfigError(f"KTConfig.from_dict takes a mapping of settings, not {values!r}.")
+        if wrong := [name for name in values if not isinstance(name, str)]:
+            raise KTAMXConfigError(f"{wrong[0]!r} is no setting of kt_hf: names are text.")
         return cls(**values)
 
     def __post_init__(self, kt_max_cache_depth: int | None) -> None:
@@ -109,6 +121,19 @@ class KTConfig:
             )
         if self.kt_lora_rank is not None and self.kt_lora_rank > 1024:
             raise KTAMXConfigError(f"kt_lora_rank={self.kt_lora_rank} is too large: at most 1024.")
+
+
+def as_config(given: Any) -> KTConfig:
+    """The settings that a caller gave: a `KTConfig`, a mapping of its fields, or None for the defaults.
+
+    Raises:
+        KTAMXConfigError: Anything else, or a field or value that `KTConfig` refuses.
+    """
+    if given is None or isinstance(given, KTConfig):
+        return given or KTConfig()
+    if isinstance(given, Mapping):
+        return KTConfig.from_dict(given)
+    raise KTAMXConfigError(f"cfg={given!r} are no settings: give a KTConfig, a dict of its fields, or leave it out.")
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

@@ -110,6 +110,8 @@ def _problem(experts: nn.Module, text_config: Any, weightless: bool) -> str | No
         return "a gate of its own (_apply_gate)"
     activation = type(getattr(experts, "act_fn", None)).__name__
     named = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
+    if type(experts).__module__.startswith("liger_kernel."):  # its class is for SiLU alone, and names none
+        activation = _SILU[0]
     if activation not in _SILU:
         return f"activation {activation} (hidden_act={named!r}) instead of SiLU"
     gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]

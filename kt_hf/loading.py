@@ -25,7 +25,7 @@ from .backends import ExpertWeights
 from .checkpoint.eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
-from .config import KTConfig
+from .config import KTConfig, as_config
 from .discovery import ExpertsSite, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
@@ -61,7 +61,7 @@ _SWAPPING = threading.Lock()
 
 def load_kt_model(
     path_or_name: str | Path,
-    cfg: KTConfig | None = None,
+    cfg: KTConfig | Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
     console: Console | None = None,
     placement: Placement | Mapping[int, torch.Tensor] | str | Path | None = None,
@@ -79,7 +79,8 @@ def load_kt_model(
 
     Args:
         path_or_name: Folder, or name of a model of the hub, which is downloaded if it is not in the cache.
-        cfg: Settings. The operators need `kt_lora_rank`, for they pack as they read; backend torch does not.
+        cfg: Settings, as a `KTConfig` or a mapping of its fields. The operators need `kt_lora_rank`, for they pack as
+            they read; backend torch does not.
         dtype: Of the model, "auto" for the one its config names.
         console: Where a terminal is shown the progress; None means the standard error.
         placement: As `apply_kt_moe` takes it, and `tokens_per_step`.
@@ -94,7 +95,12 @@ def load_kt_model(
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
         KTAMXError: A damaged checkpoint, naming file and tensor.
     """
-    cfg = cfg or KTConfig()
+    cfg = as_config(cfg)
+    if not isinstance(path_or_name, (str, Path)):
+        raise KTAMXConfigError(
+            f"path_or_name is a {type(path_or_name).__name__}: give a folder or a name of the hub. apply_kt_moe takes "
+            "a model."
+        )
     for name, fix in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise KTAMXConfigError(f"{name}={kwargs[name]!r} cannot be given to load_kt_model: {fix}.")

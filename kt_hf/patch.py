@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
 from .backends import ExpertWeights, PackedLayerFiles
+from .backends.kt_kernel.kept_memory import KEPT
 from .checkpoint.fingerprint import fingerprint
-from .config import KTConfig
+from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.lora_tensors import watch_optimizers
-from .peft_compat import unwrap_expert_parameters
 from .peft_compat.saving import save_native_verified
+from .peft_compat.stock_lora import unwrap_expert_parameters
 from .placement.assembly import make_packer, memory_budget
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def apply_kt_moe(
     model: Any,
-    cfg: KTConfig | None = None,
+    cfg: KTConfig | Mapping[str, Any] | None = None,
     adapter: str | Path | None = None,
     placement: Placement | Mapping[int, Tensor] | str | Path | None = None,
     tokens_per_step: int | None = None,
@@ -45,7 +46,7 @@ def apply_kt_moe(
 
     Args:
         model: A transformers model, or a PeftModel around one.
-        cfg: Settings; the defaults without.
+        cfg: Settings, as a `KTConfig` or a mapping of its fields; the defaults without.
         adapter: Folder or safetensors file of an adapter to train on, of any format that `kt_hf.adapters` reads; the
             model then comes back as a PeftModel that has it.
         placement: Which experts go to the GPU first, where `kt_num_gpu_experts` or `kt_expert_placement` sends some:
@@ -63,6 +64,10 @@ def apply_kt_moe(
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
         KTAMXError: The adapter is damaged, or another base model's.
     """
+    cfg = as_config(cfg)
+    if not isinstance(model, nn.Module):
+        load = "AutoModelForCausalLM.from_pretrained(…) loads one, load_kt_model(…) loads and patches it"
+        raise KTAMXConfigError(f"model={model!r} is no model, but a {type(model).__name__}: {load}.")
     if adapter is not None:
         with open_adapter(adapter):  # a damaged one is refused before the model is touched
             pass
@@ -70,7 +75,6 @@ def apply_kt_moe(
             placement = read_placement(adapter)
         patched = apply_kt_moe(model, cfg, placement=placement, tokens_per_step=tokens_per_step)
         return load_adapter(patched, adapter)
-    cfg = cfg or KTConfig()
     refuse_parallel(model)
     base = base_model(model)
     if kt_layers(model):
@@ -108,6 +112,8 @@ def replace_experts(
         packer: Builds the layers' backends.
         weights_of: Gives a layer's weights, which are taken over.
     """
+    if packer.backend != "torch":
+        KEPT.warn_before_another_model()
     watch_optimizers()
     packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None

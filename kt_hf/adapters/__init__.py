@@ -3,7 +3,8 @@
 from .adapter import Adapter, Projection
 from .convert import FORMATS, convert, open_adapter
 from .load import load_adapter, start_from
-from .manifest import MANIFEST, publish, seal
+from .manifest import publish, seal
+from .manifest_file import MANIFEST
 from .verify import check_checkpoint, last_complete, tell_interrupted, verify_adapter
 
 __all__ = [

@@ -6,11 +6,9 @@ with rsLoRA). Formats differ in how A and B of all experts are laid out and name
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,14 @@ import torch
 from ..errors import KTAMXError
 from ..shapes import PROJECTIONS
 from ..system.files import Lazy
+from .other_tensors import EMBEDDING, LINEAR, OtherModule, sort_tensors
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What changes the mathematics of a LoRA layer, and experts do not have.
+_VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,20 @@ class Adapter:
         scaling = scale(self.config, rank, alpha)
         self.experts[f"{experts}.{name}"] = Projection(experts, name, rank, alpha, scaling, a, b)
 
+    def other_modules(self) -> dict[str, OtherModule]:
+        """What there is for modules other than experts, by full name.
+
+        Raises:
+            KTAMXError: A tensor that the config does not account for.
+        """
+        return sort_tensors(self.others, PREFIX, self.config, self.where)
+
     def modules(self) -> dict[str, dict[str, Lazy]]:
         """Adapted modules other than experts: full name -> what PEFT calls the tensor ("lora_A.weight") -> tensor."""
-        found: dict[str, dict[str, Lazy]] = {}
-        for key, tensor in self.others.items():
-            match = re.match(r"(.*)\.(lora_\w+?(?:\.weight)?)$", key.removeprefix(PREFIX))
-            if match:
-                found.setdefault(match[1], {})[match[2]] = tensor
-        return found
+        return {name: module.lora for name, module in self.other_modules().items() if module.lora}
 
     def check(self, finite: bool = False) -> None:
-        """Everything that can be told from the adapter alone.
+        """Everything that can be told from the adapter alone: what loading, exporting and saving refuse.
 
         Args:
             finite: Also read every tensor, and refuse one that is not finite.
@@ -102,17 +107,23 @@ class Adapter:
         Raises:
             KTAMXError: A half of a pair is missing, shapes or ranks do not go together, layers differ, NaN.
         """
+        variants = [name for name in _VARIANTS if self.config.get(name)]
+        if self.experts and variants:
+            name = variants[0]
+            raise KTAMXError(f"{self.where}: {name}={self.config[name]!r} is not supported with experts.")
         layers = self.layers()
         self._check_complete(layers)
         sizes: dict[str, tuple[int, ...]] = {}
         for module, one in self.experts.items():
             experts, _, inside = one.a.shape if len(one.a.shape) == 3 else (0, 0, 0)
             outside = one.b.shape[1] if len(one.b.shape) == 3 else 0
-            if one.a.shape != (experts, one.rank, inside) or one.b.shape != (experts, outside, one.rank):
+            wanted = (experts, one.rank, inside), (experts, outside, one.rank)
+            if (one.a.shape, one.b.shape) != wanted or not experts * inside * outside:
                 raise KTAMXError(
                     f"{self.where}: {module} has lora_A {one.a.shape} and lora_B {one.b.shape}; of rank {one.rank} (by "
                     f"{CONFIG}) they would be [experts, {one.rank}, in] and [experts, out, {one.rank}]."
                 )
+            self._check_dtype(module, one.a, one.b)
             # hidden and intermediate size, seen from either side
             size = (experts, inside, outside) if one.name != "down_proj" else (experts, outside, inside)
             if sizes.setdefault("experts", size) != size:
@@ -120,56 +131,83 @@ class Adapter:
                     f"{self.where}: {module} is of another size (experts, hidden, intermediate) = {size} than the "
                     f"projections before it, {sizes['experts']}: tensors of two models are mixed."
                 )
-        for name, tensors in self.modules().items():
-            self._check_linear(name, tensors)
-        self._check_known()
+        for name, module_tensors in self.other_modules().items():
+            self._check_other(name, module_tensors)
         if finite:
             for key, tensor in self.tensors():
-                if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor.load()).all()):
+                if tensor.dtype.is_floating_point and not bool(torch.isfinite(_wide(tensor.load())).all()):
                     raise KTAMXError(f"{self.where}: {key} holds values that are not finite.")
 
     def _check_complete(self, layers: Mapping[str, Mapping[str, Projection]]) -> None:
-        """Every projection that the config names, in each layer of which something is there."""
+        """Every projection that the config names, in each layer of which something is there, and no other."""
         if self.format == "kt":
             wanted = {experts: self.targeted(experts) for experts in layers}
         else:
-            names = {name for found in layers.values() for name in found}
+            names = {name for there in layers.values() for name in there}
             wanted = dict.fromkeys(layers, names)
-        for experts, found in layers.items():
-            missing = sorted(wanted[experts] - set(found))
+        for experts, there in layers.items():
+            missing, more = sorted(wanted[experts] - set(there)), sorted(set(there) - wanted[experts])
             if missing:
                 raise KTAMXError(f"{self.where}: {experts} has no LoRA of {', '.join(missing)}, which it should have.")
+            if more:
+                raise KTAMXError(
+                    f"{self.where}: {experts} has LoRA of {', '.join(more)}, for which there is no target_modules in "
+                    f"{CONFIG}: loading would drop it."
+                )
 
     def targeted(self, experts: str) -> set[str]:
-        """The projections of a layer's experts that an adapter of format kt has by its config."""
+        """The projections of a layer's experts that an adapter of format kt has by its config.
+
+        Raises:
+            KTAMXError: Settings that do not go together.
+        """
         from peft import LoraConfig
 
         from .peft_names import targets
 
-        keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        config = LoraConfig(**{key: self.config[key] for key in keys if self.config.get(key)})
+        wanted = self.config.get("target_modules")
+        if not wanted:
+            return set()
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            return set(PROJECTIONS)
+        keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        try:
+            config = LoraConfig(**{key: self.config[key] for key in keys if self.config.get(key) is not None})
+        except (ValueError, TypeError) as error:
+            raise KTAMXError(f"{self.where}: {CONFIG}: {error}") from error
         return {name for name in PROJECTIONS if targets(config, f"{experts}.{name}")}
 
-    def _check_known(self) -> None:
-        """No whole weights but those the config names: PEFT would load any over the base model's."""
-        adapted = {f"{module}.{tensor}" for module, found in self.modules().items() for tensor in found}
-        saved = [*(self.config.get("modules_to_save") or []), "embed_tokens", "lm_head", "token_adapter"]
-        for key in self.others:
-            name = key.removeprefix(PREFIX)
-            bias = name.endswith(".bias") and self.config.get("bias", "none") != "none"
-            if name not in adapted and not bias and not any(f".{part}." in f".{name}." for part in saved):
-                raise KTAMXError(f"{self.where}: {key} is no LoRA tensor, and not of modules_to_save.")
-
-    def _check_linear(self, name: str, tensors: Mapping[str, Lazy]) -> None:
-        a, b = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
-        if (a is None) != (b is None):
-            there = "A" if b is None else "B"
-            raise KTAMXError(f"{self.where}: {name} has lora_{there} and not the other of the pair.")
+    def _check_other(self, name: str, module: OtherModule) -> None:
         rank = rank_alpha(self.config, name)[0]
-        if a is not None and b is not None and (a.shape[0], b.shape[1]) != (rank, rank):
-            raise KTAMXError(
-                f"{self.where}: {name} has lora_A {a.shape} and lora_B {b.shape}, but rank {rank} by {CONFIG}."
-            )
+        for side_a, side_b in (LINEAR, EMBEDDING):
+            a, b = module.lora.get(side_a), module.lora.get(side_b)
+            if (a is None) != (b is None):
+                there = "A" if b is None else "B"
+                raise KTAMXError(f"{self.where}: {name} has lora_{there} and not the other of the pair.")
+            if a is None or b is None:
+                continue
+            self._check_dtype(name, a, b)
+            if (
+                min(len(a.shape), len(b.shape)) < 2
+                or (a.shape[0], b.shape[1]) != (rank, rank)
+                or 0 in a.shape + b.shape
+            ):
+                raise KTAMXError(
+                    f"{self.where}: {name} has lora_A {a.shape} and lora_B {b.shape}, but rank {rank} by {CONFIG}."
+                )
+        if module.tokens is not None:
+            self._check_dtype(name, module.tokens)
+            rows = token_rows(self.config, name)
+            if len(module.tokens.shape) != 2 or (rows is not None and len(rows) != module.tokens.shape[0]):
+                raise KTAMXError(
+                    f"{self.where}: {name} has {module.tokens.shape} for its retrained tokens, of which there are "
+                    f"{len(rows or ())} by trainable_token_indices in {CONFIG}."
+                )
+
+    def _check_dtype(self, name: str, *tensors: Lazy) -> None:
+        for tensor in tensors:
+            if tensor.dtype not in FLOATING:
+                raise KTAMXError(f"{self.where}: {name} is of {tensor.dtype}; an adapter is of bf16, fp16 or fp32.")
 
     def tensors(self) -> Iterator[tuple[str, Lazy]]:
         for module, one in self.experts.items():
@@ -179,7 +217,7 @@ class Adapter:
 
 
 def layer_of(name: str) -> int:
-    match = re.search(r"\.(\d+)\.", f".{name}.")
+    match = re.search(r"\.(\d{1,9})\.", f".{name}.")
     if match is None:
         raise KTAMXError(f"{name}: no layer number in the name.")
     return int(match[1])
@@ -228,32 +266,14 @@ def patterns(config: dict[str, Any], wanted: Mapping[str, tuple[int, float]]) ->
     config["alpha_pattern"] = new[1] | (config.get("alpha_pattern") or {})
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json.
-
-    Raises:
-        KTAMXError: It is missing, no JSON, or not that of a LoRA adapter which the formats can express.
-    """
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise KTAMXError(f"{path} is missing.") from None
-    except (ValueError, OSError) as error:
-        raise KTAMXError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise KTAMXError(f"{path}: peft_type={kind!r}, not LORA.")
-    for key, kind in (("r", int), ("lora_alpha", (int, float))):
-        value = config.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
-            raise KTAMXError(f"{path}: {key}={value!r} is not a positive number.")
-    for key in ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out"):
-        if config.get(key):
-            raise KTAMXError(f"{path}: {key}={config[key]!r} is not supported with experts.")
-    return config
+def token_rows(config: Mapping[str, Any], module: str) -> list[int] | None:
+    """The rows of an embedding that `trainable_token_indices` retrains; None where it does not name the module."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        return next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
+    return indices
 
 
-@contextmanager
-def nothing() -> Iterator[dict[str, Lazy]]:
-    """In place of a file that need not be there."""
-    yield {}
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """For what PyTorch does not compute with 8 bits."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.tensor_files import stored_tensors
 from ..errors import KTAMXConfigError, KTAMXError
-from ..system.files import Lazy, open_safetensors, sync, write_json, write_safetensors
+from ..system.disk import check_space
+from ..system.files import Lazy, new_folder, write_json, write_safetensors
+from ..system.json_fields import read_json
 from . import fused, kt, merge, peft, per_expert
-from .adapter import ADAPTER, CONFIG, Adapter, nothing, read_config
-from .manifest import MANIFEST, check_files, read_manifest, write_manifest
+from .adapter import ADAPTER, CONFIG, Adapter
+from .config_file import read_config
+from .manifest import check_files, write_manifest
+from .manifest_file import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
 FORMATS = ("kt", "peft", "per-expert", "fused", "sglang", "merged")
@@ -23,12 +26,13 @@ _MIXTRAL = ("mixtral", "minimax", "minimax_m2")  # model types whose hub names a
 
 
 @contextmanager
-def open_adapter(path: str | Path, config: str | Path | None = None) -> Iterator[Adapter]:
+def open_adapter(path: str | Path, config: str | Path | None = None, unfinished: bool = False) -> Iterator[Adapter]:
     """An adapter of any readable format, its tensors unread. They can be loaded as long as the context lasts.
 
     Args:
         path: The adapter's folder, or its safetensors file.
         config: adapter_config.json, where it is not beside the file.
+        unfinished: The folder is being written: its manifest is not looked at.
 
     Raises:
         KTAMXError: A file is missing, damaged, changed since its manifest was written, or its tensors do not go
@@ -46,25 +50,55 @@ def open_adapter(path: str | Path, config: str | Path | None = None) -> Iterator
             raise KTAMXConfigError(
                 f"{pickled[0]} is a pickle, which is not read. Save it with safe_serialization=True."
             )
-        manifest = read_manifest(folder)
+        manifest = None if unfinished else read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest)
     settings = read_config(Path(config) if config else folder / CONFIG)
     fused_file = folder / fused.FILE if path.is_dir() else path
     is_fused = fused_file.name == fused.FILE and fused_file.exists()
     main = folder / ADAPTER if path.is_dir() or is_fused else path
-    beside = open_safetensors(main) if main.exists() or not is_fused else nothing()
-    with beside as tensors, open_safetensors(fused_file) if is_fused else nothing() as experts:
-        tensors = {_with_prefix(key): value for key, value in tensors.items()}
-        adapter = Adapter(path, "fused" if is_fused else _format(path, tensors), settings)
-        if is_fused:
-            if any(_formats(tensors).values()):
-                raise KTAMXError(f"{folder}: the experts' LoRA is both in {fused.FILE} and in {ADAPTER}.")
-            fused.read(adapter, experts, tensors)
-        else:
-            {"kt": kt, "peft": peft, "per-expert": per_expert}[adapter.format].read(adapter, tensors)
-        adapter.check()
-        yield adapter
+    tensors = stored_tensors(main) if main.exists() or not is_fused else {}
+    experts = stored_tensors(fused_file) if is_fused else None
+    yield adapter_of(path, settings, tensors, experts)
+
+
+def adapter_of(
+    where: Path, settings: dict[str, Any], tensors: Mapping[str, Lazy], experts: Mapping[str, Lazy] | None = None
+) -> Adapter:
+    """An adapter of its tensors and settings, checked.
+
+    Args:
+        where: For messages.
+        settings: Of adapter_config.json, checked.
+        tensors: Of adapter_model.safetensors.
+        experts: Of fused_expert_lora.safetensors; None where there is none.
+
+    Raises:
+        KTAMXError: A name that is none, tensors of several formats, or what `Adapter.check` refuses.
+    """
+    others: dict[str, Lazy] = {}
+    for key, tensor in tensors.items():
+        _check_key(where, key)
+        if others.setdefault(_with_prefix(key), tensor) is not tensor:
+            raise KTAMXError(f"{where}: {key} is there twice, as {_with_prefix(key)} too.")
+    for key in experts or ():
+        _check_key(where, key)
+    if experts is not None:
+        if any(_formats(others).values()):
+            raise KTAMXError(f"{where}: the experts' LoRA is both in {fused.FILE} and in {ADAPTER}.")
+        adapter = Adapter(where, "fused", settings)
+        fused.read(adapter, dict(experts), others)
+    else:
+        adapter = Adapter(where, _format(where, others), settings)
+        {"kt": kt, "peft": peft, "per-expert": per_expert}[adapter.format].read(adapter, others)
+    adapter.check()
+    return adapter
+
+
+def _check_key(where: Path, key: str) -> None:
+    """Names go into messages, patterns and file names, and their numbers into memory."""
+    if not key or len(key) > 512 or not key.isprintable() or re.search(r"\d{10}", key):
+        raise KTAMXError(f"{where}: {key[:80]!r} is no name of a tensor.")
 
 
 def _with_prefix(key: str) -> str:
@@ -119,7 +153,11 @@ def convert(
     with open_adapter(input, config) as adapter:
         if target == "merged":
             merge.merge(adapter, Path(str(base)), output)
-        elif target == "sglang":
+            return output
+        # Gate and up as one are of twice their rank, half of B zeros; sglang has zeros for missing projections.
+        size = (2 if target in ("peft", "sglang") else 1) * sum(tensor.size for _, tensor in adapter.tensors())
+        check_space(output, size)
+        if target == "sglang":
             _tell_left_out(adapter, output)
             fused.write_sglang(adapter, output)
         elif output.name == fused.FILE:
@@ -146,23 +184,6 @@ def write_folder(adapter: Adapter, folder: Path, to: str, mixtral: bool = False)
         write_json(folder / CONFIG, module.config(adapter))
     if to == "kt":
         write_manifest(folder, None)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all: filled under another name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.mkdir()
-    try:
-        yield temporary
-        sync(temporary)
-        if path.is_dir():
-            path.rmdir()  # empty, as was checked
-        os.rename(temporary, path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _target(output: Path, to: str | None) -> str:
@@ -211,12 +232,10 @@ def _is_mixtral(adapter: Adapter, base: str | Path | None) -> bool:
     """Whether the base is Mixtral, or named like it: by base's config.json, else the manifest's or adapter's."""
     if base is not None:
         file = Path(base) if Path(base).is_file() else Path(base) / "config.json"
-        try:
-            return json.loads(file.read_text()).get("model_type") in _MIXTRAL
-        except (OSError, ValueError) as error:
-            raise KTAMXConfigError(f"base={str(base)!r}: {file} cannot be read ({error}).") from error
+        kind = read_json(file).object().get("model_type")
+        return kind is not None and kind.value in _MIXTRAL
     folder = adapter.where if adapter.where.is_dir() else adapter.where.parent
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    if manifest and manifest.get("base"):
-        return manifest["base"]["architecture"].get("model_type") in _MIXTRAL
+    if manifest and manifest.base:
+        return manifest.base.architecture.get("model_type") in _MIXTRAL
     return "mixtral" in str(adapter.config.get("base_model_name_or_path") or "").lower()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import kt_layers
 from . import kt
-from .adapter import Adapter, rank_alpha, scale
+from .adapter import PREFIX, Adapter, rank_alpha, scale
 from .convert import open_adapter, write_folder
-from .verify import saved_names, verify_adapter
+from .fit import base_parameter, saved_names, saved_whole_names
+from .other_tensors import plain_name
+from .verify import verify_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +74,9 @@ def start_from(model: Any, path: str | Path) -> None:
     with open_adapter(path) as adapter:
         adapter.check(finite=True)
         config = kt.config(adapter)
-        parameters = saved_names(model, name)
+        parameters = saved_names(model, name) | saved_whole_names(model, name)
         tensors = dict(adapter.tensors())
+        parameters |= _of_base(adapter, model, tensors.keys() - parameters.keys())
         fix = "apply_kt_moe(model, adapter=…) takes the adapter's own settings; the trainer then needs no peft_config."
         for key in sorted(parameters.keys() | tensors.keys()):
             there, here = tensors.get(key), parameters.get(key)
@@ -86,6 +90,20 @@ def start_from(model: Any, path: str | Path) -> None:
             for key, parameter in parameters.items():
                 parameter.copy_(tensors[key].load())
     logger.info("kt_hf: training starts from the adapter in %s.", path)
+
+
+def _of_base(adapter: Adapter, model: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """What an adapter holds of the base model, whose embeddings were resized: key -> the model's parameter.
+
+    Copies that PEFT writes beside are left out: the parameter they are of is there too.
+    """
+    found = {}
+    for key in keys:
+        module, _, parameter = plain_name(key.removeprefix(PREFIX)).rpartition(".")
+        value = base_parameter(model, module, parameter) if ".lora_" not in key else None
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def _check_scaling(model: Any, name: str, adapter: Adapter, config: dict[str, Any], fix: str) -> None:

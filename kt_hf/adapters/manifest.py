@@ -2,7 +2,8 @@
 
 A stock Trainer writes straight into the checkpoint's folder, so a killed run leaves any part of it behind. Hence:
 
-1. Before the first file, the manifest is replaced by one that says "unfinished" (`begin`).
+1. Before the first file, the manifest is replaced by one that says "unfinished" (`begin`), with a mark of the save:
+   where another process begins a save in the same folder meanwhile, neither is finished (`_check_mark`).
 2. PEFT writes its files. They are read back, checked and flushed to disk.
 3. The manifest, with sizes and hashes, takes the first one's place by a rename (`write_manifest`).
 4. At `on_save` the Trainer's own files (optimizer, scheduler, random state, trainer_state.json) are added (`seal`).
@@ -14,21 +15,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import secrets
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.tensor_files import read_header
 from ..errors import KTAMXError
 from ..placement import PLACEMENT, packer_of, write_placement
 from ..placement.tiers import Tiers
-from ..system.files import open_safetensors, replacing, sha256, sync, write_json
+from ..system.files import replacing, sha256, sync, write_json
+from ..system.json_fields import Fields, read_json
 from .adapter import ADAPTER, CONFIG
+from .manifest_file import MANIFEST, VERSION, WRITER, Manifest, StoredFile, read_manifest
 
-MANIFEST = "kt_adapter_manifest.json"
-VERSION = 1
-_WRITER = "kt_hf"
+# Folder -> the mark of the save that this process has begun there.
+_MARKS: dict[Path, str] = {}
 # Fields of adapter_config.json that may change after the save: the base model has moved, the adapter is trained on.
 _FREE = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
 # What decides whether an adapter fits a model, under the names of the supported families; anything else in a config
@@ -44,17 +49,22 @@ _ARCHITECTURE = (
 def begin(folder: Path) -> None:
     """Say that this folder is being written, before anything else in it changes."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MANIFEST, {"writer": _WRITER, "format_version": VERSION, "complete": False})
+    mark = _MARKS[folder.resolve()] = secrets.token_hex(8)
+    write_json(folder / MANIFEST, {"writer": WRITER, "format_version": VERSION, "complete": False, "save": mark})
     # So that a Trainer which resumes from here meets the manifest, and does not say only that there is no checkpoint.
     (folder / ADAPTER).touch()
 
 
-def write_manifest(folder: Path, model: Any) -> None:
+def write_manifest(folder: Path, model: Any, checked: os.stat_result | None = None) -> None:
     """Flush the adapter's files to disk and write their manifest, by a rename.
 
     Args:
         folder: With adapter_model.safetensors and adapter_config.json.
         model: The model they belong to, or None where it is not known (a conversion).
+        checked: State of adapter_model.safetensors when it was compared with the model.
+
+    Raises:
+        KTAMXError: Another process saves into this folder too.
     """
     files = [ADAPTER, CONFIG]
     packer = packer_of(model) if model is not None else None
@@ -63,38 +73,65 @@ def write_manifest(folder: Path, model: Any) -> None:
     for name in files:
         sync(folder / name)
     sync(folder)
-    with open_safetensors(folder / ADAPTER) as tensors:
-        listed = {
-            key: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for key, t in tensors.items()
-        }
-    write_json(
-        folder / MANIFEST,
-        {
-            "writer": _WRITER,
-            "format_version": VERSION,
-            "complete": True,
-            "packages": _packages(),
-            "base": describe_base(model),
-            "lora": _bound(json.loads((folder / CONFIG).read_text())),
-            "files": {name: _describe(folder / name) for name in files},
-            "training": None,
-            "tensors": listed,
-        },
+    tensors = read_header(folder / ADAPTER)
+    content = {
+        "writer": WRITER,
+        "format_version": VERSION,
+        "complete": True,
+        "save": _MARKS.get(folder.resolve()),
+        "packages": _packages(),
+        "base": describe_base(model),
+        "lora": _bound(read_json(folder / CONFIG).object()),
+        "files": {name: _describe(folder / name) for name in files},
+        "training": None,
+        "tensors": {key: {"dtype": _name_of(t.dtype), "shape": list(t.shape)} for key, t in tensors.items()},
+    }
+    now = (folder / ADAPTER).stat()
+    if checked and (checked.st_ino, checked.st_size, checked.st_mtime_ns) != (now.st_ino, now.st_size, now.st_mtime_ns):
+        raise _other_process(folder)
+    _check_mark(folder)
+    write_json(folder / MANIFEST, content)
+
+
+def _check_mark(folder: Path) -> None:
+    """Refuse to finish a save where another process has begun one since."""
+    mine = _MARKS.get(folder.resolve())
+    if mine is None:
+        return
+    try:
+        there = read_json(folder / MANIFEST).object().get("save")
+    except KTAMXError:
+        there = None
+    if there is None or there.value != mine:
+        raise _other_process(folder)
+
+
+def _other_process(folder: Path) -> KTAMXError:
+    return KTAMXError(
+        f"{folder}: another process saves into this folder too, so that what is there may be of both. Give each run an "
+        "output_dir of its own."
     )
 
 
 def seal(folder: Path) -> None:
-    """Add the Trainer's own files, once they are all there. Does nothing to a folder without a finished manifest."""
+    """Add the Trainer's own files, once they are all there. Does nothing to a folder without a finished manifest.
+
+    Raises:
+        KTAMXError: Another process saves into this folder too.
+    """
     if not (folder / MANIFEST).exists():
         return
+    _check_mark(folder)
     manifest = read_manifest(folder)
-    files = [file for name in ("*.pt", "*.pth", "trainer_state.json") for file in sorted(folder.glob(name))]
     if manifest is None:
         return
+    files = [file for name in ("*.pt", "*.pth", "trainer_state.json") for file in sorted(folder.glob(name))]
     for file in files:
         sync(file)
-    manifest["training"] = {file.name: _describe(file) for file in files}
-    write_json(folder / MANIFEST, manifest)
+    training = {file.name: _describe(file) for file in files}
+    _check_mark(folder)
+    write_json(folder / MANIFEST, {**manifest.content, "training": training})
+    _MARKS.pop(folder.resolve(), None)
 
 
 def publish(checkpoint: Path, output_dir: Path) -> None:
@@ -106,60 +143,27 @@ def publish(checkpoint: Path, output_dir: Path) -> None:
     if manifest is None:
         return
     begin(output_dir)
-    for name in manifest["files"]:
+    for name in manifest.files:
         with replacing(output_dir / name) as temporary:
             shutil.copyfile(checkpoint / name, temporary)
-    write_json(output_dir / MANIFEST, {**manifest, "training": None})
+    write_json(output_dir / MANIFEST, {**manifest.content, "training": None})
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder; None if there is none of ours.
-
-    Raises:
-        KTAMXError: It cannot be read, is unfinished, or of a later format.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        raise KTAMXError(f"{path} cannot be read: {error}. The folder is damaged.") from error
-    if not isinstance(manifest, dict):
-        raise KTAMXError(f"{path} holds no object. The folder is damaged.")
-    if manifest.get("writer") != _WRITER:
-        if "artifacts" in manifest or "status" in manifest:
-            return None  # kt-kernel's trainer writes one of the same name
-        raise KTAMXError(f"{path} was not written by kt_hf (writer={manifest.get('writer')!r}).")
-    if manifest.get("format_version") != VERSION:
-        raise KTAMXError(
-            f"{path}: format_version={manifest.get('format_version')!r}; this kt_hf reads {VERSION}. Update it."
-        )
-    if not manifest.get("complete"):
-        raise KTAMXError(f"{folder}: saving was interrupted; the adapter is not complete.")
-    missing = {"files", "tensors", "lora", "base", "training"} - set(manifest)
-    if missing:
-        raise KTAMXError(f"{path} lacks {', '.join(sorted(missing))}. The folder is damaged.")
-    return manifest
-
-
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare sizes, hashes, tensors and LoRA settings with the manifest.
 
     Raises:
         KTAMXError: Naming the file and what differs.
     """
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise KTAMXError(f"{path} is missing, which {MANIFEST} lists.")
-        if name == CONFIG:
-            continue
-        _compare(path, entry)
+        if name != CONFIG:
+            _compare(path, entry)
     _check_config(folder, manifest)
-    with open_safetensors(folder / ADAPTER) as tensors:
-        there = {key: (str(t.dtype).removeprefix("torch."), list(t.shape)) for key, t in tensors.items()}
-    listed = {key: (entry["dtype"], entry["shape"]) for key, entry in manifest["tensors"].items()}
+    there = {key: (_name_of(t.dtype), list(t.shape)) for key, t in read_header(folder / ADAPTER).items()}
+    listed = manifest.tensors
     wrong = sorted(key for key in there.keys() | listed.keys() if there.get(key) != listed.get(key))
     if wrong:
         key = wrong[0]
@@ -169,55 +173,52 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _check_config(folder: Path, manifest: dict[str, Any]) -> None:
+def _check_config(folder: Path, manifest: Manifest) -> None:
     path = folder / CONFIG
-    if sha256(path) == manifest["files"][CONFIG]["sha256"]:
+    if sha256(path) == manifest.files[CONFIG].sha256:
         return
-    try:
-        now = _bound(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise KTAMXError(f"{path} cannot be read: {error}. It was whole when it was saved.") from error
-    for key in sorted(now.keys() | manifest["lora"].keys()):
-        if now.get(key) != manifest["lora"].get(key):
+    now = _bound(read_json(path).object())
+    for key in sorted(now.keys() | manifest.lora.keys()):
+        if now.get(key) != manifest.lora.get(key):
             raise KTAMXError(
-                f"{path}: {key}={now.get(key)!r}, but the adapter was saved with {manifest['lora'].get(key)!r} (by "
+                f"{path}: {key}={now.get(key)!r}, but the adapter was saved with {manifest.lora.get(key)!r} (by "
                 f"{MANIFEST}). The files are not of one save, or one was edited."
             )
 
 
-def check_training(folder: Path, manifest: dict[str, Any]) -> None:
+def check_training(folder: Path, manifest: Manifest) -> None:
     """Compare the Trainer's files with the manifest, if it lists them."""
-    for name, entry in (manifest["training"] or {}).items():
+    for name, entry in manifest.training.items():
         if not (folder / name).is_file():
             raise KTAMXError(f"{folder / name} is missing, which {MANIFEST} lists: the checkpoint is being deleted?")
         _compare(folder / name, entry)
 
 
-def _compare(path: Path, entry: dict[str, Any]) -> None:
+def _compare(path: Path, entry: StoredFile) -> None:
     size = path.stat().st_size
-    if size != entry["size"]:
-        short = "truncated" if size < entry["size"] else "longer"
-        raise KTAMXError(f"{path} is {short}: {size} bytes, by {MANIFEST} {entry['size']}.")
-    if sha256(path) != entry["sha256"]:
+    if size != entry.size:
+        short = "truncated" if size < entry.size else "longer"
+        raise KTAMXError(f"{path} is {short}: {size} bytes, by {MANIFEST} {entry.size}.")
+    if sha256(path) != entry.sha256:
         raise KTAMXError(
             f"{path} is not the file that was saved: its sha256 differs from the one in {MANIFEST}. It was changed, or "
             "comes from another save."
         )
 
 
-def check_base(where: Path, manifest: dict[str, Any], model: Any) -> None:
+def check_base(where: Path, manifest: Manifest, model: Any) -> None:
     """Compare the base model that the adapter was trained on with this one. Its name and place may differ.
 
     Raises:
         KTAMXError: Naming the settings that differ.
     """
-    saved, now = manifest["base"], describe_base(model)
-    if not saved or not now or saved["config_sha256"] == now["config_sha256"]:
+    saved, now = manifest.base, describe_base(model)
+    if not saved or not now or saved.config_sha256 == now["config_sha256"]:
         return
-    old, new = saved["architecture"], now["architecture"]
+    old, new = saved.architecture, now["architecture"]
     keys = [key for key in _ARCHITECTURE if old.get(key) != new.get(key)]
     shown = ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys[:4])
-    raise KTAMXError(f"{where} was trained on another base model ({saved['name']!r}): {shown}.")
+    raise KTAMXError(f"{where} was trained on another base model ({saved.name!r}): {shown}.")
 
 
 def describe_base(model: Any) -> dict[str, Any] | None:
@@ -237,11 +238,15 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _bound(config: dict[str, Any]) -> dict[str, Any]:
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bound(config: Fields) -> dict[str, Any]:
     """The settings of an adapter_config.json that belong to the tensors; lists are sets in PEFT, so in any order."""
     return {
         key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-        for key, value in config.items()
+        for key, value in config.values()
         if key not in _FREE and value not in (None, {}, []) and value is not False
     }
 

@@ -2,79 +2,115 @@
 
 Shard by shard and tensor by tensor: in memory are one weight of the base, in its dtype and in fp32, and LoRA of one
 projection. Names, dtypes, shards and their order stay the base's, fused or one tensor an expert; the product and the
-sum are fp32, rounded to the base's dtype once.
+sum are fp32, rounded to the base's dtype once. Input and output embeddings that were one tensor, and are two with the
+adapter, become two (`embeddings`).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.tensor_files import INDEX, SINGLE, read_index, stored_tensors
 from ..errors import KTAMXConfigError, KTAMXError
-from ..shapes import ALIASES
-from ..system.files import Lazy, Part, open_safetensors, write_json, write_safetensors
-from .adapter import PREFIX, Adapter, Projection, rank_alpha, scale
+from ..system.disk import check_space
+from ..system.files import Lazy, Part, new_folder, write_json, write_safetensors
+from ..system.json_fields import read_json
+from .adapter import FLOATING, Adapter, Projection
+from .base_names import BaseNames, ModelTensor
+from .embeddings import EmbeddingPlan, plan_embeddings
+from .merged_module import merged_weight
 
-INDEX = "model.safetensors.index.json"
-_NAMES = {**ALIASES, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
-_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_NAMES)})\.weight$")
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?$")
 _NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|.*\.index\.json$")
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Initialisations of LoRA that leave the base model's weights as they are; the others change them when they begin.
+_KEEPS_BASE = ("true", "false", "gaussian", "eva", "orthogonal")
+_VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+             "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+Change = Callable[[Tensor], Tensor]
 
 
 class _Merger:
     """The change of each of the base's tensors, and which of the adapter's have been used."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.linear = adapter.modules()
-        keys = {f"{module}.{name}" for module, found in self.linear.items() for name in found}
-        # modules_to_save and the like: PEFT saves the whole weight.
-        self.whole = {
-            key.removeprefix(PREFIX): tensor
-            for key, tensor in adapter.others.items()
-            if key.removeprefix(PREFIX) not in keys
-        }
-        for module, found in self.linear.items():
-            if set(found) != {"lora_A.weight", "lora_B.weight"}:
-                raise KTAMXError(f"{adapter.where}: {module} has {', '.join(sorted(found))}, which cannot be merged.")
-        self.left = {*adapter.experts, *self.linear, *self.whole}
+    def __init__(self, adapter: Adapter, names: BaseNames, plan: EmbeddingPlan) -> None:
+        self.adapter, self.names, self.plan = adapter, names, plan
+        self.modules = adapter.other_modules()
+        self.layers = adapter.layers()
+        self.left = {*adapter.experts}
+        for name, module in self.modules.items():
+            if name in plan.modules:
+                continue
+            self.left |= {f"{name}.{parameter}" for parameter in module.whole} | ({name} if module.lora else set())
         self.unused = {module: set(range(one.a.shape[0])) for module, one in adapter.experts.items()}
         self._kept: tuple[str, Tensor, Tensor] | None = None
 
-    def change(self, name: str, tensor: Lazy) -> Callable[[Tensor], Tensor] | None:
+    def change(self, name: str, tensor: Lazy) -> Change | None:
         """What to do with one of the base's tensors, None to leave it as it is."""
-        plain = name.replace("block_sparse_moe", "mlp")
-        if match := _EXPERT.match(plain):
-            one = self.adapter.experts.get(self._named(f"{match[1]}.{_NAMES[match[3]]}"))
-            return None if one is None else self._expert(one, int(match[2]), name, tensor)
-        if match := _FUSED.match(plain):
-            parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
-            found = [self.adapter.experts.get(self._named(f"{match[1]}.{part}")) for part in parts]
-            return self._stack(found, name, tensor) if any(found) else None
-        module = self._named(name.removesuffix(".weight"))
-        if name in self.whole:
-            self.left.discard(name)
-            whole = self.whole[name]
-            self._fits(name, tensor, whole.shape)
-            return lambda weight: whole.load().to(weight.dtype)
-        return self._linear(module, name, tensor) if module in self.linear and name.endswith(".weight") else None
+        found = self.names.find(name)
+        if found.projections:
+            experts = self._named(found.module, self.layers)
+            wanted = [self.adapter.experts.get(f"{experts}.{projection}") for projection in found.projections]
+            if not any(wanted):
+                return None
+            self._refuse_operations(found, name)
+            if found.expert is None:
+                return self._stack(wanted, found, name, tensor)
+            return self._expert(next(one for one in wanted if one), found.expert, name, tensor)
+        if found.pieces:
+            return self._pieces(found, name, tensor)
+        module = self._named(found.module, self.modules)
+        if module not in self.modules or module in self.plan.modules:
+            return None
+        return self._other(module, found, name, tensor)
 
-    def _named(self, name: str) -> str:
+    def _named(self, name: str, known: Mapping[str, object]) -> str:
         """The adapter's name for a module of the base: a checkpoint may hold the model without its head."""
-        for candidate in (name, f"model.{name}", name.removeprefix("model.")):
-            if candidate in self.adapter.experts or candidate in self.linear:
-                return candidate
-        return name
+        return next((n for n in (name, f"model.{name}", name.removeprefix("model.")) if n in known), name)
 
-    def _expert(self, one: Projection, expert: int, name: str, tensor: Lazy) -> Callable[[Tensor], Tensor]:
+    def _other(self, module: str, found: ModelTensor, name: str, tensor: Lazy) -> Change | None:
+        """A module that is no expert and no embedding."""
+        there, whole = self.modules[module], self.modules[module].whole.get(found.parameter)
+        lora = there.lora if found.parameter == "weight" else {}
+        if whole is None and not lora:
+            return None
+        self._refuse_operations(found, name)
+        shape = whole.shape if whole else (lora["lora_B.weight"].shape[0], lora["lora_A.weight"].shape[1])
+        self._fits(name, tensor, shape)
+        self.left -= {module, f"{module}.{found.parameter}"}
+        return lambda weight: merged_weight(self.adapter, there, found.parameter, weight)
+
+    def _pieces(self, found: ModelTensor, name: str, tensor: Lazy) -> Change | None:
+        """Modules whose weights are rows of one tensor."""
+        changes: list[tuple[slice, Change]] = []
+        begin = 0
+        for module, rows in found.pieces:
+            place, begin = slice(begin, begin + rows), begin + rows
+            module = self._named(module, self.modules)
+            piece = Lazy(tensor.dtype, (rows, *tensor.shape[1:]), tensor.load)
+            if module not in self.modules:
+                continue
+            change = self._other(module, ModelTensor(module, found.parameter), name, piece)
+            if change is not None:
+                changes.append((place, change))
+        if not changes:
+            return None
+        if begin != tensor.shape[0]:
+            raise KTAMXError(f"The base's {name} is {tensor.shape}, by its config.json it has {begin} rows.")
+
+        def merged(weight: Tensor) -> Tensor:
+            for place, change in changes:
+                weight[place] = change(weight[place])
+            return weight
+
+        return merged
+
+    def _expert(self, one: Projection, expert: int, name: str, tensor: Lazy) -> Change:
         if expert >= one.a.shape[0]:
             raise KTAMXError(f"The base has {name}, but {self.adapter.where} knows {one.a.shape[0]} experts.")
         self._fits(name, tensor, (one.b.shape[1], one.a.shape[2]))
@@ -88,42 +124,39 @@ class _Merger:
 
         return merged
 
-    def _stack(self, found: list[Projection | None], name: str, tensor: Lazy) -> Callable[[Tensor], Tensor]:
-        known = [one for one in found if one is not None]
-        rows = known[0].b.shape[1]
-        self._fits(name, tensor, (known[0].a.shape[0], rows * len(found), known[0].a.shape[2]))
+    def _stack(self, wanted: list[Projection | None], found: ModelTensor, name: str, tensor: Lazy) -> Change:
+        known = [one for one in wanted if one is not None]
+        rows, parts = known[0].b.shape[1], len(wanted)
+        shape = (known[0].a.shape[0], rows * parts, known[0].a.shape[2])
+        self._fits(name, tensor, (shape[0], shape[2], shape[1]) if found.transposed else shape)
         self.left -= {one.module for one in known}
 
         def merged(weight: Tensor) -> Tensor:
-            for index, one in enumerate(found):
+            matrices = weight.transpose(1, 2) if found.transposed else weight
+            for index, one in enumerate(wanted):
                 if one is None:
                     continue
                 a, b = self._load(one)
+                place = slice(index, None, parts) if found.interleaved else slice(index * rows, (index + 1) * rows)
                 for expert in range(a.shape[0]):
-                    part = weight[expert, index * rows : (index + 1) * rows]
+                    part = matrices[expert, place]
                     part.copy_(torch.addmm(part.float(), b[expert].float(), a[expert].float(), alpha=one.scaling))
             return weight
 
         return merged
 
-    def _linear(self, module: str, name: str, tensor: Lazy) -> Callable[[Tensor], Tensor]:
-        a, b = self.linear[module]["lora_A.weight"], self.linear[module]["lora_B.weight"]
-        self._fits(name, tensor, (b.shape[0], a.shape[1]))
-        self.left.discard(module)
-        factor = scale(self.adapter.config, *rank_alpha(self.adapter.config, module))
-
-        def merged(weight: Tensor) -> Tensor:
-            return torch.addmm(weight.float(), b.load().float(), a.load().float(), alpha=factor).to(weight.dtype)
-
-        return merged
+    def _refuse_operations(self, found: ModelTensor, name: str) -> None:
+        if found.operations:
+            raise KTAMXError(
+                f"The base's {name} becomes {found.module} by {found.operations} when transformers loads it, through "
+                "which an adapter cannot be merged. Load the base with transformers, save_pretrained it with "
+                "save_original_format=False, and merge into that."
+            )
 
     def _fits(self, name: str, tensor: Lazy, shape: tuple[int, ...]) -> None:
         if tensor.shape != shape:
             raise KTAMXError(f"The base's {name} is {tensor.shape}, but {self.adapter.where} was made for {shape}.")
-        if tensor.dtype not in _FLOATING:
-            raise KTAMXConfigError(
-                f"base: {name} is quantised ({tensor.dtype}); give the model in bfloat16, float16 or float32."
-            )
+        refuse_quantised(name, tensor)
 
     def _load(self, one: Projection) -> tuple[Tensor, Tensor]:
         """A and B of a projection, kept for its other experts."""
@@ -131,6 +164,57 @@ class _Merger:
             self._kept = None
             self._kept = one.module, one.a.load(), one.b.load()
         return self._kept[1], self._kept[2]
+
+    def check_all_used(self, base: Path) -> None:
+        """Refuse to leave out a part of the adapter, with the reason."""
+        if not self.left:
+            return
+        first = sorted(self.left)[0]
+        whole = sorted(name for name in self.left if name.rpartition(".")[0] in self.modules)
+        why = "another base model?"
+        if whole == sorted(self.left):
+            why = (
+                "they are trained as a whole, and of another model class than the base's: save the model itself."
+                if not any(".layers." in name for name in whole)
+                else "the base model has no such parameter: another base model?"
+            )
+        raise KTAMXError(
+            f"base={str(base)!r} has no weights for {len(self.left)} modules of {self.adapter.where}, {first} for one: "
+            f"{why}"
+        )
+
+
+def refuse_quantised(name: str, tensor: Lazy) -> None:
+    """Raise KTAMXConfigError for a weight of the base that nothing can be added to."""
+    if tensor.dtype not in FLOATING:
+        raise KTAMXConfigError(
+            f"base: {name} is quantised ({tensor.dtype}); give the model in bfloat16, float16 or float32."
+        )
+
+
+def _refuse_variants(adapter: Adapter) -> None:
+    """What is no W + s·B·A."""
+    for name in _VARIANTS:
+        if adapter.config.get(name):
+            raise KTAMXError(
+                f"{adapter.where}: {name}={adapter.config[name]!r} is no sum of the base's weights and LoRA: it "
+                "cannot be merged."
+            )
+    init = adapter.config.get("init_lora_weights", True)
+    if str(init).lower() not in _KEEPS_BASE:
+        raise KTAMXError(
+            f"{adapter.where}: init_lora_weights={init!r} has changed the base model's own weights, which the adapter "
+            "does not hold: it cannot be merged into the base checkpoint."
+        )
+    for name, module in adapter.other_modules().items():
+        if set(module.lora) not in (
+            set(),
+            {"lora_A.weight", "lora_B.weight"},
+            {"lora_embedding_A", "lora_embedding_B"},
+        ):
+            raise KTAMXError(f"{adapter.where}: {name} has {', '.join(sorted(module.lora))}, which cannot be merged.")
+        if any(len(tensor.shape) != 2 for tensor in module.lora.values()):
+            raise KTAMXError(f"{adapter.where}: {name} is no linear layer and no embedding, and cannot be merged.")
 
 
 def merge(adapter: Adapter, base: Path, output: Path) -> None:
@@ -142,37 +226,44 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
         output: New folder.
 
     Raises:
-        KTAMXError: LoRA for which the base has no weight, or one of another shape.
+        KTAMXError: LoRA for which the base has no weight, or one of another shape; a part of the adapter that is no
+            change of a weight; a full disk.
         KTAMXConfigError: base is no such folder, or its weights are quantised.
     """
-    from .convert import new_folder
-
-    if (base / INDEX).is_file():
-        index = json.loads((base / INDEX).read_text())
-        shards = sorted(set(index["weight_map"].values()))
-    elif (base / "model.safetensors").is_file():
-        index, shards = None, ["model.safetensors"]
-    else:
-        raise KTAMXConfigError(f"base={str(base)!r} has neither {INDEX} nor model.safetensors.")
-    merger = _Merger(adapter)
-    for shard in shards:  # before anything is written: does everything find its place?
-        with open_safetensors(base / shard) as tensors:
-            for name, tensor in tensors.items():
-                merger.change(name, tensor)
-    if merger.left:
-        raise KTAMXError(
-            f"base={str(base)!r} has no weights for {len(merger.left)} modules of {adapter.where}, "
-            f"{sorted(merger.left)[0]} for one: another base model?"
-        )
+    shards = list(dict.fromkeys(read_index(base).values())) or [SINGLE]
+    _refuse_variants(adapter)
+    names = BaseNames(base)
+    tensors = {shard: stored_tensors(base / shard) for shard in sorted(shards)}
+    plan = plan_embeddings(adapter, names, tensors, base)
+    merger = _Merger(adapter, names, plan)
+    for there in tensors.values():  # before anything is written: does everything find its place?
+        for name, tensor in there.items():
+            merger.change(name, tensor)
+    merger.check_all_used(base)
+    copied = [file for file in sorted(base.iterdir()) if file.is_file() and not _NOT_COPIED.match(file.name)]
+    sizes = [file.stat().st_size for file in [*copied, *(base / shard for shard in shards)]]
+    check_space(output, sum(sizes) + plan.more_bytes)
     with new_folder(output) as folder:
-        for shard in shards:
-            with open_safetensors(base / shard) as tensors:
-                write_safetensors(folder / shard, [_merged(merger, name, tensor) for name, tensor in tensors.items()])
-        for file in sorted(base.iterdir()):
-            if file.is_file() and not _NOT_COPIED.match(file.name):
-                shutil.copyfile(file, folder / file.name)
-        if index is not None:
-            write_json(folder / INDEX, index)
+        for shard, there in tensors.items():
+            parts = [plan.parts.get(name) or _merged(merger, name, tensor) for name, tensor in there.items()]
+            write_safetensors(folder / shard, [*parts, *plan.added.get(shard, [])])
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
+        if (base / INDEX).is_file():
+            write_json(folder / INDEX, _index(base, plan))
+        plan.write_config(folder)
+
+
+def _index(base: Path, plan: EmbeddingPlan) -> dict[str, Any]:
+    """The base's index, and in it what is added."""
+    index = dict(read_json(base / INDEX).object().values())
+    added = {name: shard for shard, parts in plan.added.items() for part in parts for name in part.specs}
+    if added or plan.more_bytes:
+        index["weight_map"] = {**index["weight_map"], **added}
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+            index["metadata"] = {**metadata, "total_size": metadata["total_size"] + plan.more_bytes}
+    return index
 
 
 def _merged(merger: _Merger, name: str, tensor: Lazy) -> Part:

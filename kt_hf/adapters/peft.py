@@ -107,7 +107,8 @@ def _pair(adapter: Adapter, place: tuple[str, str], pair: dict[str, Lazy]) -> _P
         raise KTAMXError(f"{adapter.where}: LoRA of {module} has only lora_{''.join(pair)}, not the other of the pair.")
     rank, alpha = rank_alpha(adapter.config, module)
     a, b = pair["A"], pair["B"]
-    if a.shape[0] % rank or b.shape[1] != a.shape[0]:
+    odd = place[1] == "gate_up_proj" and b.shape[0] % 2
+    if a.shape[0] % rank or b.shape[1] != a.shape[0] or odd or 0 in a.shape + b.shape:
         raise KTAMXError(
             f"{adapter.where}: LoRA of {module} is {a.shape} and {b.shape}, which do not go with rank {rank} (by "
             "adapter_config.json)."

@@ -35,7 +35,7 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
     """Fill an adapter from the tensors of a per-expert file.
 
     Raises:
-        KTAMXError: An expert lacks a tensor that others have, or its tensors are of another shape.
+        KTAMXError: An expert lacks a tensor that others have, or has it twice, or of another shape.
     """
     found: dict[tuple[str, str], dict[str, dict[int, Lazy]]] = {}
     mixtral = False
@@ -48,10 +48,12 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
         # Where kt-kernel's trainer had wrapped the layer, its name has one step more.
         experts = match[1].removeprefix(PREFIX).replace("block_sparse_moe", "mlp").replace("original_moe.", "")
         sides = found.setdefault((experts, _NAMES[match[3]]), {"A": {}, "B": {}})
-        sides[match[4]][int(match[2])] = tensor
+        if sides[match[4]].setdefault(int(match[2]), tensor) is not tensor:
+            raise KTAMXError(f"{adapter.where}: {key} is there twice, under another spelling of its name.")
     if mixtral:
         _rename_patterns(adapter.config)
-    count = max(max(sides["A"] | sides["B"]) for sides in found.values()) + 1
+    # As many as there are, whatever their numbers: a number may be any.
+    count = len({expert for sides in found.values() for side in sides.values() for expert in side})
     for (experts, name), sides in found.items():
         add_pair(
             adapter, experts, name, {side: _stack(adapter, experts, name, side, sides[side], count) for side in "AB"}

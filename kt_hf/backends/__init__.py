@@ -15,11 +15,21 @@ from .registry import (
 )
 from .torch_loop import TorchBackend
 
+# The names that these had in 0.1.0.
+QUANTISED, Saved, SavedLayer, pack, save_packed = (
+    QUANTIZED,
+    SavedForward,
+    PackedLayerFiles,
+    build_backend,
+    quantize_layer,
+)
+
 __all__ = [
     "CALL_LOCK",
     "FEW_CORES",
     "LORA_NAMES",
     "OPERATORS",
+    "QUANTISED",
     "QUANTIZED",
     "Availability",
     "ExpertShape",
@@ -27,13 +37,17 @@ __all__ = [
     "ExpertsBackend",
     "Gradients",
     "PackedLayerFiles",
+    "Saved",
     "SavedForward",
+    "SavedLayer",
     "TorchBackend",
     "build_backend",
     "choose_backend",
     "describe_cpu",
     "kernel_availability",
     "most_tokens",
+    "pack",
     "quantize_layer",
+    "save_packed",
     "shape_problem",
 ]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import KTAMXModelNotSupportedError, KTAMXNotAvailableError
+from ..errors import KTAMXConfigError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from ..system.cpu import cpu_features
 
 if TYPE_CHECKING:
@@ -198,3 +198,28 @@ def upcycle(
     """(model, tokenizer): SmolLM2-135M-Instruct as a Mixtral. Arguments as above."""
     dense, tokenizer = load_dense()
     return upcycle_model(dense, num_experts, noise, seed, num_layers, dtype), tokenizer
+
+
+def save_model(folder: str | Path, num_layers: int | None = None, dtype: str = "auto") -> Path:
+    """Write the built-in model to a folder, as a checkpoint that `load_kt_model`, `kt-hf quantize` and `kt-hf export
+    --to merged --base` take: configuration, safetensors weights and tokenizer.
+
+    Args:
+        folder: A new or empty folder.
+        num_layers: The first layers alone, as `builtin:smollm2-moe/2` has two; None for all 30.
+        dtype: As `torch_dtype` of a run: auto, bfloat16, float16 or float32.
+
+    Returns:
+        The folder.
+
+    Raises:
+        KTAMXConfigError: The folder has files in it.
+        KTAMXNotAvailableError: The model's package is not installed, with the command that installs it.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KTAMXConfigError(f"folder={str(folder)!r} is not empty: name a new one.")
+    model, tokenizer = upcycle(num_layers=num_layers, dtype=default_dtype(dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

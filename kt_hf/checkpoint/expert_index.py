@@ -7,7 +7,6 @@ Three layouts are known, told by the tensors' names, whatever the family: one te
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,10 +23,12 @@ from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ExpertShape
 from .eight_bit import FLOATING, KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
-from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_tensors
+from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
 
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_ONE_EXPERT = re.compile(rf"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$")
+_ONE_EXPERT = re.compile(
+    rf"(.*\bexperts)\.(\d{1, 9})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$"
+)
 _FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?({SCALE_PATTERN})?$")
 _OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
 # A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
@@ -260,7 +261,7 @@ def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
             return Path(str(cached_file(name, SINGLE, **hub))).parent
         except OSError:
             index = Path(str(cached_file(name, INDEX, **hub)))
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_index(index.parent).values()))
         cached_files(name, shards, **hub)
     except (OSError, ValueError, KeyError) as error:
         told = " ".join(str(error).split())

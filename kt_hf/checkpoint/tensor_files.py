@@ -7,29 +7,25 @@ lock free: the operators hold it while they pack a layer, and the next one is re
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError, KTAMXError
+from ..system.files import DTYPES, Lazy
+from ..system.json_fields import Field, parse_json, printable, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Names of the safetensors format, github.com/huggingface/safetensors; those this PyTorch does not know are left out.
-_FORMAT = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-}  # fmt: skip
-_DTYPES = {name: getattr(torch, dtype) for name, dtype in _FORMAT.items() if hasattr(torch, dtype)}
+_LONGEST_HEADER = 40_000_000  # bytes; the library takes 100 million, which would be 2 GB in memory
+_LARGEST = 2**48  # elements of a tensor; PyTorch's own arithmetic of shapes and strides ends at 2**63
 _MOST_BUFFERS = 1024  # a call of preadv takes (IOV_MAX of Linux and macOS)
 
 
@@ -50,13 +46,23 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def row(self, index: int) -> StoredTensor:
         """The tensor at `index` of the first dimension."""
         shape = self.shape[1:]
-        size = self.dtype.itemsize * torch.Size(shape).numel()
+        size = self.dtype.itemsize * math.prod(shape)
         return replace(self, shape=shape, begin=self.begin + index * size)
+
+    def load(self) -> Tensor:
+        """Read it, into memory of its own.
+
+        Raises:
+            KTAMXError: The file has changed since its header was read.
+        """
+        memory = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        read_tensors([(self, memory)])
+        return memory
 
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
@@ -77,7 +83,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.tensors: dict[str, StoredTensor] = {}
-        index = self._index()
+        index = read_index(self.folder)
         self.files = sorted({self.folder / shard for shard in index.values()}) or [self.folder / SINGLE]
         for file in self.files:
             if not file.is_file():
@@ -94,26 +100,6 @@ class TensorFiles:
                     f"{self.folder / INDEX} says that {self.folder / shard} has {name}, which is not so{where}."
                 )
 
-    def _index(self) -> dict[str, str]:
-        """Tensor -> file name, {} for a checkpoint of one file. Where both are there, transformers loads the one."""
-        path = self.folder / INDEX
-        if (self.folder / SINGLE).is_file():
-            return {}
-        if not path.is_file():
-            raise KTAMXConfigError(
-                f"{self.folder} has neither {SINGLE} nor {INDEX}: give the folder of a model saved as safetensors."
-            )
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not found or not all(isinstance(shard, str) for shard in found.values()):
-                raise ValueError("weight_map does not name a file for each tensor")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KTAMXError(f"{path} is damaged, or no index of a checkpoint: {error}.") from error
-        for name, shard in found.items():
-            if Path(shard).name != shard:
-                raise KTAMXError(f"{path}: {name} is said to be in {shard!r}, which is no file name.")
-        return dict(found)
-
     @cached_property
     def unlisted(self) -> dict[str, Path]:
         """Tensor -> file, of files in the folder that do not belong to the checkpoint."""
@@ -126,8 +112,46 @@ class TensorFiles:
         return found
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """Which file of a checkpoint has which tensor. Where both are there, transformers loads the one file.
+
+    Args:
+        folder: Holds model.safetensors, or model.safetensors.index.json.
+
+    Returns:
+        Tensor -> file name, in the order of the index; {} for a checkpoint of one file.
+
+    Raises:
+        KTAMXConfigError: It holds neither.
+        KTAMXError: The index is damaged, or names a file that is not in the folder.
+    """
+    path = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return {}
+    if not path.is_file():
+        raise KTAMXConfigError(
+            f"{folder} has neither {SINGLE} nor {INDEX}: give the folder of a model saved as safetensors."
+        )
+    listed = read_json(path).object()["weight_map"].object()
+    if not len(listed):
+        raise KTAMXError(f"{path} is damaged: its weight_map names no file.")
+    odd = next((name for name in listed if not name.isprintable()), None)
+    if odd is not None:
+        raise KTAMXError(f"{path}: {odd[:80]!r} is no name of a tensor.")
+    return {name: shard.file_name() for name, shard in listed.items()}
+
+
+def stored_tensors(file: Path) -> dict[str, Lazy]:
+    """The tensors of a safetensors file by name, unread; each is read into memory of its own.
+
+    Raises:
+        KTAMXError: As `read_header`.
+    """
+    return {name: Lazy(one.dtype, one.shape, one.load) for name, one in read_header(file).items()}
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file. Whatever the library refuses is refused, and names that come twice too.
 
     The format: 8 bytes, the length of the header as a little-endian integer; the header, JSON of name -> dtype, shape,
     data_offsets; the tensors' bytes, little-endian, without gaps.
@@ -135,19 +159,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         KTAMXError: It is no such file, or shorter or longer than its header says, naming the tensor.
     """
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            if length > size - 8:
-                raise ValueError(f"its header would have {length} bytes, the file has {size}")
-            entries = dict(json.loads(stream.read(length), object_pairs_hook=_no_doubles))
-    except (ValueError, TypeError, struct.error) as error:
-        raise KTAMXError(f"{file} is truncated, damaged, or no safetensors file: {error}.") from error
-    entries.pop("__metadata__", None)
-    found = [_stored(file, name, entry, 8 + length) for name, entry in entries.items()]
-    end, last = 8 + length, ""
-    for tensor in sorted(found, key=lambda t: (t.begin, t.size)):
+    header, data, size = _header(file)
+    entries = header.object()
+    for name, text in entries["__metadata__"].object().items() if "__metadata__" in entries else ():
+        if not isinstance(text.value, str):
+            raise KTAMXError(f"{file}: {printable(name)} of the header's __metadata__ is not a text.")
+    stored = [_stored(name, entry, data) for name, entry in entries.items() if name != "__metadata__"]
+    end, last = data, ""
+    for tensor in sorted(stored, key=lambda t: (t.begin, t.size)):
         if tensor.begin != end:
             raise KTAMXError(
                 f"{tensor} begins at byte {tensor.begin}, but {last or 'the header'} before it ends at {end}."
@@ -157,34 +176,51 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise KTAMXError(f"{tensor} ends at byte {end}, but the file has only {size}: it is truncated.")
     if end != size:
         raise KTAMXError(f"{file} has {size} bytes; its last tensor, {last or 'none'}, ends at {end}.")
-    return {tensor.name: tensor for tensor in found}
+    return {tensor.name: tensor for tensor in stored}
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name} is there twice")
-        found[name] = value
-    return found
-
-
-def _stored(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
+def _header(file: Path) -> tuple[Field, int, int]:
+    """The header, where the data begins, and the size of the file, in bytes."""
     try:
-        dtype = _DTYPES.get(entry["dtype"])
-        begin, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        numbers = [begin, end, *shape]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError(f"shape {shape} and offsets {begin}, {end}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise KTAMXError(f"{file}: {name} has a damaged entry in the header: {error}.") from error
+        if file.exists() and not file.is_file():  # a pipe would wait for ever
+            raise ValueError("it is no file")
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else 0
+            if length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError(f"its header would have {length} bytes, the file has {size}")
+            text = stream.read(length)
+        if not text.startswith(b"{"):
+            raise ValueError("it does not begin with a header")
+        return Field(file, "", parse_json(text)), 8 + length, size
+    except FileNotFoundError:
+        raise KTAMXError(f"{file} is missing.") from None
+    except (ValueError, OSError) as error:
+        size = file.stat().st_size if file.is_file() else 0
+        problem = getattr(error, "strerror", None) or error
+        raise KTAMXError(f"{file} is truncated, damaged, or no safetensors file: {problem} ({size} bytes).") from error
+
+
+def _stored(name: str, entry: Field, data: int) -> StoredTensor:
+    """A tensor of the header; `data` is where the file's data begins."""
+    if not name.isprintable():
+        raise KTAMXError(f"{entry.file}: {name[:80]!r} is no name of a tensor.")
+    values = entry.object()
+    dtype = DTYPES.get(values["dtype"].text())
     if dtype is None:
-        raise KTAMXError(f"{file}: {name} is of dtype {entry['dtype']}, which is not supported.")
-    tensor = StoredTensor(name, file, dtype, shape, data + begin)
-    if tensor.size != end - begin:
+        kind = printable(values["dtype"].value[:20])
+        raise KTAMXError(f"{entry.file}: {name} is of dtype {kind}, which is not supported.")
+    shape = tuple(length.integer(least=0) for length in values["shape"].entries())
+    offsets = [offset.integer(least=0) for offset in values["data_offsets"].entries()]
+    if len(offsets) != 2 or offsets[1] < offsets[0]:
+        values["data_offsets"].refuse("is not the begin and the end of a tensor")
+    if len(shape) > 64 or math.prod(max(length, 1) for length in shape) > _LARGEST:
+        values["shape"].refuse("is the shape of no tensor")
+    tensor = StoredTensor(name, entry.file, dtype, shape, data + offsets[0])
+    size = offsets[1] - offsets[0]
+    if tensor.size != size:
         raise KTAMXError(
-            f"{tensor} has {end - begin} bytes, but its shape {list(shape)} of {entry['dtype']} needs {tensor.size}."
+            f"{tensor} has {size} bytes, but its shape {list(shape)} of {values['dtype'].value} needs {tensor.size}."
         )
     return tensor
 

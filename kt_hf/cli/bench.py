@@ -40,7 +40,9 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Also draw a PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How fast this machine computes one layer of a model's experts, forward and backward.
+    """Measure a layer of a model's experts on this machine.
+
+    How fast it is computed, forward and backward.
 
     Example: kt-hf bench Qwen/Qwen3-30B-A3B --tokens 512,2048 --threads 8,16,32 --plot bench.png
 
@@ -55,12 +57,13 @@ def main(
         from ..system.cpu import plan_threads
         from ..tools import bench
         from ..train.config.settings import OwnKeys
+        from ..train.hub import sizes_of
         from ..train.model_sizes import model_sizes
         from ..train.models import load_config
 
         lengths = _numbers("--tokens", tokens)
         own = OwnKeys(model_name_or_path=model)
-        sizes = model_sizes(load_config(own)[0], own)
+        sizes = model_sizes(sizes_of(model) or load_config(own)[0], own)
         shape = (sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
         planned = plan_threads().workers
         own_number = None if threads else planned

@@ -28,7 +28,9 @@ def main(
         bool, typer.Option("--fast", help="A few layers and steps: checks the machinery, the answers mean nothing.")
     ] = False,
 ) -> None:
-    """Train a small mixture of experts on Python's documentation and check it, on this computer, within minutes.
+    """Train and check a small real model, within minutes.
+
+    A mixture of experts learns Python's documentation, on this computer.
 
     Needs about 5 GB of memory and no network. The exit code is 0 when the held-out loss fell as expected and the saved
     adapter gives the same answers in a new process, 1 when not, 2 when something is missing or an option is wrong.

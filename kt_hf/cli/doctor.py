@@ -11,7 +11,9 @@ from .failures import FAILED, plain_failures
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """What this machine can do, whether each backend computes right, what is wrong and how to mend it.
+    """Say what this machine can do, and what to mend.
+
+    Whether each backend computes right, what is wrong and how to mend it.
 
     Example: kt-hf doctor
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .failures import FAILED, plain_failures
+
+if TYPE_CHECKING:
+    from ..train.config.settings import TrainSettings
 
 
 def main(
@@ -21,17 +24,27 @@ def main(
     device: Annotated[
         str, typer.Option(help="Where all but the experts would be: cuda, cpu, or auto for what this machine has.")
     ] = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Host memory of another machine, as 512GB; by default what is free here."),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of its GPU, as 24GB; means --device cuda.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
-    """How much memory a run takes, before anything is loaded: part by part, whether it fits, and what to change if not.
+    """Tell how much memory a run takes, before anything is loaded.
+
+    Part by part, whether it fits, and what to change if not.
 
     Example: kt-hf estimate configs/qwen3_30b_a3b_sft.yaml per_device_train_batch_size=4
 
-    Sequences are taken to be as long as cutoff_len allows. The exit code is 0 when it fits, 1 when not, 2 when a
-    setting is wrong.
+    Sequences are taken to be as long as cutoff_len allows. Another machine (--memory, --gpu-memory) is taken to have a
+    CPU that kt-kernel's operators run on. The exit code is 0 when it fits this machine, or the one given, 1 when not, 2
+    when a setting is wrong.
     """
     with plain_failures():
-        made = make(what, overrides or [], device)
+        made = make(what, overrides or [], device, memory, gpu_memory)
         if as_json:
             typer.echo(json.dumps(made.as_json(), indent=2))
         else:
@@ -40,43 +53,71 @@ def main(
             raise typer.Exit(FAILED)
 
 
-def make(what: str, overrides: list[str], device: str = "auto") -> Any:
+def make(
+    what: str, overrides: list[str], device: str = "auto", memory: str | None = None, gpu_memory: str | None = None
+) -> Any:
     """The `Estimate` of a YAML file, or of a model with the default settings.
+
+    Args:
+        what: A YAML file, or a model's name or folder.
+        overrides: Settings as `key=value`, put over the file's.
+        device: `cuda`, `cpu`, or `auto` for what this machine has.
+        memory: Host memory of another machine, as 512GB; None for what is free here.
+        gpu_memory: Memory of its GPU; None for what is free here, if the run is to be here.
 
     Raises:
         KTAMXError: Bad settings, no such model, or one without experts.
     """
     from ..errors import KTAMXConfigError
-    from ..train.config.read import check_settings, read_arguments
-    from ..train.config.yaml_file import Setting, read_overrides
+    from ..train.memory_size import bytes_of
+
+    if device not in ("auto", "cuda", "cpu"):
+        raise KTAMXConfigError(f"--device={device}: it must be auto, cuda or cpu.")
+    if gpu_memory is not None and device == "cpu":
+        raise KTAMXConfigError(f"--gpu-memory={gpu_memory} and --device=cpu: leave one of them out.")
+    host_given = bytes_of(memory, "--memory") if memory is not None else None
+    gpu_given = bytes_of(gpu_memory, "--gpu-memory") if gpu_memory is not None else None
+    settings = _settings(what, overrides)
+    import torch
+
+    from ..backends import OPERATORS, kernel_availability
+    from ..system.memory import available_memory
+    from ..train.hub import sizes_of
     from ..train.memory import estimate
     from ..train.model_sizes import model_sizes
     from ..train.models import load_config
 
-    if device not in ("auto", "cuda", "cpu"):
-        raise KTAMXConfigError(f"--device={device}: it must be auto, cuda or cpu.")
-    if Path(what).suffix in (".yaml", ".yml"):
-        settings = read_arguments(Path(what), overrides, purpose="estimate")
-    else:
-        given, problems = read_overrides({"model_name_or_path": Setting(what, "command line")}, overrides)
-        settings = check_settings(given, problems, what, purpose="estimate")
-    import torch
-
-    from ..backends import kernel_availability
-    from ..system.memory import available_memory
-
-    config, _ = load_config(settings.own)
-    here = torch.cuda.is_available()
-    gpu = here if device == "auto" else device == "cuda"
-    kernel = settings.kt.kt_backend != "torch" and kernel_availability().ok
+    config = sizes_of(settings.own.model_name_or_path) or load_config(settings.own)[0]
+    elsewhere = host_given is not None or gpu_given is not None
+    gpu_here = torch.cuda.is_available()
+    gpu = gpu_given is not None or (device == "cuda" if device != "auto" else gpu_here and not elsewhere)
+    backend = settings.kt.kt_backend
     return estimate(
         settings,
         model_sizes(config, settings.own),
-        kernel=kernel,
+        kernel=backend in OPERATORS or (backend == "auto" and (elsewhere or kernel_availability().ok)),
         gpu=gpu,
-        host_free=available_memory(),
-        gpu_free=torch.cuda.mem_get_info()[0] if here and gpu else None,
+        host_free=available_memory() if host_given is None else host_given,
+        gpu_free=torch.cuda.mem_get_info()[0] if gpu_here and gpu and not elsewhere else gpu_given,
     )
+
+
+def _settings(what: str, overrides: list[str]) -> TrainSettings:
+    """Those of a YAML file, or the defaults for a model. A model that nobody has is refused before the libraries that
+    know TRL's settings are imported, which takes seconds."""
+    from ..builtin.known_models import known_config
+    from ..train.hub import configuration_of
+
+    written = Path(what).suffix in (".yaml", ".yml")
+    if not written and not what.startswith("builtin:") and known_config(what) is None:
+        configuration_of(what)
+    from ..train.config.read import check_settings, read_arguments
+    from ..train.config.yaml_file import Setting, read_overrides
+
+    if written:
+        return read_arguments(Path(what), overrides, purpose="estimate")
+    given, problems = read_overrides({"model_name_or_path": Setting(what, "command line")}, overrides)
+    return check_settings(given, problems, what, purpose="estimate")
 
 
 def show(made: Any) -> None:
@@ -97,12 +138,19 @@ def show(made: Any) -> None:
             table.add_row(name, f"{size / 2**30:.2f} GiB")
         table.add_row("[bold]in all, at most[/bold]", f"[bold]{total / 2**30:.1f} GiB[/bold]")
         if free is not None:
-            table.add_row("free here", f"{free / 2**30:.1f} GiB")
+            table.add_row("there is", f"{free / 2**30:.1f} GiB")
         console.print(table)
-    shared = ", backward weights shared" if made.shared_backward else ""
-    console.print(
-        f"{made.tokens} tokens a forward{shared}. " + ("It fits." if made.fits else "[red]It does not fit.[/red]")
-    )
+    verdict = "It fits." if made.fits else "[red]It does not fit.[/red]"
+    console.print(f"{made.tokens} tokens a forward. {verdict}")
+    other = made.host_total_otherwise
+    if other is not None:
+        how = "with" if made.shared_backward else "without"
+        choice = "true" if made.shared_backward else "false"
+        fast = "faster" if made.shared_backward else "slower"
+        console.print(
+            f"Host memory is {how} one buffer of backward weights for all layers (kt_share_backward_weights: {choice}, "
+            f"as a run would choose by the memory there is); otherwise {other / 2**30:.1f} GiB, {fast}."
+        )
     if made.plan:
         assumed = "by assumed rates" if made.gpu_free is not None else "by assumed rates and on a GPU of 80 GB"
         console.print(f"kt_expert_placement auto, {assumed} (a run measures its machine's): {made.plan}.")

@@ -18,7 +18,9 @@ def main(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model; needed for merged.")] = None,
 ) -> None:
-    """Write an adapter in the format of another program: stock PEFT, vLLM, SGLang, llama.cpp, or merged into the model.
+    """Write an adapter in another program's format, or merged.
+
+    For stock PEFT, vLLM, SGLang or llama.cpp, or merged into the model.
 
     Example: kt-hf export outputs/demo_smol outputs/demo_smol_peft --to peft
 

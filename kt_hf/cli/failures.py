@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from ..system.text import printable
+
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -58,5 +60,5 @@ def _plainly(own: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"kt-hf: {message}", err=True)
+    typer.echo(f"kt-hf: {printable(message)}", err=True)
     raise typer.Exit(code)

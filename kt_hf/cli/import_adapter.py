@@ -18,7 +18,9 @@ def main(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Its adapter_config.json, where it is not beside it.")] = None,
 ) -> None:
-    """Write another program's adapter in the format that kt_hf trains and loads.
+    """Write another program's adapter in kt_hf's format.
+
+    It can be trained further and loaded then.
 
     Example: kt-hf import llama_factory_adapter outputs/start --from per-expert
 
@@ -32,4 +34,8 @@ def main(
             with open_adapter(adapter, config) as opened:
                 if opened.format != source:
                     raise KTAMXConfigError(f"--from={source}: {adapter} is of the format {opened.format}.")
-        typer.echo(f"Written: {convert(adapter, output, to='kt', config=config)}")
+        written = convert(adapter, output, to="kt", config=config)
+        typer.echo(
+            f"Written: {written}. Train it further with adapter_name_or_path={written} (kt-hf train), or load it with "
+            "PeftModel.from_pretrained on a patched model."
+        )

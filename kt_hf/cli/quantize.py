@@ -27,7 +27,9 @@ def main(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="As transformers has it.")] = False,
 ) -> None:
-    """Quantise a model's experts once, to be loaded by kt_weight_path without the original weights.
+    """Quantise a model's experts once, for kt_weight_path.
+
+    The folder takes the place of the original weights of the experts.
 
     Example: kt-hf quantize Qwen/Qwen3-30B-A3B qwen3-int8 --to int8
 

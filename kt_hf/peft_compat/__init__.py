@@ -1,9 +1,9 @@
 """Everything that touches PEFT's internals: the functions of PEFT and transformers that are replaced, and by what.
 
-`patches.PATCHES` is the table. tests/peft_compat fails when PEFT changes what it relies on.
+`patches.PATCHES` is the table. tests/peft_compat fails when PEFT changes what it relies on. Importing this package
+imports neither PEFT nor PyTorch.
 """
 
 from .patches import PATCHES, install
-from .stock_lora import unwrap_expert_parameters
 
-__all__ = ["PATCHES", "install", "unwrap_expert_parameters"]
+__all__ = ["PATCHES", "install"]

@@ -6,6 +6,7 @@ middle, with attention adapted already; here it is noticed before. `peft_compat.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import re
@@ -41,17 +42,37 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     _check_copies(model, config)
     if config.peft_type == PeftType.LORA:
         _translate_targets(model, config)
-    wanted = copy.copy(config)
+    wanted = _with_targets(tuner, model, config)
     if _is_all_linear(config):
         if config.peft_type != PeftType.LORA:
             return  # linear layers alone, as of the unpatched model, whose experts are none
         wanted.target_modules = set(_projections(model))
     check = getattr(tuner, "_check_target_module_exists", None)
-    if check is None or not hasattr(config, "target_modules"):
+    if check is None or getattr(wanted, "target_modules", None) is None:
         return
     for name, module in model.named_modules():
         if isinstance(module, (KTExperts, ExpertProjection)) and check(wanted, name):
             _check_target(name, module, config)
+
+
+def _with_targets(tuner: Any, model: nn.Module, config: Any) -> Any:
+    """A copy of an adapter's config; one that names no targets gets those that PEFT has for the model's type.
+
+    Raises:
+        KTAMXConfigError: PEFT has none, or none that it could match (target_modules and target_parameters are None).
+    """
+    wanted = copy.copy(config)
+    if getattr(config, "target_modules", ()) is not None or getattr(config, "target_parameters", None):
+        return wanted
+    with contextlib.suppress(ValueError):  # PEFT knows no targets for the model's type
+        wanted = tuner._prepare_adapter_config(wanted, tuner.get_model_config(model))
+    if wanted.target_modules is None:
+        raise KTAMXConfigError(
+            f"{type(config).__name__} has target_modules=None, and PEFT has no default for the model type "
+            f"{getattr(getattr(model, 'config', None), 'model_type', None)!r}. Name the layers, or take "
+            "kt_lora_config(model), which names those of the model and its experts."
+        )
+    return wanted
 
 
 def _check_target(name: str, module: nn.Module, config: Any) -> None:

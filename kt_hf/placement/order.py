@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import KTAMXConfigError
+from ..errors import KTAMXConfigError, KTAMXError
+from ..system.json_fields import Field, read_json
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
@@ -100,16 +102,33 @@ def read_placement(folder: str | Path) -> Placement | None:
         KTAMXConfigError: The file is damaged.
     """
     path = Path(folder) / PLACEMENT
-    try:
-        content = json.loads(path.read_text())
-        if content["format_version"] != _VERSION:
-            raise ValueError(f"format_version {content['format_version']}, this kt_hf reads {_VERSION}")
-        order = {int(layer): tuple(int(e) for e in experts) for layer, experts in content["layers"].items()}
-        return Placement(order, str(content["source"]), tuple(float(x) for x in content.get("share", ())))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists() and not path.is_symlink():
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KTAMXConfigError(f"{path} cannot be read ({error}): delete it, or save the adapter again.") from error
+    try:
+        content = read_json(path).object()
+        if content["format_version"].value != _VERSION:
+            content["format_version"].refuse(f"is not {_VERSION}, which this kt_hf reads")
+        order = {_layer(experts): _order(experts) for _, experts in content["layers"].object().items()}
+        share = content.get("share")
+        shares = tuple(float(part.number()) for part in share.entries()) if share else ()
+        return Placement(order, content["source"].text(), shares)
+    except KTAMXError as error:
+        raise KTAMXConfigError(f"{error} Delete the file, or save the adapter again: it cannot be read.") from error
+
+
+def _layer(experts: Field) -> int:
+    name = experts.name.rpartition(".")[2]
+    if not re.fullmatch(r"\d{1,6}", name):
+        experts.refuse(f"is said of {name[:20]!r}, which is no number of a layer")
+    return int(name)
+
+
+def _order(experts: Field) -> tuple[int, ...]:
+    """All experts of a layer, each once."""
+    ids = [expert.integer(least=0) for expert in experts.entries()]
+    if sorted(ids) != list(range(len(ids))):
+        experts.refuse("is not an order of all experts, each once")
+    return tuple(ids)
 
 
 def write_placement(folder: Path, placement: Placement | None, tiers: Tiers) -> bool:

@@ -116,7 +116,8 @@ class Packer:
     def gpu_device(self) -> torch.device:
         """The device of experts on the GPU, where there are any."""
         assert self.gpu is not None, "experts on the GPU are refused where there is none"
-        return self.gpu
+        whole = self.gpu.type == "cuda" and self.gpu.index is None
+        return torch.device("cuda", torch.cuda.current_device()) if whole else self.gpu
 
     @property
     def streamer(self) -> Streamer:

@@ -86,8 +86,9 @@ class TierPlan:
     def __str__(self) -> str:
         return (
             f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed, {self.cpu} on the CPU: a "
-            f"step's experts should take {self.seconds:.3g} s (streaming {self.stream_seconds:.3g}, CPU "
-            f"{self.cpu_seconds:.3g}, GPU {self.gpu_seconds:.3g}, at the same time)"
+            f"step should take {self.seconds:.3g} s for its experts (GPU {self.gpu_seconds:.3g} and CPU "
+            f"{self.cpu_seconds:.3g} at the same time; the bus {self.stream_seconds:.3g}, also while attention is "
+            "computed)"
         )
 
 

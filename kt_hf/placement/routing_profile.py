@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..discovery import find_experts, layer_index
+from ..errors import KTAMXConfigError
 from ..experts import kt_layers
 
 
@@ -23,7 +24,15 @@ def count_experts(model: nn.Module, batches: Iterable[Any]) -> dict[int, Tensor]
 
     Returns:
         Layer index -> [E] int64 on the CPU.
+
+    Raises:
+        KTAMXConfigError: `model` is no model, or `batches` is a single batch.
+        KTAMXModelNotSupportedError: The model has no experts of a known kind.
     """
+    if not isinstance(model, nn.Module):
+        raise KTAMXConfigError(f"model={model!r} is no model, but a {type(model).__name__}.")
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise KTAMXConfigError(f"batches is a {type(batches).__name__}: give a list of batches, [batch] for one.")
     layers: list[tuple[int, nn.Module, int]] = [
         (layer.layer_idx, layer, layer.shape.num_experts) for layer in kt_layers(model)
     ] or [

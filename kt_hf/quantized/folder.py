@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from ..backends import QUANTIZED, PackedLayerFiles, kernel_availability
 from ..checkpoint.fingerprint import FLOATING, combined, fingerprint_of
 from ..errors import KTAMXConfigError, KTAMXError
 from ..shapes import ExpertShape
+from ..system.files import sha256
 from .manifest import MANIFEST, Fingerprint, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -203,12 +203,7 @@ def checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """File -> sha256 of its contents, several at a time."""
     names = list(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
 
 
 def _count(number: int, what: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.fingerprint import Fingerprint
 from ..errors import KTAMXConfigError, KTAMXError
+from ..system.files import write_json
+from ..system.json_fields import Field, read_json
 
 MANIFEST = "kt_experts_manifest.json"
 FORMAT = 1
@@ -60,51 +60,57 @@ class Manifest:
     layers: dict[str, LayerEntry]
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Read and check the form of a manifest.
+    """Read and check a manifest.
 
     Raises:
-        KTAMXError: It is damaged.
+        KTAMXError: It is damaged, or names files elsewhere.
         KTAMXConfigError: It is of a later version.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        number = found.pop("format")
-        if number != FORMAT:
-            raise KTAMXConfigError(f"{file} has format {number}, and this kt_hf reads {FORMAT}: update it.")
-        return _manifest(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, KTAMXConfigError):
-            raise
-        raise KTAMXError(f"{file} is damaged: {type(error).__name__}: {error}. Quantise again.") from error
+        content = read_json(file).object()
+        number = content["format"]
+        if number.value != FORMAT:
+            raise KTAMXConfigError(f"{file} has format {number.value!r}, and this kt_hf reads {FORMAT}: update it.")
+        texts = ("backend", "kt_kernel", "variant", "model", "model_type", "config_sha256")
+        return Manifest(
+            **{name: content[name].text() for name in texts},
+            backward=content["backward"].flag(),
+            pools=content["pools"].integer(1, 1024),
+            marks={name: _fingerprint(mark) for name, mark in content["marks"].object().items()},
+            layers={name: read_layer(layer) for name, layer in content["layers"].object().items()},
+        )
+    except KTAMXConfigError:
+        raise
+    except KTAMXError as error:
+        raise KTAMXError(f"{file} is damaged: {str(error).removeprefix(f'{file}: ')} Quantise again.") from error
 
 
-def read_layer(name: str, found: dict[str, Any]) -> LayerEntry:
+def read_layer(layer: Field) -> LayerEntry:
     """A layer's entry, as `asdict` makes it.
 
     Raises:
-        ValueError, KeyError, TypeError: It is none.
+        KTAMXError: It is none, or names files outside the folder.
     """
-    parts = Path(found["folder"]).parts
-    if len(parts) != 1 or parts[0] == "..":
-        raise ValueError(f"{name} is said to be in {found['folder']!r}")
-    shape = [int(n) for n in found["shape"]]
+    entry = layer.object()
+    shape = [length.integer(least=1) for length in entry["shape"].entries()]
     if len(shape) != 3:
-        raise ValueError(f"{name} has shape {shape}")
-    files = {str(file): (int(size), str(sha)) for file, (size, sha) in found["files"].items()}
-    return LayerEntry(found["folder"], shape, {part: Fingerprint(**m) for part, m in found["source"].items()}, files)
+        entry["shape"].refuse("is not a number of experts, a hidden and an intermediate size")
+    files = {}
+    for name, file in entry["files"].object().items():
+        Field(file.file, entry["files"].name, name).path_below()
+        size = file.entries()
+        if len(size) != 2:
+            file.refuse("is not a size and a checksum")
+        files[name] = size[0].integer(least=0), size[1].hexadecimal()
+    source = {part: _fingerprint(mark) for part, mark in entry["source"].object().items()}
+    return LayerEntry(entry["folder"].file_name(), shape, source, files)
 
 
-def _manifest(found: dict[str, Any]) -> Manifest:
-    found["layers"] = {name: read_layer(name, layer) for name, layer in found["layers"].items()}
-    found["marks"] = {name: Fingerprint(**mark) for name, mark in found["marks"].items()}
-    made = Manifest(**found)
-    for item in fields(Manifest):
-        kind = {"backward": bool, "pools": int, "marks": dict, "layers": dict}.get(item.name, str)
-        if not isinstance(getattr(made, item.name), kind):
-            raise ValueError(f"{item.name} is {getattr(made, item.name)!r}")
-    return made
+def _fingerprint(mark: Field) -> Fingerprint:
+    entry = mark.object()
+    shape = [length.integer(least=0) for length in entry["shape"].entries()]
+    return Fingerprint(shape, entry["dtype"].text(), entry["sha256"].hexadecimal())

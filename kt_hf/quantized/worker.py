@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
+from ..system.json_fields import Field
 from .manifest import LayerEntry, read_layer
 
 _LINE = "kt_hf: "  # before each answer, for a library may print too
@@ -74,7 +75,7 @@ def in_new_process(job: Job) -> Iterator[tuple[str, LayerEntry]]:
 def _answer(found: dict[str, Any]) -> tuple[str, LayerEntry]:
     if "error" in found:
         raise (OSError if found["system"] else KTAMXError)(found["error"])
-    return found["name"], read_layer(found["name"], found["layer"])
+    return found["name"], read_layer(Field(Path("the worker"), found["name"], found["layer"]))
 
 
 def work(job: Job) -> Iterator[tuple[str, LayerEntry]]:

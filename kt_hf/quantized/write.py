@@ -15,6 +15,7 @@ from ..checkpoint.fingerprint import fingerprints_of_files
 from ..errors import KTAMXConfigError
 from ..shapes import ExpertShape
 from ..system.cpu import ThreadPlan
+from ..system.disk import disk_errors
 from .manifest import LayerEntry, Manifest
 from .worker import Job, in_new_process, work
 
@@ -53,7 +54,7 @@ def quantize(
     Raises:
         KTAMXNotAvailableError: The operators do not run here.
         KTAMXConfigError: Sizes they cannot take, `out` is in use, or the disk has not enough space.
-        KTAMXError: The checkpoint is damaged.
+        KTAMXError: The checkpoint is damaged, or the disk has become full.
         OSError: The folder cannot be written.
     """
     if backend not in QUANTIZED:
@@ -62,7 +63,8 @@ def quantize(
     for shape in set(shapes.values()):
         choose_backend(backend, shape, pools)
     out = Path(out).absolute()
-    _check_place(out, sum(bytes_on_disk(shape, backend, pools, backward) for shape in shapes.values()))
+    needed = sum(bytes_on_disk(shape, backend, pools, backward) for shape in shapes.values())
+    _check_place(out, needed)
     details, marks = kernel_availability().details, fingerprints_of_files(checkpoint.files, checkpoint.layers)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -73,28 +75,29 @@ def quantize(
             f"{partial} is there: another run writes it, or one was interrupted. Remove it if none does."
         ) from None
     try:
-        layers: dict[str, LayerEntry] = {}
-        folder = str(checkpoint.files.folder.absolute())
-        batches = _batches(checkpoint, backend)
-        do = work if len(batches) == 1 else in_new_process
-        for some in batches:
-            job = Job(folder, trust_remote_code, str(partial), some, backend, list(plan.pools), backward)
-            for layer, written in do(job):
-                layers[layer] = written
-                on_layer(checkpoint.source_bytes(layer))
-        Manifest(
-            backend=backend,
-            backward=backward,
-            pools=pools,
-            kt_kernel=details["version"],
-            variant=details["variant"],
-            model=name or str(checkpoint.files.folder),
-            model_type=config.model_type,
-            config_sha256=_config_hash(checkpoint.files.folder, config),
-            marks=marks,
-            layers=layers,
-        ).write(partial)
-        partial.rename(out)  # over an empty folder too
+        with disk_errors(out, needed):
+            layers: dict[str, LayerEntry] = {}
+            folder = str(checkpoint.files.folder.absolute())
+            batches = _batches(checkpoint, backend)
+            do = work if len(batches) == 1 else in_new_process
+            for some in batches:
+                job = Job(folder, trust_remote_code, str(partial), some, backend, list(plan.pools), backward)
+                for layer, written in do(job):
+                    layers[layer] = written
+                    on_layer(checkpoint.source_bytes(layer))
+            Manifest(
+                backend=backend,
+                backward=backward,
+                pools=pools,
+                kt_kernel=details["version"],
+                variant=details["variant"],
+                model=name or str(checkpoint.files.folder),
+                model_type=config.model_type,
+                config_sha256=_config_hash(checkpoint.files.folder, config),
+                marks=marks,
+                layers=layers,
+            ).write(partial)
+            partial.rename(out)  # over an empty folder too
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

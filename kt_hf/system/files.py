@@ -1,31 +1,33 @@
-"""Files written whole or not at all, and safetensors files written and read tensor by tensor."""
+"""Files written whole or not at all, safetensors files among them; `checkpoint.tensor_files` reads those."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import KTAMXError
+from .disk import disk_errors
 
-# Names of the safetensors format, github.com/huggingface/safetensors, for what LoRA and base weights are kept in.
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+# Names of the safetensors format, github.com/huggingface/safetensors; those this PyTorch does not know are left out.
+_FORMAT = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in _FORMAT.items() if hasattr(torch, dtype)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -36,6 +38,11 @@ class Lazy:
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -52,16 +59,50 @@ def part(name: str, tensor: Lazy) -> Part:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, flushed to disk and renamed to it at the end; removed if the body raises."""
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`, flushed to disk and renamed to it at the end; removed if the body raises.
+
+    Args:
+        path: Of the file.
+        size: Its bytes, for the message where they do not fit on the disk.
+
+    Raises:
+        KTAMXError: The disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with disk_errors(path, size):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all: filled under another name, then renamed.
+
+    Args:
+        path: Of nothing, or of an empty folder.
+
+    Raises:
+        KTAMXError: The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.mkdir()
+    try:
+        with disk_errors(path):
+            yield temporary
+            sync(temporary)
+            if path.is_dir():
+                path.rmdir()
+            os.rename(temporary, path)
+            sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -100,11 +141,11 @@ def write_safetensors(path: Path, parts: Iterable[Part], metadata: Mapping[str, 
         for name, (dtype, shape) in one.specs.items():
             if name in header:
                 raise KTAMXError(f"{path}: two tensors would be called {name}.")
-            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            begin, end = end, end + dtype.itemsize * math.prod(shape)
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path, 8 + len(text) + end) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for one in parts:
             tensors = iter(one.make())
@@ -115,44 +156,3 @@ def write_safetensors(path: Path, parts: Iterable[Part], metadata: Mapping[str, 
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 del tensor
             del tensors  # before the next part is made
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[dict[str, Lazy]]:
-    """The tensors of a file by name, unread. They can be loaded as long as the context lasts, into memory of their own.
-
-    The library checks the file; its own tensors would be the mapped file, which counts as the process's memory as a
-    whole, and changes with the file, or ends the process.
-
-    Raises:
-        KTAMXError: The file is missing, truncated, or no safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except FileNotFoundError:
-        raise KTAMXError(f"{path} is missing.") from None
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise KTAMXError(f"{path} ({size} bytes) is truncated, damaged, or no safetensors file: {error}.") from error
-    with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise KTAMXError(f"{path}: {name} is of dtype {entry['dtype']}, which is not supported.")
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            shape = tuple(entry["shape"])
-            found[name] = Lazy(dtype, shape, partial(_read, file, begin, end - begin, dtype, shape))
-        yield found
-
-
-def _read(file: BinaryIO, begin: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    memory = torch.empty(size, dtype=torch.uint8)
-    file.seek(begin)
-    if file.readinto(memory.numpy().data) != size:  # type: ignore[attr-defined]
-        raise KTAMXError(f"{file.name} became shorter while it was read.")
-    return memory.view(dtype).reshape(shape)

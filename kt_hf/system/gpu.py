@@ -6,5 +6,9 @@ import torch
 
 
 def experts_device() -> torch.device | None:
-    """The current CUDA device, for experts resident on it or streamed to it; None on a machine without one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    """The device of experts resident on the GPU or streamed to it; None on a machine without one.
+
+    Without an index, which only a process that uses CUDA can know: asking must not start CUDA, for a run may leave
+    every expert on the CPU, or fork workers.
+    """
+    return torch.device("cuda") if torch.cuda.is_available() else None

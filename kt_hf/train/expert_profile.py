@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from .config.settings import TrainSettings
 
 # Tokens of a profile: ratios of the popular experts settle within a few thousand.
 _TOKENS = 8_192
-_ROWS = 64
 
 
 @dataclass
@@ -26,15 +25,13 @@ class ProfileRun:
 
     Attributes:
         settings: The run's.
-        rows: Its training data, in TRL's format.
-        tokenizer: With a chat template, if the rows are conversations.
+        sequences: Token ids of its first rows.
         console: Is told what is done.
         resume: Folder of the checkpoint to resume from.
     """
 
     settings: TrainSettings
-    rows: list[dict[str, Any]]
-    tokenizer: Any
+    sequences: Sequence[Sequence[int]]
     console: Console
     resume: Path | None = None
 
@@ -58,24 +55,12 @@ class ProfileRun:
         """
         longest = self.settings.trainer.get("max_length", 1024) or 1024
         left = _TOKENS
-        for row in self.rows[:_ROWS]:
-            ids = self._tokens(row)[: min(longest, left)]
-            if ids:
+        for sequence in self.sequences:
+            ids = sequence[: min(longest, left)]
+            if len(ids):
                 left -= len(ids)
-                yield torch.tensor([ids])
+                yield torch.tensor([list(ids)])
             if left <= 0:
                 return
         if left == _TOKENS:
             raise KTAMXConfigError("Experts on the GPU: the first rows of the data have no tokens to count experts by.")
-
-    def _tokens(self, row: dict[str, Any]) -> list[int]:
-        if "messages" in row:
-            return self._conversation(row["messages"])
-        prompt, answer = row.get("prompt", ""), row.get("completion", row.get("chosen", ""))
-        if isinstance(prompt, list) or isinstance(answer, list):
-            return self._conversation([*(prompt or []), *(answer or [])])
-        return list(self.tokenizer(row.get("text") or prompt + answer)["input_ids"])
-
-    def _conversation(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

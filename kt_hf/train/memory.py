@@ -43,6 +43,7 @@ class Estimate:
     sizes: ModelSizes | None = None
     tokens: int = 0
     shared_backward: bool = False
+    host_total_otherwise: int | None = None  # with the other choice of kt_share_backward_weights, where it was free
     plan: TierPlan | None = None  # kt_expert_placement=auto, by assumed rates
 
     @property
@@ -64,7 +65,7 @@ class Estimate:
             "host": self.host, "host_total": self.host_total, "host_free": self.host_free,
             "gpu": self.gpu, "gpu_total": self.gpu_total, "gpu_free": self.gpu_free,
             "fits": self.fits, "advice": self.advice, "tokens_per_batch": self.tokens,
-            "shared_backward_weights": self.shared_backward,
+            "shared_backward_weights": self.shared_backward, "host_total_otherwise": self.host_total_otherwise,
             "assumed_plan": dataclasses.asdict(self.plan) if self.plan else None,
         }  # fmt: skip
 
@@ -84,8 +85,20 @@ def estimate(
     """
     made = _parts(settings, sizes, kernel, gpu, host_free, gpu_free)
     made.host_free, made.gpu_free = host_free, gpu_free if gpu else None
+    made.host_total_otherwise = _otherwise(settings, sizes, kernel, gpu, gpu_free, made)
     made.advice = [] if made.fits else _advice(settings, made, kernel)
     return made
+
+
+def _otherwise(
+    s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, gpu_free: int | None, made: Estimate
+) -> int | None:
+    """Host memory with the other choice of kt_share_backward_weights; None where there is none."""
+    free = s.kt.kt_share_backward_weights is None and not _saved_without_backward(s)
+    if not free or not made.host.get("backward copies"):
+        return None
+    kt = dataclasses.replace(s.kt, kt_share_backward_weights=not made.shared_backward)
+    return _parts(dataclasses.replace(s, kt=kt), m, kernel, gpu, None, gpu_free).host_total
 
 
 def in_words(made: Estimate) -> str:

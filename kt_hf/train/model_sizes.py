@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint.eight_bit import has_8_bits
 from ..errors import KTAMXModelNotSupportedError
+from ..lora import linear_targets
 from .config.settings import OwnKeys
 from .targets import lora_targets
 
@@ -118,13 +119,5 @@ def _wanted(model: Any, own: OwnKeys) -> set[str] | None:
 
 
 def _linears(model: Any) -> list[tuple[str, Any]]:
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and not re.search(r"(^|\.)(gate|router|shared_expert_gate)$", name)
-    ]
+    """What LoRA can be on besides experts: linear layers of the language model but routers and head."""
+    return [(name, model.get_submodule(name)) for name in linear_targets(model)]

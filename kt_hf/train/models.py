@@ -14,6 +14,7 @@ from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, OwnKeys
 from .expert_profile import ProfileRun
+from .hub import configuration_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 _ANSWER = "{% generation %}{{ message['content'] + END }}{% endgeneration %}"
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    + _ANSWER.replace("END", "'<|im_end|>' + eos_token + '\n'")
+    # Where the end of text is the end of a turn, once is enough.
+    + _ANSWER.replace("END", "'<|im_end|>' + ('' if eos_token == '<|im_end|>' else eos_token or '') + '\n'")
     + "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -29,7 +31,7 @@ _ALPACA = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
     "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
     "{% else %}{{ '### Response:\n' }}"
-    + _ANSWER.replace("END", "eos_token + '\n\n'")
+    + _ANSWER.replace("END", "(eos_token or '') + '\n\n'")
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 # What any tokenizer with a vocabulary makes tokens of.
@@ -56,6 +58,7 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
     name = own.model_name_or_path
     if is_builtin(name):
         return _with_attention(_builtin_config(builtin_layers(name)), own), []
+    name = configuration_of(name)
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..config import KTConfig
+from ..system.text import printable
 from .config.settings import TrainSettings
 
 
@@ -147,5 +148,5 @@ def _table() -> Table:
 
 
 def _shown(tokenizer: Any, ids: list[int], most: int = 1500) -> str:
-    text = str(tokenizer.decode(ids))
+    text = printable(str(tokenizer.decode(ids)))
     return escape(text if len(text) <= most else f"{text[:most]} …")

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
+from ..system.text import printable
 from .checkpoints import clear_earlier_run
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
-from .data.rows import Rows, for_sft, training_and_evaluation
+from .data.rows import training_and_evaluation
+from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .dry_run import try_out
 from .expert_profile import ProfileRun
 from .lock import OutputLock
@@ -62,8 +63,8 @@ class _Ready:
 
     config: Any
     tokenizer: Any
-    train_rows: Rows
-    eval_rows: Rows | None
+    train_data: Prepared
+    eval_data: Prepared | None
     options: dict[str, Any]
     memory: Estimate
     resume: Resume | None
@@ -79,33 +80,39 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     if resume:
         changes = check_settings(resume, content)
         _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
-    train_rows, eval_rows = training_and_evaluation(own, settings.trainer.get("seed", 42))
+    train_rows, eval_rows = training_and_evaluation(settings)
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
     config, told = load_config(own)
     tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
     _tell(console, told + more)
-    options = _trainer_options(settings, train_rows, eval_rows, tokenizer)
     _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
     outline = outline_of(own, config)
     check_targets(outline, own)
     rank, told = check_start(own, outline)
     memory = _before_loading(settings, config, outline)
     _tell(console, told + check_weights(own, config))
-    shortest = sorted(train_rows.rows, key=lambda row: len(str(row)))[:2]
-    try_out(settings, options, tokenizer, Dataset.from_list(shortest))
+    options = _trainer_options(settings, len(train_rows.rows))
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    how = reading(own, options, tokenizer, vocabulary)
+    with _working(console, "Tokenizing"):
+        train_data = prepare(train_rows, how, own.stage, "train")
+        eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
+    _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])
+    options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
+    try_out(settings, options, tokenizer, train_data.dataset.select([0]))
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
-    return _Ready(config, tokenizer, train_rows, eval_rows, options, memory, resume, content, rank)
+    return _Ready(config, tokenizer, train_data, eval_data, options, memory, resume, content, rank)
 
 
 def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
-    own, rows, eval_rows = settings.own, ready.train_rows, ready.eval_rows
+    own, train_data, eval_data = settings.own, ready.train_data, ready.eval_data
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
-    placing = ProfileRun(settings, rows.rows, ready.tokenizer, console, ready.resume.folder if ready.resume else None)
+    placing = ProfileRun(settings, train_data.sequences, console, ready.resume.folder if ready.resume else None)
     kt = settings.kt if own.use_kt else None
     model = load_model(own, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
@@ -116,13 +123,12 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         _tell(console, told)
     counter = TokenCounter(model)
     stop, progress = StopOnSignal(console), ShowProgress(console, counter)
-    with console.status("Tokenising, packing the experts") if console.is_terminal else contextlib.nullcontext():
+    with _working(console, "Packing the experts"):
         trainer = _make_trainer(settings, ready, model, peft_config)
     for callback in (stop, progress, KeepRecord(ready.record)):
         trainer.add_callback(callback)
-    show_start(
-        console, settings, trainer, in_words(ready.memory), len(rows.rows), len(eval_rows.rows) if eval_rows else 0
-    )
+    rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
+    show_start(console, settings, trainer, in_words(ready.memory), *rows)
     show_example(console, trainer, ready.tokenizer)
     if own.overwrite_output_dir and not ready.resume:
         removed = clear_earlier_run(Path(trainer.args.output_dir))
@@ -135,7 +141,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
             if stop.number is not None and state.global_step < state.max_steps:
                 raise Interrupted(_what_is_left(settings, trainer), stop.number)
             evaluated = any(row.get("step") == state.global_step for row in state.log_history if "eval_loss" in row)
-            if eval_rows and not evaluated and stop.number is None:
+            if eval_data and not evaluated and stop.number is None:
                 trainer.evaluate()
     finally:
         progress.close()
@@ -189,8 +195,8 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
     trainer = kind(
         model,
         args=args,
-        train_dataset=Dataset.from_list(ready.train_rows.rows),
-        eval_dataset=Dataset.from_list(ready.eval_rows.rows) if ready.eval_rows else None,
+        train_dataset=ready.train_data.dataset,
+        eval_dataset=ready.eval_data.dataset if ready.eval_data else None,
         processing_class=ready.tokenizer,
         peft_config=peft_config,
         callbacks=callbacks,
@@ -201,30 +207,13 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
     return trainer
 
 
-def _trainer_options(settings: TrainSettings, train: Rows, evaluation: Rows | None, tokenizer: Any) -> dict[str, Any]:
+def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
     options = on_this_machine(settings.trainer, settings.own) | {"disable_tqdm": True}
     options["output_dir"] = str(Path(settings.output_dir).expanduser())
-    if settings.own.stage == "sft":
-        train_on_all = options.get("completion_only_loss") is False
-        masks = for_sft(train, evaluation, lambda: not train_on_all and _marks_answers(tokenizer))
-        if masks:
-            options.setdefault("assistant_only_loss", True)
     processes = options.get("dataset_num_proc")
     if processes:  # a process costs more than a thousand short rows
-        options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, len(train.rows) // 1000) or None
+        options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, rows // 1000) or None
     return options
-
-
-def _marks_answers(tokenizer: Any) -> bool:
-    """Whether TRL can tell the answers of a conversation from the rest, by the template or one it knows in its
-    place."""
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError:
-        return False
-    return True
 
 
 def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
@@ -288,6 +277,11 @@ def _expert_load(trainer: Any) -> dict[int, list[float]]:
     return {layer: (c.double() / c.sum().clamp(min=1) * len(c)).tolist() for layer, c in total.items()}
 
 
+def _working(console: Console, words: str) -> contextlib.AbstractContextManager[Any]:
+    """Says what takes its time, on terminals alone."""
+    return console.status(words) if console.is_terminal else contextlib.nullcontext()
+
+
 def _tell(console: Console, lines: Any) -> None:
     for line in lines:
-        console.print(f"[dim]note:[/dim] {escape(line)}")
+        console.print(f"[dim]note:[/dim] {escape(printable(line))}")

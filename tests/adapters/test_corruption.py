@@ -151,7 +151,7 @@ class Damage:
 
 
 GATE_A, DOWN_B = f"{LAYER}.gate_proj.lora_A.weight", f"{LAYER}.down_proj.lora_B.weight"
-DAMAGED = "truncated, damaged, or no safetensors file"
+DAMAGED = "truncated, damaged, or no safetensors file|it is truncated|is missing in|its last tensor"
 CHANGED = "is not the file that was saved"
 
 DAMAGES: dict[str, Damage] = {
@@ -179,17 +179,17 @@ DAMAGES: dict[str, Damage] = {
     "no config": Damage(delete(CONFIG), "is missing", "is missing"),
     "half a config": Damage(cut(CONFIG, 0.5), "cannot be read", "cannot be read"),
     "an empty config": Damage(write(CONFIG, b""), "cannot be read", "cannot be read"),
-    "a config that is a list": Damage(write(CONFIG, b"[]"), "cannot be read", "peft_type='list'"),
+    "a config that is a list": Damage(write(CONFIG, b"[]"), "holds no object", "holds no object"),
     "another rank": Damage(settings(r=16), "r=16, but the adapter was saved with 8", "by adapter_config.json"),
     "a rank that is none": Damage(settings(r="8"), "r='8', but", "r='8' is not a positive number"),
     "rank zero": Damage(settings(r=0), "r=0, but", "r=0 is not a positive number"),
     "another alpha": Damage(settings(lora_alpha=99), "lora_alpha=99, but the adapter was saved with 12"),
     "no alpha": Damage(drop(CONFIG, "lora_alpha"), "lora_alpha=None", "lora_alpha=None is not a positive number"),
     "another scaling": Damage(settings(use_rslora=True), "use_rslora=True, but"),
-    "another method": Damage(settings(peft_type="IA3"), "peft_type='IA3', but", "peft_type='IA3', not LORA"),
+    "another method": Damage(settings(peft_type="IA3"), "peft_type='IA3', but", "peft_type='IA3' is not LORA"),
     "DoRA": Damage(settings(use_dora=True), "use_dora=True, but", "use_dora=True is not supported"),
     "a rank pattern": Damage(settings(rank_pattern={"up_proj": 4}), "rank_pattern=", "by adapter_config.json"),
-    "fewer targets": Damage(settings(target_modules=["q_proj"]), "target_modules="),
+    "fewer targets": Damage(settings(target_modules=["q_proj"]), "target_modules=", "loading would drop it"),
     # its manifest
     "half a manifest": Damage(cut(MANIFEST, 0.5), "cannot be read"),
     "an empty manifest": Damage(write(MANIFEST, b""), "cannot be read"),

@@ -187,7 +187,7 @@ def test_interrupted_packing(
     case: Case, tiers: tuple[list[int], list[int]], failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while a layer is packed: the next call packs it, and the experts are what they were."""
-    original, calls = packing.pack, []
+    original, calls = packing.build_backend, []
 
     def pack(*args: Any, **kwargs: Any) -> Any:
         calls.append(0)

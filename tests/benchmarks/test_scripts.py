@@ -1,4 +1,4 @@
-"""Every benchmark runs on a tiny shape, and the plotter makes of a CSV the tables and plots that it should."""
+"""Every benchmark runs on a tiny shape, and the report makes of a CSV the tables and plots that it should."""
 
 import csv
 import importlib
@@ -19,10 +19,7 @@ COMMANDS = (
     "layer --shape tiny --tokens 16 --runs 2 --ranks 0 --cases default stock",
     "step --models tiny --layers 1 --tokens 16 --runs 1",
     "threads --shape tiny --tokens 64 --runs 1 --workers 1",
-    "growth --small --runs 1",
-    "optimizer --layers 2 --rank 8 --copy-mib 4 --torch-threads 1 --runs 1",
     "dpo --shape tiny --layers 1 --tokens 32 --runs 1",
-    "roofline --shape tiny --tokens 16 --runs 1 --size 128 --copy-mib 4",
 )
 # Imports what all scripts share once, and runs each in a fork: else most of the test's time would be imports.
 RUNNER = """
@@ -71,6 +68,35 @@ def run(file: Path, commands: Sequence[str]) -> Path:
     return file
 
 
+def test_percentiles_of_few_runs_lie_between_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    harness = importlib.import_module("harness")
+    harness.append("layer", "tiny r=8", 1, 1, {"kt": harness.Timing({"forward": [0.001, 0.1]})}, tmp_path / "rows.csv")
+    (row,) = read(tmp_path / "rows.csv")
+    assert 1 <= float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) <= 100
+
+
+GPU_COMMANDS = (
+    "train --layers 2 --sequence 32 --steps 1 --placement cpu 4,4",
+    "train --layers 2 --sequence 32 --steps 1 --case stock",
+    "tiers --layers 2 --tokens 64 --sequence 64 --rounds 1 --step 8",
+    "fp8 --layers 2 --sequence 32 --batch 1 --rounds 1",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", GPU_COMMANDS)
+def test_the_gpu_benchmarks_run_without_one(command: str, tmp_path: Path) -> None:
+    name, *arguments = command.split()
+    line = [sys.executable, BENCHMARKS / "gpu", name, "--device", "cpu", "--shape", "tiny", *arguments]
+    done = subprocess.run([*line, "--csv", tmp_path / "rows.csv"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(tmp_path / "rows.csv")
+    assert len(rows) >= 1 + (name != "train" or "--placement" in arguments)
+    assert all(float(row["step"]) > 0 for row in rows)
+    assert rows[0].keys() == dict.fromkeys(read_header(BENCHMARKS / f"gpu_{name}.csv")).keys()
+
+
 def read(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         return list(csv.DictReader(lines))
@@ -98,9 +124,6 @@ def test_each_benchmark_appends_what_it_measured(results: Path) -> None:
     assert measured(results, "layer", shape="tiny r=0", part="forward") == {"default", "stock"}
     peers = {"operators", "operators-all", "peer", "peer-default"} if kernel else set()
     assert measured(results, "step", part="refresh") == {"kt", "torch", "stock", "stock-eager"} | peers
-    assert measured(results, "growth") == {f"default, {name} varied" for name in "TErL"}
-    assert measured(results, "optimizer", part="refresh") == {"kt", "memory"}
-    assert measured(results, "roofline") == {"machine", "default"}
     for row in read(results):
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) or row["part"] == "refresh"
         assert int(row["threads"]) > 0
@@ -126,7 +149,7 @@ def test_a_csv_of_other_columns_is_not_appended_to(tmp_path: Path, monkeypatch: 
 
 
 def plot(file: Path, page: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCHMARKS / "plot.py", "--csv", file, "--page", page]
+    command = [sys.executable, BENCHMARKS / "report/cpu_page.py", "--csv", file, "--page", page]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -190,13 +213,14 @@ def test_the_page_is_made_of_the_csv(tmp_path: Path) -> None:
     assert "| tiny r=8 | 64 | 2.00 + 4.00 | 10.0 + 23.5 | 5.58 |" in text
     assert "**Some CPU, 2 cores, AVX512-BF16**" in text
     assert "| tiny r=8 | 64 | 2, PyTorch on 1 | 100 | 3, PyTorch on 1 | 110 | 10.0% |" in text
-    assert "![layer](plots/layer.svg)" in text
+    assert "![layer](plots/layer.png)" in text
     assert "<!-- table: step -->\nNot measured yet.\n<!-- end -->" in text
-    drawn = (tmp_path / "plots/layer.svg").read_bytes()
-    assert b"stock" in drawn
+    drawn = (tmp_path / "plots/layer.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert len(drawn) < 60_000
     assert plot(tmp_path / "small.csv", page).returncode == 0
     assert page.read_text() == text
-    assert (tmp_path / "plots/layer.svg").read_bytes() == drawn
+    assert (tmp_path / "plots/layer.png").read_bytes() == drawn
 
 
 @pytest.mark.slow
@@ -207,7 +231,7 @@ def test_the_projects_page_can_be_made_of_every_benchmark(results: Path, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
     if kernel_availability().ok:
         assert "Not measured" not in page.read_text()
-        assert len(list((tmp_path / "plots").glob("*.svg"))) == 5
+        assert len(list((tmp_path / "plots").glob("*.png"))) == 3
 
 
 def test_missing_columns_are_refused_in_words(tmp_path: Path) -> None:

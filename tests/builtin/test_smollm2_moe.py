@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kt_hf import KTConfig, load_kt_model
 from kt_hf.builtin import smollm2_moe as upcycle
 from kt_hf.builtin.smollm2_moe import find_gguf, load_dense, upcycle_model
-from kt_hf.errors import KTAMXNotAvailableError
+from kt_hf.errors import KTAMXConfigError, KTAMXNotAvailableError
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec(upcycle.GGUF_PACKAGE) is None, reason=f"needs {upcycle.INSTALL_HINT}"
@@ -175,3 +177,14 @@ def test_the_whole_model_answers_like_the_dense_one(smollm2: tuple[Any, Any]) ->
     colors, week = as_text(tokenizer, ask(noisy_model, tokenizer, questions, 24))
     assert all(word in colors for word in ("Red", "Blue", "Yellow"))
     assert "7 days" in week
+
+
+@needs_smollm2
+def test_it_is_written_as_a_checkpoint(tmp_path: Path) -> None:
+    folder = upcycle.save_model(tmp_path / "model", num_layers=1, dtype="bfloat16")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    model = load_kt_model(folder, KTConfig(kt_backend="torch"))
+    assert len(model._kt_wrappers) == 1
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    with pytest.raises(KTAMXConfigError, match="is not empty"):
+        upcycle.save_model(folder)

@@ -141,7 +141,7 @@ def _(folder: Path) -> tuple[str, ...]:
     content = header(file)
     content[UP]["shape"][0] *= -1
     set_header(file, content)
-    return f"{file}: {UP} has a damaged entry in the header", "(-32, 128)"
+    return f"{file}: {UP}.shape[0]=-32", "is not a whole number"
 
 
 @case("a header lacks a tensor's dtype")
@@ -150,7 +150,7 @@ def _(folder: Path) -> tuple[str, ...]:
     content = header(file)
     del content[UP]["dtype"]
     set_header(file, content)
-    return (f"{file}: {UP} has a damaged entry in the header",)
+    return (f"{file}: dtype is missing in {UP}",)
 
 
 @case("a dtype is unknown")
@@ -189,7 +189,7 @@ def _(folder: Path) -> tuple[str, ...]:
 def _(folder: Path) -> tuple[str, ...]:
     sharded(folder)
     (folder / INDEX).write_text('{"weight_map": {')
-    return (f"{folder / INDEX} is damaged",)
+    return (f"{folder / INDEX} cannot be read",)
 
 
 @case("the index has no files")
@@ -203,7 +203,7 @@ def _(folder: Path) -> tuple[str, ...]:
 def _(folder: Path) -> tuple[str, ...]:
     index, _ = sharded(folder)
     write_index(folder, index | {UP: "../model.safetensors"})
-    return f"{folder / INDEX}: {UP}", "'../model.safetensors'"
+    return f"{folder / INDEX}: weight_map.{UP}", "'../model.safetensors'", "is no file name"
 
 
 @case("a tensor is in two shards")

@@ -131,7 +131,7 @@ def test_layers_are_read_one_ahead(
     from kt_hf.placement.packer import Packer
 
     order: list[str] = []
-    read, pack = ExpertCheckpoint.read, Packer.pack
+    read, pack = ExpertCheckpoint.read, Packer.build
 
     def watched_read(self: Any, layer: str, *rest: Any) -> Any:
         order.append(f"read {layer}")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from kt_hf.builtin.known_models import known_models
 from kt_hf.cli import app
 from kt_hf.cli.estimate import make
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.hub import configuration_of, reachable, sizes_of
+from kt_hf.train.memory_size import bytes_of
 from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
 
 HERE = Path(__file__).parent
-MODELS = HERE / "models"
 OURS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
 USERS = sorted((HERE / "user-yaml").glob("*.yaml"))
 # Billions of parameters, as published.
@@ -40,21 +43,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def local(file: Path) -> list[str]:
-    """The override that puts the stored configuration in the place of the model's."""
-    name = read_arguments(file, purpose="estimate").own.model_name_or_path
-    return [] if name.startswith("builtin:") else [f"model_name_or_path={MODELS / name}"]
-
-
 def test_there_are_as_many_as_promised() -> None:
     assert len(OURS) == 10
     assert len(USERS) == 3
-    assert sorted(str(path.parent.relative_to(MODELS)) for path in MODELS.glob("*/*/config.json")) == sorted(PUBLISHED)
+    assert known_models() == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("file", [*OURS, *USERS], ids=lambda file: file.stem)
 def test_it_is_valid_and_estimated(file: Path) -> None:
-    result = CliRunner().invoke(app, ["estimate", str(file), *local(file), "--device", "cuda", "--json"])
+    result = CliRunner().invoke(app, ["estimate", str(file), "--device", "cuda", "--json"])
     assert result.exit_code in (0, 1), result.output
     made = json.loads(result.stdout)
     assert result.exit_code == (0 if made["fits"] else 1)
@@ -64,10 +61,9 @@ def test_it_is_valid_and_estimated(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [file for file in OURS if file.stem != "demo_smol"], ids=lambda file: file.stem)
-def test_its_comment_says_what_estimate_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kt_hf.backends.kernel_availability", lambda: type("Yes", (), {"ok": True})())
+def test_its_comment_says_what_estimate_says(file: Path) -> None:
     wide, shared = (
-        make(str(file), [*local(file), f"kt_share_backward_weights={share}"], "cuda") for share in ("false", "true")
+        make(str(file), [f"kt_share_backward_weights={share}"], "cuda", memory="64GB") for share in ("false", "true")
     )
     text = " ".join(file.read_text().replace("\n# ", " ").split())
     assert (
@@ -78,8 +74,7 @@ def test_its_comment_says_what_estimate_says(file: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_parameters_are_those_published(name: str) -> None:
-    own = OwnKeys(model_name_or_path=str(MODELS / name))
-    sizes = model_sizes(load_config(own)[0], own)
+    sizes = model_sizes(sizes_of(name), OwnKeys(model_name_or_path=name))
     total = (sizes.expert_parameters + sizes.other_parameters) / 1e9
     assert total == pytest.approx(PUBLISHED[name], rel=0.003)
 
@@ -93,16 +88,16 @@ def test_a_users_file_is_understood(file: Path) -> None:
     assert settings.trainer["output_dir"].startswith("outputs/")
 
 
-def test_a_native_model_is_not_taken_from_the_hubs_code() -> None:
-    own = OwnKeys(model_name_or_path=str(MODELS / "deepseek-ai/DeepSeek-V3"), trust_remote_code=True)
+def test_a_native_model_is_not_taken_from_the_hubs_code(tmp_path: Path) -> None:
+    sizes_of("deepseek-ai/DeepSeek-V3").save_pretrained(tmp_path)
+    own = OwnKeys(model_name_or_path=str(tmp_path), trust_remote_code=True)
     config, told = load_config(own)
     assert type(config).__module__.startswith("transformers.models.deepseek_v3")
     assert any("its own class is used" in line for line in told)
 
 
-def test_a_model_without_a_file_needs_no_file(tmp_path: Path) -> None:
-    model = str(MODELS / "Qwen/Qwen3-30B-A3B")
-    result = CliRunner().invoke(app, ["estimate", model, "lora_rank=4", "--device", "cpu"])
+def test_a_model_without_a_file_needs_no_file() -> None:
+    result = CliRunner().invoke(app, ["estimate", "Qwen/Qwen3-30B-A3B", "lora_rank=4", "--device", "cpu"])
     assert result.exit_code in (0, 1)
     assert "experts packed" in result.stdout or "experts" in result.stdout
     assert "GPU memory" not in result.stdout
@@ -122,3 +117,93 @@ def test_bad_input_is_exit_code_2(arguments: list[str], message: str) -> None:
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+# Another machine, and no network
+
+
+def estimated(*arguments: str) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(app, ["estimate", "Qwen/Qwen3-30B-A3B", *arguments, "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_another_machine_is_named_by_its_memory() -> None:
+    """Whatever this one has: with a GPU only where it is said, with kt-kernel's operators unless refused."""
+    code, large = estimated("--memory", "512GB", "--gpu-memory", "80GB")
+    assert (code, large["fits"]) == (0, True)
+    assert large["host_free"] == 512 * 2**30
+    assert large["gpu_free"] == 80 * 2**30
+    assert "experts packed" in large["host"]
+    assert not large["shared_backward_weights"]
+    code, small = estimated("--memory", "64GB", "--gpu-memory", "8GB")
+    assert (code, small["fits"]) == (1, False)
+    assert small["shared_backward_weights"]
+    assert small["host_total"] == large["host_total_otherwise"]
+    assert small["host_total_otherwise"] == large["host_total"]
+    code, alone = estimated("--memory", "512GB")
+    assert alone["gpu"] == {}
+    assert code == 0
+
+
+def test_a_choice_that_was_made_has_no_other() -> None:
+    assert estimated("--memory", "512GB", "kt_share_backward_weights=true")[1]["host_total_otherwise"] is None
+    assert estimated("--memory", "512GB", "kt_backend=torch")[1]["host_total_otherwise"] is None
+
+
+def test_both_choices_are_told() -> None:
+    text = (
+        CliRunner().invoke(app, ["estimate", "Qwen/Qwen3-30B-A3B", "--memory", "512GB", "--gpu-memory", "80GB"]).stdout
+    )
+    assert "otherwise 98.0 GiB, slower." in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("text", "size"), [("512GB", 512 * 2**30), ("1.5 TiB", 3 * 2**39), ("24g", 24 * 2**30),
+                                            ("800mb", 800 * 2**20)])  # fmt: skip
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert bytes_of(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "512", "GB", "-1GB", "0GB", "nanGB", "1e3GB", "9" * 400 + "GB", "12 PB", "1,5TB"])
+def test_what_is_no_size_is_exit_code_2(text: str) -> None:
+    result = CliRunner().invoke(app, ["estimate", "Qwen/Qwen3-30B-A3B", f"--memory={text}"])
+    assert result.exit_code == 2
+    assert "is no size of memory: write 512GB" in result.stderr
+
+
+def test_a_gpu_and_none_do_not_go_together() -> None:
+    result = CliRunner().invoke(app, ["estimate", "Qwen/Qwen3-30B-A3B", "--gpu-memory=24GB", "--device=cpu"])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("verb", [["estimate"], ["bench"]])
+def test_a_model_nobody_has_is_refused_without_waiting(verb: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would try six times, for 41 seconds: here no library is asked to."""
+    monkeypatch.setattr("kt_hf.train.hub.reachable", lambda: False)
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", lambda *_: pytest.fail("the hub was asked"))
+    result = CliRunner().invoke(app, [*verb, "somebody/something-new"])
+    assert result.exit_code == 2
+    assert "cannot be reached" in result.stderr
+    assert "Qwen/Qwen3-30B-A3B" in result.stderr
+
+
+def test_the_cache_is_used_where_the_hub_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kt_hf.train.hub.reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "a" / "config.json"))
+    assert configuration_of("somebody/something-new") == str(tmp_path / "a")
+    assert configuration_of(str(tmp_path)) == str(tmp_path)
+
+
+def test_reaching_for_the_hub_takes_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep = threading.Event()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("kt_hf.train.hub._PATIENCE", 0.05)
+    # A name that is looked up for ever.
+    monkeypatch.setattr(socket, "create_connection", lambda *_: asleep.wait(60) and socket.socket())
+    assert not reachable()
+    asleep.set()
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(socket, "create_connection", lambda address, _: addresses.append(address) or socket.socket())
+    addresses: list[Any] = []
+    monkeypatch.setattr("kt_hf.train.hub._PATIENCE", 5.0)
+    assert reachable()
+    assert addresses == [("127.0.0.1", 9)]

@@ -13,6 +13,9 @@ from tests.support.layers import SCALING, LayerInputs, forward_backward, make_in
 from tests.support.models import Family
 from tests.support.patched import adapted_layers
 from tests.support.reference import assert_all_close, assert_close, experts_forward_backward
+from tests.support.sizes import LAYER_SIZES
+
+pytestmark = LAYER_SIZES
 
 TOKENS = 37
 # What rounding an input, an output or a gradient to the dtype may cost, over the backend's own error.

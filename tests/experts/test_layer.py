@@ -11,6 +11,9 @@ from tests.support.layers import RANK, SCALING, forward_backward, make_inputs, r
 from tests.support.models import Family, base_weights
 from tests.support.patched import adapted_layers
 from tests.support.reference import LORA_NAMES, assert_all_close, assert_close, experts_forward_backward
+from tests.support.sizes import LAYER_SIZES
+
+pytestmark = LAYER_SIZES
 
 # Large before small: what a big call left in a reused buffer must not show in a small one.
 TOKENS = (200, 1, 0, 37)

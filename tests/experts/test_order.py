@@ -26,6 +26,9 @@ from tests.support.layers import (
 from tests.support.models import Family
 from tests.support.patched import adapted_layers, adapted_model, fill_lora, gradients_of, logits_of, loss_of
 from tests.support.reference import assert_all_close, assert_close, experts_forward_backward
+from tests.support.sizes import LAYER_SIZES
+
+pytestmark = LAYER_SIZES
 
 
 def _small_inputs(family: Family, tokens: int, dtype: torch.dtype) -> LayerInputs:

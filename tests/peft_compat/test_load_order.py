@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from kt_hf import KTAMXConfigError, apply_kt_moe
 from tests.support.cases import TORCH_FP32, Case, make_config
 from tests.support.helpers import MIXTRAL
-from tests.support.models import FAMILIES, Family
-from tests.support.patched import adapted_model, logits_of, lora_config
+from tests.support.models import EXPERT_PROJECTIONS, FAMILIES, Family
+from tests.support.patched import adapted_model, fill_lora, logits_of, lora_config, patched_model
 
 IDS = MIXTRAL.inputs()
 
@@ -70,3 +70,17 @@ def test_an_adapter_loaded_before_the_patch_is_kept_or_refused(name: str, tmp_pa
     except KTAMXConfigError:
         return
     assert torch.equal(logits_of(model, family.inputs()), logits_of(saver, family.inputs()))
+
+
+def test_a_loaded_adapter_of_experts_alone_has_effect(case: Case, tmp_path: Path) -> None:
+    """An adapter on the experts alone: without effect until it is trained, with effect once loaded."""
+    base = logits_of(patched_model(MIXTRAL, case, kt_lora_rank=8), IDS)
+    config = lora_config(MIXTRAL, target_modules=list(EXPERT_PROJECTIONS))
+    model = get_peft_model(patched_model(MIXTRAL, case), config)
+    assert torch.equal(logits_of(model, IDS), base)
+    fill_lora(model, seed=1)
+    expected = logits_of(model, IDS)
+    model.save_pretrained(tmp_path)
+    loaded = logits_of(PeftModel.from_pretrained(patched_model(MIXTRAL, case), tmp_path), IDS)
+    assert torch.equal(loaded, expected)
+    assert (loaded - base).abs().mean() > 0.05 * base.abs().mean()

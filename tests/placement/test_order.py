@@ -64,10 +64,10 @@ def test_counts(family: str, patched: bool) -> None:
 def test_the_most_used_come_first() -> None:
     placement = Placement.by_use({0: torch.tensor([3, 9, 0, 9]), 1: torch.tensor([0, 0, 1, 0])})
     assert placement.order == {0: (1, 3, 0, 2), 1: (2, 0, 1, 3)}
-    assert placement.experts(0, 3, 4) == [0, 1, 3]
+    placement.check(0, 4)
     for layer, total in ((2, 4), (0, 5)):
         with pytest.raises(KTAMXConfigError, match=f"the model has {total}"):
-            placement.experts(layer, 1, total)
+            placement.check(layer, total)
 
 
 def test_without_a_profile_the_first_ones(caplog: pytest.LogCaptureFixture) -> None:

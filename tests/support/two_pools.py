@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from kt_hf import KTAMXConfigError, apply_kt_moe, patch
+from kt_hf import KTAMXConfigError, apply_kt_moe
+from kt_hf.placement import assembly
 from kt_hf.quantized import open_saved
 from kt_hf.system.cpu import ThreadPlan
 from kt_hf.tools import quantize as command
@@ -21,7 +22,7 @@ from tests.support.patched import adapted_model
 from tests.support.quantized_folders import load, quantised, results, save_checkpoint, settings
 from tests.support.reference import experts_forward_backward, relative_error
 
-for module in (patch, command):
+for module in (assembly, command):
     module.plan_threads = lambda *_, **__: ThreadPlan(((0, 1), (0, 1)))
 
 

@@ -58,7 +58,7 @@ class Built:
 
 @pytest.fixture
 def built(cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[Built]:
-    found, original = [], packing.Packer.pack
+    found, original = [], packing.Packer.build
 
     def pack(packer: packing.Packer, *args: Any) -> ExpertsBackend:
         backend = original(packer, *args)
@@ -169,7 +169,7 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
         layers.extend(weakref.ref(part.backend.weights) for part in backend.parts)
         return backend
 
-    original = packing.Packer.pack
+    original = packing.Packer.build
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
     monkeypatch.setattr(packing, "plan_tiers", plan)
     monkeypatch.setattr(packing.Packer, "build", pack)

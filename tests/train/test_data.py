@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.train.data.rows import Rows, for_sft, load_rows, split_off
+from kt_hf.train.data.rows import load_rows, split_off
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}
@@ -59,7 +59,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any], str]
         {"prompt": "2+2=", "completion": ""}, "completion is empty",
     ),
     (
-        "prompt and completion", "sft", {"prompt": [USER], "completion": [FOUR]}, {"messages": [USER, FOUR]},
+        "prompt and completion", "sft",
+        {"prompt": [USER], "completion": [FOUR]}, {"prompt": [USER], "completion": [FOUR]},
         {"prompt": [USER], "completion": [{"role": "assistant"}]}, "completion: a message without content",
     ),
     ("text", "sft", {"text": "A story."}, {"text": "A story."}, {"text": "   "}, "text is empty"),
@@ -76,7 +77,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any], str]
     (
         "preference pairs without prompt", "dpo", {"chosen": [USER, FOUR], "rejected": [USER, FIVE]},
         {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]},
-        {"chosen": [USER, FOUR], "rejected": [AGAIN[0], FIVE]}, "differ before the last answer",
+        {"chosen": [USER, FOUR], "rejected": [AGAIN[0], FIVE]}, "there is no prompt",
     ),
     (
         "alpaca ranking", "dpo", {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
@@ -183,39 +184,28 @@ def test_a_folder_is_all_its_files_and_max_samples_counts(tmp_path: Path) -> Non
     assert len(load_rows([str(tmp_path)], "train", "sft", most=2).rows) == 2
 
 
-def test_data_sets_of_different_forms_are_refused(tmp_path: Path) -> None:
+def test_pairs_of_different_forms_are_refused_and_rows_of_answers_are_not(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", [{"text": "a"}]), write(tmp_path / "b.jsonl", [{"messages": [USER, FOUR]}])]
+    assert len(load_rows([str(file) for file in files], "train", "sft").rows) == 2
+    write(files[0], [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    write(files[1], [{"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}])
     with pytest.raises(KTAMXConfigError, match="different forms"):
-        load_rows([str(file) for file in files], "train", "sft")
+        load_rows([str(file) for file in files], "train", "dpo")
 
 
 def test_pydoc_is_for_both_stages() -> None:
     (row,) = load_rows(["builtin:pydoc"], "train", "sft", most=1).rows
-    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert [message["role"] for column in row.values() for message in column] == ["user", "assistant"]
     (pair,) = load_rows(["builtin:pydoc"], "train", "dpo", most=1).rows
     assert pair["chosen"] != pair["rejected"]
     (held_out,) = load_rows(["builtin:pydoc"], "eval", "sft", most=1).rows
     assert held_out != row
 
 
-def test_the_loss_is_on_the_answers() -> None:
-    one, several = [USER, FOUR], [USER, FOUR, *AGAIN]
-    rows = Rows([{"messages": one}])
-    assert not for_sft(rows, None, lambda: True)
-    assert rows.rows == [{"prompt": [USER], "completion": [FOUR]}]
-    rows = Rows([{"messages": one}, {"messages": several}])
-    assert for_sft(rows, None, lambda: True)
-    assert rows.rows == [{"messages": one}, {"messages": several}]
-    assert not for_sft(rows, None, lambda: False)
-    assert rows.rows[1] == {"prompt": several[:-1], "completion": several[-1:]}
-    assert "only the last of each is trained" in rows.told[0]
-
-
 def test_rows_are_held_out() -> None:
-    rows = [{"text": str(i)} for i in range(10)]
     for size, count in ((0.3, 3), (4, 4)):
-        train, held_out = split_off(rows, size, seed=0)
+        train, held_out = split_off(10, size, seed=0)
         assert len(held_out) == count
-        assert sorted(row["text"] for row in train + held_out) == [str(i) for i in range(10)]
+        assert sorted(train + held_out) == list(range(10))
     with pytest.raises(KTAMXConfigError, match="leaves nothing"):
-        split_off(rows, 10, seed=0)
+        split_off(10, 10, seed=0)

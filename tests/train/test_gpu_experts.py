@@ -53,7 +53,7 @@ def test_a_quantised_model_is_not_loaded_whole(
     """Its streamed experts stay of 8 bits, and which are used most is not counted, which is told."""
     model, seen = save_model(tmp_path / "model"), []
     make_8_bits(model, (32, 32))
-    made = packing.Packer.pack
+    made = packing.Packer.build
 
     def watched(*args: Any) -> Any:
         seen.append(args[1].scaled)
@@ -72,7 +72,11 @@ def test_a_quantised_model_is_not_loaded_whole(
     [
         {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]},
         {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "four"}]},
-        {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "four"}]},
+        {
+            "prompt": [{"role": "user", "content": "2+2?"}],
+            "chosen": [{"role": "assistant", "content": "four"}],
+            "rejected": [{"role": "assistant", "content": "five"}],
+        },
         {"text": "2+2? four"},
         {"prompt": "2+2?", "completion": " four"},
         {"prompt": "2+2?", "chosen": " four", "rejected": " five"},
@@ -82,12 +86,17 @@ def test_a_quantised_model_is_not_loaded_whole(
 def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
     from rich.console import Console
 
+    from kt_hf.train.data.rows import Rows
+    from kt_hf.train.data.tokens import prepare, reading
     from tests.support.tiny import tokenizer
 
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
     file = write_yaml(tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", output_dir=str(tmp_path / "out"),
                       dataset=str(tmp_path / "data.jsonl"), max_length=30)  # fmt: skip
-    placing = ProfileRun(read_arguments(file), [row] * 3, tokenizer(), Console(quiet=True))
+    settings, words = read_arguments(file), tokenizer()
+    how = reading(settings.own, settings.trainer, words, 259)
+    data = prepare(Rows([row] * 3), how, "dpo" if "chosen" in row else "sft", "train")
+    placing = ProfileRun(settings, data.sequences, Console(quiet=True))
     batches = list(placing.batches())
     assert len(batches) == 3
     text = tokenizer().decode(batches[0][0])

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
-from ...shapes import LORA_NAMES, ExpertShape
+from ...shapes import LORA_NAMES, ExpertShape, expert_bytes
 from ...system.cpu import ThreadPlan, cpu_features
 from ..base import Availability, ExpertWeights, Gradients, SavedForward
 from ..transfer import host_empty, split_lora, to_host, track_reads, wait_for_reads
 from .engine import Cache, Engine
 from .gate_overflow import careful_backward
 from .idle_workers import CallGap
+from .kept_memory import KEPT
 from .native_code import native_output_to_log, never_destroy
 from .operators import OPERATORS, most_tokens, shape_problem
 from .packed_files import PackedLayerFiles, check_saved, folder_to_load, folder_to_save
@@ -154,6 +155,7 @@ class KTKernelBackend:
                 self._load(weights, config)
         else:
             self._load(weights, config)
+        KEPT.add(int(shape.num_experts * expert_bytes(shape) * self._operators.bytes_per_weight / 2))
 
     def _config(self, share_backward: bool, share_cache: bool) -> Any:
         from kt_kernel import kt_kernel_ext
@@ -322,6 +324,21 @@ class KTKernelBackend:
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
         return careful_backward(self, x, ids, weights, grad_output, bad)
+
+    def raw_operator(self) -> Any:
+        """kt-kernel's operator of this layer, for benchmarks that call it without this class around it.
+
+        Its methods take addresses (`forward_sft`, `backward`, `update_lora_weights`) and check nothing: the rules are
+        in docs/kernel-contract.md. Get it anew before each pair of calls: it comes with its workers awake, and with
+        the forward that this backend had saved forgotten, for the caller's forward overwrites it.
+
+        Raises:
+            KTAMXForwardError: The process is a fork of the one that packed the weights.
+        """
+        self._check_process()
+        self._cache.holds = 0
+        self._engine.workers.gather()
+        return self._moe
 
     def _check_process(self) -> None:
         if self._engine.pid != os.getpid():

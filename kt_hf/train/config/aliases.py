@@ -83,7 +83,6 @@ REMOVED = {
     "load_in_4bit": "leave it out: bitsandbytes cannot quantise packed experts",
     "load_in_8bit": "leave it out: bitsandbytes cannot quantise packed experts",
     "create_new_adapter": "leave it out: adapter_name_or_path is trained on; kt-hf export --to merged merges one",
-    "dataset_dir": "give the file or folder itself in dataset",
     "streaming": "leave it out: data is read before training",
     "tokenized_path": "leave it out: data is tokenised at each start",
     "loraplus_lr_embedding": "leave it out: loraplus_lr_ratio alone is taken",

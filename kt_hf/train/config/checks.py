@@ -11,7 +11,8 @@ from typing import Any
 
 from ...errors import KTAMXError
 from ..checkpoints import numbered, would_be_rotated
-from ..data.sources import dataset_problem
+from ..data.rows import mixing_problem
+from ..data.sources import dataset_dir_problem, dataset_problem
 from . import aliases as names
 from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
 from .yaml_file import Problem, Setting, key_shown, shown
@@ -175,11 +176,18 @@ def _model(c: Checked, purpose: str) -> None:
 def _data(c: Checked, purpose: str) -> None:
     if purpose == "train" and not c.own.dataset:
         c.problem("dataset", f"dataset is missing: a file, a folder, a name on the hub, or {BUILTIN_DATA}")
+    missing = dataset_dir_problem(c.own.dataset_dir) if purpose == "train" else None
+    if missing:
+        c.problem("dataset_dir", f"dataset_dir={c.own.dataset_dir!r}: {missing}")
+        return
     for key in ("dataset", "eval_dataset"):
         for spec in getattr(c.own, key):
-            problem = dataset_problem(spec)
-            if problem:
+            problem = dataset_problem(spec, c.own.dataset_dir) if purpose == "train" else None
+            if problem:  # an estimate may be for another machine, which has the data
                 c.problem(key, f"{key}={spec!r}: {problem}")
+    mixing = mixing_problem(c.own)
+    if mixing:
+        c.problem(*mixing)
 
 
 def _evaluation(c: Checked) -> None:

@@ -12,6 +12,13 @@ BUILTIN_MODEL = "builtin:smollm2-moe"
 BUILTIN_DATA = "builtin:pydoc"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STAGES = ("sft", "dpo")
+# LLaMA-Factory's ways to mix data sets -> when `datasets.interleave_datasets` stops; None for one after the other.
+MIX_STRATEGIES = {
+    "concat": None,
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,14 @@ class OwnKeys:
     loraplus_lr_ratio: float | None = None
     dataset: list[str] = field(default_factory=list)
     eval_dataset: list[str] = field(default_factory=list)
+    dataset_dir: str | None = None
+    mix_strategy: str = "concat"
+    interleave_probs: list[float] | None = None
     val_size: float = 0.0
     template: str | None = None
+    default_system: str | None = None
+    enable_thinking: bool | None = None
+    mask_history: bool = False
     max_samples: int | None = None
     plot_loss: bool = False
     overwrite_output_dir: bool = False

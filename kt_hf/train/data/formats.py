@@ -1,46 +1,87 @@
-"""Rows of the formats people have, turned into the ones TRL trains on. Recognised by their columns.
+"""Rows of the formats people have, turned into the ones TRL knows. Recognized by their columns.
 
-What comes out, for `stage: sft`: `messages`, or `text`, or plain `prompt` and `completion`. For `stage: dpo`: `prompt`,
-`chosen` and `rejected`, conversational or plain.
+What comes out, for `stage: sft`: `messages`; or `prompt` and `completion`, as text or as messages; or `text`; or
+`input_ids` and `labels`. For `stage: dpo`: `prompt`, `chosen` and `rejected`, as text or as messages. Rows of messages
+may have `tools` and `chat_template_kwargs` beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-Message = dict[str, str]
+from .messages import BadRow, Message, check_plain, check_turns, is_empty, messages_of, parsed, without_nulls
+
 Row = dict[str, Any]
 
-_SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    "system": "system",
-}
+# Columns of pictures and sound, which a text model cannot use.
+MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+# Arguments of apply_chat_template itself, which the data must not set.
+_RESERVED = frozenset(
+    {
+        "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+        "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs",
+    }
+)  # fmt: skip
 
 
-class BadRow(ValueError):
-    """Why a row cannot be used."""
+class Columns:
+    """The columns of a row, and which of them anybody has asked for.
+
+    Args:
+        row: As it was read.
+        used: Gets the names of columns that were asked for and have something in them.
+    """
+
+    def __init__(self, row: Row, used: set[str]) -> None:
+        self.row, self.used = row, used
+
+    def get(self, column: str) -> Any:
+        """What the column holds, None if it is not there. Raises `BadRow` if that is no text at its bottom."""
+        value = self.row.get(column)
+        if value is not None:
+            self.used.add(column)
+            check_plain(value)
+        return value
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its name, the columns it is known by, the stage it is for, and how to turn a row over."""
+    """A format of data.
+
+    Attributes:
+        name: As users are told.
+        columns: Those it is known by, all of them needed.
+        stage: What it can be trained with, `sft` or `dpo`.
+        convert: Turns a row's columns into TRL's form; raises `BadRow`.
+    """
 
     name: str
     columns: frozenset[str]
     stage: str
-    convert: Callable[[Row], Row]
+    convert: Callable[[Columns], Row]
+
+    def row(self, row: Row, used: set[str]) -> Row:
+        """A row in TRL's form; the columns that went into it are added to `used`.
+
+        Raises:
+            BadRow: It cannot be used, and why.
+        """
+        for column in MEDIA & row.keys():
+            if row[column]:
+                raise BadRow(f"it has {column}, and this trains text models")
+        return self.convert(Columns(row, used))
 
 
-def recognize(columns: set[str]) -> Format | None:
-    """The first format whose columns are all there."""
-    return next((known for known in FORMATS if known.columns <= columns), None)
+def recognize(columns: set[str], stage: str | None = None) -> Format | None:
+    """The first format whose columns are all there; one of the stage before the others."""
+    known = [form for form in FORMATS if form.columns <= columns]
+    return next((form for form in known if form.stage == stage), known[0] if known else None)
 
 
-def _text(row: Row, column: str, needed: bool = True) -> str:
+def _text(row: Columns, column: str, needed: bool = True) -> str:
     value = row.get(column)
     if value is None:
         value = ""
@@ -51,41 +92,38 @@ def _text(row: Row, column: str, needed: bool = True) -> str:
     return value
 
 
-def _messages(value: Any, column: str, role: str, content: str) -> list[Message]:
-    """A list of messages with the roles system, user and assistant; `role` and `content` are the keys in the data."""
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{column} is not a list of messages")
-    found: list[Message] = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get(role), str):
-            raise BadRow(f"{column}: a message without {role}")
-        speaker = _SPEAKERS.get(message[role])
-        if speaker is None:
-            raise BadRow(f"{column}: unknown {role} {message[role]!r}")
-        if not isinstance(message.get(content), str):
-            raise BadRow(f"{column}: a message without {content}")
-        found.append({"role": speaker, "content": message[content]})
-    return found
+def _beside(row: Columns) -> Row:
+    """`tools` and `chat_template_kwargs` of a row of messages, each only if there is anything in it."""
+    tools = parsed(row.get("tools"), "tools")
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+        raise BadRow("tools is not a list of descriptions")
+    settings = parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not isinstance(settings or {}, dict):
+        raise BadRow("chat_template_kwargs is not an object")
+    settings = {key: value for key, value in (settings or {}).items() if value is not None}
+    if _RESERVED & settings.keys():
+        raise BadRow(f"chat_template_kwargs must not set {', '.join(sorted(_RESERVED & settings.keys()))}")
+    both = {"tools": without_nulls(tools), "chat_template_kwargs": settings}
+    return {key: value for key, value in both.items() if value}
 
 
-def _conversation(messages: list[Message]) -> list[Message]:
-    """Checked for turns: an optional system message, then user and assistant in turn, ending with an answer."""
-    turns = [message["role"] for message in messages if message["role"] != "system"]
-    if "system" in [message["role"] for message in messages[1:]]:
-        raise BadRow("a system message that is not the first")
-    if turns[:1] == ["assistant"]:
-        raise BadRow("it begins with an answer")
-    if any(one == other for one, other in pairwise(turns)):
-        raise BadRow("two messages of the same speaker in a row")
-    if turns[-1:] != ["assistant"]:
-        raise BadRow("it does not end with an answer")
-    if not messages[-1]["content"].strip():
-        raise BadRow("the answer is empty")
+def _with_system(row: Columns, messages: list[Message]) -> list[Message]:
+    system = _text(row, "system", needed=False)
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _trained(messages: list[Message]) -> list[Message]:
+    """Checked for an answer to train on."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(message.get("train", True) for message in answers):
+        raise BadRow("every answer says that it is not to be trained")
     return messages
 
 
-def _alpaca_prompt(row: Row) -> list[Message]:
-    messages = [{"role": "system", "content": system}] if (system := _text(row, "system", needed=False)) else []
+def _alpaca_prompt(row: Columns) -> list[Message]:
+    messages: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise BadRow("history is not a list")
@@ -95,107 +133,151 @@ def _alpaca_prompt(row: Row) -> list[Message]:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     more = _text(row, "input", needed=False)
     question = _text(row, "instruction", needed=not more)
-    return [*messages, {"role": "user", "content": f"{question}\n{more}" if question and more else question or more}]
+    messages.append({"role": "user", "content": f"{question}\n{more}" if question and more else question or more})
+    return _with_system(row, messages)
 
 
-def _alpaca(row: Row) -> Row:
-    return {"messages": [*_alpaca_prompt(row), {"role": "assistant", "content": _text(row, "output")}]}
+def _alpaca(row: Columns) -> Row:
+    return {"messages": [*_alpaca_prompt(row), {"role": "assistant", "content": _text(row, "output")}]} | _beside(row)
 
 
-def _with_system(row: Row, messages: list[Message]) -> list[Message]:
-    system = _text(row, "system", needed=False)
-    return [{"role": "system", "content": system}, *messages] if system else messages
+def _conversation(column: str) -> Callable[[Columns], Row]:
+    def convert(row: Columns) -> Row:
+        messages = check_turns(_with_system(row, messages_of(row.get(column), column)))
+        return {"messages": _trained(messages)} | _beside(row)
+
+    return convert
 
 
-def _sharegpt(row: Row) -> Row:
-    messages = _messages(row.get("conversations"), "conversations", *_keys(row.get("conversations")))
-    return {"messages": _conversation(_with_system(row, messages))}
-
-
-def _keys(value: Any) -> tuple[str, str]:
-    """The keys of a list of messages: from and value, or role and content."""
-    first = value[0] if isinstance(value, list) and value else None
-    return ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-
-
-def _openai(row: Row) -> Row:
-    return {"messages": _conversation(_messages(row.get("messages"), "messages", "role", "content"))}
-
-
-def _prompt_completion(row: Row) -> Row:
+def _prompt_completion(row: Columns) -> Row:
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        before, after = (_messages(row.get(c), c, "role", "content") for c in ("prompt", "completion"))
-        return {"messages": _conversation([*before, *after])}
-    return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
+    asked = _asked(row, prompt)
+    answer = messages_of(completion, "completion") if isinstance(completion, list) else None
+    answer = answer or [{"role": "assistant", "content": _text(row, "completion")}]
+    check_turns([*asked, *answer])
+    return {"prompt": asked, "completion": _trained(answer)} | _beside(row)
 
 
-def _plain(row: Row) -> Row:
+def _asked(row: Columns, prompt: Any) -> list[Message]:
+    """A prompt as messages; text is a question."""
+    if isinstance(prompt, list):
+        return _with_system(row, messages_of(prompt, "prompt"))
+    return _with_system(row, [{"role": "user", "content": _text(row, "prompt")}])
+
+
+def _plain(row: Columns) -> Row:
     return {"text": _text(row, "text")}
 
 
-def _answer(row: Row, column: str) -> str:
-    """The text of a preferred or rejected answer: text, a message, or a list that ends with it."""
+def _tokens(row: Columns) -> Row:
+    """Rows that have been tokenized elsewhere, as TRL takes them: with `labels`, or with masks of what is trained."""
+    ids = _numbers(row, "input_ids")
+    labels = _numbers(row, "labels", len(ids)) if row.get("labels") is not None else ids
+    for mask in ("completion_mask", "assistant_masks"):
+        if row.get("labels") is None and row.get(mask) is not None:
+            bits = _numbers(row, mask, len(ids))
+            labels = [label if bit else -100 for label, bit in zip(labels, bits, strict=True)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _numbers(row: Columns, column: str, length: int | None = None) -> list[int]:
     value = row.get(column)
-    if isinstance(value, dict):
-        value = [value]
-    if isinstance(value, list):
-        messages = _messages(value, column, *_keys(value))
-        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+    if not isinstance(value, list) or not all(type(number) is int for number in value) or not value:
+        raise BadRow(f"{column} is not a list of whole numbers")
+    if length is not None and len(value) != length:
+        raise BadRow(f"{column} has {len(value)} numbers, input_ids {length}")
+    return value
+
+
+def _answers(row: Columns, asked: list[Message]) -> list[list[Message]]:
+    """The preferred and the rejected answer, each a list of messages that follow those `asked`."""
+    both: list[list[Message]] = []
+    for column in ("chosen", "rejected"):
+        value = row.get(column)
+        value = [value] if isinstance(value, dict) else value
+        if not isinstance(value, list):
+            both.append([{"role": "assistant", "content": _text(row, column)}])
+            continue
+        answer = messages_of(value, column)
+        # Some have the whole conversation in it, the prompt once more.
+        turns = [message for message in asked if message["role"] != "system"]
+        for prompt in (asked, turns):
+            if prompt and len(answer) > len(prompt) and answer[: len(prompt)] == prompt:
+                answer = answer[len(prompt) :]
+        if answer[-1]["role"] != "assistant" or is_empty(answer[-1]):
             raise BadRow(f"{column} does not end with an answer")
-        return messages[-1]["content"]
-    return _text(row, column)
+        both.append(answer)
+    return both
 
 
-def _pair(prompt: Any, row: Row) -> Row:
-    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+def _pair(row: Columns, asked: list[Message]) -> Row:
+    chosen, rejected = _answers(row, asked)
+    shorter = min(len(chosen), len(rejected)) - 1
+    same = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    asked, chosen, rejected = [*asked, *chosen[:same]], chosen[same:], rejected[same:]  # alike so far: that is prompt
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    _conversation([*prompt, {"role": "assistant", "content": chosen}])
-    answers = {"chosen": chosen, "rejected": rejected}
-    return {"prompt": prompt} | {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
-
-
-def _preference(row: Row) -> Row:
-    prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        return _pair(_messages(prompt, "prompt", "role", "content"), row)
-    text = _text(row, "prompt")
-    if isinstance(row.get("chosen"), str):
-        return _pair(text, row)
-    return _pair([{"role": "user", "content": text}], row)
-
-
-def _implicit_prompt(row: Row) -> Row:
-    """Whole conversations in `chosen` and `rejected`, which differ in the last answer only."""
-    both = [_messages(row.get(c), c, *_keys(row.get(c))) for c in ("chosen", "rejected")]
-    if both[0][:-1] != both[1][:-1]:
-        raise BadRow("chosen and rejected differ before the last answer")
-    if len(both[0]) < 2:
+    if not asked:
         raise BadRow("there is no prompt: neither of its own nor in chosen")
-    return _pair(both[0][:-1], row)
+    for answer in (chosen, rejected):
+        check_turns([*asked, *answer])
+    messages = [*asked, *chosen, *rejected]
+    if any(message.get("train") is False for message in messages):
+        raise BadRow("train of a message is for stage: sft")
+    for message in messages:
+        message.pop("train", None)
+    return {"prompt": asked, "chosen": chosen, "rejected": rejected} | _beside(row)
 
 
-def _sharegpt_ranking(row: Row) -> Row:
-    messages = _messages(row.get("conversations"), "conversations", *_keys(row.get("conversations")))
-    return _pair(_with_system(row, messages), row)
+def _preference(row: Columns) -> Row:
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) or not isinstance(row.get("chosen"), str):
+        return _pair(row, _asked(row, prompt))
+    pair = {column: _text(row, column) for column in ("prompt", "chosen", "rejected")}
+    if pair["chosen"] == pair["rejected"]:
+        raise BadRow("chosen and rejected are the same")
+    return pair
 
 
-def _alpaca_ranking(row: Row) -> Row:
-    return _pair(_alpaca_prompt(row), row)
+def _implicit_prompt(row: Columns) -> Row:
+    """The prompt is what `chosen` and `rejected` both begin with, in messages or, as TRL does it, in text."""
+    if not isinstance(row.get("chosen"), str):
+        return _pair(row, _with_system(row, []))
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    if chosen == rejected:
+        raise BadRow("chosen and rejected are the same")
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None:
+        raise BadRow("one of chosen and rejected is the beginning of the other")
+    same -= same > 0 and chosen[same - 1] == " "  # a space belongs to the word after it
+    if not chosen[:same].strip():
+        raise BadRow("there is no prompt: chosen and rejected have no beginning in common")
+    return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+
+
+def _sharegpt_ranking(row: Columns) -> Row:
+    return _pair(row, _with_system(row, messages_of(row.get("conversations"), "conversations")))
+
+
+def _alpaca_ranking(row: Columns) -> Row:
+    return _pair(row, _alpaca_prompt(row))
 
 
 # The more specific first.
-FORMATS = (
-    Format("alpaca ranking", frozenset({"instruction", "chosen", "rejected"}), "dpo", _alpaca_ranking),
-    Format("sharegpt ranking", frozenset({"conversations", "chosen", "rejected"}), "dpo", _sharegpt_ranking),
-    Format("preference pairs", frozenset({"prompt", "chosen", "rejected"}), "dpo", _preference),
-    Format("preference pairs without prompt", frozenset({"chosen", "rejected"}), "dpo", _implicit_prompt),
-    Format("messages", frozenset({"messages"}), "sft", _openai),
-    Format("sharegpt", frozenset({"conversations"}), "sft", _sharegpt),
-    Format("prompt and completion", frozenset({"prompt", "completion"}), "sft", _prompt_completion),
-    Format("alpaca", frozenset({"instruction", "output"}), "sft", _alpaca),
-    Format("text", frozenset({"text"}), "sft", _plain),
-)  # fmt: skip
+FORMATS = tuple(
+    Format(name, frozenset(columns.split()), stage, convert)
+    for name, columns, stage, convert in (
+        ("alpaca ranking", "instruction chosen rejected", "dpo", _alpaca_ranking),
+        ("sharegpt ranking", "conversations chosen rejected", "dpo", _sharegpt_ranking),
+        ("preference pairs", "prompt chosen rejected", "dpo", _preference),
+        ("preference pairs without prompt", "chosen rejected", "dpo", _implicit_prompt),
+        ("tokens", "input_ids", "sft", _tokens),
+        ("messages", "messages", "sft", _conversation("messages")),
+        ("sharegpt", "conversations", "sft", _conversation("conversations")),
+        ("prompt and completion", "prompt completion", "sft", _prompt_completion),
+        ("alpaca", "instruction output", "sft", _alpaca),
+        ("text", "text", "sft", _plain),
+    )
+)

@@ -1,153 +1,282 @@
-"""From the names in a configuration to data sets that TRL trains on, saying aloud what was found."""
+"""From the names in a configuration to rows in TRL's form, saying aloud what was found and what was left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import KTAMXConfigError
-from ..config.settings import OwnKeys
-from .formats import FORMATS, BadRow, recognize
-from .sources import read_source
+from ..config.settings import MIX_STRATEGIES, OwnKeys, TrainSettings
+from .formats import FORMATS, Format, recognize
+from .messages import BadRow
+from .sources import Source, read_source
 
 # More unusable rows than this share stop the run.
 MOST_BAD = 0.01
 _SHOWN = 3
+_MOST_NAMES, _LONGEST_NAME = 20, 60  # of columns, in a sentence
+_TEXT_COLUMN = "text"
 
 
 @dataclass
 class Rows:
-    """Rows of one stage in TRL's format, and what to tell the user about them."""
+    """Rows of one stage in TRL's form.
+
+    Attributes:
+        rows: The rows.
+        told: What to tell the user about them.
+        places: Where each row stands, such as `data.jsonl line 3`; empty if nobody needs to know.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
 
     @property
     def conversational(self) -> bool:
-        return any("messages" in row or isinstance(row.get("prompt"), list) for row in self.rows)
+        return any(messages_column(row) for row in self.rows)
+
+    def pick(self, order: Sequence[int]) -> Rows:
+        """The rows of these indices, in their order; `told` stays where it is."""
+        return Rows([self.rows[i] for i in order], [], [self.places[i] for i in order] if self.places else [])
+
+    def place(self, index: int) -> str:
+        return self.places[index] if self.places else f"row {index + 1}"
 
 
-def load_rows(specs: Sequence[str], purpose: str, stage: str, most: int | None = None) -> Rows:
-    """The usable rows of several data sets.
+def messages_column(row: dict[str, Any]) -> str | None:
+    """The column a conversation begins in; None for a row of text or tokens."""
+    return next((column for column in ("messages", "prompt") if isinstance(row.get(column), list)), None)
+
+
+def load_rows(
+    specs: Sequence[str],
+    purpose: str,
+    stage: str,
+    most: int | None = None,
+    dataset_dir: str | None = None,
+    text_column: str = _TEXT_COLUMN,
+) -> Rows:
+    """The usable rows of several data sets, one after the other.
 
     Args:
         specs: As in `dataset`.
         purpose: `train` or `eval`.
         stage: `sft` or `dpo`.
         most: Rows taken of each data set.
+        dataset_dir: The folder of LLaMA-Factory's `dataset_info.json`.
+        text_column: What TRL's `dataset_text_field` calls the column `text`.
 
     Raises:
         KTAMXConfigError: A data set that cannot be read, has no known columns or the other stage's, or more than 1 %
             of unusable rows.
     """
-    result = Rows()
-    for spec in specs:
-        raw = read_source(spec, purpose, stage, most)
-        columns = raw.columns()
-        known = recognize(columns)
-        bad = list(raw.bad)
-        rows = []
-        if raw.rows and known is None:
-            wanted = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
-            raise KTAMXConfigError(
-                f"dataset {spec}: no known format has the columns {', '.join(sorted(columns))}. Known are {wanted}."
-            )
-        if known and known.stage != stage:
-            raise KTAMXConfigError(
-                f"dataset {spec} is {known.name}, which is data for stage: {known.stage}, and this is stage: {stage}."
-            )
-        for place, row in raw.rows:
+    parts = [_load(spec, purpose, stage, most, dataset_dir, text_column) for spec in specs]
+    return _one_form(_joined(parts), stage)
+
+
+def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: str | None, text_column: str) -> Rows:
+    sources = read_source(spec, purpose, stage, most, dataset_dir)
+    result, bad = Rows(), list[tuple[str, str]]()
+    used, there, by_format = set[str](), set[str](), dict[str, list[int]]()
+    for source in sources:
+        bad += source.bad
+        if text_column != _TEXT_COLUMN:
+            source.rows = [(place, _renamed(row, text_column)) for place, row in source.rows]
+        form = _format_of(source, spec, stage)
+        count = by_format.setdefault(form.name, [0, 0]) if form else [0, 0]
+        for place, row in source.rows:
+            assert form is not None
+            there |= {column for column in row.keys() - there if row[column] is not None and row[column] != ""}
             try:
-                assert known is not None
-                rows.append(known.convert(row))
+                result.rows.append(form.row(row, used))
+                result.places.append(place)
+                count[0] += 1
             except BadRow as error:
                 bad.append((place, str(error)))
-        _judge(spec, bad, len(rows) + len(bad))
-        assert known is not None
-        result.told.append(f"{spec}: {len(rows)} rows, format {known.name}{_counted(bad)}")
-        result.rows += rows
-    forms = {tuple(sorted((key, type(value).__name__) for key, value in row.items())) for row in result.rows}
-    if len(forms) > 1:
-        shown = "; ".join(sorted(", ".join(f"{key} ({kind})" for key, kind in form) for form in forms))
-        raise KTAMXConfigError(f"The data sets have different forms, and TRL trains on one at a time: {shown}.")
+        count[1] += bool(source.rows)
+    judge(f"dataset {spec}", bad, len(result.rows) + len(bad))
+    shown = ", and ".join(
+        f"{rows} rows, format {name}" + (f" in {files} files" if len(by_format) > 1 else "")
+        for name, (rows, files) in by_format.items()
+    )
+    result.told.append(f"{spec}: {shown}{_left_out(bad)}")
+    if there - used:
+        result.told.append(f"{spec}: nothing uses the columns {_named(there - used)}")
     return result
 
 
-def _judge(spec: str, bad: list[tuple[str, str]], total: int) -> None:
+def _named(columns: set[str]) -> str:
+    names = sorted(str(column)[:_LONGEST_NAME] for column in columns)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return (", ".join(names[:_MOST_NAMES]) or "none") + more
+
+
+def _renamed(row: dict[str, Any], text_column: str) -> dict[str, Any]:
+    rest = {key: value for key, value in row.items() if key not in (text_column, _TEXT_COLUMN)}
+    return rest | ({_TEXT_COLUMN: row[text_column]} if text_column in row else {})
+
+
+def _format_of(source: Source, spec: str, stage: str) -> Format | None:
+    """The format of a file; None if it has no rows."""
+    if not source.rows:
+        return None
+    columns, name = source.columns(), "" if source.name == spec else f" ({source.name})"
+    form = recognize(columns, stage)
+    if form is None:
+        wanted = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
+        shown = _named(columns)
+        raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {wanted}.")
+    if form.stage != stage:
+        raise KTAMXConfigError(
+            f"dataset {spec}{name} is {form.name}, which is data for stage: {form.stage}, and this is stage: {stage}."
+        )
+    return form
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    result = Rows()
+    for part in parts:
+        result.rows += part.rows
+        result.told += part.told
+        result.places += part.places
+    return result
+
+
+def _one_form(rows: Rows, stage: str) -> Rows:
+    """`rows`, of which TRL's DPO takes messages or text, not both. SFT's are tokenized here, each as it is."""
+    if stage == "dpo" and len({messages_column(row) is None for row in rows.rows}) > 1:
+        raise KTAMXConfigError(
+            "The data sets have different forms, messages and text, and TRL trains preference pairs of one at a time."
+        )
+    return rows
+
+
+def judge(what: str, bad: Sequence[tuple[str, str]], total: int) -> None:
+    """Stop a run whose data cannot be used.
+
+    Args:
+        what: The data, in words.
+        bad: (place, reason) of unusable rows.
+        total: Rows, the unusable ones among them.
+
+    Raises:
+        KTAMXConfigError: There is nothing, or more than 1 % of it is unusable.
+    """
     if total == 0:
-        raise KTAMXConfigError(f"dataset {spec} has no rows.")
+        raise KTAMXConfigError(f"{what} has no rows.")
     if len(bad) > MOST_BAD * total:
         shown = "".join(f"\n  {place}: {reason}" for place, reason in bad[:_SHOWN])
         raise KTAMXConfigError(
-            f"dataset {spec}: {len(bad)} of {total} rows cannot be used, more than {MOST_BAD:.0%}. The first:{shown}"
+            f"{what}: {len(bad)} of {total} rows cannot be used, more than {MOST_BAD:.0%}. The first:{shown}"
         )
 
 
-def _counted(bad: list[tuple[str, str]]) -> str:
+def _left_out(bad: Sequence[tuple[str, str]]) -> str:
     if not bad:
         return ""
     shown = "; ".join(f"{place}: {reason}" for place, reason in bad[:_SHOWN])
     return f"; {len(bad)} left out ({shown})"
 
 
-def split_off(
-    rows: list[dict[str, Any]], val_size: float, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training rows, evaluation rows): `val_size` is a share below 1, or a number of rows.
+def split_off(total: int, val_size: float, seed: int) -> tuple[list[int], list[int]]:
+    """(indices of training rows, of evaluation rows): `val_size` is a share below 1, or a number of rows.
 
     Raises:
         KTAMXConfigError: Nothing would be left to train or to evaluate on.
     """
-    import random
-
-    count = int(val_size) if val_size >= 1 else round(len(rows) * val_size)
-    if not 0 < count < len(rows):
-        raise KTAMXConfigError(f"val_size={val_size:g} of {len(rows)} rows leaves nothing on one side.")
-    order = list(range(len(rows)))
+    count = int(val_size) if val_size >= 1 else round(total * val_size)
+    if not 0 < count < total:
+        raise KTAMXConfigError(f"val_size={val_size:g} of {total} rows leaves nothing on one side.")
+    order = list(range(total))
     random.Random(seed).shuffle(order)
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+    return sorted(order[count:]), sorted(order[:count])
 
 
-def training_and_evaluation(own: OwnKeys, seed: int) -> tuple[Rows, Rows | None]:
-    """The data that a configuration names; evaluation rows from `eval_dataset` or `val_size`."""
-    train = load_rows(own.dataset, "train", own.stage, own.max_samples)
-    if own.eval_dataset:
-        return train, load_rows(own.eval_dataset, "eval", own.stage, own.max_samples)
-    if own.val_size:
-        train.rows, held_out = split_off(train.rows, own.val_size, seed)
-        return train, Rows(held_out, [f"{len(held_out)} rows held out by val_size"])
-    return train, None
+def mixing_problem(own: OwnKeys) -> tuple[str, str] | None:
+    """(key, why) if `mix_strategy` and `interleave_probs` cannot be used, else None."""
+    if own.mix_strategy not in MIX_STRATEGIES:
+        return "mix_strategy", f"mix_strategy={own.mix_strategy!r}: it must be {' or '.join(MIX_STRATEGIES)}"
+    if own.interleave_probs is None:
+        return None
+    if own.mix_strategy == "concat":
+        return "interleave_probs", "interleave_probs is for mix_strategy: interleave_under or interleave_over"
+    try:
+        shares = _shares(own) or []
+    except (TypeError, ValueError):
+        return "interleave_probs", f"interleave_probs={own.interleave_probs!r}: it must be numbers"
+    if len(shares) != len(own.dataset):
+        return "interleave_probs", f"interleave_probs has {len(shares)} numbers for {len(own.dataset)} data sets"
+    if not all(0 < share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        return "interleave_probs", f"interleave_probs={own.interleave_probs!r}: shares above 0 that add up to 1"
+    return None
 
 
-def only_last_answers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Conversations as prompt and completion, so that TRL trains on the last answer of each."""
-    return [
-        {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} if "messages" in row else row
-        for row in rows
+def _shares(own: OwnKeys) -> list[float] | None:
+    return None if own.interleave_probs is None else [float(share) for share in own.interleave_probs]
+
+
+def _mixed(parts: Sequence[Rows], own: OwnKeys, seed: int) -> Rows:
+    """Several data sets one after the other, or drawn from in turn: by shares, where some are given."""
+    joined, how = _joined(parts), MIX_STRATEGIES[own.mix_strategy]
+    if how is None or len(parts) < 2:
+        return joined
+    import datasets
+
+    starts = [sum(len(part.rows) for part in parts[:i]) for i in range(len(parts))]
+    indices = [
+        datasets.Dataset.from_dict({"row": list(range(start, start + len(part.rows)))})
+        for start, part in zip(starts, parts, strict=True)
     ]
+    order = datasets.interleave_datasets(indices, _shares(own), seed=seed, stopping_strategy=how)["row"]
+    mixed = joined.pick(list(order))
+    mixed.told = [
+        *joined.told,
+        f"mix_strategy {own.mix_strategy}: {len(mixed.rows)} rows of {len(joined.rows)} by turns",
+    ]
+    return mixed
 
 
-def for_sft(train: Rows, evaluation: Rows | None, can_mask: Callable[[], bool]) -> bool:
-    """Arrange conversations so that the loss is on the answers. Returns whether TRL must mask (`assistant_only_loss`).
+def training_and_evaluation(settings: TrainSettings) -> tuple[Rows, Rows | None]:
+    """The data that a configuration names; evaluation rows from `eval_dataset` or `val_size`.
 
-    With one answer a conversation, prompt and completion do. With several, TRL can mask the rest where the chat
-    template marks the answers (`can_mask`); else only the last answer of each is trained, and that is told.
+    Raises:
+        KTAMXConfigError: They cannot be had, or not be used.
     """
-    both = [rows for rows in (train, evaluation) if rows is not None]
-    several = any(_answers(row) > 1 for rows in both for row in rows.rows)
-    mixed = any("messages" not in row for rows in both for row in rows.rows)
-    if several and not mixed and can_mask():
-        return True
-    if several:
-        train.told.append(
-            "conversations with several answers: only the last of each is trained, for the chat template does not mark "
-            "answers"
-        )
-    for rows in both:
-        rows.rows = only_last_answers(rows.rows)
-    return False
+    own, seed = settings.own, settings.trainer.get("seed", 42)
+    column = settings.trainer.get("dataset_text_field") or _TEXT_COLUMN
+
+    def load(specs: Sequence[str], purpose: str) -> list[Rows]:
+        return [_load(spec, purpose, own.stage, own.max_samples, own.dataset_dir, column) for spec in specs]
+
+    train = _one_form(_mixed(load(own.dataset, "train"), own, seed), own.stage)
+    evaluation = None
+    if own.eval_dataset:
+        evaluation = _one_form(_joined(load(own.eval_dataset, "eval")), own.stage)
+    elif own.val_size:
+        order, held_out = split_off(len(train.rows), own.val_size, seed)
+        told = train.told
+        train, evaluation = train.pick(order), train.pick(held_out)
+        train.told, evaluation.told = told, [f"{len(held_out)} rows held out by val_size"]
+    for rows in (train, evaluation):
+        if rows is not None:
+            _set_defaults(rows, own)
+    return train, evaluation
 
 
-def _answers(row: dict[str, Any]) -> int:
-    return sum(message["role"] == "assistant" for message in row.get("messages", ()))
+def _set_defaults(rows: Rows, own: OwnKeys) -> None:
+    """What a configuration says of every conversation: `default_system` and `enable_thinking`, where a row does not."""
+    given = [key for key in ("default_system", "enable_thinking") if getattr(own, key) is not None]
+    if given and not rows.conversational:
+        rows.told.append(f"{' and '.join(given)}: no effect, for the data are not conversations")
+    for row in rows.rows if given else ():
+        column = messages_column(row)
+        if column is None:
+            continue
+        if own.default_system and row[column][0]["role"] not in ("system", "developer"):
+            row[column] = [{"role": "system", "content": own.default_system}, *row[column]]
+        if own.enable_thinking is not None:
+            settings = {"enable_thinking": own.enable_thinking}
+            row["chat_template_kwargs"] = settings | row.get("chat_template_kwargs", {})

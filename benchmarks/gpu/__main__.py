@@ -1,0 +1,45 @@
+"""Benchmarks with one GPU: `python benchmarks/gpu COMMAND --help`.
+
+    train   training steps, experts on the CPU, on the GPU or on both; stock and the peer beside them
+    tiers   the planner's choice against a sweep over all ways to split a layer's experts
+    fp8     experts streamed in FP8 against the same in bf16
+
+Each can be tried without a GPU by `--device cpu --shape tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # harness.py and its neighbours
+
+import fp8
+import tiers
+import train
+from common import prepare
+
+COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--shape", choices=("deepseek-v2-lite", "tiny"), default="deepseek-v2-lite")
+        command.add_argument("--sequence", type=int, default=2048, help="tokens of a row")
+        command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+        command.add_argument("--csv", type=Path, help="file to append rows to")
+        module.add_arguments(command)
+    given = parser.parse_args()
+    COMMANDS[given.command].run(given, prepare(given.device))
+
+
+if __name__ == "__main__":
+    main()

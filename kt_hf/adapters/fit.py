@@ -1,0 +1,198 @@
+"""Whether an adapter fits a model, name by name, before PEFT touches either."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import KTAMXError
+from ..experts.layer import kt_layers
+from .adapter import PREFIX, Adapter, token_rows
+
+_INSIDE_PEFT = re.compile(r"\.(original_module|modules_to_save|token_adapter|base_layer|lora_\w+)(\.|$)")
+
+
+def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
+    """Every LoRA tensor has its place in the model, and every expert LoRA tensor of the model is in the adapter.
+
+    Args:
+        adapter: Of format kt.
+        model: A patched model.
+        name: The model's adapter to compare with, None to compare with the sizes of its experts only.
+
+    Raises:
+        KTAMXError: Naming the first that does not fit.
+    """
+    layers = {layer.label.removeprefix(PREFIX): layer for layer in kt_layers(model)}
+    for module, one in adapter.experts.items():
+        layer = layers.get(one.experts)
+        if layer is None:
+            raise KTAMXError(f"{adapter.where}: {module} has no place in this model: another base model's adapter?")
+        shape = layer.shape
+        sizes = (shape.hidden_size, shape.intermediate_size)
+        into, out = sizes if one.name != "down_proj" else sizes[::-1]
+        wanted = (shape.num_experts, one.rank, into), (shape.num_experts, out, one.rank)
+        if (one.a.shape, one.b.shape) != wanted:
+            raise KTAMXError(
+                f"{adapter.where}: {module} is {one.a.shape} and {one.b.shape}; this model needs {wanted[0]} and "
+                f"{wanted[1]}: another base model's adapter?"
+            )
+    missing = [f"{e}.{name}" for e in layers for name in adapter.targeted(e) if f"{e}.{name}" not in adapter.experts]
+    if missing:
+        raise KTAMXError(
+            f"{adapter.where} has no LoRA for {missing[0]} ({len(missing)} projections of experts missing)."
+        )
+    _check_others_fit(adapter, model)
+    if name is None:
+        return
+    wanted_keys = {key: tuple(p.shape) for key, p in saved_names(model, name).items()}
+    there = {key: tensor.shape for key, tensor in adapter.tensors() if ".lora_" in key}
+    for key in sorted(wanted_keys.keys() | there.keys()):
+        if wanted_keys.get(key) != there.get(key):
+            raise KTAMXError(
+                f"{adapter.where}: {key} is {there.get(key, 'missing')}, in the model {wanted_keys.get(key, 'not')}."
+            )
+
+
+def _check_others_fit(adapter: Adapter, model: Any) -> None:
+    """Every whole parameter and every retrained token has its place, and none that PEFT will ask for is missing."""
+    modules = adapter.other_modules()
+    for module, tensors in modules.items():
+        for parameter, value in tensors.whole.items():
+            _check_parameter(adapter, model, module, parameter, value.shape)
+        rows = token_rows(adapter.config, module) or []
+        if tensors.tokens is not None:
+            shape = (max([*rows, 0]) + 1, tensors.tokens.shape[1])
+            _check_parameter(adapter, model, module, "weight", shape, "retrained rows of ")
+    names = tuple(adapter.config.get("modules_to_save") or ())
+    there = {f"{module}.{parameter}" for module, tensors in modules.items() for parameter in tensors.whole}
+    for module, parameters in _saved_whole(model, names).items():
+        missing = sorted({f"{module}.{parameter}" for parameter in parameters} - there)
+        if missing:
+            raise KTAMXError(
+                f"{adapter.where}: modules_to_save={list(names)} is of {module} too, and {missing[0]} is missing."
+            )
+
+
+def _check_parameter(
+    adapter: Adapter, model: Any, module: str, parameter: str, shape: tuple[int, ...], what: str = ""
+) -> None:
+    there = base_parameter(model, module, parameter)
+    if there is None:
+        raise KTAMXError(
+            f"{adapter.where}: {module}.{parameter} has no place in this model: another base model's adapter?"
+        )
+    now = tuple(there.shape)
+    rows_alone = len(now) == len(shape) == 2 and now[1] == shape[1]
+    if now == shape or (what and rows_alone and now[0] >= shape[0]):
+        return
+    fix = "another base model's adapter?"
+    if rows_alone:  # embeddings of another vocabulary
+        fix = f"call model.resize_token_embeddings({shape[0]}) before, as for the training." if not what else fix
+    raise KTAMXError(f"{adapter.where}: {what}{module}.{parameter} is {shape}, in the model {now}: {fix}")
+
+
+def base_parameter(model: Any, module: str, parameter: str) -> Any:
+    """A parameter or buffer of the base model by its name there, whatever PEFT has wrapped around the module."""
+    inside = _unwrapped(model, module)
+    return None if inside is None else inside.state_dict().get(parameter)
+
+
+def _unwrapped(model: Any, module: str) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        inside = base.get_submodule(module)
+    except AttributeError:
+        return None
+    while True:
+        children = dict(inside.named_children())
+        wrapped = [children[name] for name in ("original_module", "token_adapter", "base_layer") if name in children]
+        if not wrapped:
+            return inside
+        inside = wrapped[0]
+
+
+def _saved_whole(model: Any, names: tuple[str, ...]) -> dict[str, set[str]]:
+    """Modules that PEFT saves as a whole -> their parameters and buffers; of one in another, the outer one."""
+    if not names:
+        return {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: dict[str, set[str]] = {}
+    for name, _ in base.named_modules(remove_duplicate=False):
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if name.endswith(names) and not inner and not _INSIDE_PEFT.search(name):
+            found[name] = set(_unwrapped(model, name).state_dict())
+    return found
+
+
+def check_embeddings(adapter: Adapter, model: Any) -> None:
+    """Refuse what PEFT does not save of resized embeddings, and what it cannot compute.
+
+    Args:
+        adapter: What would be saved now.
+        model: A patched model with that adapter.
+
+    Raises:
+        KTAMXError: The rows that were added to one of them would be lost; or retrained tokens of a tied head that is
+            trained as a whole too.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {id(module): name for name, module in base.named_modules()}
+    for name, module in base.named_modules():
+        if name.endswith("token_adapter.base_layer") and "original_module" in dict(module.named_children()):
+            raise KTAMXError(
+                f"trainable_token_indices and modules_to_save are both of {name.partition('.token_adapter')[0]}, which "
+                "is tied: PEFT cannot compute that. Leave one of the two out."
+            )
+    before = _vocabulary(adapter.config.get("base_model_name_or_path"))
+    now = int(base.get_input_embeddings().weight.shape[0])
+    text = base.config.get_text_config()
+    if before is None or before == now or getattr(text, "tie_word_embeddings", False):
+        return
+    whole = {name for name, module in adapter.other_modules().items() if "weight" in module.whole}
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        name = re.sub(r"\.(token_adapter|base_layer|original_module)\b.*", "", names.get(id(module), ""))
+        if name and name not in whole:
+            raise KTAMXError(
+                f"the vocabulary was resized from {before} to {now}, and with these settings PEFT does not save {name}"
+                ", whose new rows would be lost. Train it too (modules_to_save), or leave the other embeddings out of "
+                "target_modules."
+            )
+
+
+def _vocabulary(base: Any) -> int | None:
+    """Size of the vocabulary of the base model as it was saved; None if it cannot be told without a network."""
+    from transformers import AutoConfig
+
+    try:
+        return (
+            int(AutoConfig.from_pretrained(base, local_files_only=True).get_text_config().vocab_size) if base else None
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def saved_names(model: Any, adapter: str) -> dict[str, Any]:
+    """The LoRA parameters of one of a model's adapters, by the keys PEFT saves them under."""
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".lora_" in name and f".{adapter}." in f"{name}.":
+            head, _, tail = f"{name}.".rpartition(f".{adapter}.")
+            # transformers' own add_adapter has no PeftModel around the model.
+            start = "" if head.startswith("base_model.") else PREFIX
+            key = f"{start}{head}.{tail}".rstrip(".")
+            found[key.removesuffix(".weight") if "lora_magnitude" in head else key] = parameter
+    return found
+
+
+def saved_whole_names(model: Any, adapter: str) -> dict[str, Any]:
+    """What one of a model's adapters trains as a whole, and its retrained tokens, by the keys PEFT saves them under."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    values = model.state_dict(keep_vars=True)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for saved, here in module.adapter_state_dict_load_map(adapter).items():
+                found[f"{name if name.startswith('base_model.') else PREFIX + name}.{saved}"] = values[f"{name}.{here}"]
+    return found
