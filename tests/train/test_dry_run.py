@@ -18,7 +18,6 @@ REFUSED = [
     ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_type='warmup_stable_decay' cannot be used"),
     ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_type='cosine_with_min_lr' cannot be used: .*min_lr"),
     ("lr_scheduler_kwargs={nix: 1}", "lr_scheduler_type=.* cannot be used: .*nix"),
-    ("assistant_only_loss=true", "generation"),
     ("padding_free=true", "padding_free"),
     ("eos_token=<nope>", "eos_token='<nope>'"),
     ("pad_token=<nope>", "pad_token='<nope>'"),
