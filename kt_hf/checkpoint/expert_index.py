@@ -27,7 +27,7 @@ from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, 
 
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ONE_EXPERT = re.compile(
-    rf"(.*\bexperts)\.(\d{1, 9})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$"
+    rf"(.*\bexperts)\.(\d{{1,9}})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$"
 )
 _FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?({SCALE_PATTERN})?$")
 _OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
