@@ -176,7 +176,9 @@ def test_kt_lora_config_refuses(model: PreTrainedModel, arguments: dict[str, Any
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", ["Qwen/Qwen3-30B-A3B", None, {}, Path("folder"), QWEN3], ids=str)
+@pytest.mark.parametrize(
+    "wrong", ["Qwen/Qwen3-30B-A3B", None, {}, Path("folder"), QWEN3], ids=lambda wrong: type(wrong).__name__
+)
 def test_what_is_no_model_is_refused(wrong: Any) -> None:
     with pytest.raises(KTAMXConfigError, match="is no model"):
         kt_lora_config(wrong)
