@@ -29,6 +29,7 @@ ROWS = (
     ("tools",),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
 
@@ -57,6 +58,7 @@ def upward(path: Path, source: str) -> list[str]:
     """The imports of a file that run up, or into a neighbour."""
     relative = path.relative_to(PACKAGE).with_suffix("")
     room = "" if relative.name == "__init__" and len(relative.parts) == 1 else relative.parts[0]
+    room = "__main__" if relative.name == "__main__" else room  # a program, which nobody imports
     return [
         f"{relative} -> {name or 'kt_hf'}"
         for name in sorted(imported(path, source))
