@@ -58,7 +58,7 @@ def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
     name = own.model_name_or_path
     if is_builtin(name):
         return _with_attention(_builtin_config(builtin_layers(name)), own), []
-    name = configuration_of(name)
+    name = configuration_of(name, own.model_revision)
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
