@@ -428,7 +428,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "are those of TRL's own preparation": ("train/test_data_tokens.py::test_tokens_and_labels_are_trls",),
         "is refused at once, and so": ("train/test_data_info.py::test_the_hub_out_of_reach_is_a_sentence_at_once",),
         "Its log-probabilities are computed once": ("train/test_arguments.py::test_the_reference_is_computed_once",),
-        "A second Ctrl-C stops at once": ("train/test_interrupt.py::test_twice_stops_at_once",),
+        "A second one stops at once": ("train/test_interrupt.py::test_twice_stops_at_once",),
         "Refused, with what to write instead": (
             "train/test_arguments.py::test_a_bad_setting_is_told",
             "train/test_arguments.py::test_llamafactorys_names_are_translated",

@@ -298,10 +298,10 @@ def test_data_sets_are_mixed(strategy: str, least: int, probs: Any, tmp_path: Pa
         ({"mix_strategy": "shuffle"}, "mix_strategy='shuffle': it must be concat or interleave_under"),
         ({"interleave_probs": [1.0]}, "interleave_probs is for mix_strategy"),
         ({"mix_strategy": "interleave_over", "interleave_probs": "0.5,0.5"}, "has 2 numbers for 1 data sets"),
-        ({"mix_strategy": "interleave_over", "interleave_probs": ["a"]}, "it must be numbers"),
-        ({"mix_strategy": "interleave_over", "interleave_probs": [{}]}, "it must be numbers"),
+        ({"mix_strategy": "interleave_over", "interleave_probs": ["a"]}, "must be a number"),
+        ({"mix_strategy": "interleave_over", "interleave_probs": [{}]}, "must be a number"),
         ({"mix_strategy": "interleave_over", "interleave_probs": [0.5]}, "add up to 1"),
-        ({"mix_strategy": "interleave_over", "interleave_probs": [float("nan")]}, "add up to 1"),
+        ({"mix_strategy": "interleave_over", "interleave_probs": [float("nan")]}, "nan in it must be a number"),
     ],
 )
 def test_mixing_is_checked_with_the_settings(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:

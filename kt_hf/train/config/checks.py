@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Checked:
     trainer: dict[str, Any]
     problems: list[Problem]
     notices: list[str]
+    unreadable: set[str] = field(default_factory=set)  # settings with text that is none
 
     def get(self, key: str) -> Any:
         """The value of a key of any kind; None when it was not given."""
@@ -69,6 +70,9 @@ class Checked:
         return getattr(self.own, key, None) if key in self.settings else None
 
     def problem(self, key: str, text: str) -> None:
+        """Add a problem of the setting `key`, unless its text is none at all, which is the one problem then."""
+        if key in self.unreadable:
+            return
         where = self.settings[key].where if key in self.settings else ""
         self.problems.append(Problem(where, text))
 
@@ -93,11 +97,12 @@ def check_combinations(checked: Checked, purpose: str) -> None:
 
 
 def _text(c: Checked) -> None:
-    """Text that no file name, terminal or tokenizer can take."""
+    """Text that no file name, terminal or tokenizer can take. Such a setting is not looked at any further."""
     for key, setting in c.settings.items():
         for text in _texts(setting.value):
             if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
                 c.problem(key, f"{key_shown(key)}={shown(text)}: it has a character that is no text (NUL, a surrogate)")
+                c.unreadable.add(key)
 
 
 def _texts(value: Any) -> Iterator[str]:
