@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
 from .shapes import PROJECTIONS
 from .system.disk import check_space
+from .system.parallel import refuse_parallel_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class KTMoECallback(TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         layers = _layers(model)
-        _refuse_parallel(args, model)
+        refuse_parallel_trainer(model, args.n_gpu, args.world_size)
         _refuse_another_forward(layers)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
@@ -208,19 +208,6 @@ def _refuse_another_forward(layers: list[KTExperts]) -> None:
                 "cannot compute patched experts. Leave that library's experts out (of Liger: swiglu=False), or apply "
                 "it before apply_kt_moe."
             )
-
-
-def _refuse_parallel(args: TrainingArguments, model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel) or args.n_gpu > 1:
-        raise KTAMXConfigError(
-            f"The trainer sees {max(args.n_gpu, torch.cuda.device_count())} GPUs and would use nn.DataParallel, "
-            "which cannot hold experts on the CPU. Show it one: CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.world_size > 1:
-        raise KTAMXConfigError(
-            f"world size {args.world_size} (WORLD_SIZE={os.environ.get('WORLD_SIZE')}): experts on the CPU cannot be "
-            "shared by several processes yet. Start one process."
-        )
 
 
 def _trained(layer: KTExperts) -> bool:

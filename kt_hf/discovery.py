@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,10 @@ class ExpertsSite:
 
     Attributes:
         name: Full name of the experts module in the model.
-        parent: The module that has it as `attribute`.
-        experts: The module; None once it has been taken out, so that nothing here keeps its weights.
+        parent: The module that has the experts module as a child.
+        attribute: Name of the experts module in `parent`.
+        experts: The experts module; None once it has been taken out, so that the site does not keep its weights.
+        shape: Sizes of the layer's experts.
     """
 
     name: str
@@ -40,24 +43,30 @@ def layer_index(name: str, fallback: int) -> int:
     return numbers[0] if len(numbers) == 1 else fallback
 
 
+def by_layer(shapes: Mapping[str, ExpertShape]) -> dict[int, ExpertShape]:
+    """Sizes of the experts by layer index, from those by the names of the experts modules, in the model's order."""
+    return {layer_index(name, i): shape for i, (name, shape) in enumerate(shapes.items())}
+
+
 def base_model(model: Any) -> Any:
     """The model inside a PeftModel."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite]:
-    """Each layer's routed experts, in order.
+    """Each layer's routed experts, in the order of the layers.
 
     Args:
         model: A transformers model, or a PeftModel around one.
-        weightless: It is a skeleton: its parameters are on the meta device.
+        weightless: The model is a `skeleton`: its parameters are on the meta device.
 
     Raises:
-        KTAMXModelNotSupportedError: None, or one that is not plain.
+        KTAMXModelNotSupportedError: The model has no routed experts, or experts that are not fused, have a bias, or
+            another activation than SiLU.
     """
     base = base_model(model)
     text = _text_config(base)
-    found: list[ExpertsSite] = []
+    sites: list[ExpertsSite] = []
     strange: list[str] = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -70,11 +79,11 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
                     "without biases."
                 )
             parent = modules[parent_name]
-            found.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
+            sites.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
         elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
             strange.append(f"{name} ({type(module).__name__})")
-    if found:
-        return found
+    if sites:
+        return sites
     kind = type(base).__name__
     if strange:
         raise KTAMXModelNotSupportedError(
@@ -133,15 +142,28 @@ def _shape(model: Any, parent: nn.Module, experts: Any, name: str) -> ExpertShap
 
 
 def _top_k(model: Any, parent: nn.Module, experts: int, name: str) -> int:
-    text = _text_config(model)
-    for source in (parent, getattr(parent, "gate", None), getattr(parent, "router", None), text):
+    sources = (parent, getattr(parent, "gate", None), getattr(parent, "router", None), _text_config(model))
+    value = top_k_of(sources, experts)
+    if value is None:
+        raise KTAMXModelNotSupportedError(
+            f"{name}: the model's config does not tell how many experts a token is sent to ({', '.join(_TOP_K_NAMES)})."
+        )
+    return value
+
+
+def top_k_of(sources: Iterable[Any], experts: int) -> int | None:
+    """The number of experts a token is sent to, by the first source that has it under one of its usual names.
+
+    Args:
+        sources: Modules or configurations, the nearest to the experts first; None among them is passed over.
+        experts: Experts of the layer, which the number cannot exceed.
+    """
+    for source in sources:
         for field in _TOP_K_NAMES:
             value = getattr(source, field, None)
             if isinstance(value, int) and 1 <= value <= experts:
                 return value
-    raise KTAMXModelNotSupportedError(
-        f"{name}: the model's config does not tell how many experts a token is sent to ({', '.join(_TOP_K_NAMES)})."
-    )
+    return None
 
 
 def _text_config(model: Any) -> Any:
@@ -151,6 +173,10 @@ def _text_config(model: Any) -> Any:
 
 def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration with all its parameters on the meta device: names and sizes, no memory.
+
+    Args:
+        config: The model's configuration; stays as it is.
+        trust_remote_code: Whether the model's own code may be run, as transformers has it.
 
     Raises:
         KTAMXModelNotSupportedError: transformers has no class for it.

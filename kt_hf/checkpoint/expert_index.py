@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import ExpertWeights
 from ..backends.block_scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
 from ..discovery import find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
-from ..shapes import ExpertShape
+from ..shapes import ALIASES, ExpertShape
 from .eight_bit import FLOATING, KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
 
-_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ONE_EXPERT = re.compile(
     rf"(.*\bexperts)\.(\d{{1,9}})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$"
 )
@@ -43,6 +42,7 @@ class ExpertCheckpoint:
         folder: Of the checkpoint; `checkpoint_folder` finds that of a hub's model.
         config: The model's configuration.
         trust_remote_code: As transformers has it.
+        model: The `skeleton` of the configuration, where the caller has made one; it is made here without.
 
     Attributes:
         layers: Full names of the experts modules, in the order of the model's layers (`model.layers.3.mlp.experts`).
@@ -58,10 +58,12 @@ class ExpertCheckpoint:
         KTAMXError: A file or a tensor is missing, doubled, truncated or of another shape, naming file and tensor.
     """
 
-    def __init__(self, folder: str | Path, config: Any, trust_remote_code: bool = False) -> None:
-        model = skeleton(config, trust_remote_code)
+    def __init__(
+        self, folder: str | Path, config: Any, trust_remote_code: bool = False, model: nn.Module | None = None
+    ) -> None:
+        model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
-        self.model_class = type(model)
+        self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
@@ -138,10 +140,6 @@ class ExpertCheckpoint:
         """Bytes of a layer's experts in the files."""
         return sum(tensor.size for one in self._matrices[layer].values() for tensor in one.tensors)
 
-    def source_dtypes(self) -> set[torch.dtype]:
-        """Of all layers' experts."""
-        return {one.weight.dtype for matrices in self._matrices.values() for one in matrices.values()}
-
     def _find(self) -> dict[str, dict[tuple[int, str], Matrix]]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
         layers = {_plain(name): name for name in self.layers}
@@ -215,7 +213,7 @@ class ExpertCheckpoint:
     def _missing(self, layer: str, expert: int, name: str, found: dict[tuple[int, str], StoredTensor]) -> str:
         """What to say of a weight that is not there: its name and file as those of its neighbours suggest them."""
         names = [f"experts.{expert}.{name}.weight"]
-        names += [f"experts.{expert}.{old}.weight" for old, new in _PROJECTIONS.items() if new == name]
+        names += [f"experts.{expert}.{old}.weight" for old, new in ALIASES.items() if new == name]
         fused = "down_proj" if name == "down_proj" else "gate_up_proj"
         listed = ""
         for other, file in self.files.unlisted.items():
@@ -281,7 +279,7 @@ def _parts(
 ) -> Iterator[tuple[tuple[int, str], StoredTensor]]:
     """(expert, projection) -> the part of the tensor that is its weight, or its scales."""
     if match.re is _ONE_EXPERT:
-        yield (int(match[2]), _PROJECTIONS.get(match[3], match[3])), tensor
+        yield (int(match[2]), ALIASES.get(match[3], match[3])), tensor
         return
     if len(tensor.shape) != 3 or tensor.shape[0] != shape.num_experts:
         raise KTAMXError(
