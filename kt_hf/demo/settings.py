@@ -56,6 +56,7 @@ class DemoSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DemoSettings:
+        """The settings that a summary has kept, by the names of the fields."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
