@@ -67,30 +67,33 @@ def quantize(
     needed = sum(bytes_on_disk(shape, backend, pools, backward) for shape in shapes.values())
     _check_out(out, needed)
     details, marks = kernel_availability().details, fingerprints_of_files(checkpoint.files, checkpoint.layers)
-    source = checkpoint.files.folder
     with _partial_folder(out, needed) as partial:
         layers: dict[str, LayerEntry] = {}
-        batches = _batches(checkpoint, backend)
-        run = work if len(batches) == 1 else in_new_process
-        for batch in batches:
-            job = Job(
-                str(source.absolute()), trust_remote_code, str(partial), batch, backend, list(plan.pools), backward
-            )
-            for layer, entry in run(job):
-                layers[layer] = entry
-                on_layer(checkpoint.source_bytes(layer))
+        for layer, entry in _write_layers(checkpoint, trust_remote_code, partial, backend, plan, backward):
+            layers[layer] = entry
+            on_layer(checkpoint.source_bytes(layer))
         Manifest(
             backend=backend,
             backward=backward,
             pools=pools,
             kt_kernel=details["version"],
             variant=details["variant"],
-            model=name or str(source),
+            model=name or str(checkpoint.files.folder),
             model_type=config.model_type,
-            config_sha256=_config_hash(source, config),
+            config_sha256=_config_hash(checkpoint.files.folder, config),
             marks=marks,
             layers=layers,
         ).write(partial)
+
+
+def _write_layers(
+    checkpoint: ExpertCheckpoint, trust_remote_code: bool, out: Path, backend: str, plan: ThreadPlan, backward: bool
+) -> Iterator[tuple[str, LayerEntry]]:
+    """Name and files of each layer, once they are written; several batches by a process each."""
+    folder, batches = str(checkpoint.files.folder.absolute()), _batches(checkpoint, backend)
+    do = work if len(batches) == 1 else in_new_process
+    for layers in batches:
+        yield from do(Job(folder, trust_remote_code, str(out), layers, backend, list(plan.pools), backward))
 
 
 @contextmanager
