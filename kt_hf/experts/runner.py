@@ -46,6 +46,10 @@ class ExpertsRunner:
         label: The layer's name, for messages.
         retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
         checks: Where results on a GPU are left to be checked, for all layers of the model.
+
+    Attributes:
+        tokens: How many tokens gradients were computed for.
+        load: [E] int64 on the backend's device: how many of them each expert got.
     """
 
     def __init__(self, backend: ExpertsBackend, label: str, retain: bool, checks: DeferredChecks) -> None:
@@ -56,7 +60,7 @@ class ExpertsRunner:
         self._values = LoraValues(None)
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
-        self.tokens = 0  # that gradients were computed for, and how many of them each expert got
+        self.tokens = 0
         self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
@@ -77,7 +81,12 @@ class ExpertsRunner:
         return self._values.key
 
     def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
+        """Make the backend hold other LoRA values.
+
+        Args:
+            key: What `lora_key` is from now on.
+            tensors: Gives the six LoRA tensors, scalings in B; or () for no LoRA.
+        """
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle(wait=True)
             self._swap(LoraValues(key), tensors())
@@ -92,9 +101,19 @@ class ExpertsRunner:
         self._values = values
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Ticket | None]:
-        """Output [T, H] in the backend's dtype and on x's device; with `save`, the ticket for the backward.
+        """Compute the layer.
 
-        x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
+        Args:
+            x: [T, H], as the model gave it: any floating dtype and device.
+            ids: [T, K], as the model gave them: any integer dtype and device.
+            weights: [T, K], as the model gave them: any floating dtype and device.
+            save: Whether a backward may come.
+
+        Returns:
+            The output [T, H] in the backend's dtype and on x's device; and with `save` the ticket for the backward.
+
+        Raises:
+            KTAMXForwardError: The output is not finite.
         """
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle()
