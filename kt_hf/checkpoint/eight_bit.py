@@ -212,8 +212,8 @@ def dequantize_rest(model: Any, weights: list[ScaledTensor]) -> None:
             continue  # of layers transformers leaves out, multi-token prediction for stored
         if not known or tuple(parameters[known[0]].shape) != stored.weight.shape:
             raise KTAMXModelNotSupportedError(
-                f"{stored.weight} is of {stored.weight.dtype}, and {type(model).__name__} has no parameter of that name "
-                "and shape, so its scales cannot be applied. Give the checkpoint in bfloat16."
+                f"{stored.weight} is of {stored.weight.dtype}, and {type(model).__name__} has no parameter of that "
+                "name and shape, so its scales cannot be applied. Give the checkpoint in bfloat16."
             )
         scales = torch.empty(stored.scales.shape, dtype=stored.scales.dtype, device="cpu")
         read_tensors([(stored.scales, scales)])
