@@ -48,7 +48,13 @@ MAX_SIGNATURE = 72  # characters
 
 @dataclass(frozen=True)
 class Item:
-    """One documented function, class or method: dotted name, "(…)" signature, first paragraph on one line."""
+    """One documented function, class or method.
+
+    Attributes:
+        name: Dotted.
+        signature: With its parentheses, without annotations.
+        paragraph: The first one of the docstring, on one line.
+    """
 
     name: str
     signature: str
@@ -56,10 +62,12 @@ class Item:
 
     @property
     def question(self) -> str:
+        """What a user asks about it."""
         return f"What does Python's `{self.name}` do?"
 
     @property
     def answer(self) -> str:
+        """Signature and paragraph, as the model is to answer."""
         return f"`{self.name}{self.signature}`: {self.paragraph}"
 
     def row(self) -> dict[str, list[dict[str, str]]]:
@@ -71,17 +79,21 @@ class Item:
 
 
 def import_modules(names: Sequence[str] = MODULES) -> tuple[list[ModuleType], list[str]]:
-    """(the modules, the names of those that this Python lacks: some builds and platforms come without a few)."""
-    found: list[ModuleType] = []
+    """Import modules of the standard library, without their warnings.
+
+    Returns:
+        The modules, and the names of those that this Python lacks: some builds and platforms come without a few.
+    """
+    modules: list[ModuleType] = []
     missing: list[str] = []
     for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                found.append(importlib.import_module(name))
+                modules.append(importlib.import_module(name))
         except ImportError:
             missing.append(name)
-    return found, missing
+    return modules, missing
 
 
 def first_paragraph(doc: str | None) -> str | None:
@@ -115,8 +127,8 @@ def _documented(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
             continue
         if name.endswith(("hook", "set_trace")):  # sys.excepthook and the like: other programs put their own there
             continue
-        own = home in (obj.__module__, (obj.__module__ or "").removeprefix("_"), SHOWN_AS.get(obj.__module__ or ""))
-        if not own or obj.__name__ != name:
+        native = home in (obj.__module__, (obj.__module__ or "").removeprefix("_"), SHOWN_AS.get(obj.__module__ or ""))
+        if not native or obj.__name__ != name:
             continue  # imported from elsewhere, or a second name
         shown = SHOWN_AS.get(home, home)
         dotted = f"{shown}.{name}" if shown else name

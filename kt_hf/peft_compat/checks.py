@@ -42,16 +42,16 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     _check_copies(model, config)
     if config.peft_type == PeftType.LORA:
         _translate_targets(model, config)
-    wanted = _with_targets(tuner, model, config)
+    targeted = _with_targets(tuner, model, config)
     if _is_all_linear(config):
         if config.peft_type != PeftType.LORA:
             return  # linear layers alone, as of the unpatched model, whose experts are none
-        wanted.target_modules = set(_projections(model))
+        targeted.target_modules = set(_projections(model))
     check = getattr(tuner, "_check_target_module_exists", None)
-    if check is None or getattr(wanted, "target_modules", None) is None:
+    if check is None or getattr(targeted, "target_modules", None) is None:
         return
     for name, module in model.named_modules():
-        if isinstance(module, (KTExperts, ExpertProjection)) and check(wanted, name):
+        if isinstance(module, (KTExperts, ExpertProjection)) and check(targeted, name):
             _check_target(name, module, config)
 
 
@@ -61,18 +61,18 @@ def _with_targets(tuner: Any, model: nn.Module, config: Any) -> Any:
     Raises:
         KTAMXConfigError: PEFT has none, or none that it could match (target_modules and target_parameters are None).
     """
-    wanted = copy.copy(config)
+    targeted = copy.copy(config)
     if getattr(config, "target_modules", ()) is not None or getattr(config, "target_parameters", None):
-        return wanted
+        return targeted
     with contextlib.suppress(ValueError):  # PEFT knows no targets for the model's type
-        wanted = tuner._prepare_adapter_config(wanted, tuner.get_model_config(model))
-    if wanted.target_modules is None:
+        targeted = tuner._prepare_adapter_config(targeted, tuner.get_model_config(model))
+    if targeted.target_modules is None:
         raise KTAMXConfigError(
             f"{type(config).__name__} has target_modules=None, and PEFT has no default for the model type "
             f"{getattr(getattr(model, 'config', None), 'model_type', None)!r}. Name the layers, or take "
             "kt_lora_config(model), which names those of the model and its experts."
         )
-    return wanted
+    return targeted
 
 
 def _check_target(name: str, module: nn.Module, config: Any) -> None:
@@ -132,10 +132,10 @@ def _translate_targets(model: nn.Module, config: LoraConfig) -> None:
     translated, parameters = set(), set(config.target_parameters or ())
     for target in targets:
         last = target.rpartition(".")[2]
-        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not found and last in ALIASES:
+        named = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not named and last in ALIASES:
             translated.add(ALIASES[last])
-        elif last == "gate" and found and not any(isinstance(m, nn.Linear) for m in found):
+        elif last == "gate" and named and not any(isinstance(m, nn.Linear) for m in named):
             parameters.add(f"{target}.weight")
         else:
             translated.add(target)

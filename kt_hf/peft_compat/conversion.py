@@ -55,10 +55,10 @@ def keep_state_dict(
     """
     if kt_layers(model):
         return adapter_state_dict
-    ours = [key for key, value in adapter_state_dict.items() if _EXPERT_KEY.search(key) and value.dim() == 3]
-    if ours:
+    expert_keys = [key for key, value in adapter_state_dict.items() if _EXPERT_KEY.search(key) and value.dim() == 3]
+    if expert_keys:
         raise KTAMXConfigError(
-            f"The adapter holds LoRA of experts as kt_hf trains it ({ours[0]}), for which this model has no place: "
-            "PEFT would drop it. Patch the model first (apply_kt_moe), then load the adapter."
+            f"The adapter holds LoRA of experts as kt_hf trains it ({expert_keys[0]}), for which this model has no "
+            "place: PEFT would drop it. Patch the model first (apply_kt_moe), then load the adapter."
         )
     return original(model, peft_config, adapter_state_dict, *args, **kwargs)
