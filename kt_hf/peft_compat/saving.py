@@ -219,12 +219,10 @@ def refuse_unpatched(tensors: Mapping[str, Any], source: str) -> None:
     Raises:
         KTAMXConfigError: Naming the ways to load it.
     """
-    expert_key = next(
-        (key for key, tensor in tensors.items() if _EXPERT_KEY.search(key) and len(tensor.shape) == 3), None
-    )
-    if expert_key is not None:
+    key = next((key for key, value in tensors.items() if _EXPERT_KEY.search(key) and len(value.shape) == 3), None)
+    if key is not None:
         raise KTAMXConfigError(
-            f"{source} holds LoRA of experts as kt_hf trains it ({expert_key}), for which this model has no place: it would "
+            f"{source} holds LoRA of experts as kt_hf trains it ({key}), for which this model has no place: it would "
             "be left out. Load the base model, then apply_kt_moe(model, adapter=ADAPTER); or make it an adapter of "
             "stock PEFT: kt-hf export ADAPTER OUT --to peft."
         )
@@ -281,8 +279,11 @@ def start_verified(
 
 
 def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer._load_from_checkpoint` of transformers before 5.23, which leaves "default" at its start where a
-    checkpoint holds other adapters in folders beside it, as DPO's `ref`."""
+    """`Trainer._load_from_checkpoint` of transformers before 5.23.
+
+    It leaves the adapter "default" at its start where a checkpoint holds other adapters in folders beside it, as DPO's
+    `ref`.
+    """
     result, model = original(trainer, folder, *args, **kwargs), trainer.model
     if kt_layers(model) and (Path(folder) / ADAPTER).exists() and any(Path(folder).glob(f"*/{ADAPTER}")):
         active = model.active_adapters[0]
@@ -313,8 +314,10 @@ def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **
 
 
 def _follow_placement(model: nn.Module, folder: str | Path) -> None:
-    """Before an adapter is loaded: its placement, for a model that has none and is not packed; else tell of a
-    difference."""
+    """Take over the placement of an adapter that is about to be loaded.
+
+    A model that is packed, or has a placement, keeps its own, and a difference is logged.
+    """
     packer = packer_of(model)
     if packer is None or not (packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
         return
