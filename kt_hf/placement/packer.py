@@ -38,17 +38,14 @@ _RANK = 16
 _NO_GPU = Tiers()
 
 
-def shares_backward(asked: bool | None, copies: int, free: int | None) -> bool:
-    """Whether all layers share one buffer of backward weights, rather than keep a copy each.
+def shares_backward(copies: int, free: int | None) -> bool:
+    """Whether layers have to share one buffer of backward weights, for a copy for each would not leave memory enough.
 
     Args:
-        asked: `kt_share_backward_weights`; None decides by need.
         copies: Bytes of a copy for each layer, all together.
         free: Bytes of host memory that would be left beside the copies and the packed weights; None if unknown, which
             counts as enough.
     """
-    if asked is not None:
-        return asked
     return free is not None and copies > 0.8 * free
 
 
@@ -267,16 +264,16 @@ class Packer:
         if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights
             logger.info("Backward weights of the experts: one buffer for all layers, for %s has none.", saved.path)
             return True
-        asked = self.config.kt_share_backward_weights
+        if self.config.kt_share_backward_weights is not None:
+            return self.config.kt_share_backward_weights
         copies = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
         # When all is packed once: source weights in memory are released layer by layer.
         free = available_memory() - copies + (-self._locked_bytes if self.streamed else self.cpu_bytes)
-        share = shares_backward(asked, copies, free)
-        if asked is None:
-            logger.info(
-                "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
-                "one buffer for all layers, slower" if share else "one copy a layer",
-                copies / 2**30,
-                free / 2**30,
-            )
+        share = shares_backward(copies, free)
+        logger.info(
+            "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
+            "one buffer for all layers, slower" if share else "one copy a layer",
+            copies / 2**30,
+            free / 2**30,
+        )
         return share

@@ -213,8 +213,9 @@ def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bo
     """What `Packer` will decide when the rest of the model has been loaded."""
     if _saved_without_backward(s):
         return True
-    free = None if host_free is None else host_free - PROGRAM - rest - copy
-    return shares_backward(s.kt.kt_share_backward_weights, copy, free)
+    if s.kt.kt_share_backward_weights is not None:
+        return s.kt.kt_share_backward_weights
+    return shares_backward(copy, None if host_free is None else host_free - PROGRAM - rest - copy)
 
 
 def _saved_without_backward(s: TrainSettings) -> bool:
