@@ -13,6 +13,8 @@ from torch import nn
 from .errors import KTAMXModelNotSupportedError
 from .shapes import ExpertShape
 
+# Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.
+FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _SILU = ("SiLU", "SiLUActivation")
 # What the families call the number of experts a token is sent to.
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
@@ -131,7 +133,7 @@ def _problem(experts: nn.Module, text_config: Any, weightless: bool) -> str | No
         return None
     if gate_up.is_meta or down.is_meta:
         return "its weights are on the meta device: load the model without device_map"
-    if gate_up.dtype not in (torch.bfloat16, torch.float16, torch.float32) or gate_up.dtype != down.dtype:
+    if gate_up.dtype not in FLOATING or gate_up.dtype != down.dtype:
         return f"weights of {gate_up.dtype} and {down.dtype}; load the model in bfloat16, float16 or float32"
     return None
 

@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .checkpoint.eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
+from .checkpoint.eight_bit import SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
-from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
+from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
 from .placement.assembly import make_packer, memory_budget

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends.block_scaled import EIGHT_BIT, scale_
+from ..discovery import FLOATING
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
-FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 # What stands after a weight's name in the name of its scales.
 SCALES = ("_scale_inv", "_scale")
 SCALE_PATTERN = r"_scale(?:_inv)?"

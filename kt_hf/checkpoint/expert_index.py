@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..backends import ExpertWeights
 from ..backends.block_scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
-from ..discovery import find_experts, skeleton
+from ..discovery import FLOATING, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, ExpertShape
-from .eight_bit import FLOATING, KNOWN, SCALE_PATTERN, block_size, check_scales
+from .eight_bit import KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..backends import ExpertWeights, PackedLayerFiles
 from ..backends.block_scaled import ScaledMatrices
+from ..discovery import FLOATING
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
-FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _ROWS = 32
 
 

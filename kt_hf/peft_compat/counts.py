@@ -12,8 +12,7 @@ from ..experts import kt_layers
 
 def expert_parameters(model: nn.Module) -> int:
     """How many weights the patched experts of a model have, their LoRA not counted."""
-    shapes = [layer.shape for layer in kt_layers(model)]
-    return sum(3 * shape.num_experts * shape.hidden_size * shape.intermediate_size for shape in shapes)
+    return sum(layer.shape.num_weights for layer in kt_layers(model))
 
 
 def trainable_and_all(original: Callable[..., Any], model: Any) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..backends import QUANTIZED, PackedLayerFiles, kernel_availability
-from ..checkpoint.fingerprint import FLOATING, combined, fingerprint_of
+from ..checkpoint.fingerprint import combined, fingerprint_of
+from ..discovery import FLOATING
 from ..errors import KTAMXConfigError, KTAMXError
 from ..shapes import ExpertShape
 from ..system.files import sha256

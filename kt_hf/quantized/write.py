@@ -130,7 +130,7 @@ def bytes_on_disk(shape: ExpertShape, backend: str, pools: int, backward: bool) 
         backward: With the weights for backward.
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
-    packed = int(3 * E * H * I * OPERATORS[backend].bytes_per_weight) * (2 if backward else 1)
+    packed = int(shape.num_weights * OPERATORS[backend].bytes_per_weight) * (2 if backward else 1)
     scales = 4 * E * pools * ((2 * I + H) + (2 * H + I if backward else 0))
     files = E * pools * (12 if backward else 6)
     return packed + scales + files * _BLOCK
@@ -141,8 +141,7 @@ def _batches(checkpoint: ExpertCheckpoint, backend: str) -> list[dict[str, str]]
     batches: list[dict[str, str]] = []
     kept = 0.0
     for index, layer in enumerate(checkpoint.layers):
-        shape = checkpoint.shapes[layer]
-        weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
+        weights = checkpoint.shapes[layer].num_weights
         if not batches or kept > max(_KEPT, 2 * weights):
             batches.append({})
             kept = 0.0
