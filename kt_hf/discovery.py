@@ -40,7 +40,12 @@ class ExpertsSite:
 
 
 def layer_index(name: str, fallback: int) -> int:
-    """The number in a module's name; `fallback` where there is none, or several."""
+    """Index of a layer, by the number in its name.
+
+    Args:
+        name: Of a module, dotted.
+        fallback: The index if the name has no number, or several.
+    """
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if len(numbers) == 1 else fallback
 

@@ -106,7 +106,15 @@ def first_paragraph(doc: str | None) -> str | None:
 
 
 def short_signature(obj: Any, drop_self: bool) -> str | None:
-    """The signature without annotations, or None where it is unknown, long or not the same in every process."""
+    """A signature in one line, without annotations.
+
+    Args:
+        obj: A function, class or method.
+        drop_self: Whether to leave out the first parameter.
+
+    Returns:
+        None where it is unknown, long or not the same in every process.
+    """
     try:
         signature = inspect.signature(obj)
     except (ValueError, TypeError):  # many builtins do not tell
@@ -166,7 +174,11 @@ def _hash(text: str) -> int:
 
 
 def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(training items, held-out items: about a tenth). Both are shuffled, always in the same way."""
+    """Hold out about a tenth of the items.
+
+    Returns:
+        The training items and the held-out ones, both shuffled, always in the same way.
+    """
     shuffled = sorted(items, key=lambda item: _hash(item.name))
     held_out = [item for item in shuffled if _is_held_out(item)]
     return [item for item in shuffled if not _is_held_out(item)], held_out

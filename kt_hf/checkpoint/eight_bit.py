@@ -63,7 +63,7 @@ def has_8_bits(config: Any) -> bool:
 
 
 def _compressed(config: Any) -> tuple[int, int]:
-    """Of compressed-tensors: 8 bits, symmetric, a scale for each row or block, the same for all weights."""
+    """The block of compressed-tensors: 8 bits, symmetric, a scale for each row or block, alike for all weights."""
     groups = _get(config, "config_groups")
     if _get(config, "transform_config"):
         raise KTAMXConfigError(
@@ -99,7 +99,12 @@ def _block(name: str, block: Any) -> tuple[int, int]:
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight [rows, columns]; blocks at the edges may be smaller."""
+    """Shape of the scales of a weight; blocks at the edges may be smaller.
+
+    Args:
+        shape: Of the weight, [rows, columns].
+        block: Rows and columns that share a scale.
+    """
     return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 

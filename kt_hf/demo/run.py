@@ -22,6 +22,11 @@ from . import DemoError
 from .machine import Memory, release_memory, versions
 from .settings import DemoSettings, OutputFolder
 
+STORY = (
+    "A chat model of 135 million parameters becomes a mixture of experts. LoRA trains it on Python's own documentation "
+    "with the stock SFTTrainer of TRL, while kt_hf computes the experts. Then a new process loads the adapter and has "
+    "to give the same answers."
+)
 PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
 
 
@@ -61,7 +66,15 @@ class Stages:
 
 
 def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict[str, Any]:
-    """Run the demo, telling its story on `console`, and return the summary that is also written to the folder.
+    """Run the demo, telling its story on `console`.
+
+    Args:
+        settings: Sizes of the run.
+        output_dir: Where adapter, plot and summary go: a new folder, or one of the demo's.
+        console: Where the story is told.
+
+    Returns:
+        The summary that is also written to the folder.
 
     Raises:
         DemoError: Something is missing, or a check failed: the held-out loss did not fall by `least_fall`, or the
@@ -73,15 +86,7 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
     folder.claim(settings)
     stages = Stages(console)
     started = time.perf_counter()
-    console.print(
-        Panel(
-            "A chat model of 135 million parameters becomes a mixture of experts. LoRA trains it on Python's own "
-            "documentation with the stock SFTTrainer of TRL, while kt_hf computes the experts. Then a new process "
-            "loads the adapter and has to give the same answers.",
-            title="kt-hf demo",
-            title_align="left",
-        )
-    )
+    console.print(Panel(STORY, title="kt-hf demo", title_align="left"))
     summary, answers, device = _train(settings, folder, stages, console)
     release_memory()  # before another process needs as much
 

@@ -52,7 +52,15 @@ class ProjectionOwner(Protocol):
         """The device of the model around the layer."""
 
     def check_rank(self, rank: int, where: str) -> None:
-        """Refuse a LoRA rank that the layer's operators have no room for (KTAMXConfigError)."""
+        """Refuse a LoRA rank that the layer's operators have no room for.
+
+        Args:
+            rank: LoRA rank of an adapter.
+            where: The projection's name, for the message.
+
+        Raises:
+            KTAMXConfigError: The rank is refused.
+        """
 
     def warn_dropout(self, dropout: float) -> None:
         """Say once a model that experts train without LoRA dropout."""
@@ -111,6 +119,12 @@ class ExpertProjection(nn.Module, LoraLayer):
     Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts`
     computes with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is
     refused.
+
+    Args:
+        num_experts: E.
+        in_features: Columns of an expert's matrix.
+        out_features: Rows of an expert's matrix.
+        owner: The layer that the projection belongs to; held weakly.
     """
 
     # Set by LoraLayer; declared because nn.Module's attributes have no types of their own.

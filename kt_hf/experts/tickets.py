@@ -59,7 +59,13 @@ class Retained:
         self._version = output._version
 
     def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-        """Whether these inputs, on whatever device, are the same to the bit, and the output was not written to."""
+        """Whether these inputs are the same to the bit, and the output was not written to.
+
+        Args:
+            x: [T, H], in the backend's dtype, on any device.
+            ids: [T, K] int64, on x's device.
+            weights: [T, K] fp32, on x's device.
+        """
         kept, asked = (self.ids, self.weights, self.x), (ids, weights, x)
         if self.output._version != self._version or any(a.shape != b.shape for a, b in zip(kept, asked, strict=True)):
             return False

@@ -22,7 +22,7 @@ _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
 
 
 def keep_config(original: Callable[..., Any], peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`convert_peft_config_for_transformers`: nothing to convert on a patched model.
+    """Replaces `convert_peft_config_for_transformers`: a patched model's config stays as it is.
 
     Raises:
         KTAMXConfigError: The config names fused parameters.
@@ -48,7 +48,7 @@ def keep_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`convert_peft_adapter_state_dict_for_transformers`: as it is for a patched model.
+    """Replaces `convert_peft_adapter_state_dict_for_transformers`: a patched model's keys stay as they are.
 
     Raises:
         KTAMXConfigError: The model is not patched and the adapter has LoRA of experts, which PEFT would drop.

@@ -2,6 +2,9 @@
 
 A Trainer calls them for every save, resume and best model, before it pushes to the hub or deletes older checkpoints: an
 error here stops it in time. What loading would refuse, saving refuses, and `check_trained` before the first step.
+
+The functions that take `original` are replacements of the table `patches.PATCHES`: `original` is the function they
+stand for, and the other arguments are that function's. A model that is not patched gets what `original` does.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
 
 
 def save_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.save_pretrained`: each adapter's folder gets its manifest, once its files are checked.
+    """Replaces `PeftModel.save_pretrained`: each adapter's folder gets its manifest, once its files are checked.
 
     Raises:
         KTAMXError: What loading would refuse; a full disk; a tensor of the adapter that is missing from the file, of
@@ -231,7 +234,7 @@ def refuse_unpatched(tensors: Mapping[str, Any], source: str) -> None:
 def load_verified(
     original: Callable[..., Any], model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.load_adapter`: nothing is loaded that is not whole, and nothing whole is loaded in part.
+    """Replaces `PeftModel.load_adapter`: nothing is loaded that is not whole, and nothing whole is loaded in part.
 
     Raises:
         KTAMXError: The folder is damaged, unfinished, of another base model, or, where a Trainer resumes from it, no
@@ -269,7 +272,12 @@ def _is_copy(key: str) -> bool:
 def start_verified(
     original: Callable[..., Any], kind: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.from_pretrained`, which packs the experts: those on the GPU are to be the adapter's."""
+    """Replaces `PeftModel.from_pretrained`, which packs the experts: the adapter's placement is taken over before.
+
+    Raises:
+        KTAMXError: The folder's adapter_config.json is damaged.
+        KTAMXConfigError: The adapter's placement is another model's.
+    """
     if isinstance(model, nn.Module) and isinstance(model_id, (str, Path)):
         folder = Path(model_id) / (kwargs.get("subfolder") or "")
         if kt_layers(model) and (folder / CONFIG).is_file():
@@ -279,10 +287,10 @@ def start_verified(
 
 
 def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer._load_from_checkpoint` of transformers before 5.23.
+    """Replaces `Trainer._load_from_checkpoint` of transformers before 5.23.
 
-    It leaves the adapter "default" at its start where a checkpoint holds other adapters in folders beside it, as DPO's
-    `ref`.
+    The original leaves the adapter "default" at its start where a checkpoint holds other adapters in folders beside
+    it, as DPO's `ref`.
     """
     result, model = original(trainer, folder, *args, **kwargs), trainer.model
     if kt_layers(model) and (Path(folder) / ADAPTER).exists() and any(Path(folder).glob(f"*/{ADAPTER}")):
@@ -306,7 +314,11 @@ def _check_fits(model: Any, folder: Path, name: str | None) -> None:
 
 
 def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
-    """`load_peft_weights` as hot-swapping calls it, which does not come by `load_adapter`."""
+    """Replaces `load_peft_weights` where hot-swapping calls it, which does not come by `load_adapter`.
+
+    Raises:
+        KTAMXError: The folder is damaged or unfinished.
+    """
     folder = Path(model_id)
     if folder.is_dir() and (folder / CONFIG).exists() and read_manifest(folder) is not None:
         verify_adapter(folder)

@@ -142,10 +142,15 @@ def _order(experts: Field) -> tuple[int, ...]:
 
 
 def write_placement(folder: Path, placement: Placement | None, tiers: Tiers) -> bool:
-    """Write a placement and the numbers of its tiers into an adapter's folder; remove an older one if there is none.
+    """Write a placement and the numbers of its tiers into an adapter's folder.
+
+    Args:
+        folder: Of the adapter.
+        placement: Which experts go to the GPU first; None removes an older file.
+        tiers: How many experts of each layer do.
 
     Returns:
-        Whether there is one.
+        Whether there is a placement now.
     """
     path = folder / PLACEMENT
     if placement is None:

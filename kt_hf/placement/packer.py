@@ -144,8 +144,8 @@ class Packer:
 
         Args:
             layers: Shape by layer index.
-            placement: Which of them go first; None for the first ones.
-            budget: What a planned placement goes by.
+            placement: Which experts go first; None for the first ones by id.
+            budget: What must fit on the GPU beside them, where the numbers are planned.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
@@ -165,6 +165,10 @@ class Packer:
 
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
+
+        Args:
+            layers: Shape by layer index.
+            placement: Which experts go to the GPU first; None passes.
 
         Raises:
             KTAMXConfigError: It is another model's.

@@ -62,7 +62,12 @@ def asked_for(config: KTConfig, shapes: Sequence[ExpertShape], has_gpu: bool) ->
 
 
 def order_matters(config: KTConfig, has_gpu: bool) -> bool:
-    """Whether it makes a difference which experts are used most: the GPU computes some, not all."""
+    """Whether it makes a difference which experts are used most: the GPU computes some of them, not all.
+
+    Args:
+        config: The settings.
+        has_gpu: Whether there is a GPU for experts.
+    """
     placement = config.kt_expert_placement
     if isinstance(placement, Mapping):
         return any(placement.values())
@@ -94,7 +99,7 @@ def problem(
 
 
 def _layer_problem(tiers: Tiers, config: KTConfig, shape: ExpertShape, operators: bool) -> str | None:
-    """The same of one layer: too many experts, too few left for the operators, or a shape that cannot be streamed."""
+    """Why one layer cannot have these numbers; None if it can."""
     field, what = field_of(config), "resident and streamed together" if tiers.streamed else "it"
     E, K, count = shape.num_experts, shape.top_k, tiers.on_gpu
     if config.kt_expert_placement != "gpu" and count > E:
@@ -115,10 +120,17 @@ def _layer_problem(tiers: Tiers, config: KTConfig, shape: ExpertShape, operators
 def check_tiers(
     tiers: Tiers, config: KTConfig, shapes: Sequence[ExpertShape], operators: bool, has_gpu: bool = True
 ) -> None:
-    """Refuse what `problem` finds, whose arguments these are.
+    """Refuse numbers of experts that cannot be had.
+
+    Args:
+        tiers: Experts of each layer by tier.
+        config: The settings that led to them.
+        shapes: Of the model's layers.
+        operators: Whether kt-kernel's operators compute what is on the CPU.
+        has_gpu: Whether there is a GPU for experts.
 
     Raises:
-        KTAMXConfigError: The numbers cannot be had.
+        KTAMXConfigError: As `problem` says it.
     """
     text = problem(tiers, config, shapes, operators, has_gpu)
     if text is not None:

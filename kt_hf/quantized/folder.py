@@ -26,7 +26,11 @@ _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 
 
 class PrequantizedExperts:
-    """A folder of saved experts whose manifest and file sizes have been checked.
+    """A folder of saved experts whose manifest and file sizes have been checked (`open_saved`).
+
+    Args:
+        path: The folder.
+        manifest: What it says of itself.
 
     Attributes:
         path: The folder.
@@ -214,7 +218,15 @@ def _check_files(folder: Path, expected: dict[str, int]) -> None:
 
 
 def checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """File -> sha256 of its contents, several at a time."""
+    """Checksums of files, several computed at a time.
+
+    Args:
+        folder: That holds them.
+        files: Their paths, relative to `folder`.
+
+    Returns:
+        File -> sha256 of its contents, hexadecimal.
+    """
     names = list(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

@@ -27,7 +27,7 @@ _LINE = "kt_hf: "  # before each answer, for a library may print too
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does.
+    """Which layers one process quantizes, and how.
 
     Attributes:
         folder: The checkpoint.
