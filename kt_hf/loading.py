@@ -241,7 +241,7 @@ def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
         kwargs["trust_remote_code"] = source.trusted
     loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
     # With the configuration's FP8 transformers would make modules that compute in FP8, or dequantize by blocks of its
-    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). Values of 8 bits are exact in any dtype
+    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). 8-bit values are exact in any dtype
     # of the model, so they are loaded as they are, and multiplied by their scales after.
     quantized = quantized_rest(checkpoint.files, block_size(config))
     if getattr(config, "quantization_config", None) is not None:
@@ -258,7 +258,7 @@ def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
 class _NoExperts(nn.Module):
     """In the place of a layer's experts while the rest of the model is loaded."""
 
-    _is_hf_initialized = True  # there is nothing to initialise, which the model's _init_weights would try
+    _is_hf_initialized = True  # there is nothing to initialize, which the model's _init_weights would try
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()

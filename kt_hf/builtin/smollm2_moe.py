@@ -142,7 +142,7 @@ def upcycle_model(
         raise ValueError(f"num_experts={num_experts} must be at least 2: two experts answer each token")
 
     config = _config(dense.config, layers, num_experts, dtype)
-    # On "meta" nothing is allocated or initialised; every weight is then put in by `assign`.
+    # On "meta" nothing is allocated or initialized; every weight is then put in by `assign`.
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)

@@ -55,7 +55,7 @@ def block_size(config: Any) -> tuple[int, int]:
 
 
 def has_8_bits(config: Any) -> bool:
-    """Whether the model's `quantization_config` says that its weights are of 8 bits, in a way that is known."""
+    """Whether a model's weights are in 8 bits, in a way that is known, by the configuration's `quantization_config`."""
     try:
         return getattr(config, "quantization_config", None) is not None and bool(block_size(config))
     except KTAMXConfigError:

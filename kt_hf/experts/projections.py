@@ -117,7 +117,7 @@ class ExpertProjection(nn.Module, LoraLayer):
     """The gate, up or down projection of all experts of a layer, as PEFT sees it.
 
     Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts`
-    computes with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is
+    computes with them. Supported are LoRA and rsLoRA with the initializations True, False and "gaussian"; the rest is
     refused.
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 
@@ -32,8 +31,6 @@ from .result_checks import (
     lora_gradients,
 )
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
-
-logger = logging.getLogger(__name__)
 
 Check = Callable[[Gradients], CheckedGradients]  # `checked` with the layer's device
 
@@ -311,7 +308,7 @@ def _within(ids: Tensor, count: int) -> bool:
 
 @contextlib.contextmanager
 def _quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
-    """PyTorch on so many threads, if any are given, and without autocast on these kinds of device."""
+    """Set PyTorch's number of threads, unless it is None, and switch autocast off on these kinds of device."""
     before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         if threads is not None:

@@ -25,8 +25,8 @@ from .planner import LinearCost, MachineRates
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20
 _RANK = 8
-_LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, that would make them look faster than they are
-_EXPERTS = 16  # of them at least where the layer has so many, and on the GPU at most
+_LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, which would make them look faster than they are
+_EXPERTS = 16  # at least on the CPU, if the layer has as many; at most on the GPU
 _BESIDE = 2  # experts in each of the other tiers
 _SHORT, _LEAST, _MOST = 128, 1024, 4096  # tokens of the calls that are timed: few, and as the run's within bounds
 _GPU_TOKENS = 4096
