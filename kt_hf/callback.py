@@ -1,9 +1,8 @@
-"""`KTMoECallback`: what a stock Trainer needs told about experts on the CPU."""
+"""`KTMoECallback`: what a stock Trainer has to be told about experts on the CPU."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
 from .shapes import PROJECTIONS
 from .system.disk import check_space
+from .system.parallel import refuse_parallel_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class KTMoECallback(TrainerCallback):
         if adapter is not None and not isinstance(adapter, (str, Path)):
             raise KTAMXConfigError(f"adapter={adapter!r} is no path: give an adapter's folder or safetensors file.")
         self.adapter = adapter
-        self._told = False
+        self._warned_untrained = False
         self._threads: int | None = None
         self.expert_load = LoadLog()
         self._times: TierTimes | None = None
@@ -59,9 +59,15 @@ class KTMoECallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Check the run, load the adapter to start from, and hand LoRA to the operators.
+
+        Raises:
+            KTAMXConfigError: The run cannot work, or would save nothing.
+            KTAMXError: The adapter to start from does not fit.
+        """
         model = kwargs["model"]
         layers = _layers(model)
-        _refuse_parallel(args, model)
+        refuse_parallel_trainer(model, args.n_gpu, args.world_size)
         _refuse_another_forward(layers)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
@@ -75,8 +81,8 @@ class KTMoECallback(TrainerCallback):
                 "kt_hf: the reference's forward of each step makes the experts compute the policy's once more; "
                 "precompute_ref_log_probs=True spares both."
             )
-        if not self._told and not any(_trained(layer) for layer in layers):
-            self._told = True
+        if not self._warned_untrained and not any(_trained(layer) for layer in layers):
+            self._warned_untrained = True
             logger.warning(
                 "The experts are not trained: no LoRA on them. target_modules (or lora_target) %s would reach them.",
                 ", ".join(PROJECTIONS),
@@ -98,10 +104,16 @@ class KTMoECallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Begin to time the tiers of a planned placement."""
         if self._times:
             self._times.step_begin(kt_layers(kwargs["model"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refresh the operators' copies of the LoRA tensors.
+
+        Raises:
+            KTAMXError: The disk has no room for the checkpoint that is due.
+        """
         layers = kt_layers(kwargs["model"])
         self._refresh(layers)
         if self._times:
@@ -112,21 +124,28 @@ class KTMoECallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Look at the disk before the checkpoint of an epoch.
+
+        Raises:
+            KTAMXError: It has no room for the checkpoint.
+        """
         if control.should_save:
             _check_space(args, kwargs["model"], kwargs.get("optimizer"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the experts' load to the logs of a training step."""
         logs = kwargs.get("logs")
         if not logs or "loss" not in logs:  # the logs of evaluation, and the summary at the end
             return
-        found = self.expert_load.collect(kt_layers(kwargs["model"]))
-        logs.update(found)
+        load = self.expert_load.collect(kt_layers(kwargs["model"]))
+        logs.update(load)
         if state.log_history and state.is_world_process_zero:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(load)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Refresh the operators' copies, and give back buffers and PyTorch's threads."""
         layers = kt_layers(kwargs["model"])
         self._refresh(layers)
         with CALL_LOCK:
@@ -137,14 +156,21 @@ class KTMoECallback(TrainerCallback):
             self._threads = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise what a GPU has found not finite in the evaluation (KTAMXForwardError)."""
         _settle(kwargs["model"])
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
+        """Raise what a GPU has found not finite in the prediction (KTAMXForwardError)."""
         _settle(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Verify every adapter of a checkpoint once more, and mark the checkpoint as whole.
+
+        Raises:
+            KTAMXError: An adapter's files have changed since the trainer saved them.
+        """
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero:
             return
@@ -156,12 +182,14 @@ class KTMoECallback(TrainerCallback):
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say what an interrupted run has left in the output folder."""
         if args.output_dir:
             tell_interrupted(args.output_dir)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Put the checkpoint's manifest and card beside the adapter that is pushed to the hub."""
         if args.output_dir and state.is_world_process_zero:
             publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir))
 
@@ -208,19 +236,6 @@ def _refuse_another_forward(layers: list[KTExperts]) -> None:
                 "cannot compute patched experts. Leave that library's experts out (of Liger: swiglu=False), or apply "
                 "it before apply_kt_moe."
             )
-
-
-def _refuse_parallel(args: TrainingArguments, model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel) or args.n_gpu > 1:
-        raise KTAMXConfigError(
-            f"The trainer sees {max(args.n_gpu, torch.cuda.device_count())} GPUs and would use nn.DataParallel, "
-            "which cannot hold experts on the CPU. Show it one: CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.world_size > 1:
-        raise KTAMXConfigError(
-            f"world size {args.world_size} (WORLD_SIZE={os.environ.get('WORLD_SIZE')}): experts on the CPU cannot be "
-            "shared by several processes yet. Start one process."
-        )
 
 
 def _trained(layer: KTExperts) -> bool:

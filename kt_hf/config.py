@@ -123,17 +123,17 @@ class KTConfig:
             raise KTAMXConfigError(f"kt_lora_rank={self.kt_lora_rank} is too large: at most 1024.")
 
 
-def as_config(given: Any) -> KTConfig:
+def as_config(settings: Any) -> KTConfig:
     """The settings that a caller gave: a `KTConfig`, a mapping of its fields, or None for the defaults.
 
     Raises:
         KTAMXConfigError: Anything else, or a field or value that `KTConfig` refuses.
     """
-    if given is None or isinstance(given, KTConfig):
-        return given or KTConfig()
-    if isinstance(given, Mapping):
-        return KTConfig.from_dict(given)
-    raise KTAMXConfigError(f"cfg={given!r} are no settings: give a KTConfig, a dict of its fields, or leave it out.")
+    if settings is None or isinstance(settings, KTConfig):
+        return settings or KTConfig()
+    if isinstance(settings, Mapping):
+        return KTConfig.from_dict(settings)
+    raise KTAMXConfigError(f"cfg={settings!r} are no settings: give a KTConfig, a dict of its fields, or leave it out.")
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
@@ -174,8 +174,8 @@ def _placement(value: Any) -> None:
         )
     unknown = [key for key in value if key not in ("resident", "streamed")]
     if unknown or not value:
-        told = f"has {unknown[0]!r} in it" if unknown else "is empty"
-        raise KTAMXConfigError(f"{name}={value!r} {told}: it takes resident and streamed, numbers of experts.")
+        problem = f"has {unknown[0]!r} in it" if unknown else "is empty"
+        raise KTAMXConfigError(f"{name}={value!r} {problem}: it takes resident and streamed, numbers of experts.")
     for key, count in value.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise KTAMXConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from .errors import KTAMXModelNotSupportedError
 from .shapes import ExpertShape
 
+# Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.
+FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _SILU = ("SiLU", "SiLUActivation")
 # What the families call the number of experts a token is sent to.
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
@@ -23,8 +26,10 @@ class ExpertsSite:
 
     Attributes:
         name: Full name of the experts module in the model.
-        parent: The module that has it as `attribute`.
-        experts: The module; None once it has been taken out, so that nothing here keeps its weights.
+        parent: The module that has the experts module as a child.
+        attribute: Name of the experts module in `parent`.
+        experts: The experts module; None once it has been taken out, so that the site does not keep its weights.
+        shape: Sizes of the layer's experts.
     """
 
     name: str
@@ -35,9 +40,19 @@ class ExpertsSite:
 
 
 def layer_index(name: str, fallback: int) -> int:
-    """The number in a module's name; `fallback` where there is none, or several."""
+    """Index of a layer, by the number in its name.
+
+    Args:
+        name: Of a module, dotted.
+        fallback: The index if the name has no number, or several.
+    """
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if len(numbers) == 1 else fallback
+
+
+def by_layer(shapes: Mapping[str, ExpertShape]) -> dict[int, ExpertShape]:
+    """Sizes of the experts by layer index, from those by the names of the experts modules, in the model's order."""
+    return {layer_index(name, i): shape for i, (name, shape) in enumerate(shapes.items())}
 
 
 def base_model(model: Any) -> Any:
@@ -46,18 +61,19 @@ def base_model(model: Any) -> Any:
 
 
 def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite]:
-    """Each layer's routed experts, in order.
+    """Each layer's routed experts, in the order of the layers.
 
     Args:
         model: A transformers model, or a PeftModel around one.
-        weightless: It is a skeleton: its parameters are on the meta device.
+        weightless: The model is a `skeleton`: its parameters are on the meta device.
 
     Raises:
-        KTAMXModelNotSupportedError: None, or one that is not plain.
+        KTAMXModelNotSupportedError: The model has no routed experts, or experts that are not fused, have a bias, or
+            another activation than SiLU.
     """
     base = base_model(model)
     text = _text_config(base)
-    found: list[ExpertsSite] = []
+    sites: list[ExpertsSite] = []
     strange: list[str] = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -70,11 +86,11 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
                     "without biases."
                 )
             parent = modules[parent_name]
-            found.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
+            sites.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
         elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
             strange.append(f"{name} ({type(module).__name__})")
-    if found:
-        return found
+    if sites:
+        return sites
     kind = type(base).__name__
     if strange:
         raise KTAMXModelNotSupportedError(
@@ -122,7 +138,7 @@ def _problem(experts: nn.Module, text_config: Any, weightless: bool) -> str | No
         return None
     if gate_up.is_meta or down.is_meta:
         return "its weights are on the meta device: load the model without device_map"
-    if gate_up.dtype not in (torch.bfloat16, torch.float16, torch.float32) or gate_up.dtype != down.dtype:
+    if gate_up.dtype not in FLOATING or gate_up.dtype != down.dtype:
         return f"weights of {gate_up.dtype} and {down.dtype}; load the model in bfloat16, float16 or float32"
     return None
 
@@ -133,15 +149,28 @@ def _shape(model: Any, parent: nn.Module, experts: Any, name: str) -> ExpertShap
 
 
 def _top_k(model: Any, parent: nn.Module, experts: int, name: str) -> int:
-    text = _text_config(model)
-    for source in (parent, getattr(parent, "gate", None), getattr(parent, "router", None), text):
+    sources = (parent, getattr(parent, "gate", None), getattr(parent, "router", None), _text_config(model))
+    value = top_k_of(sources, experts)
+    if value is None:
+        raise KTAMXModelNotSupportedError(
+            f"{name}: the model's config does not tell how many experts a token is sent to ({', '.join(_TOP_K_NAMES)})."
+        )
+    return value
+
+
+def top_k_of(sources: Iterable[Any], experts: int) -> int | None:
+    """The number of experts a token is sent to, by the first source that has it under one of its usual names.
+
+    Args:
+        sources: Modules or configurations, the nearest to the experts first; None among them is passed over.
+        experts: Experts of the layer, which the number cannot exceed.
+    """
+    for source in sources:
         for field in _TOP_K_NAMES:
             value = getattr(source, field, None)
             if isinstance(value, int) and 1 <= value <= experts:
                 return value
-    raise KTAMXModelNotSupportedError(
-        f"{name}: the model's config does not tell how many experts a token is sent to ({', '.join(_TOP_K_NAMES)})."
-    )
+    return None
 
 
 def _text_config(model: Any) -> Any:
@@ -151,6 +180,10 @@ def _text_config(model: Any) -> Any:
 
 def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration with all its parameters on the meta device: names and sizes, no memory.
+
+    Args:
+        config: The model's configuration; stays as it is.
+        trust_remote_code: Whether the model's own code may be run, as transformers has it.
 
     Raises:
         KTAMXModelNotSupportedError: transformers has no class for it.

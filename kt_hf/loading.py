@@ -1,7 +1,7 @@
-"""`load_kt_model`: a patched model whose experts were never in memory twice, or even once, as transformers holds them.
+"""`load_kt_model`: a patched model whose experts were never in memory as transformers holds them, nor twice.
 
-Everything but routed experts comes by the model class's own `from_pretrained`, which sees modules without parameters in
-their places; the experts go from the files to the backend layer by layer, the next one read while one is packed.
+Everything but routed experts comes by `from_pretrained` of the model's class, which sees modules without parameters
+in their places; the experts go from the files to the backend layer by layer, the next one read while one is packed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import copy
 import logging
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .backends import ExpertWeights
-from .checkpoint.eight_bit import FLOATING, SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
+from .checkpoint.eight_bit import SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
+from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
-from .discovery import ExpertsSite, find_experts, layer_index, skeleton
+from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
 from .placement.assembly import make_packer, memory_budget
 from .placement.order import Placement, as_placement
+from .placement.packer import Packer
+from .placement.planner import MemoryBudget
+from .shapes import ExpertShape
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
 
@@ -49,7 +51,7 @@ _REFUSED = {
     "tp_size": "the model is not split over processes: leave it out",
     "distributed_config": "the model is not split over processes: leave it out",
     "device_mesh": "the model is not split over processes: leave it out",
-    "quantization_config": "experts are quantised by kt_backend; for other layers use from_pretrained and apply_kt_moe",
+    "quantization_config": "experts are quantized by kt_backend; for other layers use from_pretrained and apply_kt_moe",
     "state_dict": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
     "gguf_file": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
     "variant": "experts are read from model.safetensors or its index: use from_pretrained and apply_kt_moe",
@@ -68,14 +70,13 @@ def load_kt_model(
     tokens_per_step: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A model as `from_pretrained` and `apply_kt_moe` make it, with never more experts in memory than packed ones and
-    the weights of two layers.
+    """Load a patched model as `from_pretrained` and `apply_kt_moe` make it, streaming its experts from the files.
 
-    The experts are streamed from the checkpoint's safetensors files: one tensor an expert or fused, in one file or
-    several, in bf16, fp16, fp32, or of 8 bits (FP8 or INT8 with a scale for each block or row), which is de-quantised;
-    experts that are streamed to a GPU stay of 8 bits, if `kt_lora_rank` is given, and are de-quantised there. All of
-    them are checked by the files' headers before anything is loaded. A checkpoint's other weights of 8 bits are
-    de-quantised as well, so that the model is a plain one of `dtype`.
+    Of the experts, memory holds the packed ones and the weights of two layers at most. They come from safetensors: one
+    tensor an expert or fused, in one file or several, in bf16, fp16, fp32, or in 8 bits (FP8 or INT8 with a scale for
+    each block or row), which is dequantized. Experts that are streamed to a GPU stay in 8 bits if `kt_lora_rank` is
+    given, and are dequantized there. All experts are checked by the files' headers before anything is loaded. Other
+    8-bit weights of a checkpoint are dequantized too, so that the model is a plain one of `dtype`.
 
     Args:
         path_or_name: Folder, or name of a model of the hub, which is downloaded if it is not in the cache.
@@ -83,8 +84,9 @@ def load_kt_model(
             they read; backend torch does not.
         dtype: Of the model, "auto" for the one its config names.
         console: Where a terminal is shown the progress; None means the standard error.
-        placement: As `apply_kt_moe` takes it, and `tokens_per_step`.
-        kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
+        placement: Which experts go to the GPU first, as `apply_kt_moe` takes it.
+        tokens_per_step: Tokens of a forward in training, as `apply_kt_moe` takes them.
+        **kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
 
     Returns:
         The patched model on the CPU, as `apply_kt_moe` returns it.
@@ -96,6 +98,49 @@ def load_kt_model(
         KTAMXError: A damaged checkpoint, naming file and tensor.
     """
     cfg = as_config(cfg)
+    _check_arguments(path_or_name, kwargs)
+    refuse_parallel(None)
+    source = _source(path_or_name, dtype, kwargs)
+    outline = skeleton(source.config, source.trusted)
+    shapes = {site.name: site.shape for site in find_experts(outline, weightless=True)}
+    packer = _packer(cfg, shapes, source)
+    placement = as_placement(placement)
+    packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
+    checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
+    _place(packer, checkpoint, source, placement, memory_budget(outline, source.config, tokens_per_step, source.dtype))
+    model = _load_rest(source, checkpoint)
+    _load_experts(model, packer, checkpoint, console)
+    return model
+
+
+@dataclass
+class _Source:
+    """What is loaded: the arguments of `load_kt_model` by whom they are for.
+
+    Attributes:
+        path_or_name: Of the checkpoint.
+        config: The model's configuration, a copy.
+        asked: The model's dtype as it was asked for, "auto" or a floating one.
+        trusted: Whether the model's own code may be run (`trust_remote_code`).
+        hub: Arguments that tell where the files are.
+        kwargs: The other arguments of `from_pretrained`.
+    """
+
+    path_or_name: str | Path
+    config: Any
+    asked: torch.dtype | str
+    trusted: bool
+    hub: dict[str, Any]
+    kwargs: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model will have."""
+        asked = self.asked
+        return asked if isinstance(asked, torch.dtype) else _checked_dtype(self.config.dtype or torch.bfloat16)
+
+
+def _check_arguments(path_or_name: Any, kwargs: Mapping[str, Any]) -> None:
     if not isinstance(path_or_name, (str, Path)):
         raise KTAMXConfigError(
             f"path_or_name is a {type(path_or_name).__name__}: give a folder or a name of the hub. apply_kt_moe takes "
@@ -104,48 +149,64 @@ def load_kt_model(
     for name, fix in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise KTAMXConfigError(f"{name}={kwargs[name]!r} cannot be given to load_kt_model: {fix}.")
-    refuse_parallel(None)
+
+
+def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> _Source:
+    """Sort the arguments, and read the configuration (KTAMXConfigError if there is none)."""
     older = kwargs.pop("torch_dtype", None)
-    dtype = _checked_dtype(older if older is not None and dtype == "auto" else dtype)
+    asked = _checked_dtype(older if older is not None and dtype == "auto" else dtype)
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
-    outline = skeleton(config, trusted)
-    found = find_experts(outline, weightless=True)
-    coming = dtype if isinstance(dtype, torch.dtype) else _checked_dtype(config.dtype or torch.bfloat16)
-    named = {site.name: site.shape for site in found}
-    packer = make_packer(cfg, named, coming, streamed=True, model_type=config.model_type)
+    return _Source(path_or_name, config, asked, trusted, hub, kwargs)
+
+
+def _packer(cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: _Source) -> Packer:
+    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=source.config.model_type)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
             "the LoRA rank. Give KTConfig(kt_lora_rank=...), the adapter's rank or more; 0 for inference."
         )
-    placement, shapes = as_placement(placement), {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
-    packer.check_placement(shapes, placement)  # before a model of the hub is downloaded
-    checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **hub), config, trusted)
-    budget = memory_budget(outline, config, tokens_per_step, coming)
+    return packer
+
+
+def _place(
+    packer: Packer,
+    checkpoint: ExpertCheckpoint,
+    source: _Source,
+    placement: Placement | None,
+    budget: MemoryBudget,
+) -> None:
+    """Decide where each expert goes, and whether those that are streamed stay in 8 bits."""
+    rank = packer.config.kt_lora_rank
     # Experts that are packed later, at the first adapter, are bf16 until then.
-    whole = packer.saved is not None or cfg.kt_lora_rank is None or coming != torch.bfloat16
-    budget = replace(budget, keep_8bit=not whole and checkpoint.keep_8bit())
-    packer.place(shapes, placement, budget)
-    if packer.tiers and packer.tiers.streamed and has_8_bits(config) and not budget.keep_8bit:
-        why = "kt_lora_rank is not given" if cfg.kt_lora_rank is None else f"the model is {coming}"
-        told = why if whole else "not all of them are of 8 bits, and those of a layer of one dtype"
-        logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", told)
-    model = _load_rest(path_or_name, checkpoint, config, dtype, trusted, hub | kwargs)
+    widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
+    budget = replace(budget, keep_8bit=not widened and checkpoint.keep_8bit())
+    packer.place(by_layer(checkpoint.shapes), placement, budget)
+    if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and not budget.keep_8bit:
+        reason = "not all of them are of 8 bits, and those of a layer of one dtype"
+        if widened:
+            reason = "kt_lora_rank is not given" if rank is None else f"the model is {source.dtype}"
+        logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", reason)
+
+
+def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, console: Console | None) -> None:
+    """Read the experts layer by layer and put `KTExperts` in their places."""
     expert_dtype = _checked_dtype(model.config.dtype or model.dtype)
-    if packer.saved is not None:
-        packer.saved.check_model(model)
-    sites = [_site(model, name, checkpoint) for name in checkpoint.layers]
-    model.requires_grad_(False)
     saved = packer.saved
-    apart = [packer.read_scaled(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
+    if saved is not None:
+        saved.check_model(model)
+    sites = [_experts_site(model, name, checkpoint) for name in checkpoint.layers]
+    model.requires_grad_(False)
+    kept_8bit = [packer.read_scaled(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
+    jobs = list(zip(checkpoint.layers, kept_8bit, strict=True))
+    stream = read_ahead(jobs, lambda job: checkpoint.read(job[0], expert_dtype, job[1]))
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
-    with LayersBar(len(sites), console) as bar, closing(_stream(checkpoint, expert_dtype, apart)) as weights:
+    with LayersBar(len(sites), console) as bar, closing(stream) as weights:
         counted = bar.each(sites, sizes)
-        replace_experts(model, counted, packer, lambda at: saved.layer(at.name) if saved else next(weights))
+        replace_experts(model, counted, packer, lambda site: saved.layer(site.name) if saved else next(weights))
     return_freed_memory()
-    return model
 
 
 def _config(
@@ -158,41 +219,36 @@ def _config(
     if isinstance(config, PreTrainedConfig):
         return copy.deepcopy(config), kwargs
     try:
-        found, rest = AutoConfig.from_pretrained(
+        loaded, rest = AutoConfig.from_pretrained(
             config or path_or_name, trust_remote_code=trusted, return_unused_kwargs=True, **hub, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
         raise KTAMXConfigError(f"{str(path_or_name)!r}: {' '.join(str(error).split())}") from error
-    commit = getattr(found, "_commit_hash", None)
+    commit = getattr(loaded, "_commit_hash", None)
     if commit and not Path(path_or_name).is_dir():
         hub["revision"] = commit  # all files of one state of the repository
-    return found, rest
+    return loaded, rest
 
 
-def _load_rest(
-    path_or_name: str | Path,
-    checkpoint: ExpertCheckpoint,
-    config: Any,
-    dtype: torch.dtype | str,
-    trusted: bool,
-    kwargs: dict[str, Any],
-) -> Any:
+def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
     """Everything but the routed experts, by `from_pretrained`."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    by_auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
-    more = {"trust_remote_code": trusted} if by_auto else {}
+    config, kwargs = source.config, source.hub | source.kwargs
+    by_auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or source.trusted
+    if by_auto:
+        kwargs["trust_remote_code"] = source.trusted
     loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
-    # With the configuration's FP8 transformers would make modules that compute in FP8, or de-quantise by blocks of its
-    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). Values of 8 bits are exact in any dtype
+    # With the configuration's FP8 transformers would make modules that compute in FP8, or dequantize by blocks of its
+    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). 8-bit values are exact in any dtype
     # of the model, so they are loaded as they are, and multiplied by their scales after.
     quantized = quantized_rest(checkpoint.files, block_size(config))
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     ignored = [r"\.experts\."] + ([rf"{SCALE_PATTERN}$"] if quantized else [])
     with _without_experts(checkpoint, ignored):
-        model = loader.from_pretrained(str(path_or_name), config=config, dtype=dtype, **more, **kwargs)
+        model = loader.from_pretrained(str(source.path_or_name), config=config, dtype=source.asked, **kwargs)
     dequantize_rest(model, quantized)
     kept = set(checkpoint.model_class._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected) - (set(ignored) - kept)
@@ -202,7 +258,7 @@ def _load_rest(
 class _NoExperts(nn.Module):
     """In the place of a layer's experts while the rest of the model is loaded."""
 
-    _is_hf_initialized = True  # there is nothing to initialise, which the model's _init_weights would try
+    _is_hf_initialized = True  # there is nothing to initialize, which the model's _init_weights would try
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -210,33 +266,38 @@ class _NoExperts(nn.Module):
 
 @contextmanager
 def _without_experts(checkpoint: ExpertCheckpoint, ignored: list[str]) -> Iterator[None]:
-    """Models made in this context have `_NoExperts`, and do not miss what the checkpoint has for them."""
+    """Models made in this context have `_NoExperts`, and do not miss what the checkpoint has for them.
+
+    Classes in transformers' modules are swapped, for the whole process: a thread that makes a model of the same family
+    meanwhile, other than by `load_kt_model`, gets one without experts.
+    """
     model_class: Any = checkpoint.model_class
-    with _SWAPPING:  # the classes are the process's
-        own = vars(model_class).get("_keys_to_ignore_on_load_unexpected", _SWAPPING)  # a list, None, or inherited
+    with _SWAPPING:
+        # A list or None; the lock stands for a class that has none of its own.
+        ignored_before = vars(model_class).get("_keys_to_ignore_on_load_unexpected", _SWAPPING)
         try:
             for kind in checkpoint.expert_classes:
                 setattr(sys.modules[kind.__module__], kind.__name__, _NoExperts)
-            before = model_class._keys_to_ignore_on_load_unexpected or ()
-            model_class._keys_to_ignore_on_load_unexpected = [*before, *ignored]
+            inherited = model_class._keys_to_ignore_on_load_unexpected or ()
+            model_class._keys_to_ignore_on_load_unexpected = [*inherited, *ignored]
             yield
         finally:
             for kind in checkpoint.expert_classes:
                 setattr(sys.modules[kind.__module__], kind.__name__, kind)
-            if own is _SWAPPING:
+            if ignored_before is _SWAPPING:
                 del model_class._keys_to_ignore_on_load_unexpected
             else:
-                model_class._keys_to_ignore_on_load_unexpected = own
+                model_class._keys_to_ignore_on_load_unexpected = ignored_before
 
 
 def _checked_dtype(dtype: torch.dtype | str) -> Any:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found != "auto" and found not in FLOATING:
+    checked = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if checked != "auto" and checked not in FLOATING:
         raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
-    return found
+    return checked
 
 
-def _site(model: Any, name: str, checkpoint: ExpertCheckpoint) -> ExpertsSite:
+def _experts_site(model: Any, name: str, checkpoint: ExpertCheckpoint) -> ExpertsSite:
     parent, _, attribute = name.rpartition(".")
     experts = model.get_submodule(name)
     if not isinstance(experts, _NoExperts):
@@ -245,17 +306,3 @@ def _site(model: Any, name: str, checkpoint: ExpertCheckpoint) -> ExpertsSite:
             "without it. Use from_pretrained and apply_kt_moe."
         )
     return ExpertsSite(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
-
-
-def _stream(
-    checkpoint: ExpertCheckpoint, dtype: torch.dtype, apart: Sequence[Sequence[int]]
-) -> Generator[ExpertWeights, None, None]:
-    """The layers' weights in order, each read while the one before is in use; `apart`, of each layer, as they are."""
-    with ThreadPoolExecutor(1, "kt_hf-read") as reader:
-        jobs = list(zip(checkpoint.layers, apart, strict=True))
-        coming = reader.submit(checkpoint.read, jobs[0][0], dtype, jobs[0][1])
-        for following in [*jobs[1:], None]:
-            weights = coming.result()
-            if following is not None:
-                coming = reader.submit(checkpoint.read, following[0], dtype, following[1])
-            yield weights

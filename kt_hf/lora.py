@@ -77,9 +77,13 @@ def kt_lora_config(
 
 
 def linear_targets(model: Any) -> list[str]:
-    """Full names of what `all` means in a model: linear layers of the language model, and its experts if patched.
+    """Full names of what `lora_target=all` means in a model: linear layers of the language model, and its experts.
 
     Routers are left out, and the head and everything beside the language model.
+
+    Args:
+        model: A transformers model, patched or not; on the meta device too. Experts are among the names if it is
+            patched.
     """
     stems = _language_model(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -124,9 +128,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_arguments(given: dict[str, Any]) -> None:
+def _check_arguments(kwargs: dict[str, Any]) -> None:
     known = [name for name in inspect.signature(LoraConfig).parameters if name not in _OUR_NAMES]
-    for name in given:
+    for name in kwargs:
         if name in _OUR_NAMES:
             raise KTAMXConfigError(f"{name} is called {_OUR_NAMES[name]} in kt_lora_config.")
         if name not in known:
@@ -135,24 +139,24 @@ def _check_arguments(given: dict[str, Any]) -> None:
             raise KTAMXConfigError(f"{name} is no argument of kt_lora_config, nor of PEFT's LoraConfig.{hint}")
 
 
-def _targets(model: Any, wanted: Any) -> list[str]:
+def _targets(model: Any, lora_target: Any) -> list[str]:
     """What `lora_target` means, as ends of names that reach these modules alone, or as full names."""
     everything = linear_targets(model)
-    if isinstance(wanted, str) and wanted.strip() == "all":
+    if isinstance(lora_target, str) and lora_target.strip() == "all":
         return _short(model, everything)
-    if isinstance(wanted, str) and wanted.strip() == "all_attention":
+    if isinstance(lora_target, str) and lora_target.strip() == "all_attention":
         attention = [name for name in everything if _ATTENTION.search(name)]
         if not attention:
             raise KTAMXConfigError("lora_target=all_attention: the model has no linear layers in attention.")
         return _short(model, attention)
-    targets = [target for name in _names(wanted) for target in _named(model, name, everything)]
+    targets = [target for name in _names(lora_target) for target in _named(model, name, everything)]
     return sorted(set(targets))
 
 
-def _names(wanted: Any) -> list[str]:
-    names = wanted.split(",") if isinstance(wanted, str) else wanted
+def _names(lora_target: Any) -> list[str]:
+    names = lora_target.split(",") if isinstance(lora_target, str) else lora_target
     if not isinstance(names, Iterable) or isinstance(names, (bytes, dict)):
-        raise KTAMXConfigError(f"lora_target={wanted!r}: give all, all_attention, or names.")
+        raise KTAMXConfigError(f"lora_target={lora_target!r}: give all, all_attention, or names.")
     names = list(names)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
@@ -171,8 +175,8 @@ def _named(model: Any, name: str, everything: list[str]) -> list[str]:
     for spelling in dict.fromkeys((name, ALIASES.get(name, name))):
         modules = [full for full, _ in model.named_modules() if full == spelling or full.endswith(f".{spelling}")]
         if modules:
-            ours = [full for full in modules if full in set(everything)]
-            return [spelling] if ours in ([], modules) else ours
+            language = [full for full in modules if full in set(everything)]
+            return [spelling] if language in ([], modules) else language
     known = sorted({full.rpartition(".")[2] for full in everything})
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""

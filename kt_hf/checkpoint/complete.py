@@ -49,13 +49,12 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
     files = TensorFiles(folder)
     if getattr(config, "quantization_config", None) is not None and not has_8_bits(config):
         return []
-    # It names an expert that is missing, where transformers' loader tells only that something cannot be converted.
+    outline = skeleton(config, trust_remote_code)
     experts_checked = True
-    try:
-        ExpertCheckpoint(folder, config, trust_remote_code)
+    try:  # it names an expert that is missing, where transformers' loader tells only that something is not converted
+        ExpertCheckpoint(folder, config, model=outline)
     except KTAMXModelNotSupportedError:
         experts_checked = False  # experts of another kind, which transformers alone may know how to load
-    outline = skeleton(config, trust_remote_code)
     config = copy.deepcopy(outline.config)
     tensors = {
         name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
@@ -64,29 +63,29 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
     }
     with _quiet() as report:
         try:
-            _, told = type(outline).from_pretrained(
+            _, info = type(outline).from_pretrained(
                 None, config=config, state_dict=tensors, device_map="meta", dtype=torch.bfloat16,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
         except RuntimeError as error:
             text = report.getvalue().strip() or str(error)
             raise KTAMXError(f"{_where(files, folder)} cannot be loaded: {' '.join(text.split())[:600]}") from None
-    mismatched = {entry[0]: entry[1:] for entry in told["mismatched_keys"]}
+    mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     if mismatched:
         name, shapes = next(iter(sorted(mismatched.items())))
-        got, wanted = (list(shape) for shape in shapes)
+        stored, expected = (list(shape) for shape in shapes)
         raise KTAMXError(
-            f"{_where(files, folder)}: {name} has the shape {got}, by the model's config it is {wanted} "
+            f"{_where(files, folder)}: {name} has the shape {stored}, by the model's config it is {expected} "
             f"({len(mismatched)} weights differ). Are the weights and config.json of one model?"
         )
-    missing = sorted(name for name in told["missing_keys"] if not (experts_checked and _ROUTED.search(name)))
+    missing = sorted(name for name in info["missing_keys"] if not (experts_checked and _ROUTED.search(name)))
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
         raise KTAMXError(
             f"{_where(files, folder)} has no {shown} ({len(missing)} of the model's weights missing). Copy the "
             "checkpoint again: with random values in their place training would be worth nothing."
         )
-    return sorted(name for name in told["unexpected_keys"] if not _SCALE.search(name))
+    return sorted(name for name in info["unexpected_keys"] if not _SCALE.search(name))
 
 
 def _where(files: TensorFiles, folder: Path) -> Path:

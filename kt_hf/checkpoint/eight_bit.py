@@ -1,4 +1,4 @@
-"""Weights of 8 bits in checkpoints: FP8 or INT8, each block of rows and columns with a scale.
+"""Block-scaled 8-bit weights in checkpoints: FP8 or INT8, each block of rows and columns with a scale.
 
 Known are DeepSeek-V3's block-wise FP8 and the same of INT8 (`weight_scale_inv`, blocks by the configuration), and one
 scale a row (`weight_scale`, of compressed-tensors and of w8a8_int8). A weight is its value times its block's scale.
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends.block_scaled import EIGHT_BIT, scale_
+from ..discovery import FLOATING
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
-FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 # What stands after a weight's name in the name of its scales.
 SCALES = ("_scale_inv", "_scale")
 SCALE_PATTERN = r"_scale(?:_inv)?"
@@ -30,29 +30,32 @@ _BLOCKWISE = ("fp8", "blockwise_int8")
 
 
 def block_size(config: Any) -> tuple[int, int]:
-    """Rows and columns that share a scale, by the model's `quantization_config`; 128 × 128 where it has none.
+    """Rows and columns of a weight that share a scale.
+
+    Args:
+        config: The model's configuration, whose `quantization_config` tells; 128 × 128 where it has none.
 
     Raises:
-        KTAMXConfigError: The model is quantised in another way.
+        KTAMXConfigError: The model is quantized in another way.
     """
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
         return _DEFAULT_BLOCK
-    method = str(getattr(_get(found, "quant_method"), "value", _get(found, "quant_method")))
+    method = str(getattr(_get(quantization, "quant_method"), "value", _get(quantization, "quant_method")))
     if method == "w8a8_int8":
         return _A_ROW
     if method == "compressed-tensors":
-        return _compressed(found)
+        return _compressed(quantization)
     if method not in _BLOCKWISE:
         raise KTAMXConfigError(
             f"quantization_config: quant_method={method!r} cannot be streamed. Give a checkpoint in {KNOWN} "
             f"(quant_method {', '.join(_BLOCKWISE)}, w8a8_int8 or compressed-tensors)."
         )
-    return _block("weight_block_size", _get(found, "weight_block_size", _DEFAULT_BLOCK))
+    return _block("weight_block_size", _get(quantization, "weight_block_size", _DEFAULT_BLOCK))
 
 
 def has_8_bits(config: Any) -> bool:
-    """Whether the model's `quantization_config` says that its weights are of 8 bits, in a way that is known."""
+    """Whether a model's weights are in 8 bits, in a way that is known, by the configuration's `quantization_config`."""
     try:
         return getattr(config, "quantization_config", None) is not None and bool(block_size(config))
     except KTAMXConfigError:
@@ -60,14 +63,14 @@ def has_8_bits(config: Any) -> bool:
 
 
 def _compressed(config: Any) -> tuple[int, int]:
-    """Of compressed-tensors: 8 bits, symmetric, a scale for each row or block, the same for all weights."""
+    """The block of compressed-tensors: 8 bits, symmetric, a scale for each row or block, alike for all weights."""
     groups = _get(config, "config_groups")
     if _get(config, "transform_config"):
         raise KTAMXConfigError(
             "quantization_config: transform_config, rotations of weights when they are used, cannot be streamed. "
             f"Give a checkpoint in {KNOWN}."
         )
-    groups, found = groups if isinstance(groups, Mapping) else {}, set()
+    groups, blocks = groups if isinstance(groups, Mapping) else {}, set()
     for name, group in groups.items():
         weights = _get(group, "weights") or {}
         bits, strategy = _get(weights, "num_bits"), str(_get(weights, "strategy"))
@@ -76,13 +79,13 @@ def _compressed(config: Any) -> tuple[int, int]:
                 f"quantization_config: {name} has weights of num_bits={bits}, strategy={strategy!r}, "
                 f"symmetric={_get(weights, 'symmetric', True)}, which cannot be streamed. Give a checkpoint in {KNOWN}."
             )
-        found.add(_A_ROW if strategy == "channel" else _block("block_structure", _get(weights, "block_structure")))
-    if len(found) != 1:
+        blocks.add(_A_ROW if strategy == "channel" else _block("block_structure", _get(weights, "block_structure")))
+    if len(blocks) != 1:
         raise KTAMXConfigError(
-            "quantization_config: config_groups names no weights, or weights quantised in several ways, which cannot "
+            "quantization_config: config_groups names no weights, or weights quantized in several ways, which cannot "
             f"be streamed. Give a checkpoint in {KNOWN}."
         )
-    return found.pop()
+    return blocks.pop()
 
 
 def _get(config: Any, name: str, other: Any = None) -> Any:
@@ -96,17 +99,23 @@ def _block(name: str, block: Any) -> tuple[int, int]:
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight [rows, columns]; blocks at the edges may be smaller."""
+    """Shape of the scales of a weight; blocks at the edges may be smaller.
+
+    Args:
+        shape: Of the weight, [rows, columns].
+        block: Rows and columns that share a scale.
+    """
     return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 
 def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
-    """out = weight × its block's scale, computed in fp32 and rounded once.
+    """Multiply each block of a weight by its scale, in fp32, and round once.
 
     Args:
-        weight: [rows, columns], of 8 bits, or cast from them to a dtype that holds its values exactly.
+        weight: [rows, columns], in 8 bits, or cast from them to a dtype that holds its values exactly.
         scales: [rows / block rows, columns / block columns], rounded up.
-        out: [rows, columns], floating; may be `weight`.
+        block: Rows and columns that share a scale.
+        out: [rows, columns], floating, where the result goes; may be `weight`.
     """
     product = weight.float()  # a copy; of fp32 itself, which is then written in place
     scale_(product, scales.float(), block)
@@ -114,80 +123,104 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int], out: Tens
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A weight of 8 bits and its scales, in the files."""
+class ScaledTensor:
+    """An 8-bit weight and its scales, in the files.
+
+    Attributes:
+        weight: [rows, columns], FP8 or INT8.
+        scales: One of each block, floating.
+        block: Rows and columns that share a scale.
+    """
 
     weight: StoredTensor
     scales: StoredTensor
     block: tuple[int, int]
 
 
-def check_scales(weight: StoredTensor, scales: StoredTensor | None, block: tuple[int, int]) -> Quantised:
-    """A weight of 8 bits with its scales.
+def check_scales(weight: StoredTensor, scales: StoredTensor | None, block: tuple[int, int]) -> ScaledTensor:
+    """An 8-bit weight with its scales.
+
+    Args:
+        weight: Of the checkpoint.
+        scales: What the checkpoint has for it; None if nothing.
+        block: Rows and columns that share a scale.
 
     Raises:
-        KTAMXError: It has none, or they do not fit; naming file and tensor.
+        KTAMXError: The weight is not in 8 bits, or its scales are missing or do not fit; naming file and tensor.
     """
     if weight.dtype not in EIGHT_BIT:
         raise KTAMXError(f"{weight} is of {weight.dtype}, but has scales in {scales}; they belong to FP8 or INT8.")
     if scales is None:
         names = " or ".join(weight.name + tail for tail in SCALES)
         raise KTAMXError(f"{weight} is of {weight.dtype}, but its scales, {names}, are missing.")
-    wanted = scale_shape(weight.shape, block) if len(weight.shape) == 2 else None
-    if scales.shape != wanted or scales.dtype not in FLOATING:
+    expected = scale_shape(weight.shape, block) if len(weight.shape) == 2 else None
+    if scales.shape != expected or scales.dtype not in FLOATING:
         raise KTAMXError(
             f"{scales} is of {scales.dtype} and has the shape {list(scales.shape)}; for a weight of the shape "
-            f"{list(weight.shape)} and {_told(block)} it is floating and {list(wanted or ())}."
+            f"{list(weight.shape)} and {_block_words(block)} it is floating and {list(expected or ())}."
         )
-    return Quantised(weight, scales, block)
+    return ScaledTensor(weight, scales, block)
 
 
-def _told(block: tuple[int, int]) -> str:
+def _block_words(block: tuple[int, int]) -> str:
     return "a scale for each row" if block == _A_ROW else f"blocks of {block[0]} × {block[1]}"
 
 
-def quantized_rest(files: TensorFiles, block: tuple[int, int]) -> list[Quantised]:
-    """The weights of 8 bits of a checkpoint that are not routed experts'.
+def quantized_rest(files: TensorFiles, block: tuple[int, int]) -> list[ScaledTensor]:
+    """The 8-bit weights of a checkpoint outside the routed experts.
+
+    Args:
+        files: The checkpoint's tensors.
+        block: Rows and columns that share a scale.
 
     Raises:
         KTAMXError: Scales are missing, or do not fit.
     """
-    found = []
+    quantized = []
     for name, tensor in files.tensors.items():
         scales = scales_of(name, files.tensors)
         other = "experts." not in name.replace("shared_experts.", "")
         eight = tensor.dtype in EIGHT_BIT and (tensor.dtype != torch.int8 or name.endswith(".weight"))
         if other and (eight or scales is not None):
-            found.append(check_scales(tensor, scales, block))
-    return found
+            quantized.append(check_scales(tensor, scales, block))
+    return quantized
 
 
 def scales_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """The scales of a weight. `x_scale` beside another `x` is none of our business."""
+    """The scales of a weight, None if there are none.
+
+    Args:
+        name: Of the weight. Where it does not end in `.weight`, a tensor `NAME_scale` means something else.
+        tensors: Of the checkpoint, by name.
+    """
     tails = SCALES if name.endswith(".weight") else SCALES[:1]
     return next((tensors[name + tail] for tail in tails if name + tail in tensors), None)
 
 
 @torch.no_grad()
-def dequantize_rest(model: Any, weights: list[Quantised]) -> None:
-    """Multiply the weights of a model, into which their values were loaded as they are, by their scales, in place.
+def dequantize_rest(model: Any, weights: list[ScaledTensor]) -> None:
+    """Multiply weights of a model, into which their 8-bit values were loaded unscaled, by their scales, in place.
+
+    Args:
+        model: A transformers model in a floating dtype.
+        weights: In the checkpoint.
 
     Raises:
         KTAMXModelNotSupportedError: The model has no such weight: it was converted on loading.
     """
     parameters = dict(model.named_parameters())
     skipped = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    for one in weights:
-        name = one.weight.name
+    for stored in weights:
+        name = stored.weight.name
         known = [other for other in (name, f"model.{name}", name.removeprefix("model.")) if other in parameters]
         if not known and any(pattern.search(name) for pattern in skipped):
-            continue  # of layers transformers leaves out, multi-token prediction for one
-        if not known or tuple(parameters[known[0]].shape) != one.weight.shape:
+            continue  # of layers transformers leaves out, multi-token prediction for stored
+        if not known or tuple(parameters[known[0]].shape) != stored.weight.shape:
             raise KTAMXModelNotSupportedError(
-                f"{one.weight} is of {one.weight.dtype}, and {type(model).__name__} has no parameter of that name and "
-                "shape, so its scales cannot be applied. Give the checkpoint in bfloat16."
+                f"{stored.weight} is of {stored.weight.dtype}, and {type(model).__name__} has no parameter of that "
+                "name and shape, so its scales cannot be applied. Give the checkpoint in bfloat16."
             )
-        scales = torch.empty(one.scales.shape, dtype=one.scales.dtype, device="cpu")
-        read_tensors([(one.scales, scales)])
+        scales = torch.empty(stored.scales.shape, dtype=stored.scales.dtype, device="cpu")
+        read_tensors([(stored.scales, scales)])
         weight = parameters[known[0]].data
-        dequantize(weight, scales.to(weight.device), one.block, weight)
+        dequantize(weight, scales.to(weight.device), stored.block, weight)

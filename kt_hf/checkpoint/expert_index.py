@@ -2,7 +2,7 @@
 
 Three layouts are known, told by the tensors' names, whatever the family: one tensor an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
-(`experts.gate_up_proj`). Each in bf16, fp16, fp32, or of 8 bits with scales (`eight_bit`).
+(`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in 8 bits with scales (`eight_bit`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import ExpertWeights
 from ..backends.block_scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
-from ..discovery import find_experts, skeleton
+from ..discovery import FLOATING, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
-from ..shapes import ExpertShape
-from .eight_bit import FLOATING, KNOWN, SCALE_PATTERN, block_size, check_scales
+from ..shapes import ALIASES, ExpertShape
+from .eight_bit import KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
 
-_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ONE_EXPERT = re.compile(
     rf"(.*\bexperts)\.(\d{{1,9}})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$"
 )
@@ -40,28 +39,31 @@ class ExpertCheckpoint:
     """The routed experts of a checkpoint; nothing is read before `read`.
 
     Args:
-        folder: Of the checkpoint; `checkpoint_folder` finds that of a hub's model.
+        folder: Of the checkpoint; `checkpoint_folder` finds the folder of a hub's model.
         config: The model's configuration.
-        trust_remote_code: As transformers has it.
+        trust_remote_code: Whether the model's own code may be run, as transformers has it.
+        model: The `skeleton` of the configuration, where the caller has made one; it is made here without.
 
     Attributes:
         layers: Full names of the experts modules, in the order of the model's layers (`model.layers.3.mlp.experts`).
-        shapes: Layer -> its sizes.
-        model_class: The class transformers loads it by.
+        shapes: Layer -> sizes of its experts.
+        model_class: The class by which transformers loads the model.
         expert_classes: The classes of its experts modules.
         files: The checkpoint's tensors.
-        block: Rows and columns of a weight of 8 bits that share a scale.
+        block: Rows and columns of an 8-bit weight that share a scale.
 
     Raises:
         KTAMXModelNotSupportedError: A model without experts that can be computed, or saved under unknown names.
-        KTAMXConfigError: The folder has no safetensors checkpoint, or it is quantised in another way.
+        KTAMXConfigError: The folder has no safetensors checkpoint, or it is quantized in another way.
         KTAMXError: A file or a tensor is missing, doubled, truncated or of another shape, naming file and tensor.
     """
 
-    def __init__(self, folder: str | Path, config: Any, trust_remote_code: bool = False) -> None:
-        model = skeleton(config, trust_remote_code)
+    def __init__(
+        self, folder: str | Path, config: Any, trust_remote_code: bool = False, model: nn.Module | None = None
+    ) -> None:
+        model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
-        self.model_class = type(model)
+        self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
@@ -70,16 +72,16 @@ class ExpertCheckpoint:
         self.files = TensorFiles(Path(folder))
         self._matrices = self._find()
 
-    def read(self, layer: str, dtype: torch.dtype, apart: Sequence[int] = ()) -> ExpertWeights:
+    def read(self, layer: str, dtype: torch.dtype, in_8bit: Sequence[int] = ()) -> ExpertWeights:
         """A layer's weights, stacked and fused, in memory of their own on the CPU.
 
         Args:
             layer: One of `layers`.
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
-            apart: Ids of experts that are read as they are, of 8 bits; `keep_8bit` says whether they can be.
+            in_8bit: Ids of experts that stay in 8 bits, as the files have them; `keep_8bit` says whether they can.
 
         Returns:
-            gate_up [E, 2I, H] and down [E, H, I]; without the experts that are `apart`.
+            gate_up [E, 2I, H] and down [E, H, I] of the experts that are not `in_8bit`, and those in `scaled`.
 
         Raises:
             KTAMXError: A file has changed since it was checked.
@@ -88,18 +90,18 @@ class ExpertCheckpoint:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
-        rest = [e for e in range(shape.num_experts) if e not in set(apart)]
+        rest = [e for e in range(shape.num_experts) if e not in set(in_8bit)]
         gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
-        site = {e: i for i, e in enumerate(rest)}
+        row = {e: i for i, e in enumerate(rest)}
         targets = _targets(gate_up, down)
-        read_matrices([(one, targets[name][site[e]]) for (e, name), one in matrices.items() if e in site])
-        return ExpertWeights(gate_up, down, scaled=self._read_scaled(layer, sorted(apart)) if apart else None)
+        read_matrices([(matrix, targets[name][row[e]]) for (e, name), matrix in matrices.items() if e in row])
+        return ExpertWeights(gate_up, down, scaled=self._read_scaled(layer, sorted(in_8bit)) if in_8bit else None)
 
     def keep_8bit(self) -> bool:
-        """Whether all experts are of 8 bits, those of a layer of one dtype."""
+        """Whether experts can stay in 8 bits: all of them are, those of a layer in one dtype."""
         for matrices in self._matrices.values():
-            kinds = {(one.weight.dtype, one.scales.dtype if one.scales else None) for one in matrices.values()}
+            kinds = {(m.weight.dtype, m.scales.dtype if m.scales else None) for m in matrices.values()}
             if len(kinds) != 1 or kinds.pop()[0] not in EIGHT_BIT:
                 return False
         return True
@@ -128,24 +130,19 @@ class ExpertCheckpoint:
 
     def _scales_of(self, layer: str, name: str, experts: list[int], jobs: list[tuple[StoredTensor, Tensor]]) -> Tensor:
         """Memory [n, R, C] for the scales of a projection of some experts; what is to be read is added to `jobs`."""
-        stored = [self._matrices[layer][e, name].scales for e in experts]
-        found = [one for one in stored if one is not None]
-        into = torch.empty(len(experts), *found[0].shape, dtype=found[0].dtype, device="cpu")
-        jobs += zip(found, into, strict=True)
-        return into
+        stored = [scales for e in experts if (scales := self._matrices[layer][e, name].scales) is not None]
+        memory = torch.empty(len(experts), *stored[0].shape, dtype=stored[0].dtype, device="cpu")
+        jobs += zip(stored, memory, strict=True)
+        return memory
 
     def source_bytes(self, layer: str) -> int:
         """Bytes of a layer's experts in the files."""
-        return sum(tensor.size for one in self._matrices[layer].values() for tensor in one.tensors)
-
-    def source_dtypes(self) -> set[torch.dtype]:
-        """Of all layers' experts."""
-        return {one.weight.dtype for matrices in self._matrices.values() for one in matrices.values()}
+        return sum(tensor.size for matrix in self._matrices[layer].values() for tensor in matrix.tensors)
 
     def _find(self) -> dict[str, dict[tuple[int, str], Matrix]]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
         layers = {_plain(name): name for name in self.layers}
-        found: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
+        weights: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
         scales: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
         strange: dict[str, StoredTensor] = {}
         for name, tensor in self.files.tensors.items():
@@ -156,24 +153,24 @@ class ExpertCheckpoint:
             if match.re is _OTHER:
                 strange.setdefault(layer, tensor)
                 continue
-            into = (scales if match.groups()[-1] else found)[layer]
+            target = (scales if match.groups()[-1] else weights)[layer]
             shape = self.shapes[layer]
             for key, part in _parts(match, tensor, shape):
-                if key in into:
-                    raise KTAMXError(f"{tensor} and {into[key]} are the same weight of expert {key[0]} of {layer}.")
-                into[key] = part
-        if not any(found.values()) and not strange:
+                if key in target:
+                    raise KTAMXError(f"{tensor} and {target[key]} are the same weight of expert {key[0]} of {layer}.")
+                target[key] = part
+        if not any(weights.values()) and not strange:
             raise KTAMXModelNotSupportedError(
                 f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
                 f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
                 "from_pretrained and apply_kt_moe."
             )
-        return {name: self._checked(name, found[name], scales[name], strange.get(name)) for name in self.layers}
+        return {name: self._checked(name, weights[name], scales[name], strange.get(name)) for name in self.layers}
 
     def _checked(
         self,
         layer: str,
-        found: dict[tuple[int, str], StoredTensor],
+        weights: dict[tuple[int, str], StoredTensor],
         scales: dict[tuple[int, str], StoredTensor],
         strange: StoredTensor | None,
     ) -> dict[tuple[int, str], Matrix]:
@@ -181,20 +178,20 @@ class ExpertCheckpoint:
         shape = self.shapes[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
         sizes = {"gate_proj": (I, H), "up_proj": (I, H), "gate_up_proj": (2 * I, H), "down_proj": (H, I)}
-        if not found and strange is not None:
+        if not weights and strange is not None:
             raise KTAMXConfigError(
                 f"{strange}: experts of {layer} are saved in a form that is not known. Give a checkpoint in {KNOWN}, "
                 "one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
             for name in ("gate_proj", "up_proj", "down_proj"):
-                if (expert, name) not in found and (name == "down_proj" or (expert, "gate_up_proj") not in found):
-                    raise KTAMXError(self._missing(layer, expert, name, found))
-                if name != "down_proj" and (expert, name) in found and (expert, "gate_up_proj") in found:
-                    one, other = found[expert, name], found[expert, "gate_up_proj"]
-                    raise KTAMXError(f"{one} and {other} are the same weight of expert {expert} of {layer}.")
+                if (expert, name) not in weights and (name == "down_proj" or (expert, "gate_up_proj") not in weights):
+                    raise KTAMXError(self._missing(layer, expert, name, weights))
+                if name != "down_proj" and (expert, name) in weights and (expert, "gate_up_proj") in weights:
+                    part, fused = weights[expert, name], weights[expert, "gate_up_proj"]
+                    raise KTAMXError(f"{part} and {fused} are the same weight of expert {expert} of {layer}.")
         matrices = {}
-        for (expert, name), weight in found.items():
+        for (expert, name), weight in weights.items():
             if expert >= shape.num_experts:
                 raise KTAMXError(f"{weight}: {layer} has {shape.num_experts} experts by the model's config.")
             if weight.shape != sizes[name]:
@@ -212,16 +209,16 @@ class ExpertCheckpoint:
             raise KTAMXError(f"{weight} is of {weight.dtype}; known are {KNOWN}.")
         return check_scales(weight, scales, self.block).scales
 
-    def _missing(self, layer: str, expert: int, name: str, found: dict[tuple[int, str], StoredTensor]) -> str:
+    def _missing(self, layer: str, expert: int, name: str, weights: dict[tuple[int, str], StoredTensor]) -> str:
         """What to say of a weight that is not there: its name and file as those of its neighbours suggest them."""
         names = [f"experts.{expert}.{name}.weight"]
-        names += [f"experts.{expert}.{old}.weight" for old, new in _PROJECTIONS.items() if new == name]
+        names += [f"experts.{expert}.{old}.weight" for old, new in ALIASES.items() if new == name]
         fused = "down_proj" if name == "down_proj" else "gate_up_proj"
         listed = ""
         for other, file in self.files.unlisted.items():
             if other.endswith((*names, f"experts.{fused}")) and self._layer(other) == layer:
                 listed = f" {file} has {other}, but {INDEX} does not list it."
-        like = next(iter(found.values()), None)
+        like = next(iter(weights.values()), None)
         if like is None:
             return f"{layer}.{expert}.{name}.weight is missing; nothing in {self.files.folder} is of {layer}.{listed}"
         if like.name.endswith(("gate_up_proj", "down_proj")):
@@ -246,7 +243,8 @@ def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
     """The folder of a local checkpoint, or that of a model of the hub, downloaded if it is not in the cache.
 
     Args:
-        hub: revision, cache_dir, token and the like, as from_pretrained takes them.
+        path_or_name: A folder, or a name of the hub.
+        **hub: revision, cache_dir, token and the like, as from_pretrained takes them.
 
     Raises:
         KTAMXConfigError: There is no such model, or none saved as safetensors.
@@ -264,9 +262,9 @@ def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
         shards = sorted(set(read_index(index.parent).values()))
         cached_files(name, shards, **hub)
     except (OSError, ValueError, KeyError) as error:
-        told = " ".join(str(error).split())
+        problem = " ".join(str(error).split())
         raise KTAMXConfigError(
-            f"{name!r} is neither a folder nor a model of the hub with safetensors files: {told}"
+            f"{name!r} is neither a folder nor a model of the hub with safetensors files: {problem}"
         ) from error
     return index.parent
 
@@ -281,7 +279,7 @@ def _parts(
 ) -> Iterator[tuple[tuple[int, str], StoredTensor]]:
     """(expert, projection) -> the part of the tensor that is its weight, or its scales."""
     if match.re is _ONE_EXPERT:
-        yield (int(match[2]), _PROJECTIONS.get(match[3], match[3])), tensor
+        yield (int(match[2]), ALIASES.get(match[3], match[3])), tensor
         return
     if len(tensor.shape) != 3 or tensor.shape[0] != shape.num_experts:
         raise KTAMXError(

@@ -1,4 +1,4 @@
-"""One expert's projection in a checkpoint, and reading many of them into the memory and the dtype wanted."""
+"""One expert's projection in a checkpoint, and reading many of them into memory of a given dtype."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from torch import Tensor
 from .eight_bit import dequantize
 from .tensor_files import StoredTensor, read_tensors
 
-_STAGING = 64 * 2**20  # bytes read at a time where they are not the bytes wanted
+_STAGING = 64 * 2**20  # bytes read at a time where their dtype is to be changed
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One expert's projection in the checkpoint: [out, in], and where it is of 8 bits its scales, each of a block of
-    rows and columns."""
+    """One expert's projection in the checkpoint.
+
+    Attributes:
+        weight: [out, in].
+        scales: Of an 8-bit weight, one for each block; None for a floating one.
+        block: Rows and columns that share a scale.
+    """
 
     weight: StoredTensor
     scales: StoredTensor | None
@@ -25,6 +30,7 @@ class Matrix:
 
     @property
     def tensors(self) -> list[StoredTensor]:
+        """What is to be read of it: the weight, and its scales where it has any."""
         return [self.weight] if self.scales is None else [self.weight, self.scales]
 
     @property
@@ -37,13 +43,16 @@ Job = tuple[Matrix, Tensor]
 
 
 def read_matrices(jobs: Sequence[Job]) -> None:
-    """Read each matrix into the tensor beside it, contiguous, of its shape, on the CPU, of any floating dtype.
+    """Read matrices into memory, dequantized or rounded to its dtype.
+
+    Args:
+        jobs: Each matrix with the tensor to read it into: contiguous, of its shape, on the CPU, of any floating dtype.
 
     Raises:
         KTAMXError: A file has changed since its header was read.
     """
-    read_tensors([(one.weight, target) for one, target in jobs if one.weight.dtype == target.dtype])
-    _convert([(one, target) for one, target in jobs if one.weight.dtype != target.dtype])
+    read_tensors([(matrix.weight, target) for matrix, target in jobs if matrix.weight.dtype == target.dtype])
+    _convert([(matrix, target) for matrix, target in jobs if matrix.weight.dtype != target.dtype])
 
 
 def _convert(jobs: list[Job]) -> None:
@@ -51,23 +60,23 @@ def _convert(jobs: list[Job]) -> None:
     if not jobs:
         return
     # One block of memory for all: many small ones would stay with the C library.
-    sizes = [one.room for one, _ in jobs]
+    sizes = [matrix.room for matrix, _ in jobs]
     memory = torch.empty(max(*sizes, min(_STAGING, sum(sizes) // 8)), dtype=torch.uint8, device="cpu")
     for batch in _batches(jobs, memory.numel()):
         parts, end = {}, 0
-        for tensor in (tensor for one, _ in batch for tensor in one.tensors):
+        for tensor in (tensor for matrix, _ in batch for tensor in matrix.tensors):
             parts[tensor] = memory[end : end + tensor.size].view(tensor.dtype).reshape(tensor.shape)
             end += _room(tensor)
         read_tensors(list(parts.items()))
-        for one, target in batch:
-            if one.scales is None:
-                target.copy_(parts[one.weight])
+        for matrix, target in batch:
+            if matrix.scales is None:
+                target.copy_(parts[matrix.weight])
             else:
-                dequantize(parts[one.weight], parts[one.scales], one.block, target)
+                dequantize(parts[matrix.weight], parts[matrix.scales], matrix.block, target)
 
 
 def _room(tensor: StoredTensor) -> int:
-    """Its bytes, and some, so that what comes next begins where any dtype may."""
+    """The tensor's bytes, rounded up so that the next one begins where any dtype may."""
     return -(-tensor.size // 64) * 64
 
 

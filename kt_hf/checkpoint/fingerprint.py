@@ -1,4 +1,4 @@
-"""Marks of tensors: by a few rows of them, two models are told apart without reading either whole."""
+"""Fingerprints of tensors: a few rows tell two models apart without reading either whole."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from torch import Tensor
 
 from ..backends import ExpertWeights, PackedLayerFiles
 from ..backends.block_scaled import ScaledMatrices
+from ..discovery import FLOATING
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
-FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _ROWS = 32
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Some rows of a tensor: its shape, the dtype it had, and a checksum of the rows in bf16."""
+    """What a few rows of a tensor tell of it.
+
+    Attributes:
+        shape: Of the whole tensor.
+        dtype: That the tensor had, as PyTorch names it, without `torch.`.
+        sha256: Of the rows in bf16, hexadecimal.
+    """
 
     shape: list[int]
     dtype: str
@@ -28,20 +34,26 @@ class Fingerprint:
 
 
 def fingerprint_of(tensor: Tensor) -> Fingerprint:
-    """The mark of a tensor in memory, the same for one dtype and another that its values were widened to."""
+    """The fingerprint of a tensor in memory, on any device.
+
+    Its checksum is the same in every dtype that the values were widened to.
+    """
     rows = tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
     index = torch.tensor(_sample(len(rows)), device=rows.device)
     return _fingerprint(list(tensor.shape), tensor.dtype, rows[index])
 
 
 def fingerprints_of_weights(weights: ExpertWeights) -> dict[str, Fingerprint]:
-    """Of a layer's experts, by the names of the parameters in transformers: the same if some are of 8 bits yet."""
+    """The fingerprints of a layer's experts, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+
+    They are the same whether or not some experts are still in 8 bits.
+    """
     if weights.scaled is None:
         return {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
-    there = weights.scaled
+    scaled = weights.scaled
     return {
-        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, there.gate_up, there.experts),
-        "down_proj": _fingerprint_of_parts(weights, weights.down, there.down, there.experts),
+        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, scaled.gate_up, scaled.experts),
+        "down_proj": _fingerprint_of_parts(weights, weights.down, scaled.down, scaled.experts),
     }
 
 
@@ -61,30 +73,34 @@ def _fingerprint_of_parts(
 
 
 def fingerprint(weights: ExpertWeights | PackedLayerFiles) -> Tensor:
-    """[4] int64 that tell a layer's base weights from others': the mark of a sample of them."""
+    """[4] int64 on the CPU that tell a layer's base weights from others', by a sample of them."""
     digest = (
         weights.fingerprint if isinstance(weights, PackedLayerFiles) else combined(fingerprints_of_weights(weights))
     )
     return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.int64).clone()
 
 
-def combined(marks: Mapping[str, Fingerprint]) -> str:
-    """One mark of several, a hexadecimal sha256."""
-    return hashlib.sha256("".join(marks[name].sha256 for name in sorted(marks)).encode()).hexdigest()
+def combined(fingerprints: Mapping[str, Fingerprint]) -> str:
+    """One hexadecimal sha256 of several fingerprints, by their names."""
+    return hashlib.sha256("".join(fingerprints[name].sha256 for name in sorted(fingerprints)).encode()).hexdigest()
 
 
 def fingerprints_of_files(files: TensorFiles, layers: list[str]) -> dict[str, Fingerprint]:
-    """Of the tensors outside the experts in the first and the last of the blocks that have `layers`, and of no block.
+    """The fingerprints of tensors outside the experts: of the first and the last block with experts, and of no block.
 
     A fine-tuned model may share routers or norms with the one it was made of, but hardly all of its attention.
+
+    Args:
+        files: The checkpoint's tensors.
+        layers: Names of the experts modules, in order.
     """
     blocks = [re.split(r"(?<=\d)\.", name, maxsplit=1)[0] + "." for name in (layers[0], layers[-1])]
-    found = {}
+    fingerprints = {}
     for name, tensor in files.tensors.items():
         in_block = name.startswith(tuple(blocks)) and ".experts." not in name
         if (in_block or not re.search(r"\.\d+\.", name)) and tensor.dtype in FLOATING and 1 <= len(tensor.shape) <= 2:
-            found[name] = _fingerprint_of_stored(tensor)
-    return found
+            fingerprints[name] = _fingerprint_of_stored(tensor)
+    return fingerprints
 
 
 def _fingerprint_of_stored(tensor: StoredTensor) -> Fingerprint:

@@ -45,7 +45,12 @@ class LayersBar:
         self._progress.update(self._task, advance=1, rate=f"{rate:.2f} GB/s")
 
     def each(self, layers: Iterable[T], sizes: Iterable[int]) -> Iterator[T]:
-        """The layers, each done when the next one is asked for."""
+        """The layers, each of which counts as done when the next one is asked for.
+
+        Args:
+            layers: To be handed on.
+            sizes: Bytes of each in the files.
+        """
         for layer, size in zip(layers, sizes, strict=True):
             yield layer
             self.advance(size)

@@ -34,6 +34,10 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
+        name: Of the tensor.
+        file: That holds it.
+        dtype: Of its values.
+        shape: Its lengths.
         begin: Where its bytes begin, from the start of the file.
     """
 
@@ -103,13 +107,13 @@ class TensorFiles:
     @cached_property
     def unlisted(self) -> dict[str, Path]:
         """Tensor -> file, of files in the folder that do not belong to the checkpoint."""
-        found: dict[str, Path] = {}
+        unlisted: dict[str, Path] = {}
         for file in sorted(set(self.folder.glob("*.safetensors")) - set(self.files)):
             try:
-                found |= dict.fromkeys(read_header(file), file)
+                unlisted |= dict.fromkeys(read_header(file), file)
             except KTAMXError:
                 continue  # not the checkpoint's
-        return found
+        return unlisted
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -147,7 +151,7 @@ def stored_tensors(file: Path) -> dict[str, Lazy]:
     Raises:
         KTAMXError: As `read_header`.
     """
-    return {name: Lazy(one.dtype, one.shape, one.load) for name, one in read_header(file).items()}
+    return {name: Lazy(tensor.dtype, tensor.shape, tensor.load) for name, tensor in read_header(file).items()}
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -226,7 +230,10 @@ def _stored(name: str, entry: Field, data: int) -> StoredTensor:
 
 
 def read_tensors(jobs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
-    """Read each stored tensor into the one beside it, of the same dtype and size, contiguous, on the CPU.
+    """Read stored tensors into memory; neighbours in a file by one call.
+
+    Args:
+        jobs: Each stored tensor with the tensor to read it into: of the same dtype and size, contiguous, on the CPU.
 
     Raises:
         KTAMXError: A file has changed since its header was read.

@@ -4,9 +4,11 @@ __all__ = ["DemoError"]
 
 
 class DemoError(RuntimeError):
-    """The demo cannot go on; the message is for the user.
+    """The demo cannot go on.
 
-    `exit_code` is 2 for something the user can set right (a missing package, a bad option) and 1 for a run that failed.
+    Args:
+        message: For the user.
+        exit_code: 2 for something the user can set right (a missing package, a bad option), 1 for a run that failed.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:

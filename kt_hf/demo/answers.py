@@ -1,4 +1,4 @@
-"""Ask the model. Run as a program, load the demo's adapter in a new process and ask it the demo's questions:
+"""Ask the model. As a program: load the demo's adapter in a new process and ask it the demo's questions.
 
 python -m kt_hf.demo.answers demo-output
 """
@@ -17,7 +17,11 @@ from .settings import DemoSettings, OutputFolder
 
 
 def ask(model: Any, tokenizer: Any, questions: Sequence[str], new_tokens: int) -> list[list[int]]:
-    """The answers as token ids, by greedy decoding: at most `new_tokens` each, the end token included."""
+    """Ask the model each question by itself, by greedy decoding.
+
+    Returns:
+        The answers as token ids: at most `new_tokens` each, the end token included.
+    """
     answers = []
     model.eval()
     for question in questions:
@@ -35,7 +39,11 @@ def as_text(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
 
 
 def build(settings: DemoSettings) -> tuple[Any, Any]:
-    """(the up-cycled model with its experts taken over by kt_hf, the tokenizer)."""
+    """Make the up-cycled model, patched, and its tokenizer.
+
+    Raises:
+        KTAMXNotAvailableError: The model's package, or the backend that was asked for, is not there.
+    """
     from .. import KTConfig, apply_kt_moe
     from ..builtin.smollm2_moe import upcycle
 
@@ -46,7 +54,18 @@ def build(settings: DemoSettings) -> tuple[Any, Any]:
 
 
 def reload_and_ask(folder: OutputFolder, device: str) -> tuple[list[str], list[list[int]], list[str]]:
-    """(questions, token ids, texts): a freshly made model with the adapter that the demo saved in `folder`."""
+    """Make the model anew, load the adapter that the demo saved, and ask.
+
+    Args:
+        folder: The demo's.
+        device: Where all but the experts runs.
+
+    Returns:
+        The questions, the answers as token ids, and the answers as text.
+
+    Raises:
+        DemoError: The folder has no adapter of the demo.
+    """
     from peft import PeftModel
 
     summary = folder.read()
@@ -61,6 +80,14 @@ def reload_and_ask(folder: OutputFolder, device: str) -> tuple[list[str], list[l
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the questions and answers.
+
+    Args:
+        arguments: Of the command line; None takes the process's.
+
+    Returns:
+        The exit code: 0, or 2 if the folder is none of the demo's.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m kt_hf.demo.answers", description="Load the demo's adapter and ask it the demo's questions."
     )

@@ -31,10 +31,14 @@ def release_memory() -> None:
 
 
 class Memory:
-    """How much memory this process and those it starts need together. Make it before starting them."""
+    """How much memory this process and those it starts need together. Make it before starting them.
+
+    Attributes:
+        start_gb: What this process held when the object was made, in GB (10^9 bytes).
+    """
 
     def __init__(self) -> None:
-        self.own_gb = psutil.Process().memory_info().rss / 1e9
+        self.start_gb = psutil.Process().memory_info().rss / 1e9
 
     def peak_gb(self) -> float | None:
         """The most so far, in GB (10^9 bytes); None where the system does not tell.
@@ -46,7 +50,7 @@ class Memory:
         except ImportError:  # Windows
             return None
         unit = 1 if sys.platform == "darwin" else 1024
-        own, children = (
+        process, children = (
             resource.getrusage(who).ru_maxrss * unit / 1e9 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         )
-        return round(max(own, self.own_gb + children), 2)
+        return round(max(process, self.start_gb + children), 2)

@@ -22,6 +22,11 @@ from . import DemoError
 from .machine import Memory, release_memory, versions
 from .settings import DemoSettings, OutputFolder
 
+STORY = (
+    "A chat model of 135 million parameters becomes a mixture of experts. LoRA trains it on Python's own documentation "
+    "with the stock SFTTrainer of TRL, while kt_hf computes the experts. Then a new process loads the adapter and has "
+    "to give the same answers."
+)
 PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
 
 
@@ -39,7 +44,11 @@ def check_packages() -> None:
 
 
 class Stages:
-    """Announces each stage, turns a spinner on terminals, and keeps how long it took: `seconds[name]`."""
+    """Announces each stage of a run, turns a spinner on terminals, and keeps how long it took.
+
+    Attributes:
+        seconds: Stage -> seconds, in the order of the stages.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -47,6 +56,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, title: str, spinner: bool = True) -> Iterator[None]:
+        """A stage, which lasts as long as the context."""
         self.console.print(f"[bold]{len(self.seconds) + 1}. {title}[/bold]")
         start = time.perf_counter()
         with self.console.status("") if spinner and self.console.is_terminal else nullcontext():
@@ -56,7 +66,15 @@ class Stages:
 
 
 def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict[str, Any]:
-    """Run the demo, telling its story on `console`, and return the summary that is also written to the folder.
+    """Run the demo, telling its story on `console`.
+
+    Args:
+        settings: Sizes of the run.
+        output_dir: Where adapter, plot and summary go: a new folder, or one of the demo's.
+        console: Where the story is told.
+
+    Returns:
+        The summary that is also written to the folder.
 
     Raises:
         DemoError: Something is missing, or a check failed: the held-out loss did not fall by `least_fall`, or the
@@ -68,15 +86,7 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
     folder.claim(settings)
     stages = Stages(console)
     started = time.perf_counter()
-    console.print(
-        Panel(
-            "A chat model of 135 million parameters becomes a mixture of experts. LoRA trains it on Python's own "
-            "documentation with the stock SFTTrainer of TRL, while kt_hf computes the experts. Then a new process "
-            "loads the adapter and has to give the same answers.",
-            title="kt-hf demo",
-            title_align="left",
-        )
-    )
+    console.print(Panel(STORY, title="kt-hf demo", title_align="left"))
     summary, answers, device = _train(settings, folder, stages, console)
     release_memory()  # before another process needs as much
 
@@ -115,12 +125,7 @@ def _train(
 ) -> tuple[dict[str, Any], list[list[int]], str]:
     """(summary, the token ids of the answers after training, device type). Leaves the adapter in the folder."""
     with stages("load_libraries", "Load PyTorch, transformers, PEFT and TRL"):
-        from transformers import set_seed
-
-        from .. import kt_lora_config
-        from ..builtin.pydoc_rows import collect, import_modules, split
-        from ..placement import packer_of
-        from ..train.plots import loss_points, plot_losses
+        from ..train.plots import plot_losses
         from ..train.quiet import quiet_libraries
         from . import training
         from .answers import as_text, ask, build
@@ -130,79 +135,52 @@ def _train(
     with stages("build_model", "Up-cycle SmolLM2-135M-Instruct and hand its experts to kt_hf"):
         settings = settings.with_dtype()
         model, tokenizer = build(settings)
-        lora = kt_lora_config(  # here, so that a wrong target is told at once
-            model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_target=settings.lora_target
-        )
-        packer = packer_of(model)
-        assert packer is not None
-        console.print(
-            f"  {len(model._kt_wrappers)} layers of {settings.num_experts} experts, two a token, in {settings.dtype}. "
-            f"Experts are computed by backend [cyan]{packer.backend}[/cyan]: {escape(packer.reason)}."
-        )
+        lora = training.lora_config(model, settings)  # here, so that a wrong target is told at once
+        backend = _show_backend(console, model, settings)
 
     with stages("make_data", "Collect questions and answers from the standard library's docstrings"):
-        modules, missing = import_modules()
-        train, held_out = split(collect(modules))
-        used = settings.steps * settings.batch
-        if len(train) < used or len(held_out) < settings.held_out:
-            raise DemoError(
-                f"Too few docstrings for {settings.steps} steps: {len(train)} to train on, {len(held_out)} held out. "
-                "Use fewer --steps; Python must not run with -OO, which leaves docstrings out.",
-                exit_code=2,
-            )
-        console.print(
-            f"  {len(modules)} modules: {len(train)} to train on (this run: {used}), "
-            f"{len(held_out)} held out (measured on {settings.held_out})."
-        )
-        if missing:
-            console.print(f"  Not in this Python: {', '.join(missing)}.")
-        questions = training.choose_questions(held_out)
-        train, held_out = train[:used], held_out[: settings.held_out]
+        data = training.make_data(settings, console)
 
     with stages("answers_before", "Ask before training"):
-        before = as_text(tokenizer, ask(model, tokenizer, questions, settings.new_tokens))
-        _show(console, questions, before)
+        before = as_text(tokenizer, ask(model, tokenizer, data.questions, settings.new_tokens))
+        _show(console, data.questions, before)
 
     with stages("train", f"Train LoRA, rank {settings.lora_rank}, on target {settings.lora_target!r}", spinner=False):
-        set_seed(settings.seed)
-        progress = training.ShowProgress(console, settings.steps)
-        trainer = training.make_trainer(model, tokenizer, train, held_out, lora, settings, folder.adapter, progress)
-        try:
-            trainer.train()
-            if settings.steps % settings.eval_every:
-                trainer.evaluate()  # else the last step has been measured already
-        finally:
-            progress.close()
-        history = trainer.state.log_history
-        losses, evaluations = loss_points(history)
-        first, last = evaluations[0][1], evaluations[-1][1]
-        mean_step = sum(progress.step_seconds) / len(progress.step_seconds)
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        console.print(f"  {trainable / 1e6:.1f} million trainable parameters, {mean_step:.1f} s a step.")
+        trained = training.train(model, tokenizer, data, lora, settings, folder.adapter, console)
 
     with stages("answers_after", "Ask the same after training"):
-        after = ask(trainer.model, tokenizer, questions, settings.new_tokens)
-        _show(console, questions, as_text(tokenizer, after))
+        after = ask(trained.trainer.model, tokenizer, data.questions, settings.new_tokens)
+        _show(console, data.questions, as_text(tokenizer, after))
 
     with stages("save", "Save the adapter and draw the losses"):
-        trainer.save_model(str(folder.adapter))
+        trained.trainer.save_model(str(folder.adapter))
         title = f"SmolLM2-135M as {settings.num_experts} experts, LoRA target {settings.lora_target}"
-        plot_losses(history, folder.plot_file, title)
+        plot_losses(trained.trainer.state.log_history, folder.plot_file, title)
         summary = versions() | {
             "status": "trained",
             "settings": asdict(settings),
-            "backend": packer.backend,
-            "held_out_loss": {"before": first, "after": last, "fall": 1 - last / first, "by_step": dict(evaluations)},
-            "training_loss_by_step": dict(losses),
-            "examples": {"train": len(train), "held_out": len(held_out)},
-            "trainable_parameters": trainable,
-            "seconds_per_step": round(mean_step, 3),
-            "questions": questions,
+            "backend": backend,
+            **trained.report(),
+            "examples": {"train": len(data.train), "held_out": len(data.held_out)},
+            "questions": data.questions,
             "answers_before": before,
             "answers_after": as_text(tokenizer, after),
         }
         folder.write(summary)
-    return summary, after, trainer.model.device.type
+    return summary, after, trained.trainer.model.device.type
+
+
+def _show_backend(console: Console, model: Any, settings: DemoSettings) -> str:
+    """Say what computes the experts; its name."""
+    from ..placement import packer_of
+
+    packer = packer_of(model)
+    assert packer is not None
+    console.print(
+        f"  {len(model._kt_wrappers)} layers of {settings.num_experts} experts, two a token, in {settings.dtype}. "
+        f"Experts are computed by backend [cyan]{packer.backend}[/cyan]: {escape(packer.reason)}."
+    )
+    return packer.backend
 
 
 def _ask_in_new_process(folder: OutputFolder, device: str) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class DemoSettings:
     seed: int = 0
 
     def fast(self) -> DemoSettings:
-        """The same with a few layers and steps: checks the machinery in half a minute, its answers mean nothing."""
+        """These settings with few layers and steps: half a minute to check the machinery; the answers mean nothing."""
         return replace(
             self,
             steps=min(self.steps, 6),
@@ -49,13 +49,14 @@ class DemoSettings:
         )
 
     def with_dtype(self) -> DemoSettings:
-        """The same with "auto" settled: bfloat16, but float32 for a CPU that has no 16-bit matrix products."""
+        """These settings with the dtype "auto" settled: float32 for a CPU without 16-bit products, else bfloat16."""
         from ..builtin.smollm2_moe import default_dtype
 
         return replace(self, dtype=default_dtype(self.dtype))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DemoSettings:
+        """The settings that a summary has kept, by the names of the fields."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 

@@ -16,21 +16,21 @@ from .runner import ExpertsRunner
 class ExpertsFunction(torch.autograd.Function):
     """Experts as one differentiable function: hidden states, routing weights and the LoRA parameters have gradients.
 
-    Args of `apply`:
-        x: [T, H], any floating dtype and device.
-        ids: [T, K] integers.
-        weights: [T, K], floating.
-        runner: The layer's `ExpertsRunner`, which holds the LoRA values already.
-        lora: What those values were made of.
-        *parameters: `lora.parameters`, for autograd to see.
-
-    Returns [T, H] in x's dtype and on its device.
+    `apply` takes
+    x: [T, H], any floating dtype and device;
+    ids: [T, K] integers;
+    weights: [T, K], floating;
+    runner: the layer's `ExpertsRunner`, whose backend holds the LoRA values already;
+    lora: the `LoraTensors` that those values were made of;
+    *parameters: `lora.parameters`, for autograd to see,
+    and returns [T, H] in x's dtype and on its device.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, runner: ExpertsRunner, lora: LoraTensors, *parameters: Tensor
     ) -> Tensor:
+        """Compute the layer, and keep the inputs and the ticket for the backward. Arguments are those of `apply`."""
         out, ticket = runner.forward(x, ids, weights, save=True)
         assert ticket is not None
         ctx.runner, ctx.ticket, ctx.lora = runner, ticket, lora
@@ -42,6 +42,12 @@ class ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the routing weights and the LoRA parameters; None for every other argument.
+
+        Raises:
+            KTAMXBackwardError: create_graph=True, a second backward without retain_graph, or a gradient that is not
+                finite though `grad_outputs` is.
+        """
         if torch.is_grad_enabled():
             raise KTAMXBackwardError(
                 f"{ctx.runner.label}: create_graph=True is not supported, experts have no second derivatives."

@@ -23,31 +23,39 @@ class BackendFactory(Protocol):
     """What a layer asks of the model's placement: to build its backend, and how LoRA is to be held.
 
     Attributes:
-        rank: LoRA rank the operators are to be built for; None takes the first adapter's.
-        max_rank: Largest rank that a layer which is not packed yet may get; None if there is no limit.
-        retain: Whether a first forward is kept for a recompute in backward.
-        lora_follows_gpu: Whether LoRA parameters move to a GPU with the model.
-        checks: Where results on a GPU are left to be checked.
+        checks: Where results on a GPU are left to be checked, for all layers of the model.
     """
 
     checks: DeferredChecks
 
     @property
-    def rank(self) -> int | None: ...
+    def rank(self) -> int | None:
+        """LoRA rank that the operators are built for; None takes the first adapter's."""
 
     @property
-    def max_rank(self) -> int | None: ...
+    def max_rank(self) -> int | None:
+        """Largest rank that a layer which is not packed yet may get; None if there is no limit."""
 
     @property
-    def retain(self) -> bool: ...
+    def retain(self) -> bool:
+        """Whether a first forward is kept for a recompute in backward."""
 
     @property
-    def lora_follows_gpu(self) -> bool: ...
+    def lora_follows_gpu(self) -> bool:
+        """Whether LoRA parameters move to a GPU with the model."""
 
     def build(
         self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int
     ) -> ExpertsBackend:
-        """The backend of a layer, for LoRA of up to `rank`; takes the weights over."""
+        """Build the backend of a layer.
+
+        Args:
+            weights: The layer's, taken over.
+            shape: Sizes of the layer.
+            rank: Largest LoRA rank; 0 for inference.
+            label: The layer's name in the model, for messages.
+            layer_idx: Its index among the model's layers.
+        """
 
     def warn_dropout(self, dropout: float) -> None:
         """Say once a model that experts train without LoRA dropout."""
@@ -57,12 +65,16 @@ class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
 
     Args:
-        weights: Taken over. Saved ones, and those of 8 bits, are packed at once, for the rank `kt_lora_rank`.
-        shape: Sizes.
-        layer_idx: Position among the model's layers.
+        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I]. Packed files and 8-bit weights are packed at once,
+            for the rank of the factory; others when the LoRA rank is known.
+        shape: Sizes of the layer.
+        layer_idx: Index among the model's layers.
         label: Full name in the model, for messages.
         factory: Builds the backends of all layers of a model.
         fingerprint: [4] int64 that tell this layer's base weights from others'.
+
+    Attributes:
+        lora_dtype: Dtype of new LoRA tensors.
     """
 
     def __init__(
@@ -105,11 +117,12 @@ class KTExperts(nn.Module):
 
     @property
     def projections(self) -> list[ExpertProjection]:
+        """The gate, up and down projection, in this order."""
         return [getattr(self, name) for name in PROJECTIONS]
 
     @property
     def backend(self) -> ExpertsBackend:
-        """What computes now."""
+        """The backend that computes the layer now; before packing, PyTorch's."""
         return self._runner.backend
 
     @property
@@ -138,7 +151,7 @@ class KTExperts(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the rest of the layer is: inputs come from there."""
+        """The device of the model around this layer, where its inputs come from."""
         return next(self.buffers()).device
 
     def warn_dropout(self, dropout: float) -> None:
@@ -146,7 +159,15 @@ class KTExperts(nn.Module):
         self.factory.warn_dropout(dropout)
 
     def check_rank(self, rank: int, where: str) -> None:
-        """Refuse an adapter the packed operators have no room for."""
+        """Refuse an adapter that the operators have no room for.
+
+        Args:
+            rank: LoRA rank of the adapter.
+            where: The projection's name, for the message.
+
+        Raises:
+            KTAMXConfigError: The rank is larger than the one the experts are packed for.
+        """
         most = self.backend.max_rank if self.packed else self.factory.max_rank
         if most is not None and rank > most:
             raise KTAMXConfigError(
@@ -179,8 +200,10 @@ class KTExperts(nn.Module):
         return tokens, load
 
     def update_lora_pointers(self) -> None:
-        """Copy the LoRA parameters to the backend, whether or not they look changed. Needed after a bare `.data`
-        edit."""
+        """Copy the LoRA parameters to the backend, whether or not they look changed.
+
+        Needed after values were written to `parameter.data`, which nothing else notices.
+        """
         self.pack()
         self._explicit_updates += 1
         if self.device.type == "cuda":
@@ -245,6 +268,7 @@ class KTExperts(nn.Module):
             raise KTAMXForwardError(f"{self.label}: {problem}.")
 
     def extra_repr(self) -> str:
+        """Sizes and backend, for `print(model)`."""
         s = self.shape
         return (
             f"layer_idx={self.layer_idx}, experts={s.num_experts}, top_k={s.top_k}, hidden={s.hidden_size}, "

@@ -1,5 +1,7 @@
-"""The LoRA of a layer in both directions: from the adapters' parameters to the six tensors a backend takes, and from
-the gradients of those six to the parameters' own.
+"""The LoRA of a layer in both directions.
+
+From the adapters' parameters to the six tensors a backend takes, and from the gradients of those six tensors to the
+gradients of the parameters.
 
 A backend knows one LoRA of one rank on all three projections. Adapters may be several, of unlike ranks, on some
 projections alone: they lie side by side along the rank, what is missing is zero, and scalings are folded into B.
@@ -64,7 +66,7 @@ class LoraPart:
 
     @property
     def place(self) -> tuple[int, int, int, float]:
-        """All but the tensors."""
+        """Index, offset, rank and scaling: where the tensors lie and how they count."""
         return self.index, self.offset, self.rank, self.scaling
 
 
@@ -98,8 +100,13 @@ class LoraTensors:
         return max((part.offset + part.rank for part in self.parts), default=0)
 
     def key(self, explicit_updates: int) -> Hashable:
-        """Changes whenever the values may have: parameters replaced or written to, an optimizer's step, or a call of
-        `update_lora_pointers`, counted by `explicit_updates`."""
+        """A value that changes whenever the parameters' values may have changed.
+
+        That is: parameters replaced or written to, an optimizer's step, or a call of `update_lora_pointers`.
+
+        Args:
+            explicit_updates: Calls of `update_lora_pointers` so far.
+        """
         if not self.parts:
             return ()
         tensors = tuple((_serial(t), t.data_ptr(), t.dtype, _version(t)) for t in self.parameters)
@@ -119,33 +126,34 @@ class LoraTensors:
             pairs = ((_brought(part.a, device), _brought(part.b, device) * part.scaling) for part in self.parts)
             return tuple(itertools.chain.from_iterable(pairs))
         memory = self.parts[0].a.device
-        six = tuple(torch.zeros(size, dtype=torch.float32, device=memory) for size in self.shape.lora_shapes(rank))
+        stacked = tuple(torch.zeros(size, dtype=torch.float32, device=memory) for size in self.shape.lora_shapes(rank))
         for part in self.parts:
             rows = slice(part.offset, part.offset + part.rank)
-            six[part.index][:, rows].copy_(part.a.detach())
-            six[part.index + 1][:, :, rows].copy_(part.b.detach() * part.scaling)
-        return six
+            stacked[part.index][:, rows].copy_(part.a.detach())
+            stacked[part.index + 1][:, :, rows].copy_(part.b.detach() * part.scaling)
+        return stacked
 
     def gradients(self, computed: Gradients) -> list[Tensor]:
-        """Gradients of `parameters`, in their order, from the six that a backend computed.
+        """Gradients of `parameters`, in their order, from the gradients that a backend computed.
 
-        Their memory is their own, one for all of them perhaps. They are in fp32, unless the six are of the parameters'
-        one dtype: nothing is to be gained then, for the scaling is multiplied in fp32 anyway and rounded.
+        Nothing else uses their memory, which may be one block for all of them. They are in fp32, unless the backend's
+        are of the parameters' one dtype: nothing is to be gained then, for the scaling is multiplied in fp32 anyway and
+        rounded.
 
         Args:
-            computed: With LoRA's: six tensors [E, r, in] and [E, out, r] on any device.
+            computed: The backend's, with LoRA's: six tensors [E, r, in] and [E, out, r] on any device.
         """
-        six = computed.lora
+        grads = computed.lora
         dtypes = {tensor.dtype for tensor in self.parameters}
-        target = six[0].dtype if dtypes == {six[0].dtype} else torch.float32
-        reusable = computed.lora_is_free and six[0].dtype == target
-        if self._one_adapter_of(six[0].shape[1]):
-            return _of_one_adapter(six, [part.scaling for part in self.parts], target, reusable)
-        reusable = reusable and flat_lora(six) is None  # a part of their memory would keep all of it
+        target = grads[0].dtype if dtypes == {grads[0].dtype} else torch.float32
+        reusable = computed.lora_is_free and grads[0].dtype == target
+        if self._one_adapter_of(grads[0].shape[1]):
+            return _of_one_adapter(grads, [part.scaling for part in self.parts], target, reusable)
+        reusable = reusable and flat_lora(grads) is None  # a part of their memory would keep all of it
         gradients: list[Tensor] = []
         for part in self.parts:
             rows = slice(part.offset, part.offset + part.rank)
-            for narrow in (six[part.index][:, rows], six[part.index + 1][:, :, rows]):
+            for narrow in (grads[part.index][:, rows], grads[part.index + 1][:, :, rows]):
                 if reusable and narrow.is_contiguous():
                     gradients.append(narrow)
                 else:
@@ -155,7 +163,11 @@ class LoraTensors:
         return gradients
 
     def constant_gradients(self, value: float) -> list[Tensor]:
-        """Gradients of `parameters` where none were computed: 0 for no tokens, NaN as the gradient that came in."""
+        """Gradients of `parameters` where none were computed, in fp32 on the parameters' devices.
+
+        Args:
+            value: Of every element: 0 for a batch of no tokens, NaN if the gradient that came in was not finite.
+        """
         return [torch.full(p.shape, value, dtype=torch.float32, device=p.device) for p in self.parameters]
 
     def _one_adapter_of(self, rank: int) -> bool:
@@ -164,19 +176,19 @@ class LoraTensors:
 
 
 def _of_one_adapter(
-    six: tuple[Tensor, ...], scalings: list[float], target: torch.dtype, reusable: bool
+    grads: tuple[Tensor, ...], scalings: list[float], target: torch.dtype, reusable: bool
 ) -> list[Tensor]:
     """Gradients of one adapter of the backend's rank on all projections: in as few passes as can be."""
-    flat = flat_lora(six)
-    if reusable and all(tensor.is_contiguous() for tensor in six):
-        gradients = six
+    flat = flat_lora(grads)
+    if reusable and all(tensor.is_contiguous() for tensor in grads):
+        gradients = grads
     elif flat is None:
-        gradients = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in six)
+        gradients = tuple(empty(tuple(tensor.shape), target, tensor.device).copy_(tensor) for tensor in grads)
     else:
         flat = empty(tuple(flat.shape), target, flat.device).copy_(flat)
-        gradients = split_lora(flat, [tensor.shape for tensor in six])
+        gradients = split_lora(flat, [tensor.shape for tensor in grads])
     if flat is not None and len(set(scalings)) == 1:
-        _scale(lora_b_part(flat, six), scalings[0])
+        _scale(lora_b_part(flat, grads), scalings[0])
     else:
         for b, scaling in zip(gradients[1::2], scalings, strict=True):
             _scale(b, scaling)
@@ -189,7 +201,7 @@ def _scale(b: Tensor, scaling: float) -> None:
 
 
 def _brought(parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Its values on a GPU, if `device` is one and they get there fast."""
+    """The parameter's values on a GPU, if `device` is one and they get there fast; else where they are."""
     quick = device.type == "cuda" and parameter.is_pinned()
     return to_device(parameter.detach(), device) if quick else parameter.detach()
 

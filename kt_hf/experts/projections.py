@@ -37,29 +37,42 @@ class ProjectionOwner(Protocol):
 
     Attributes:
         label: The layer's name in the model, for messages.
-        lora_dtype: Of new LoRA tensors.
-        lora_follows_gpu: Whether they move to a GPU with the model.
-        device: Where the rest of the layer is.
+        lora_dtype: Dtype of new LoRA tensors.
     """
 
     label: str
     lora_dtype: torch.dtype
 
     @property
-    def lora_follows_gpu(self) -> bool: ...
+    def lora_follows_gpu(self) -> bool:
+        """Whether LoRA parameters move to a GPU with the model."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the model around the layer."""
 
     def check_rank(self, rank: int, where: str) -> None:
-        """Refuse a LoRA rank that the layer's operators have no room for (KTAMXConfigError)."""
+        """Refuse a LoRA rank that the layer's operators have no room for.
+
+        Args:
+            rank: LoRA rank of an adapter.
+            where: The projection's name, for the message.
+
+        Raises:
+            KTAMXConfigError: The rank is refused.
+        """
 
     def warn_dropout(self, dropout: float) -> None:
         """Say once a model that experts train without LoRA dropout."""
 
 
 class PackedWeight(nn.Module):
-    """Stands where PEFT expects a base layer: the size of a stacked projection, its weights being in the backend."""
+    """Stands where PEFT expects a base layer: knows the size of a projection, whose weights are in the backend.
+
+    Args:
+        in_features: Columns of an expert's matrix.
+        out_features: Rows of an expert's matrix.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -67,6 +80,7 @@ class PackedWeight(nn.Module):
         self.out_features = out_features
 
     def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, held by the backend"
 
 
@@ -76,6 +90,10 @@ class ExpertLora(nn.Module):
     A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`,
     `.cuda()` and the like leave the tensor where and what it is: it is the master of what the backend holds (on the
     CPU, or with `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
+
+    Args:
+        weight: The values.
+        follow_to_gpu: Whether the tensor moves to a GPU with the model.
     """
 
     def __init__(self, weight: Tensor, follow_to_gpu: bool) -> None:
@@ -99,8 +117,14 @@ class ExpertProjection(nn.Module, LoraLayer):
     """The gate, up or down projection of all experts of a layer, as PEFT sees it.
 
     Has no weight of its own: PEFT creates, names, saves, loads, switches and freezes its LoRA tensors, `KTExperts`
-    computes with them. Supported are LoRA and rsLoRA with the initialisations True, False and "gaussian"; the rest is
+    computes with them. Supported are LoRA and rsLoRA with the initializations True, False and "gaussian"; the rest is
     refused.
+
+    Args:
+        num_experts: E.
+        in_features: Columns of an expert's matrix.
+        out_features: Rows of an expert's matrix.
+        owner: The layer that the projection belongs to; held weakly.
     """
 
     # Set by LoraLayer; declared because nn.Module's attributes have no types of their own.
@@ -130,7 +154,18 @@ class ExpertProjection(nn.Module, LoraLayer):
         return module.in_features, module.out_features  # type: ignore[return-value]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Called by PEFT for each adapter that targets this projection."""
+        """Make the LoRA tensors of an adapter. PEFT calls this for each adapter that targets the projection.
+
+        Args:
+            adapter_name: The adapter's name.
+            r: Its LoRA rank on this projection.
+            lora_alpha: Scaling is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
+            config: The adapter's configuration.
+            **kwargs: PEFT's other arguments; of them `target_name` is used, for messages.
+
+        Raises:
+            KTAMXConfigError: A setting that experts cannot have, or a rank the operators have no room for.
+        """
         owner = self._owner()
         assert owner is not None, "a projection outlives its layer"
         where = f"{owner.label}.{kwargs.get('target_name', '').rsplit('.', 1)[-1] or 'projection'}"
@@ -156,7 +191,15 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def check_rank(self, rank: Any, where: str) -> None:
-        """Refuse a rank that is none, or that the packed operators have no room for."""
+        """Refuse a rank that is no positive integer, or that the packed operators have no room for.
+
+        Args:
+            rank: LoRA rank of an adapter.
+            where: The projection's name, for the message.
+
+        Raises:
+            KTAMXConfigError: The rank is refused.
+        """
         if not isinstance(rank, int) or rank < 1:
             raise KTAMXConfigError(f"{where}: LoRA rank {rank!r} (r, rank_pattern) is not a positive integer.")
         owner = self._owner()
@@ -182,7 +225,13 @@ class ExpertProjection(nn.Module, LoraLayer):
         return a, b
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """A as PEFT draws a Linear's, expert by expert: uniform in ±1/sqrt(in). B zero (drawn too with False)."""
+        """Give an adapter's tensors their first values, as PEFT does for a linear layer, expert by expert.
+
+        Args:
+            adapter_name: The adapter's name.
+            init_lora_weights: True draws A uniform in ±1/sqrt(in) and makes B zero; "gaussian" draws A normal with
+                standard deviation 1/r; False draws B too, uniform in ±1/sqrt(r).
+        """
         a, b = self.tensors(adapter_name)
         if a.is_meta:
             return
@@ -199,6 +248,7 @@ class ExpertProjection(nn.Module, LoraLayer):
                 b.zero_()
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused (KTAMXError): a projection is not computed by itself."""
         raise KTAMXError("An expert projection is not called by itself: KTExperts computes the three together.")
 
     def _no_merge(self, *_: Any, **__: Any) -> NoReturn:
@@ -220,7 +270,15 @@ class ExpertProjection(nn.Module, LoraLayer):
 
 
 def refuse_variants(config: LoraConfig, where: str) -> None:
-    """What changes a LoRA layer's mathematics and is not implemented for experts, by the name of its setting."""
+    """Refuse what changes a LoRA layer's mathematics and is not implemented for experts.
+
+    Args:
+        config: An adapter's configuration.
+        where: The projection's name, for the message.
+
+    Raises:
+        KTAMXConfigError: Naming the setting and its value.
+    """
     tagged = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     settings = ("lora_bias", "use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config",
                 "velora_config", "monteclora_config", "use_bdlora", *tagged)  # fmt: skip

@@ -10,26 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..backends import CALL_LOCK, ExpertsBackend, Gradients, SavedForward
-from ..backends.finite_checks import DeferredChecks, all_finite, is_finite
-from ..backends.transfer import flat_lora, lora_to_device, to_device, to_host
-from ..errors import KTAMXBackwardError, KTAMXForwardError
+from ..backends.finite_checks import DeferredChecks
+from ..backends.transfer import to_device, to_host
+from ..errors import KTAMXBackwardError
 from .lora_tensors import LoraTensors
+from .result_checks import (
+    CheckedGradients,
+    arrived_gradient,
+    check_gpu_gradients,
+    check_output,
+    checked,
+    gradient_error,
+    lora_gradients,
+)
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
-logger = logging.getLogger(__name__)
-
-Check = Callable[[Gradients], tuple[Gradients, list[bool]]]  # `_checked`
-# Values of a result on the CPU that it looks through itself, at once: 20 us, and a GPU takes as long to be asked to.
-_SMALL = 2**16
+Check = Callable[[Gradients], CheckedGradients]  # `checked` with the layer's device
 
 
 class ExpertsRunner:
@@ -40,6 +43,10 @@ class ExpertsRunner:
         label: The layer's name, for messages.
         retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
         checks: Where results on a GPU are left to be checked, for all layers of the model.
+
+    Attributes:
+        tokens: How many tokens gradients were computed for.
+        load: [E] int64 on the backend's device: how many of them each expert got.
     """
 
     def __init__(self, backend: ExpertsBackend, label: str, retain: bool, checks: DeferredChecks) -> None:
@@ -50,7 +57,7 @@ class ExpertsRunner:
         self._values = LoraValues(None)
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
-        self.tokens = 0  # that gradients were computed for, and how many of them each expert got
+        self.tokens = 0
         self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
@@ -71,7 +78,12 @@ class ExpertsRunner:
         return self._values.key
 
     def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Make the backend hold `tensors()` (six LoRA tensors, scalings in B, or ()), known by `key` from now on."""
+        """Make the backend hold other LoRA values.
+
+        Args:
+            key: What `lora_key` is from now on.
+            tensors: Gives the six LoRA tensors, scalings in B; or () for no LoRA.
+        """
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle(wait=True)
             self._swap(LoraValues(key), tensors())
@@ -86,9 +98,19 @@ class ExpertsRunner:
         self._values = values
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Ticket | None]:
-        """Output [T, H] in the backend's dtype and on x's device; with `save`, the ticket for the backward.
+        """Compute the layer.
 
-        x, ids and weights are as the model gave them: any dtype and device, [T, H], [T, K], [T, K].
+        Args:
+            x: [T, H], as the model gave it: any floating dtype and device.
+            ids: [T, K], as the model gave them: any integer dtype and device.
+            weights: [T, K], as the model gave them: any floating dtype and device.
+            save: Whether a backward may come.
+
+        Returns:
+            The output [T, H] in the backend's dtype and on x's device; and with `save` the ticket for the backward.
+
+        Raises:
+            KTAMXForwardError: The output is not finite.
         """
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle()
@@ -97,12 +119,12 @@ class ExpertsRunner:
                 if known is not None and known.retained is not None:
                     # Another alias: this one becomes the output of a graph that leads back to the ticket.
                     return to_device(known.retained.output.detach(), x.device), known
-            given = x.detach()
+            hidden = x.detach()
             x, ids, weights = self._inputs(x, ids, weights)
             keep = save and (self.retain or in_backward())
             out, saved = self._compute(x, ids, weights, keep)
-            result = to_device(out, given.device)
-            self._check_finite(out, result, given)
+            result = to_device(out, hidden.device)
+            check_output(self.checks, self.label, out, result, hidden)
             if not save:
                 return result, None
             ticket = Ticket(self._values, saved, ids)
@@ -129,7 +151,9 @@ class ExpertsRunner:
         Args:
             ticket: What the forward returned.
             number: Of the recompute's ticket; the forward's own without checkpointing.
-            x, ids, weights: As given to the forward.
+            x: [T, H], as given to the forward.
+            ids: [T, K], as given to the forward.
+            weights: [T, K], as given to the forward.
             grad_output: [T, H], any floating dtype and device.
             lora: Whose parameters want gradients; None if they do not.
 
@@ -146,7 +170,7 @@ class ExpertsRunner:
             if lora is None:
                 of_lora = []
             elif gradients.lora:
-                of_lora = self._lora_gradients(gradients, lora)
+                of_lora = lora_gradients(self.checks, self.label, gradients, lora, self.on_gpu)
             else:  # nothing was computed
                 of_lora = lora.constant_gradients(float("nan") if x.shape[0] else 0.0)
             return gradients.hidden_states, gradients.top_k_weights, of_lora
@@ -159,7 +183,7 @@ class ExpertsRunner:
             ticket, self._latest = self._latest, None
         if x.shape[0] == 0:
             return self._filled(0, ids.shape[1], 0.0)
-        grad_output, finite = self._brought_gradient(grad_output)
+        grad_output, finite = arrived_gradient(grad_output, self.backend.device, self.backend.dtype)
         # A gradient scaler's overflow: it skips the step when it sees it. On a GPU it goes through by itself.
         if not finite:
             return self._filled(x.shape[0], ids.shape[1], float("nan"))
@@ -169,15 +193,13 @@ class ExpertsRunner:
         if values is not self._values:
             assert values.kept is not None, "LoRA values leave the backend with a copy kept"  # _swap sees to that
             self._swap(values, values.kept)
-        saved, check = ticket.saved, functools.partial(_checked, home=x.device, lora=lora)
+        saved, check = ticket.saved, functools.partial(checked, home=x.device, lora=lora)
         if saved is not None and self.backend.can_backward(saved):
             gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
         else:
             gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
         if self.on_gpu:
-            passed = all_finite(gradients.hidden_states, gradients.top_k_weights)
-            error = functools.partial(_not_finite, self.label, "its inputs")
-            self.checks.add(error, passed | ~all_finite(grad_output))
+            check_gpu_gradients(self.checks, self.label, gradients, grad_output)
         self.tokens += x.shape[0]
         self.load += self._counted(ticket.ids.flatten() + 1)[1:]
         if not graph_is_kept():
@@ -198,20 +220,19 @@ class ExpertsRunner:
         grad_output: Tensor,
         check: Check,
     ) -> Gradients:
-        gradients = self.backend.backward(saved, grad_output)
         if self.on_gpu:
-            return gradients
-        gradients, (fine, fine_weights) = check(gradients)
-        if not fine:
-            bad = ~torch.isfinite(gradients.hidden_states).all(dim=1).cpu()
-            found = self.backend.careful_backward(*inputs(), grad_output, bad)
-            if found is not None:
-                gradients, (fine, fine_weights) = check(found)
-        if not fine:
-            raise _not_finite(self.label, "hidden_states")
-        if not fine_weights:
-            raise _not_finite(self.label, "top_k_weights")
-        return gradients
+            return self.backend.backward(saved, grad_output)
+        result = check(self.backend.backward(saved, grad_output))
+        if not result.hidden_finite:
+            bad = ~torch.isfinite(result.gradients.hidden_states).all(dim=1).cpu()
+            careful = self.backend.careful_backward(*inputs(), grad_output, bad)
+            if careful is not None:
+                result = check(careful)
+        if not result.hidden_finite:
+            raise gradient_error(self.label, "hidden_states")
+        if not result.weights_finite:
+            raise gradient_error(self.label, "top_k_weights")
+        return result.gradients
 
     def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, check: Check) -> Gradients:
         most = self.backend.max_len or max(x.shape[0], 1)
@@ -242,17 +263,19 @@ class ExpertsRunner:
         return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
 
     def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The model's inputs as the backend wants them, on its device."""
+        """The model's inputs in the shapes and dtypes that the backend takes, on its device."""
         if self.on_gpu:
             x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
             return x, ids, weights
         # Ids and weights are few: what is done with them takes the CPU less than launching it takes.
-        given = (x, ids, weights)
-        return self._prepared(*to_host(given, (self.backend.dtype, ids.dtype, weights.dtype)).wait())
+        dtypes = (self.backend.dtype, ids.dtype, weights.dtype)
+        return self._prepared(*to_host((x, ids, weights), dtypes).wait())
 
     def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs as the backend wants them, but where they are. Ids of no expert become -1, missing columns
-        of K are filled."""
+        """The inputs in the backend's dtype and [T, K], on the device they are on.
+
+        Ids of no expert become -1, columns that are missing to K are filled with -1 and weight 0.
+        """
         shape = self.backend.shape
         ids = ids.detach().to(torch.int64)
         if ids.is_cuda or not _within(ids, shape.num_experts):
@@ -264,86 +287,15 @@ class ExpertsRunner:
             weights = torch.nn.functional.pad(weights, (0, missing))
         return x.detach().to(self.backend.dtype).contiguous(), ids.contiguous(), weights.contiguous()
 
-    def _brought_gradient(self, grad_output: Tensor) -> tuple[Tensor, bool]:
-        """It on the backend's device in its dtype, and whether it is finite; taken for so on a GPU."""
-        grad = grad_output.detach().to(self.backend.dtype).contiguous()
-        if self.on_gpu:
-            return to_device(grad, self.backend.device), True
-        if grad.is_cuda and grad.numel() <= _SMALL:
-            (grad,) = to_host((grad,), (grad.dtype,)).wait()
-        if not grad.is_cuda:
-            return grad, is_finite(grad)
-        grad, fine = to_host((grad, all_finite(grad)), (grad.dtype, torch.bool)).wait()
-        return grad, bool(fine)
-
     def _recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
         for ticket in sorted(self._live.values(), key=lambda t: -t.number):
             if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
                 return ticket
         return None
 
-    def _check_finite(self, out: Tensor, result: Tensor, x: Tensor) -> None:
-        """Look through the output, `out` as the backend gave it and `result` where it is wanted, of the inputs x."""
-        if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
-            # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
-            self.checks.add(functools.partial(_output_error, self.label, all_finite(x)), all_finite(result))
-        elif not is_finite(out):
-            raise _output_error(self.label, all_finite(x))
-
-    def _lora_gradients(self, gradients: Gradients, lora: LoraTensors) -> list[Tensor]:
-        """Those of `lora.parameters`, scaled, where these live; looked through, at once or later."""
-        device = lora.parameters[0].device
-        if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
-            gradients = _lora_on(gradients, device)
-        flat = flat_lora(gradients.lora)
-        computed: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
-        error = functools.partial(_not_finite, self.label, "an expert LoRA tensor")
-        if computed[0].is_cuda:
-            passed = all_finite(*computed)
-            if self.on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
-                passed = passed | ~all_finite(gradients.hidden_states)
-            scaled = lora.gradients(gradients)
-            if device.type != "cpu":
-                self.checks.add(error, passed)
-                return scaled
-            *arrived, passed = to_host([*scaled, passed], [*(tensor.dtype for tensor in scaled), torch.bool]).wait()
-            if not passed:
-                raise error()
-            return arrived
-        for tensor in computed:  # before they are widened: half the memory to look through
-            if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
-                raise error()
-        return lora.gradients(gradients)
-
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
         return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
-
-
-def _checked(gradients: Gradients, home: torch.device, lora: bool) -> tuple[Gradients, list[bool]]:
-    """Gradients that the CPU computed, on `home`; whether those of the hidden states and of the weights are finite.
-
-    Where `home` is a GPU it looks through the large ones, and has LoRA's on the way meanwhile: 5 million values are
-    copied there, checked, widened and copied back in 1 ms, where a core beside busy operators takes 5 to widen them.
-    """
-    hidden, weights = gradients.hidden_states, gradients.top_k_weights
-    gradients = gradients if lora else Gradients(hidden, weights)
-    fine_weights = is_finite(weights)
-    if home.type != "cuda":
-        return gradients, [is_finite(hidden), fine_weights]
-    fine = is_finite(hidden) if hidden.numel() <= _SMALL else None
-    gradients = replace(gradients, hidden_states=to_device(hidden, home), top_k_weights=to_device(weights, home))
-    answer = to_host([all_finite(gradients.hidden_states)], [torch.bool]) if fine is None else None
-    if gradients.lora and not gradients.lora_is_free:
-        gradients = _lora_on(gradients, home)
-    if answer is not None:
-        fine = bool(answer.wait()[0])
-    return gradients, [bool(fine), fine_weights]
-
-
-def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
-    """With LoRA's gradients copied from the CPU to a GPU."""
-    return replace(gradients, lora=lora_to_device(gradients.lora, device), lora_is_free=True)
 
 
 def _within(ids: Tensor, count: int) -> bool:
@@ -354,20 +306,9 @@ def _within(ids: Tensor, count: int) -> bool:
     return int(low) >= -1 and int(high) < count
 
 
-def _output_error(label: str, input_finite: Tensor) -> KTAMXForwardError:
-    where = "its input was finite" if input_finite else "its input already was not"
-    return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
-
-
-def _not_finite(label: str, name: str) -> KTAMXBackwardError:
-    return KTAMXBackwardError(
-        f"{label}: the gradient of {name} is not finite (NaN or infinity), though the gradient that came in was."
-    )
-
-
 @contextlib.contextmanager
 def _quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
-    """PyTorch on so many threads, if any are given, and without autocast on these kinds of device."""
+    """Set PyTorch's number of threads, unless it is None, and switch autocast off on these kinds of device."""
     before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         if threads is not None:

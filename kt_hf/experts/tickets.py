@@ -28,8 +28,13 @@ def graph_is_kept() -> bool:
 
 
 class LoraValues:
-    """LoRA values that a backend holds or held. `kept` is a copy, made when they leave the backend while still
-    needed."""
+    """LoRA values that a backend holds or held.
+
+    Attributes:
+        key: Tells these values from others.
+        kept: A copy of the six tensors, made when they leave the backend while a ticket still needs them.
+        tickets: The forwards that were computed with these values and may see a backward.
+    """
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
@@ -38,7 +43,14 @@ class LoraValues:
 
 
 class Retained:
-    """Inputs and output of a forward as the backend had them, to answer a recompute of the same."""
+    """Inputs and output of a forward as the backend had them, to answer a recompute of the same.
+
+    Args:
+        x: [T, H], in the backend's dtype and on its device, as the others are.
+        ids: [T, K] int64.
+        weights: [T, K] fp32.
+        output: [T, H].
+    """
 
     def __init__(self, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
         self.x, self.ids, self.weights = x, ids, weights
@@ -47,14 +59,20 @@ class Retained:
         self._version = output._version
 
     def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-        """Whether these, on whatever device, are the same to the bit."""
-        mine, pairs = (self.ids, self.weights, self.x), (ids, weights, x)
-        if self.output._version != self._version or any(a.shape != b.shape for a, b in zip(mine, pairs, strict=True)):
+        """Whether these inputs are the same to the bit, and the output was not written to.
+
+        Args:
+            x: [T, H], in the backend's dtype, on any device.
+            ids: [T, K] int64, on x's device.
+            weights: [T, K] fp32, on x's device.
+        """
+        kept, asked = (self.ids, self.weights, self.x), (ids, weights, x)
+        if self.output._version != self._version or any(a.shape != b.shape for a, b in zip(kept, asked, strict=True)):
             return False
         if x.is_cuda:  # compared there, with one wait
-            found = [_bits(to_device(a, x.device), b) for a, b in zip(mine, pairs, strict=True)]
-            return bool(torch.stack([(a == b).all() for a, b in found]).all())
-        return all(torch.equal(*_bits(to_device(a, b.device), b)) for a, b in zip(mine, pairs, strict=True))
+            pairs = [_bits(to_device(a, x.device), b) for a, b in zip(kept, asked, strict=True)]
+            return bool(torch.stack([(a == b).all() for a, b in pairs]).all())
+        return all(torch.equal(*_bits(to_device(a, b.device), b)) for a, b in zip(kept, asked, strict=True))
 
 
 def _bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +84,17 @@ def _bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Ticket:
-    """One forward: what the backend saved of it, with which LoRA values, and its inputs and output where kept."""
+    """One forward that may see a backward.
+
+    Args:
+        values: The LoRA values it was computed with.
+        saved: What the backend saved of it; None if nothing.
+        ids: [T, K] int64 on the backend's device, -1 for no expert.
+
+    Attributes:
+        number: Of this forward, unlike every other's.
+        retained: Its inputs and output, where they are kept for a recompute.
+    """
 
     def __init__(self, values: LoraValues, saved: SavedForward | None, ids: Tensor) -> None:
         self.number = next(_ticket_numbers)

@@ -13,7 +13,14 @@ from ..experts.layer import KTExperts
 
 
 def entropy(counts: Tensor) -> float:
-    """Shannon entropy of the shares of [E] counts, over that of an even load: 1 is even, 0 is one expert for all."""
+    """How even a load is: the Shannon entropy of the experts' shares over that of an even load.
+
+    Args:
+        counts: [E] tokens of each expert.
+
+    Returns:
+        1 for an even load, 0 if one expert gets everything, NaN without tokens or with a single expert.
+    """
     if len(counts) < 2 or not counts.any():
         return float("nan")
     share = counts[counts > 0].double() / counts.sum()
@@ -35,7 +42,7 @@ class LoadLog:
     _since: float = field(default_factory=time.perf_counter)
 
     def begin(self, layers: list[KTExperts]) -> None:
-        """Forget what was counted before."""
+        """Forget what these layers counted before, and start the clock."""
         self.total = {}
         for layer in layers:
             layer.take_load()

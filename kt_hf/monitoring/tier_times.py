@@ -14,20 +14,20 @@ from ..placement.packer import Packer
 from ..placement.planner import TierPlan
 
 logger = logging.getLogger(__name__)
-_SKIPPED, _TIMED = 2, 3  # steps: the first make buffers and learn what comes after what
+_SKIPPED, _TIMED = 2, 3  # steps; the first ones make buffers and learn the layers' order
 
 
 class TierTimes:
-    """Times a few steps of a run and tells once. It keeps nothing of the model alive.
+    """Times a few steps of a run whose tiers were planned, and logs once what they took. Keeps no model alive.
 
-    The CPU's seconds are those inside its backend, without the copies that the plan has in them; forwards that the plan
-    does not know (a DPO reference's, a recompute that computes again) are in what is told.
+    The CPU's seconds are those inside its backend, without the copies that the plan counts; forwards that the plan
+    leaves out (a DPO reference's, a recompute that computes again) are counted.
 
     Args:
-        packer: Of a patched model.
+        packer: What built the backends of a patched model.
 
     Attributes:
-        told: The message, once there is one.
+        message: What was logged; None before.
     """
 
     def __init__(self, packer: Packer) -> None:
@@ -36,20 +36,26 @@ class TierTimes:
         self._steps = 0
         self._began: tuple[float, float] | None = None  # the step's begin, and the CPU's seconds until then
         self._step = self._cpu = self._streaming = 0.0
-        self.told: str | None = None
+        self.message: str | None = None
         if streamer := self._streamer():
             streamer.watched()  # a run that was interrupted has left it on
 
     def step_begin(self, layers: Iterable[KTExperts]) -> None:
-        if self._plan is None or self.told or self._steps < _SKIPPED:
+        """A training step of a model with these layers begins."""
+        if self._plan is None or self.message or self._steps < _SKIPPED:
             return
         if streamer := self._streamer():
             streamer.watch()
         self._began = time.perf_counter(), _cpu_seconds(layers)
 
     def step_end(self, layers: Iterable[KTExperts], forwards: int) -> None:
-        """A step of so many forwards has ended."""
-        if self._plan is None or self.told:
+        """The step has ended.
+
+        Args:
+            layers: Of the model.
+            forwards: How many forwards the step had: its gradient accumulation.
+        """
+        if self._plan is None or self.message:
             return
         self._steps += 1
         if self._began is None:
@@ -61,19 +67,21 @@ class TierTimes:
         if streamer := self._streamer():
             self._streaming += streamer.watched()
         if self._steps == _SKIPPED + _TIMED:
-            self._tell(self._plan, _TIMED * max(forwards, 1))
+            self._log(self._plan, _TIMED * max(forwards, 1))
 
-    def _tell(self, plan: TierPlan, count: int) -> None:
+    def _log(self, plan: TierPlan, count: int) -> None:
         parts = [
-            f"{name} {took / count:.3g} s ({planned:.3g} planned)"
-            for name, took, planned in (
+            f"{name} {seconds / count:.3g} s ({planned:.3g} planned)"
+            for name, seconds, planned in (
                 ("streaming", self._streaming, plan.stream_seconds),
                 ("the CPU's experts", self._cpu, plan.cpu_seconds),
             )
             if planned
         ]
-        self.told = f"a forward and backward takes {self._step / count:.3g} s: {', '.join(parts) or 'all on the GPU'}"
-        logger.info("kt_hf: kt_expert_placement=auto, after %d steps: %s.", self._steps, self.told)
+        self.message = (
+            f"a forward and backward takes {self._step / count:.3g} s: {', '.join(parts) or 'all on the GPU'}"
+        )
+        logger.info("kt_hf: kt_expert_placement=auto, after %d steps: %s.", self._steps, self.message)
 
     def _streamer(self) -> Streamer | None:
         packer = self._packer()

@@ -1,7 +1,10 @@
 """What PEFT's verbs do with the experts of a patched model: checked before a module is touched, right or refused.
 
 PEFT wraps the layers of a model one after the other. An adapter that the experts cannot take would be noticed in the
-middle, with attention adapted already; here it is noticed before. `peft_compat.install` puts these functions in place.
+middle, with attention adapted already; here it is noticed before.
+
+The functions that take `original` are replacements of the table `patches.PATCHES`: `original` is the function they
+stand for, and the other arguments are that function's. A model that is not patched gets what `original` does.
 """
 
 from __future__ import annotations
@@ -42,16 +45,16 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     _check_copies(model, config)
     if config.peft_type == PeftType.LORA:
         _translate_targets(model, config)
-    wanted = _with_targets(tuner, model, config)
+    targeted = _with_targets(tuner, model, config)
     if _is_all_linear(config):
         if config.peft_type != PeftType.LORA:
             return  # linear layers alone, as of the unpatched model, whose experts are none
-        wanted.target_modules = set(_projections(model))
+        targeted.target_modules = set(_projections(model))
     check = getattr(tuner, "_check_target_module_exists", None)
-    if check is None or getattr(wanted, "target_modules", None) is None:
+    if check is None or getattr(targeted, "target_modules", None) is None:
         return
     for name, module in model.named_modules():
-        if isinstance(module, (KTExperts, ExpertProjection)) and check(wanted, name):
+        if isinstance(module, (KTExperts, ExpertProjection)) and check(targeted, name):
             _check_target(name, module, config)
 
 
@@ -61,18 +64,18 @@ def _with_targets(tuner: Any, model: nn.Module, config: Any) -> Any:
     Raises:
         KTAMXConfigError: PEFT has none, or none that it could match (target_modules and target_parameters are None).
     """
-    wanted = copy.copy(config)
+    targeted = copy.copy(config)
     if getattr(config, "target_modules", ()) is not None or getattr(config, "target_parameters", None):
-        return wanted
+        return targeted
     with contextlib.suppress(ValueError):  # PEFT knows no targets for the model's type
-        wanted = tuner._prepare_adapter_config(wanted, tuner.get_model_config(model))
-    if wanted.target_modules is None:
+        targeted = tuner._prepare_adapter_config(targeted, tuner.get_model_config(model))
+    if targeted.target_modules is None:
         raise KTAMXConfigError(
             f"{type(config).__name__} has target_modules=None, and PEFT has no default for the model type "
             f"{getattr(getattr(model, 'config', None), 'model_type', None)!r}. Name the layers, or take "
             "kt_lora_config(model), which names those of the model and its experts."
         )
-    return wanted
+    return targeted
 
 
 def _check_target(name: str, module: nn.Module, config: Any) -> None:
@@ -132,10 +135,10 @@ def _translate_targets(model: nn.Module, config: LoraConfig) -> None:
     translated, parameters = set(), set(config.target_parameters or ())
     for target in targets:
         last = target.rpartition(".")[2]
-        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not found and last in ALIASES:
+        named = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not named and last in ALIASES:
             translated.add(ALIASES[last])
-        elif last == "gate" and found and not any(isinstance(m, nn.Linear) for m in found):
+        elif last == "gate" and named and not any(isinstance(m, nn.Linear) for m in named):
             parameters.add(f"{target}.weight")
         else:
             translated.add(target)
@@ -162,9 +165,10 @@ def _projections(model: nn.Module) -> list[str]:
 
 
 def include_experts(original: Callable[..., Any], peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`all-linear` reaches the experts too: in transformers 4 they were linear layers, and are what it is said for.
+    """Replaces `_maybe_include_all_linear_layers`: `target_modules="all-linear"` reaches the experts too.
 
-    Routers are left out: in transformers 5 most are no linear layers, and LoRA on them is rarely meant.
+    In transformers 4 they were linear layers, and are what it is said for. Routers are left out: in transformers 5 most
+    are no linear layers, and LoRA on them is rarely meant.
     """
     everything = _is_all_linear(peft_config)
     result = original(peft_config, model, *args, **kwargs)
@@ -176,7 +180,11 @@ def include_experts(original: Callable[..., Any], peft_config: Any, model: nn.Mo
 
 
 def refuse_mixed_batches(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`adapter_names=[...]`, an adapter a row of the batch: experts would compute the active one for all rows."""
+    """Replaces `LoraModel._enable_peft_forward_hooks`, which takes `adapter_names`, an adapter for each row of a batch.
+
+    Raises:
+        KTAMXConfigError: There are any: experts would compute the active adapter for all rows.
+    """
     names = kwargs.get("adapter_names")
     if names is not None and any(p.r for layer in kt_layers(tuner.model) for p in layer.projections):
         raise KTAMXConfigError(
@@ -187,7 +195,11 @@ def refuse_mixed_batches(original: Callable[..., Any], tuner: Any, *args: Any, *
 
 
 def refuse_converted_init(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`save_pretrained(path_initial_model_for_weight_conversion=…)` joins tensors along the experts' axis."""
+    """Replaces `LoraModel.subtract_mutated_init`, of `save_pretrained(path_initial_model_for_weight_conversion=…)`.
+
+    Raises:
+        KTAMXError: The model is patched: PEFT would join tensors along the experts' axis.
+    """
     if kt_layers(tuner.model):
         raise KTAMXError(
             "path_initial_model_for_weight_conversion is not supported for a patched model: save the adapter without "
@@ -197,7 +209,11 @@ def refuse_converted_init(original: Callable[..., Any], tuner: Any, *args: Any, 
 
 
 def refuse_compiled_hotswap(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`prepare_model_for_compiled_hotswap` pads the weights of linear layers, and begins with the scalings."""
+    """Replaces `_convert_scalings_to_tensor`, the first step of `prepare_model_for_compiled_hotswap`.
+
+    Raises:
+        KTAMXError: The model is patched: PEFT would pad the weights of linear layers alone.
+    """
     if kt_layers(model):
         raise KTAMXError(
             "prepare_model_for_compiled_hotswap is not supported for a patched model, nor needed: torch.compile leaves "
@@ -209,7 +225,11 @@ def refuse_compiled_hotswap(original: Callable[..., Any], model: nn.Module, *arg
 def check_and_pack(
     original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """`BaseTuner.inject_adapter`: refuse what experts cannot have before, build their backends after."""
+    """Replaces `BaseTuner.inject_adapter`: adapters are checked before, and the experts' backends built after.
+
+    Raises:
+        KTAMXConfigError: As `check_adapter`.
+    """
     check_adapter(tuner, model, adapter_name)
     result = original(tuner, model, adapter_name, *args, **kwargs)
     for layer in kt_layers(model):
@@ -218,14 +238,18 @@ def check_and_pack(
 
 
 def refuse_merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse to merge or unload: it would take the other layers first and meet the experts in the middle."""
+    """Replaces `merge_adapter`, `merge_and_unload` and `unload` of `BaseTuner`.
+
+    Raises:
+        KTAMXError: The model is patched: PEFT would take the other layers first and meet the experts in the middle.
+    """
     if kt_layers(tuner.model):
         raise KTAMXError(NO_MERGE)
     return original(tuner, *args, **kwargs)
 
 
 def refresh_after(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`hotswap_adapter_from_state_dict`: copy the new values to the backends."""
+    """Replaces `hotswap_adapter_from_state_dict`: the new values are copied to the backends."""
     result = original(model, *args, **kwargs)  # writes to `.data`, which nothing else would notice
     for layer in kt_layers(model):
         layer.update_lora_pointers()

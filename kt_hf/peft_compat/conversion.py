@@ -22,7 +22,7 @@ _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
 
 
 def keep_config(original: Callable[..., Any], peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`convert_peft_config_for_transformers`: nothing to convert on a patched model.
+    """Replaces `convert_peft_config_for_transformers`: a patched model's config stays as it is.
 
     Raises:
         KTAMXConfigError: The config names fused parameters.
@@ -48,17 +48,17 @@ def keep_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`convert_peft_adapter_state_dict_for_transformers`: as it is for a patched model.
+    """Replaces `convert_peft_adapter_state_dict_for_transformers`: a patched model's keys stay as they are.
 
     Raises:
         KTAMXConfigError: The model is not patched and the adapter has LoRA of experts, which PEFT would drop.
     """
     if kt_layers(model):
         return adapter_state_dict
-    ours = [key for key, value in adapter_state_dict.items() if _EXPERT_KEY.search(key) and value.dim() == 3]
-    if ours:
+    expert_keys = [key for key, value in adapter_state_dict.items() if _EXPERT_KEY.search(key) and value.dim() == 3]
+    if expert_keys:
         raise KTAMXConfigError(
-            f"The adapter holds LoRA of experts as kt_hf trains it ({ours[0]}), for which this model has no place: "
-            "PEFT would drop it. Patch the model first (apply_kt_moe), then load the adapter."
+            f"The adapter holds LoRA of experts as kt_hf trains it ({expert_keys[0]}), for which this model has no "
+            "place: PEFT would drop it. Patch the model first (apply_kt_moe), then load the adapter."
         )
     return original(model, peft_config, adapter_state_dict, *args, **kwargs)

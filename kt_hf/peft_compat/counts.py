@@ -12,17 +12,20 @@ from ..experts import kt_layers
 
 def expert_parameters(model: nn.Module) -> int:
     """How many weights the patched experts of a model have, their LoRA not counted."""
-    shapes = [layer.shape for layer in kt_layers(model)]
-    return sum(3 * shape.num_experts * shape.hidden_size * shape.intermediate_size for shape in shapes)
+    return sum(layer.shape.num_weights for layer in kt_layers(model))
 
 
 def trainable_and_all(original: Callable[..., Any], model: Any) -> tuple[int, int]:
-    """`PeftModel.get_nb_trainable_parameters`, which `print_trainable_parameters` shows."""
+    """Replaces `PeftModel.get_nb_trainable_parameters`, which `print_trainable_parameters` shows.
+
+    Returns:
+        Trained parameters, and all parameters with the experts' weights.
+    """
     trainable, everything = original(model)
     return trainable, everything + expert_parameters(model)
 
 
 def number(original: Callable[..., Any], model: Any, only_trainable: bool = False, *args: Any, **kwargs: Any) -> int:
-    """`PreTrainedModel.num_parameters`; the experts are counted unless those that train alone are asked for."""
+    """Replaces `PreTrainedModel.num_parameters`: the experts are counted, unless `only_trainable` is set."""
     counted: int = original(model, only_trainable, *args, **kwargs)
     return counted if only_trainable else counted + expert_parameters(model)

@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 def keep_forward(original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Liger's `_bind_method_to_module` puts its own forward on the instance of an experts module: not on a patched one.
+    """Replaces Liger's `_bind_method_to_module`, which puts a forward on a module's instance: not on patched experts.
 
-    Its other kernels (fused loss, RMSNorm, RoPE, the MLPs) are bound as ever.
+    Liger's other kernels (fused loss, RMSNorm, RoPE, the MLPs) are bound as ever.
     """
     if isinstance(module, KTExperts):
         logger.info("kt_hf: %s stays as it is, Liger's kernels go to the other layers.", module.label)
@@ -24,7 +24,7 @@ def keep_forward(original: Callable[..., Any], module: Any, *args: Any, **kwargs
 
 
 def refuse_stacked_lora(original: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-    """`torch.optim.Muon` takes matrices, and expert LoRA is one 3-D tensor for all experts of a layer.
+    """Replaces `torch.optim.Muon.__init__`, which takes matrices: expert LoRA is one 3-D tensor for a layer's experts.
 
     Raises:
         KTAMXConfigError: There are 3-D tensors among the parameters.

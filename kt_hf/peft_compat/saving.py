@@ -2,6 +2,9 @@
 
 A Trainer calls them for every save, resume and best model, before it pushes to the hub or deletes older checkpoints: an
 error here stops it in time. What loading would refuse, saving refuses, and `check_trained` before the first step.
+
+The functions that take `original` are replacements of the table `patches.PATCHES`: `original` is the function they
+stand for, and the other arguments are that function's. A model that is not patched gets what `original` does.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
 
 
 def save_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.save_pretrained`: each adapter's folder gets its manifest, once its files are checked.
+    """Replaces `PeftModel.save_pretrained`: each adapter's folder gets its manifest, once its files are checked.
 
     Raises:
         KTAMXError: What loading would refuse; a full disk; a tensor of the adapter that is missing from the file, of
@@ -48,34 +51,34 @@ def save_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs
     """
     call = inspect.signature(original).bind(model, *args, **kwargs)
     call.apply_defaults()
-    given = call.arguments
-    if not kt_layers(model) or not given["is_main_process"]:
+    arguments = call.arguments
+    if not kt_layers(model) or not arguments["is_main_process"]:
         return original(model, *args, **kwargs)
-    if not given["safe_serialization"]:
+    if not arguments["safe_serialization"]:
         raise KTAMXConfigError("safe_serialization=False: an adapter of a patched model is saved as safetensors only.")
-    root, names = Path(given["save_directory"]), given["selected_adapters"] or list(model.peft_config)
+    root, names = Path(arguments["save_directory"]), arguments["selected_adapters"] or list(model.peft_config)
     folders = {name: root if name == "default" else root / name for name in names if name in model.peft_config}
-    wanted = {name: adapter_bytes(model, name) for name in folders}
-    check_space(root, sum(wanted.values()), "Free some: this save has not begun, and earlier ones are whole")
+    size = sum(adapter_bytes(model, name) for name in folders)
+    check_space(root, size, "Free some: this save has not begun, and earlier ones are whole")
     for folder in folders.values():
         begin(folder)
     if re.search(r"checkpoint-\d+$", root.name):
         # An earlier run's: with it, this folder would look as if the Trainer had finished it.
         (root / "trainer_state.json").unlink(missing_ok=True)
-    result = _write(lambda: original(model, *args, **kwargs), root, sum(wanted.values()))
+    result = _write(lambda: original(model, *args, **kwargs), root, size)
     for name, folder in folders.items():
         _finish(model, name, folder)
     return result
 
 
-def _write(save: Callable[[], Any], folder: Path, wanted: int) -> Any:
+def _write(save: Callable[[], Any], folder: Path, size: int) -> Any:
     """Let PEFT write; what it says of a full disk is something else each time."""
     try:
         return save()
     except Exception as error:
         if not is_disk_full(error):
             raise
-        raise disk_full(folder / ADAPTER, wanted) from error
+        raise disk_full(folder / ADAPTER, size) from error
 
 
 def _finish(model: Any, name: str, folder: Path) -> None:
@@ -89,9 +92,14 @@ def _finish(model: Any, name: str, folder: Path) -> None:
 
 
 def adapter_bytes(model: Any, name: str) -> int:
-    """About what an adapter takes on the disk: its trained parameters."""
-    mine = re.compile(rf"\.{re.escape(name)}(\.|$)")
-    return sum(p.numel() * p.element_size() for n, p in model.named_parameters() if mine.search(n))
+    """About how many bytes an adapter takes on the disk: its parameters.
+
+    Args:
+        model: With the adapter.
+        name: The adapter's name.
+    """
+    of_adapter = re.compile(rf"\.{re.escape(name)}(\.|$)")
+    return sum(p.numel() * p.element_size() for n, p in model.named_parameters() if of_adapter.search(n))
 
 
 def check_trained(model: Any) -> None:
@@ -127,16 +135,16 @@ def _trained(model: Any, names: list[str]) -> list[str]:
 
 def _check_saved(model: Any, adapter: str, file: Path) -> None:
     """Compare a file with the model's LoRA, tensor by tensor."""
-    wanted = saved_names(model, adapter)
+    expected = saved_names(model, adapter)
     tensors = stored_tensors(file)
-    missing = sorted(key for key in wanted if key not in tensors)
+    missing = sorted(key for key in expected if key not in tensors)
     if missing:
         raise KTAMXError(
-            f"{file} lacks {missing[0]} ({len(missing)} of {len(wanted)} LoRA tensors): the save is incomplete. "
+            f"{file} lacks {missing[0]} ({len(missing)} of {len(expected)} LoRA tensors): the save is incomplete. "
             "Was a state_dict passed that does not have them?"
         )
     for key, tensor in tensors.items():
-        value, parameter = tensor.load(), wanted.get(key)
+        value, parameter = tensor.load(), expected.get(key)
         if parameter is not None and tuple(value.shape) != tuple(parameter.shape):
             raise KTAMXError(f"{file}: {key} is {tuple(value.shape)}, the model's is {tuple(parameter.shape)}.")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -151,7 +159,7 @@ def _check_saved(model: Any, adapter: str, file: Path) -> None:
 
 
 def save_native_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own `model.save_pretrained` after `model.add_adapter`: saves the active adapter.
+    """Replaces transformers' own `model.save_pretrained` after `model.add_adapter`: saves the active adapter.
 
     Raises:
         KTAMXError: As `save_verified`.
@@ -160,16 +168,16 @@ def save_native_verified(original: Callable[..., Any], model: Any, *args: Any, *
     if not kwargs.get("is_main_process", True):
         return original(model, *args, **kwargs)
     name = model.active_adapters()[0]
-    wanted = adapter_bytes(model, name)
-    check_space(folder, wanted)
+    size = adapter_bytes(model, name)
+    check_space(folder, size)
     begin(folder)
-    result = _write(lambda: original(model, *args, **kwargs), folder, wanted)
+    result = _write(lambda: original(model, *args, **kwargs), folder, size)
     _finish(model, name, folder)
     return result
 
 
 def load_native_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own `model.load_adapter`.
+    """Replaces transformers' own `model.load_adapter`.
 
     Raises:
         KTAMXError: The folder is damaged, unfinished, or of another base model.
@@ -181,11 +189,11 @@ def load_native_verified(original: Callable[..., Any], model: Any, *args: Any, *
     source = call.arguments.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
     download = {**(getattr(load_config, "download_kwargs", None) or {}), **(call.arguments.get("adapter_kwargs") or {})}
     if not kt_layers(model):
-        given = call.arguments.get("adapter_state_dict")
-        refuse_unpatched(given if given is not None else _tensors_of(source, download), str(source))
+        tensors = call.arguments.get("adapter_state_dict")
+        refuse_unpatched(tensors if tensors is not None else _tensors_of(source, download), str(source))
     elif source is not None and Path(source).is_dir():
         verify_adapter(source)
-        _check_place(model, Path(source), None)
+        _check_fits(model, Path(source), None)
     return original(model, *args, **kwargs)
 
 
@@ -199,8 +207,8 @@ def _tensors_of(source: Any, download: dict[str, Any]) -> dict[str, Lazy]:
 
         known = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "force_download", "proxies")
         options = {key: value for key, value in download.items() if key in known and value is not None}
-        found = cached_file(source, ADAPTER, _raise_exceptions_for_missing_entries=False, **options)
-        file = Path(found or "")
+        cached = cached_file(source, ADAPTER, _raise_exceptions_for_missing_entries=False, **options)
+        file = Path(cached or "")
     return dict(stored_tensors(file)) if file.is_file() else {}
 
 
@@ -214,10 +222,10 @@ def refuse_unpatched(tensors: Mapping[str, Any], source: str) -> None:
     Raises:
         KTAMXConfigError: Naming the ways to load it.
     """
-    ours = next((key for key, tensor in tensors.items() if _EXPERT_KEY.search(key) and len(tensor.shape) == 3), None)
-    if ours is not None:
+    key = next((key for key, value in tensors.items() if _EXPERT_KEY.search(key) and len(value.shape) == 3), None)
+    if key is not None:
         raise KTAMXConfigError(
-            f"{source} holds LoRA of experts as kt_hf trains it ({ours}), for which this model has no place: it would "
+            f"{source} holds LoRA of experts as kt_hf trains it ({key}), for which this model has no place: it would "
             "be left out. Load the base model, then apply_kt_moe(model, adapter=ADAPTER); or make it an adapter of "
             "stock PEFT: kt-hf export ADAPTER OUT --to peft."
         )
@@ -226,7 +234,7 @@ def refuse_unpatched(tensors: Mapping[str, Any], source: str) -> None:
 def load_verified(
     original: Callable[..., Any], model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.load_adapter`: nothing is loaded that is not whole, and nothing whole is loaded in part.
+    """Replaces `PeftModel.load_adapter`: nothing is loaded that is not whole, and nothing whole is loaded in part.
 
     Raises:
         KTAMXError: The folder is damaged, unfinished, of another base model, or, where a Trainer resumes from it, no
@@ -240,10 +248,10 @@ def load_verified(
         trainable = bool(call.arguments.get("is_trainable"))
         checkpoint = any(re.search(r"checkpoint-\d+$", part.name) for part in (folder, folder.parent))
         if trainable and checkpoint:
-            check_checkpoint(folder, lambda: _check_place(model, folder, adapter_name))
+            check_checkpoint(folder, lambda: _check_fits(model, folder, adapter_name))
         else:
             verify_adapter(folder)
-            _check_place(model, folder, adapter_name)
+            _check_fits(model, folder, adapter_name)
     _follow_placement(model, folder)
     result = original(model, model_id, adapter_name, *args, **kwargs)
     lost = [key for key in result.missing_keys if ".lora_" in key]
@@ -254,15 +262,22 @@ def load_verified(
 
 
 def _is_copy(key: str) -> bool:
-    """Whether PEFT has written what this key holds under another one too: of resized embeddings, with modules_to_save
-    or retrained tokens."""
+    """Whether PEFT has written what this key holds under another key too.
+
+    So it does with resized embeddings, beside modules_to_save or retrained tokens.
+    """
     return ".modules_to_save." in key or key.endswith(".token_adapter.trainable_tokens_delta")
 
 
 def start_verified(
     original: Callable[..., Any], kind: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.from_pretrained`, which packs the experts: those on the GPU are to be the adapter's."""
+    """Replaces `PeftModel.from_pretrained`, which packs the experts: the adapter's placement is taken over before.
+
+    Raises:
+        KTAMXError: The folder's adapter_config.json is damaged.
+        KTAMXConfigError: The adapter's placement is another model's.
+    """
     if isinstance(model, nn.Module) and isinstance(model_id, (str, Path)):
         folder = Path(model_id) / (kwargs.get("subfolder") or "")
         if kt_layers(model) and (folder / CONFIG).is_file():
@@ -272,8 +287,11 @@ def start_verified(
 
 
 def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer._load_from_checkpoint` of transformers before 5.23, which leaves "default" at its start where a
-    checkpoint holds other adapters in folders beside it, as DPO's `ref`."""
+    """Replaces `Trainer._load_from_checkpoint` of transformers before 5.23.
+
+    The original leaves the adapter "default" at its start where a checkpoint holds other adapters in folders beside
+    it, as DPO's `ref`.
+    """
     result, model = original(trainer, folder, *args, **kwargs), trainer.model
     if kt_layers(model) and (Path(folder) / ADAPTER).exists() and any(Path(folder).glob(f"*/{ADAPTER}")):
         active = model.active_adapters[0]
@@ -282,7 +300,7 @@ def resume_default(original: Callable[..., Any], trainer: Any, folder: str, *arg
     return result
 
 
-def _check_place(model: Any, folder: Path, name: str | None) -> None:
+def _check_fits(model: Any, folder: Path, name: str | None) -> None:
     manifest = read_manifest(folder)
     if manifest is not None:
         check_base(folder, manifest, model)
@@ -296,7 +314,11 @@ def _check_place(model: Any, folder: Path, name: str | None) -> None:
 
 
 def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
-    """`load_peft_weights` as hot-swapping calls it, which does not come by `load_adapter`."""
+    """Replaces `load_peft_weights` where hot-swapping calls it, which does not come by `load_adapter`.
+
+    Raises:
+        KTAMXError: The folder is damaged or unfinished.
+    """
     folder = Path(model_id)
     if folder.is_dir() and (folder / CONFIG).exists() and read_manifest(folder) is not None:
         verify_adapter(folder)
@@ -304,8 +326,10 @@ def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **
 
 
 def _follow_placement(model: nn.Module, folder: str | Path) -> None:
-    """Before an adapter is loaded: its placement, for a model that has none and is not packed; else tell of a
-    difference."""
+    """Take over the placement of an adapter that is about to be loaded.
+
+    A model that is packed, or has a placement, keeps its own, and a difference is logged.
+    """
     packer = packer_of(model)
     if packer is None or not (packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
         return

@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 class Unwrapped:
     """LoRA that stock PEFT had put on fused experts (`target_parameters`), to be put on the patched ones.
 
-    `layers[i]` is the i-th expert layer's adapters: adapter name -> parameter name -> (A [E, r, in], B [E, out, r],
-    alpha).
+    Attributes:
+        model: With the adapters.
+        layers: Adapters of each expert layer, in order: adapter name -> parameter name -> (A [E, r, in], B [E, out, r],
+            alpha).
     """
 
     model: Any

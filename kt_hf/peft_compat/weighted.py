@@ -29,7 +29,16 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     **kwargs: Any,
 ) -> None:
-    """PEFT's `LoraModel.add_weighted_adapter`; on experts by `cat` (exact), `svd` (the best of its rank) or `linear`.
+    """Replaces `LoraModel.add_weighted_adapter`: PEFT combines the linear layers, and the experts are combined here.
+
+    Args:
+        original: The function that this one stands for.
+        tuner: PEFT's, whose method it is.
+        adapters: Names of the adapters to combine.
+        weights: Of each.
+        adapter_name: Of the new adapter.
+        combination_type: `cat` (exact), `svd` (the best of its rank) or `linear`.
+        **kwargs: The function's other arguments.
 
     Raises:
         KTAMXConfigError: Another combination_type, svd_clamp, rsLoRA, or a rank the experts are not packed for.
@@ -108,7 +117,10 @@ def _combined(sources: list[tuple[Tensor, Tensor, float]], how: str) -> tuple[Te
 
 
 def _fill(a: nn.Parameter, b: nn.Parameter, new_a: Tensor, new_b: Tensor, dtype: torch.dtype) -> None:
-    """In the dtype of the summed adapters: PEFT makes new tensors in the model's, which may be narrower."""
+    """Put the sum into A and B, in the dtype of the summed adapters.
+
+    PEFT makes new tensors in the model's dtype, which may be narrower.
+    """
     rank = min(a.shape[1], new_a.shape[1])
     more = a.shape[1] - rank
     a.data = nn.functional.pad(new_a[:, :rank], (0, 0, 0, more)).to(a.device, dtype)

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..backends import FEW_CORES, choose_backend, describe_cpu
 from ..config import KTConfig
-from ..errors import KTAMXConfigError
 from ..experts import kt_layers
 from ..quantized import for_run
 from ..shapes import ExpertShape, expert_bytes
@@ -19,7 +18,7 @@ from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
 from .packer import Packer
 from .planner import MemoryBudget
-from .tiers import Tiers, asked_for, check_tiers, field_of
+from .tiers import Tiers, asked_for, check_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +26,28 @@ logger = logging.getLogger(__name__)
 def chosen_tiers(
     config: KTConfig, shapes: Sequence[ExpertShape], backend: str, gpu: torch.device | None
 ) -> Tiers | None:
-    """How many experts of each of these layers are in which tier, the CPU's computed by `backend`; None if that is to
-    be planned.
+    """How many experts of each layer are in which tier, as the settings say.
+
+    Args:
+        config: The settings.
+        shapes: Of the model's layers.
+        backend: What computes the experts on the CPU.
+        gpu: The GPU for experts, if there is one.
+
+    Returns:
+        The tiers; None if they are to be planned.
 
     Raises:
         KTAMXConfigError: There is no GPU for them, or the numbers do not fit the layers or the other settings.
     """
     tiers = asked_for(config, shapes, gpu is not None)
-    if tiers is None or not tiers.on_gpu:
-        return tiers
-    field = field_of(config)
-    nothing = "set it to 0" if config.kt_expert_placement is None else "set it to auto"
-    if config.kt_weight_path is not None:
-        raise KTAMXConfigError(
-            f"{field} does not go together with kt_weight_path: saved experts are packed for the CPU. Leave one out."
-        )
-    if gpu is None:
-        raise KTAMXConfigError(f"{field} needs a CUDA GPU, and there is none here: leave it out, or {nothing}.")
-    check_tiers(tiers, config, shapes, backend != "torch")
+    if tiers is not None:
+        check_tiers(tiers, config, shapes, backend != "torch", gpu is not None)
     return tiers
 
 
 def packer_of(model: nn.Module) -> Packer | None:
-    """What built the backends of a patched model; None of a model that is not patched."""
+    """The `Packer` that built the backends of a patched model; None for a model that is not patched."""
     layers = kt_layers(model)
     factory = layers[0].factory if layers else None
     return factory if isinstance(factory, Packer) else None
@@ -62,13 +60,13 @@ def make_packer(
     streamed: bool = False,
     model_type: str | None = None,
 ) -> Packer:
-    """Choose the backend for layers of these shapes, and tell which.
+    """Choose the backend for layers of these shapes, and log which.
 
     Args:
         cfg: Settings.
         shapes: Of all layers, by the names of their experts modules.
         dtype: The model's.
-        streamed: The weights are not in memory yet.
+        streamed: Whether the weights are read as they are packed, so that they are not in memory yet.
         model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
 
     Raises:
@@ -99,7 +97,14 @@ def make_packer(
 
 
 def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> MemoryBudget:
-    """What a planned placement goes by, of a model that has its weights or is yet to get them in `dtype`."""
+    """Everything but expert weights that must fit on the GPU beside a planned placement.
+
+    Args:
+        model: With its weights, or on the meta device.
+        config: The model's configuration.
+        tokens: Of a forward in training; None if unknown.
+        dtype: The dtype that a model without weights will have; None takes those of its parameters.
+    """
     text = config.get_text_config()
     rest = [p for name, p in model.named_parameters() if ".experts." not in name and not p.is_cuda]
     experts_dtype = dtype or next((p.dtype for name, p in model.named_parameters() if ".experts." in name), None)

@@ -1,5 +1,4 @@
-"""Measuring what the planner goes by: the bus, a layer's part on the CPU, and the GPU, on a few experts that are thrown
-away."""
+"""Measures what the planner goes by: the bus, the CPU and the GPU, on a few experts that are thrown away."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from .planner import LinearCost, MachineRates
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20
 _RANK = 8
-_LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, that would make them look faster than they are
-_EXPERTS = 16  # of them at least where the layer has so many, and on the GPU at most
+_LAYER_BYTES = 2**30  # of experts on the CPU: more than its cache, which would make them look faster than they are
+_EXPERTS = 16  # at least on the CPU, if the layer has as many; at most on the GPU
 _BESIDE = 2  # experts in each of the other tiers
 _SHORT, _LEAST, _MOST = 128, 1024, 4096  # tokens of the calls that are timed: few, and as the run's within bounds
 _GPU_TOKENS = 4096
-_LONG = 1.0  # seconds: what takes so long is not repeated
+_LONG = 1.0  # s; a slower call is timed once
 
 
 def measure_rates(
@@ -43,16 +42,16 @@ def measure_rates(
     copy_bytes: int = _COPY_BYTES,
     gpu_tokens: int = _GPU_TOKENS,
 ) -> MachineRates:
-    """Measure once, in a few seconds.
+    """Measure the machine's rates once, in a few seconds.
 
     Args:
-        shape: Of a layer of the model.
+        shape: Sizes of a layer of the model.
         device: The GPU.
         plan: Worker threads of the operators.
         backend: What computes experts on the CPU.
-        tokens: Of the run's forwards; no more than 4,096 are timed.
-        copy_bytes: That are copied to the GPU.
-        gpu_tokens: Of the GPU's calls.
+        tokens: Tokens of the run's forwards; no more than 4,096 are timed.
+        copy_bytes: How many bytes are copied to the GPU to time the bus.
+        gpu_tokens: Tokens of the calls that time the GPU.
     """
     K, H, I = shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
     E, fitting = shape.num_experts, _LAYER_BYTES // expert_bytes(shape)
@@ -66,8 +65,8 @@ def measure_rates(
 
         def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[LinearCost, LinearCost]:
             weights, streamer = _weights(layer), Streamer(device)
-            split = build_tiered(weights, layer, resident, streamed, streamer, torch.bfloat16, lambda *_: packed)
-            return _lines(split, range(2 * _BESIDE, layer.num_experts), streamed, lengths)
+            tiered = build_tiered(weights, layer, resident, streamed, streamer, torch.bfloat16, lambda *_: packed)
+            return _lines(tiered, range(2 * _BESIDE, layer.num_experts), streamed, lengths)
 
         quiet = lines(range(2 * _BESIDE), range(0))
         beside = lines(range(_BESIDE), range(_BESIDE, 2 * _BESIDE)) if pcie and aligned(shape) else quiet
@@ -75,15 +74,15 @@ def measure_rates(
         small = ExpertShape(max(K, min(E, _EXPERTS, fitting)), K, H, I)
         on_gpu = gpu_backend(_moved(_weights(small), device), small)
         ids = _ids(gpu_tokens, K, range(small.num_experts))
-        took = _times(on_gpu, _random((gpu_tokens, H)), ids)
-        forward, backward = (ids.numel() / seconds for seconds in took)
+        seconds = _times(on_gpu, _random((gpu_tokens, H)), ids)
+        forward, backward = (ids.numel() / each for each in seconds)
     rates = MachineRates(pcie, *quiet, *beside, forward, backward)
     logger.info("kt_hf: measured %s", rates)
     return rates
 
 
 def _weights(shape: ExpertShape) -> ExpertWeights:
-    """One random expert, as often as asked."""
+    """Weights of random experts, all alike."""
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     gate_up, down = (_random(size).mul_(0.02).expand(E, *size).contiguous() for size in ((2 * I, H), (H, I)))
     return ExpertWeights(gate_up, down)
@@ -95,7 +94,7 @@ def _random(size: tuple[int, ...]) -> Tensor:
 
 
 def _even(ids: Tensor) -> Tensor:
-    """Routing weights for them, all alike."""
+    """Routing weights [T, K] for these ids, all alike."""
     return torch.full(ids.shape, 1 / ids.shape[1], device="cpu")
 
 
@@ -110,11 +109,14 @@ def _ids(tokens: int, top_k: int, used: range) -> Tensor:
 
 
 def _lines(
-    split: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequence[int]
+    tiered: ExpertsBackend, on_cpu: range, streamed: range, tokens: Sequence[int]
 ) -> tuple[LinearCost, LinearCost]:
-    """The model of the part on the CPU, forward and backward, by least squares over lengths, numbers of experts used,
-    and tokens that are for none of them. With `streamed` every second choice is one of these."""
-    K = split.shape.top_k
+    """The cost of the experts on the CPU, forward and backward, by least squares.
+
+    Over lengths, numbers of experts used, and tokens that no expert gets. With `streamed` every second choice is one of
+    these experts.
+    """
+    K = tiered.shape.top_k
     points, seconds = [], []
     few = on_cpu[: max(K, len(on_cpu) // 4)]
     for T, used, idle in itertools.product(tokens, (on_cpu, few), (0, 2)):
@@ -122,49 +124,61 @@ def _lines(
         if streamed:
             ids.view(-1)[1::2] = streamed.start + torch.arange(ids.numel() // 2, device="cpu") % len(streamed)
         ids[: T * idle // 3] = -1
-        seconds.append(_times(split, _random((T, split.shape.hidden_size)), ids))
-        here = ids[ids >= on_cpu.start]
-        points.append([1.0, float(T), float(here.unique().numel()), float(here.numel())])
+        seconds.append(_times(tiered, _random((T, tiered.shape.hidden_size)), ids))
+        cpu_ids = ids[ids >= on_cpu.start]
+        points.append([1.0, float(T), float(cpu_ids.unique().numel()), float(cpu_ids.numel())])
     forward, backward = zip(*seconds, strict=True)
     return fitted(points, forward), fitted(points, backward)
 
 
 def fitted(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> LinearCost:
-    """The line through measured points (1, tokens, experts, rows), without negative terms: what would be one is left
-    out."""
+    """The linear cost through measured points, without negative terms: what would be one is left out.
+
+    Args:
+        points: (1, tokens, experts, rows) of each measurement.
+        seconds: What each took.
+    """
     kept = [0, 1, 2, 3]
     a, b = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (points, seconds))
     while True:
         scale = a[:, kept].amax(0)
-        found = torch.linalg.lstsq(a[:, kept] / scale, b.unsqueeze(1), driver="gelsd").solution[:, 0] / scale
-        if len(kept) == 1 or bool((found >= 0).all()):
+        terms = torch.linalg.lstsq(a[:, kept] / scale, b.unsqueeze(1), driver="gelsd").solution[:, 0] / scale
+        if len(kept) == 1 or bool((terms >= 0).all()):
             break
-        kept.pop(int(found.argmin()))
-    terms = dict(zip(kept, found.clamp(min=0).tolist(), strict=True))
-    return LinearCost(*(terms.get(i, 0.0) for i in range(4)))
+        kept.pop(int(terms.argmin()))
+    by_index = dict(zip(kept, terms.clamp(min=0).tolist(), strict=True))
+    return LinearCost(*(by_index.get(i, 0.0) for i in range(4)))
 
 
 def _times(backend: ExpertsBackend, x: Tensor, ids: Tensor) -> tuple[float, float]:
     """The median seconds of a forward and of a backward, of three at most."""
     x, ids, weights = (tensor.to(backend.device) for tensor in (x.to(backend.dtype), ids, _even(ids)))
     backend.set_lora(tuple(torch.full(size, 0.01, device=x.device) for size in backend.shape.lora_shapes(_RANK)))
-    found: list[tuple[float, float]] = []
+    seconds: list[tuple[float, float]] = []
     before = torch.get_num_threads()
     if backend.torch_threads is not None:  # as in training
         torch.set_num_threads(min(before, backend.torch_threads))
     try:
-        while len(found) < 3 and sum(map(sum, found)) < _LONG:
-            found.append(timed_once(backend, x, ids, weights, x))
+        while len(seconds) < 3 and sum(map(sum, seconds)) < _LONG:
+            seconds.append(timed_once(backend, x, ids, weights, x))
     finally:
         torch.set_num_threads(before)
-    forward, backward = zip(*found, strict=True)
+    forward, backward = zip(*seconds, strict=True)
     return statistics.median(forward), statistics.median(backward)
 
 
 def timed_once(
     backend: ExpertsBackend, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
 ) -> tuple[float, float]:
-    """Seconds of a forward and of its backward, with what they launched on a GPU."""
+    """Seconds of a forward and of its backward, with what they launched on a GPU.
+
+    Args:
+        backend: What computes.
+        x: [T, H], in the backend's dtype and on its device, as the others are.
+        ids: [T, K] integers.
+        weights: [T, K], float32.
+        grad_output: [T, H].
+    """
     done: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
     done()
     begin = time.perf_counter()

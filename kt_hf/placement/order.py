@@ -30,14 +30,16 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Placement:
-    """The experts of each layer in the order in which they go to the GPU: first those resident there, then those
-    streamed to it. How many do is `kt_num_gpu_experts` or `kt_expert_placement`.
+    """The experts of each layer in the order in which they go to the GPU.
+
+    The first ones are resident on the GPU, the next ones streamed to it, and the CPU computes the others. How many go
+    where is not said here, but by `kt_num_gpu_experts` or `kt_expert_placement`.
 
     Attributes:
-        order: Layer index -> all its experts, the most used first.
+        order: Layer index -> ids of all its experts, the most used first.
         source: Where the order comes from, in words.
-        share: Of the routers' choices, that of the first expert in the order, of the second and so on, averaged over
-            layers; () if unknown.
+        share: Share of the routers' choices that the first expert of the order gets, the second and so on, the mean
+            over layers; () if unknown.
     """
 
     order: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -46,7 +48,11 @@ class Placement:
 
     @classmethod
     def by_use(cls, counts: Mapping[int, Tensor]) -> Placement:
-        """By tokens of each expert: layer index -> [E], as `count_experts` gives. Of equals the lower number first."""
+        """A placement by how often each expert is used; of equals, the lower id goes first.
+
+        Args:
+            counts: Layer index -> [E] tokens of each expert, as `count_experts` gives them.
+        """
         order = {
             int(layer): tuple(torch.as_tensor(c).cpu().double().argsort(descending=True, stable=True).tolist())
             for layer, c in counts.items()
@@ -55,16 +61,20 @@ class Placement:
         return cls(order, f"a profile of {choices} choices of the routers", _share(counts))
 
     def check(self, layer: int, total: int) -> None:
-        """Refuse it for a model whose layer has `total` experts, if it has others.
+        """Refuse this placement for a model whose layer has other experts.
+
+        Args:
+            layer: Index of the layer.
+            total: Experts of the model's layer.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
         """
         order = self.order.get(layer)
         if order is None or sorted(order) != list(range(total)):
-            told = f"{len(order)} experts for layer {layer}" if order else f"nothing for layer {layer}"
+            content = f"{len(order)} experts for layer {layer}" if order else f"nothing for layer {layer}"
             raise KTAMXConfigError(
-                f"placement: it has {told}, the model has {total} there. Is it another model's? Leave it out."
+                f"placement: it has {content}, the model has {total} there. Is it another model's? Leave it out."
             )
 
 
@@ -86,13 +96,13 @@ def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) ->
         return given
     if isinstance(given, Mapping):
         return Placement.by_use(given)
-    found = read_placement(given)
-    if found is None:
+    placement = read_placement(given)
+    if placement is None:
         raise KTAMXConfigError(
             f"placement={str(given)!r}: there is no {PLACEMENT}. Give the folder of an adapter that was trained with "
             "experts on the GPU, or leave it out."
         )
-    return found
+    return placement
 
 
 def read_placement(folder: str | Path) -> Placement | None:
@@ -132,10 +142,15 @@ def _order(experts: Field) -> tuple[int, ...]:
 
 
 def write_placement(folder: Path, placement: Placement | None, tiers: Tiers) -> bool:
-    """Write a placement and the numbers of its tiers into an adapter's folder; remove an older one if there is none.
+    """Write a placement and the numbers of its tiers into an adapter's folder.
+
+    Args:
+        folder: Of the adapter.
+        placement: Which experts go to the GPU first; None removes an older file.
+        tiers: How many experts of each layer do.
 
     Returns:
-        Whether there is one.
+        Whether there is a placement now.
     """
     path = folder / PLACEMENT
     if placement is None:

@@ -1,4 +1,4 @@
-"""How a model's experts are handed to the backend: shared by all layers of a patched model."""
+"""`Packer`: builds the backend of each layer of a patched model, and knows which expert goes where."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ DEFAULT_MAX_LEN = 32_768
 _TOKENS = 2_048
 _RANK = 16
 _NO_GPU = Tiers()
+
+
+def shares_backward(copies: int, free: int | None) -> bool:
+    """Whether layers have to share one buffer of backward weights, for a copy for each would not leave memory enough.
+
+    Args:
+        copies: Bytes of a copy for each layer, all together.
+        free: Bytes of host memory that would be left beside the copies and the packed weights; None if unknown, which
+            counts as enough.
+    """
+    return free is not None and copies > 0.8 * free
 
 
 class Packer:
@@ -133,8 +144,8 @@ class Packer:
 
         Args:
             layers: Shape by layer index.
-            placement: Which of them go first; None for the first ones.
-            budget: What a planned placement goes by.
+            placement: Which experts go first; None for the first ones by id.
+            budget: What must fit on the GPU beside them, where the numbers are planned.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
@@ -155,6 +166,10 @@ class Packer:
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
 
+        Args:
+            layers: Shape by layer index.
+            placement: Which experts go to the GPU first; None passes.
+
         Raises:
             KTAMXConfigError: It is another model's.
         """
@@ -163,24 +178,24 @@ class Packer:
                 placement.check(layer, shape.num_experts)
 
     def _planned(self, shapes: list[ExpertShape], placement: Placement | None, budget: MemoryBudget) -> Tiers:
-        """By the machine's rates, measured now."""
+        """The tiers that take the least time by the machine's rates, which are measured now."""
         shape, device = max(shapes, key=expert_bytes), self.gpu_device
-        shape = replace(shape, num_experts=min(one.num_experts for one in shapes))
+        shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
         tokens = budget.tokens or self.config.kt_max_len or _TOKENS
         free = free_device_memory(device)
-        streaming = all(aligned(one) for one in shapes) and (
+        streaming = all(aligned(other) for other in shapes) and (
             self.backend != "torch" or budget.dtype in (None, torch.bfloat16)
         )
         rates = measure_rates(shape, device, self.threads, self.backend, tokens)
         if self.config.kt_moe_lora_device == "gpu":
             budget = replace(budget, lora_rank=self.config.kt_lora_rank or _RANK)
-        left = budget.free_for_experts(free, tokens, shape)
+        for_experts = budget.free_for_experts(free, tokens, shape)
         popularity = placement.share if placement else ()
-        split = plan_tiers(rates, shape, len(shapes), tokens, left, popularity, streaming, budget.keep_8bit)
-        check_tiers(split.tiers, self.config, shapes, self.backend != "torch")
-        logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, split)
-        self.planned = split
-        return split.tiers
+        plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.keep_8bit)
+        check_tiers(plan.tiers, self.config, shapes, self.backend != "torch")
+        logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, plan)
+        self.planned = plan
+        return plan.tiers
 
     def build(
         self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int = 0
@@ -192,7 +207,11 @@ class Packer:
             shape: Sizes of the layer.
             rank: LoRA rank to build for; 0 for inference.
             label: The layer's name in the model, for messages.
-            layer_idx: Its number, by which the placement knows it.
+            layer_idx: Its index, by which the placement knows it.
+
+        Raises:
+            KTAMXConfigError: Experts that cannot be streamed.
+            KTAMXError: The system refuses to page-lock memory, or a packed file does not load.
         """
         if self._share is None:
             self._share = self._share_backward()
@@ -233,7 +252,12 @@ class Packer:
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 
     def read_scaled(self, shape: ExpertShape, layer: int) -> Sequence[int]:
-        """Ids of the experts of a layer that are to be left as their checkpoint has them, of 8 bits."""
+        """Ids of the experts of a layer that stay in 8 bits, as their checkpoint has them.
+
+        Args:
+            shape: Sizes of the layer.
+            layer: Its index, by which the placement knows it.
+        """
         return self._on_gpu(shape, layer)[1] if self.keep_8bit else ()
 
     def _share_backward(self) -> bool:
@@ -246,14 +270,14 @@ class Packer:
             return True
         if self.config.kt_share_backward_weights is not None:
             return self.config.kt_share_backward_weights
-        copy = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
+        copies = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
         # When all is packed once: source weights in memory are released layer by layer.
-        free = available_memory() - copy + (-self._locked_bytes if self.streamed else self.cpu_bytes)
-        share = copy > 0.8 * free
+        free = available_memory() - copies + (-self._locked_bytes if self.streamed else self.cpu_bytes)
+        share = shares_backward(copies, free)
         logger.info(
             "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
             "one buffer for all layers, slower" if share else "one copy a layer",
-            copy / 2**30,
+            copies / 2**30,
             free / 2**30,
         )
         return share

@@ -1,4 +1,4 @@
-"""How many experts of each layer should be where: the split whose slowest part is the fastest.
+"""How many experts of each layer should be in which tier: the plan whose slowest tier is the fastest.
 
 The three tiers work at the same time: weights cross the bus, the GPU computes what has arrived, the operators compute
 the rest. So a layer takes as long as the slowest of them, forward and backward, and a step as long as its layers.
@@ -24,34 +24,54 @@ from .tiers import Tiers
 ATTENTION_SECONDS = 5e-3, 10e-3
 
 
-# A split with experts on the CPU has to be so much faster than one without: what the parts cost each other makes it
-# up to a fifth slower than it looks.
+# A plan with experts on the CPU has to be a tenth faster than one without: what the tiers cost each other makes it up
+# to a fifth slower than it looks.
 _MARGIN = 0.9
 
 
 @dataclass(frozen=True)
 class LinearCost:
-    """Seconds of a layer's part on the CPU, in one direction: copies from and to the GPU among them."""
+    """Seconds that the CPU takes for its experts of a layer, forward or backward, as a linear function.
 
-    fixed: float  # a call
-    per_token: float  # whether it is for one of the experts or for none of them
-    per_expert: float  # that has tokens
-    per_row: float  # a token for an expert
+    Copies from and to the GPU are in it.
+
+    Attributes:
+        fixed: Seconds of a call.
+        per_token: Seconds of a token, whether or not one of the CPU's experts gets it.
+        per_expert: Seconds of an expert that gets any token.
+        per_row: Seconds of a token at one expert.
+    """
+
+    fixed: float
+    per_token: float
+    per_expert: float
+    per_row: float
 
     def seconds(self, tokens: float, experts: float, rows: float) -> float:
+        """Seconds of a call.
+
+        Args:
+            tokens: Of the call.
+            experts: On the CPU, that get any of them.
+            rows: Tokens of these experts, counted once an expert.
+        """
         return self.fixed + self.per_token * tokens + self.per_expert * experts + self.per_row * rows
 
 
 @dataclass(frozen=True)
 class MachineRates:
-    """What a machine does with experts of one shape.
+    """How fast a machine computes experts of one shape.
 
     Attributes:
-        pcie_bytes_per_s: From page-locked memory to the GPU; 0 if there is no such memory to be had.
-        forward: Of the part on the CPU, and `backward`.
-        beside_forward: Of the same beside a streamed part, which the host has to launch; and `beside_backward`.
-        gpu_forward_rows_per_s: Tokens for an expert, whose weights are there; and `gpu_backward_rows_per_s`.
-        assumed: Not measured.
+        pcie_bytes_per_s: Bytes a second from page-locked memory to the GPU; 0 if memory cannot be page-locked.
+        forward: Seconds of the CPU's forward.
+        backward: Seconds of the CPU's backward.
+        beside_forward: Seconds of the CPU's forward while experts are streamed, which the host has to launch.
+        beside_backward: Seconds of the CPU's backward while experts are streamed.
+        gpu_forward_rows_per_s: Rows a second of the GPU's forward, weights in its memory; a row is a token at one
+            expert.
+        gpu_backward_rows_per_s: Rows a second of the GPU's backward.
+        assumed: Whether these rates are assumed, and were not measured.
     """
 
     pcie_bytes_per_s: float
@@ -66,9 +86,16 @@ class MachineRates:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """A plan: experts of each layer by tier, and the seconds of a step that each part should take.
+    """How many experts of each layer are in which tier, and how long a step's experts should take.
 
-    `seconds` is the experts' time in a step: of each layer and direction that of its slowest part.
+    Attributes:
+        resident: Experts of a layer in the GPU's memory.
+        streamed: Experts of a layer that are copied to the GPU each time.
+        cpu: Experts of a layer that the CPU computes.
+        seconds: Of all layers' experts in a step: of each layer and direction its slowest tier.
+        stream_seconds: That the bus is busy in a step.
+        cpu_seconds: That the CPU computes experts in a step.
+        gpu_seconds: That the GPU computes experts in a step.
     """
 
     resident: int
@@ -81,6 +108,7 @@ class TierPlan:
 
     @property
     def tiers(self) -> Tiers:
+        """The plan's numbers alone."""
         return Tiers(self.resident, self.streamed)
 
     def __str__(self) -> str:
@@ -94,16 +122,16 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a plan has to know of the model and the run besides its experts.
+    """Everything but expert weights that must fit on the GPU.
 
     Attributes:
-        tokens: Of a forward in training; None if unknown.
-        rest_bytes: Of the model's other weights, as far as they are not on the GPU yet.
-        layers: Of all kinds.
-        vocabulary: Logits a token.
-        dtype: The model's; None for bf16.
-        lora_rank: Of the experts' LoRA, if its parameters and their optimizer are on the GPU.
-        keep_8bit: Whether experts that are streamed stay of 8 bits.
+        tokens: Tokens of a forward in training; None if unknown.
+        rest_bytes: Bytes of the model's weights outside the experts, as far as they are not on the GPU yet.
+        layers: Decoder layers of the model, with experts or without.
+        vocabulary: Logits of a token.
+        dtype: The experts' dtype; None for bf16.
+        lora_rank: Rank of the experts' LoRA if its parameters and their optimizer are on the GPU, else 0.
+        keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
     """
 
     tokens: int | None = None
@@ -115,9 +143,16 @@ class MemoryBudget:
     keep_8bit: bool = False
 
     def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
-        """Bytes of a GPU's `free` ones that weights of experts may take, with checkpointing: what is left by the rest
-        of the model, hidden states between layers, one layer's activations, logits and their loss, LoRA that is there
-        (fp32, its gradients and two moments), and a tenth."""
+        """Bytes that weights of experts may take on the GPU, with checkpointing.
+
+        What is left by the rest of the model, hidden states between layers, one layer's activations, logits and their
+        loss, LoRA on the GPU (fp32, its gradients and two moments), and a tenth of the free memory.
+
+        Args:
+            free: Bytes that are free on the GPU.
+            tokens: Of a forward.
+            shape: Sizes of a layer.
+        """
         hidden = shape.hidden_size
         activations = tokens * (2 * hidden * self.layers + 100 * hidden + 14 * self.vocabulary)
         lora = self.layers * 16 * sum(a * b * c for a, b, c in shape.lora_shapes(self.lora_rank))
@@ -134,35 +169,36 @@ def plan_tiers(
     streaming: bool = True,
     keep_8bit: bool = False,
 ) -> TierPlan:
-    """The split with the least expert time in a step; of equals, that with the fewest experts on the GPU. One without
-    experts on the CPU is taken unless it is a tenth slower.
+    """The plan whose experts take the least time in a step; of equals, the one with the fewest experts on the GPU.
+
+    A plan without experts on the CPU is taken unless it is a tenth slower.
 
     Args:
         rates: For experts of `shape`.
-        shape: Of a layer.
-        layers: That have such experts.
-        tokens: Of a step's forward.
+        shape: Sizes of a layer.
+        layers: How many layers have such experts.
+        tokens: Tokens of a step's forward.
         free_gpu_bytes: For weights of all layers' resident experts, and for the buffers if any are streamed.
         popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
         streaming: Whether experts can be streamed.
-        keep_8bit: Whether they are of 8 bits then (their scales are not counted).
+        keep_8bit: Whether streamed experts stay in 8 bits (their scales are not counted).
     """
     streaming = streaming and rates.pcie_bytes_per_s > 0
     load = _Load.of(shape, tokens, popularity)
     size, E = expert_bytes(shape), shape.num_experts
-    found: list[TierPlan] = []
+    plans: list[TierPlan] = []
     for resident, streamed in itertools.product(range(E + 1), range(E + 1 if streaming else 1)):
         cpu = E - resident - streamed
         if cpu < 0 or 0 < cpu < shape.top_k:
             continue
         if resident * size * layers + buffer_bytes(shape, streamed, keep_8bit) > free_gpu_bytes and resident + streamed:
             continue
-        found.append(predicted(rates, shape, layers, load, resident, streamed, keep_8bit))
+        plans.append(predicted(rates, shape, layers, load, resident, streamed, keep_8bit))
 
-    def cost(split: TierPlan) -> tuple[float, int, int]:
-        return split.seconds * (_MARGIN if split.cpu == 0 else 1), split.resident + split.streamed, split.resident
+    def cost(plan: TierPlan) -> tuple[float, int, int]:
+        return plan.seconds * (_MARGIN if plan.cpu == 0 else 1), plan.resident + plan.streamed, plan.resident
 
-    return min(found, key=cost)  # all on the CPU is always among them
+    return min(plans, key=cost)  # all on the CPU is always among them
 
 
 @dataclass(frozen=True)
@@ -192,7 +228,17 @@ def predicted(
     streamed: int,
     keep_8bit: bool = False,
 ) -> TierPlan:
-    """The times of one split."""
+    """The plan of one choice of tiers: how long each tier should take.
+
+    Args:
+        rates: For experts of `shape`.
+        shape: Sizes of a layer.
+        layers: How many layers have such experts.
+        load: Tokens by expert.
+        resident: Experts of a layer in the GPU's memory.
+        streamed: Experts of a layer that are copied to the GPU each time.
+        keep_8bit: Whether streamed experts stay in 8 bits.
+    """
     on_gpu, E = resident + streamed, shape.num_experts
     moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, keep_8bit)
     stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
@@ -213,19 +259,25 @@ def predicted(
 
 
 def buffer_bytes(shape: ExpertShape, streamed: int, keep_8bit: bool = False) -> int:
-    """Of the GPU's buffers for so many streamed experts a layer; where they are of 8 bits, with a chunk in bf16."""
+    """Bytes of the GPU's buffers for streamed experts.
+
+    Args:
+        shape: Sizes of a layer.
+        streamed: Experts of a layer that are streamed.
+        keep_8bit: Whether they stay in 8 bits; the buffers then include two chunks in bf16.
+    """
     ahead = _ahead_bytes(shape, streamed, keep_8bit)
     return ahead + 2 * ahead // BUFFERS if keep_8bit else ahead
 
 
 def _ahead_bytes(shape: ExpertShape, streamed: int, keep_8bit: bool) -> int:
-    """That the buffers hold."""
+    """Bytes of weights that the buffers hold, read ahead of their use."""
     size = expert_bytes(shape, keep_8bit)
     return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
 
 
 def assumed_rates(shape: ExpertShape) -> MachineRates:
-    """Those of an H200 on PCIe 5 and 16 AMX cores, measured on experts of 2,048 x 1,408 and scaled by size."""
+    """The rates of an H200 on PCIe 5 and 16 AMX cores, measured on experts of 2,048 x 1,408 and scaled by size."""
     scale = shape.hidden_size * shape.intermediate_size / (2048 * 1408)
     return MachineRates(
         pcie_bytes_per_s=55e9,

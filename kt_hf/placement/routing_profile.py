@@ -60,7 +60,7 @@ def count_experts(model: nn.Module, batches: Iterable[Any]) -> dict[int, Tensor]
         model.eval()
         with torch.no_grad():
             for batch in batches:
-                given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-                given.pop("labels", None)
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}, use_cache=False)
+                inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+                inputs.pop("labels", None)
+                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}, use_cache=False)
     return counts

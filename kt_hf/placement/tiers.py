@@ -13,11 +13,11 @@ from ..shapes import ExpertShape
 
 @dataclass(frozen=True)
 class Tiers:
-    """Numbers of experts a layer, the most used in the first tier; what is left is on the CPU.
+    """How many experts of each layer the GPU computes, the most used first; the CPU computes the others.
 
     Attributes:
-        resident: In the GPU's memory.
-        streamed: Computed there, with weights in host memory that are copied each time.
+        resident: Experts whose weights are in the GPU's memory.
+        streamed: Experts whose weights are in host memory, and copied to the GPU each time they are needed.
     """
 
     resident: int = 0
@@ -25,10 +25,11 @@ class Tiers:
 
     @property
     def on_gpu(self) -> int:
+        """Experts of a layer that the GPU computes."""
         return self.resident + self.streamed
 
     def on_cpu(self, experts: int) -> int:
-        """Of a layer of so many."""
+        """Experts that the CPU computes, of a layer that has `experts`."""
         return max(0, experts - self.on_gpu)
 
     def __str__(self) -> str:
@@ -43,7 +44,13 @@ def field_of(config: KTConfig) -> str:
 
 
 def asked_for(config: KTConfig, shapes: Sequence[ExpertShape], has_gpu: bool) -> Tiers | None:
-    """What the settings say of layers of these shapes; None if it is to be planned, which takes a GPU."""
+    """The tiers that the settings ask for; None if they are to be planned (`auto`), which takes a GPU.
+
+    Args:
+        config: The settings.
+        shapes: Of the model's layers.
+        has_gpu: Whether there is a GPU for experts.
+    """
     placement = config.kt_expert_placement
     if placement is None:
         return Tiers(config.kt_num_gpu_experts or 0)
@@ -55,37 +62,76 @@ def asked_for(config: KTConfig, shapes: Sequence[ExpertShape], has_gpu: bool) ->
 
 
 def order_matters(config: KTConfig, has_gpu: bool) -> bool:
-    """Whether it makes a difference which experts are used most: the GPU computes some, not all."""
+    """Whether it makes a difference which experts are used most: the GPU computes some of them, not all.
+
+    Args:
+        config: The settings.
+        has_gpu: Whether there is a GPU for experts.
+    """
     placement = config.kt_expert_placement
     if isinstance(placement, Mapping):
         return any(placement.values())
     return has_gpu if placement == "auto" else placement is None and bool(config.kt_num_gpu_experts)
 
 
-def check_tiers(tiers: Tiers, config: KTConfig, shapes: Sequence[ExpertShape], operators: bool) -> None:
-    """Refuse numbers that layers of these shapes cannot have.
+def problem(
+    tiers: Tiers, config: KTConfig, shapes: Sequence[ExpertShape], operators: bool, has_gpu: bool = True
+) -> str | None:
+    """Why these numbers cannot be had, naming the setting, its value and the fix; None if they can.
 
     Args:
+        tiers: Experts of each layer by tier.
+        config: The settings that led to them.
+        shapes: Of the model's layers.
         operators: Whether kt-kernel's operators compute what is on the CPU. They need as many experts as a token is
             sent to, or none.
+        has_gpu: Whether there is a GPU for experts.
+    """
+    if not tiers.on_gpu:
+        return None
+    field = field_of(config)
+    if config.kt_weight_path is not None:
+        return f"{field} does not go together with kt_weight_path: saved experts are packed for the CPU. Leave one out."
+    if not has_gpu:
+        nothing = "set it to 0" if config.kt_expert_placement is None else "set it to auto"
+        return f"{field} needs a CUDA GPU, and there is none here: leave it out, or {nothing}."
+    return next(filter(None, (_layer_problem(tiers, config, shape, operators) for shape in shapes)), None)
+
+
+def _layer_problem(tiers: Tiers, config: KTConfig, shape: ExpertShape, operators: bool) -> str | None:
+    """Why one layer cannot have these numbers; None if it can."""
+    field, what = field_of(config), "resident and streamed together" if tiers.streamed else "it"
+    E, K, count = shape.num_experts, shape.top_k, tiers.on_gpu
+    if config.kt_expert_placement != "gpu" and count > E:
+        return f"{field}: a layer has {E} experts. Set {what} to {E} or less."
+    if operators and E - K < count < E:
+        return (
+            f"{field} of {E} leaves {E - count} on the CPU, and the operators need {K} (those a token is sent "
+            f"to). Set {what} to {E}, or to {E - K} or less."
+        )
+    if tiers.streamed and not aligned(shape):
+        return (
+            f"{field}: experts of hidden size {shape.hidden_size} and intermediate size "
+            f"{shape.intermediate_size} cannot be streamed, only multiples of 8 can. Set streamed to 0."
+        )
+    return None
+
+
+def check_tiers(
+    tiers: Tiers, config: KTConfig, shapes: Sequence[ExpertShape], operators: bool, has_gpu: bool = True
+) -> None:
+    """Refuse numbers of experts that cannot be had.
+
+    Args:
+        tiers: Experts of each layer by tier.
+        config: The settings that led to them.
+        shapes: Of the model's layers.
+        operators: Whether kt-kernel's operators compute what is on the CPU.
+        has_gpu: Whether there is a GPU for experts.
 
     Raises:
-        KTAMXConfigError: Too many experts, or too few of them left for the operators, or of a shape that grouped
-            products cannot compute.
+        KTAMXConfigError: As `problem` says it.
     """
-    field = field_of(config)
-    for shape in shapes:
-        E, K, count = shape.num_experts, shape.top_k, tiers.on_gpu
-        what = "resident and streamed together" if tiers.streamed else "it"
-        if config.kt_expert_placement != "gpu" and count > E:
-            raise KTAMXConfigError(f"{field}: a layer has {E} experts. Set {what} to {E} or less.")
-        if operators and E - K < count < E:
-            raise KTAMXConfigError(
-                f"{field} of {E} leaves {E - count} on the CPU, and the operators need {K} (those a token is sent "
-                f"to). Set {what} to {E}, or to {E - K} or less."
-            )
-        if tiers.streamed and not aligned(shape):
-            raise KTAMXConfigError(
-                f"{field}: experts of hidden size {shape.hidden_size} and intermediate size "
-                f"{shape.intermediate_size} cannot be streamed, only multiples of 8 can. Set streamed to 0."
-            )
+    text = problem(tiers, config, shapes, operators, has_gpu)
+    if text is not None:
+        raise KTAMXConfigError(text)

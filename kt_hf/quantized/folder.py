@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..backends import QUANTIZED, PackedLayerFiles, kernel_availability
-from ..checkpoint.fingerprint import FLOATING, combined, fingerprint_of
+from ..checkpoint.fingerprint import combined, fingerprint_of
+from ..discovery import FLOATING
 from ..errors import KTAMXConfigError, KTAMXError
 from ..shapes import ExpertShape
 from ..system.files import sha256
@@ -25,7 +26,11 @@ _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 
 
 class PrequantizedExperts:
-    """A folder of saved experts whose manifest and file sizes have been checked.
+    """A folder of saved experts whose manifest and file sizes have been checked (`open_saved`).
+
+    Args:
+        path: The folder.
+        manifest: What it says of itself.
 
     Attributes:
         path: The folder.
@@ -82,11 +87,11 @@ class PrequantizedExperts:
                 who = "the model has none of that name" if name in m.layers else "it is not in the folder"
                 raise self._error(f"was made of another model ({m.model}): layer {name}, {who}")
         for name, shape in names.items():
-            wanted = [shape.num_experts, shape.hidden_size, shape.intermediate_size]
-            if m.layers[name].shape != wanted:
+            expected = [shape.num_experts, shape.hidden_size, shape.intermediate_size]
+            if m.layers[name].shape != expected:
                 raise self._error(
                     f"was made of another model ({m.model}): the experts of {name}, their hidden and their "
-                    f"intermediate size are {m.layers[name].shape} there, {wanted} in the model"
+                    f"intermediate size are {m.layers[name].shape} there, {expected} in the model"
                 )
 
     def check_model(self, model: Any) -> None:
@@ -94,19 +99,22 @@ class PrequantizedExperts:
 
         Compares rows of tensors outside the experts, and of the experts' where the model has them in memory.
 
+        Args:
+            model: A transformers model, or a PeftModel around one.
+
         Raises:
             KTAMXConfigError: A tensor differs, by name.
         """
         m, compared = self.manifest, 0
         tensors = {n.removeprefix(_WRAPPER).replace(_WRAPPED, ""): t for n, t in model.named_parameters()}
-        for name, wanted in [*m.marks.items(), *self._source()]:
+        for name, expected in [*m.marks.items(), *self._source()]:
             tensor = tensors.get(name)
-            if tensor is None or tensor.is_meta or tensor.dtype not in FLOATING or list(tensor.shape) != wanted.shape:
+            if tensor is None or tensor.is_meta or tensor.dtype not in FLOATING or list(tensor.shape) != expected.shape:
                 continue
-            if tensor.dtype is torch.float16 and wanted.dtype != "float16":
+            if tensor.dtype is torch.float16 and expected.dtype != "float16":
                 continue  # rounded before it is rounded to bf16
             compared += 1
-            if fingerprint_of(tensor).sha256 != wanted.sha256:
+            if fingerprint_of(tensor).sha256 != expected.sha256:
                 raise self._error(
                     f"was made of other weights ({m.model}): {name} differs from the model's. Quantise this model"
                 )
@@ -115,37 +123,46 @@ class PrequantizedExperts:
                            self.path, m.model)  # fmt: skip
 
     def layer(self, name: str) -> PackedLayerFiles:
-        """A layer's folder; its contents are read and compared with the checksums.
+        """The packed weights of a layer, once its files are read and compared with their checksums.
+
+        Args:
+            name: Of the experts module.
 
         Raises:
             KTAMXError: A file has changed, by name.
         """
-        made = self.manifest.layers[name.removeprefix(_WRAPPER)]
-        folder = self.path / made.folder
-        found = checksums(folder, made.files)
-        for file, (_, wanted) in made.files.items():
-            if found[file] != wanted:
+        entry = self.manifest.layers[name.removeprefix(_WRAPPER)]
+        folder = self.path / entry.folder
+        sums = checksums(folder, entry.files)
+        for file, (_, expected) in entry.files.items():
+            if sums[file] != expected:
                 raise KTAMXError(f"kt_weight_path: {folder / file} is not what was written. Quantise again.")
-        return PackedLayerFiles(folder, self.manifest.backward, combined(made.source))
+        return PackedLayerFiles(folder, self.manifest.backward, combined(entry.source))
 
     def layer_bytes(self, name: str) -> int:
-        """Of a layer's files."""
+        """Bytes of a layer's files; `name` is that of the experts module."""
         return sum(size for size, _ in self.manifest.layers[name.removeprefix(_WRAPPER)].files.values())
 
     def _source(self) -> Iterable[tuple[str, Fingerprint]]:
         for name, layer in self.manifest.layers.items():
-            for part, wanted in layer.source.items():
-                yield f"{name}.{part}", wanted
+            for part, fingerprint in layer.source.items():
+                yield f"{name}.{part}", fingerprint
 
     def _error(self, problem: str) -> KTAMXConfigError:
         return KTAMXConfigError(f"kt_weight_path={self.path} {problem}.")
 
 
 def for_run(path: str | Path, backend: str, lora_rank: int | None) -> PrequantizedExperts:
-    """`open_saved` for `kt_weight_path`, after a look at the settings that go with it.
+    """Open the folder of `kt_weight_path`, once the settings that go with it are checked.
+
+    Args:
+        path: `kt_weight_path`.
+        backend: `kt_backend`.
+        lora_rank: `kt_lora_rank`.
 
     Raises:
-        KTAMXConfigError: kt_backend cannot use saved weights, or kt_lora_rank is not given.
+        KTAMXConfigError: kt_backend cannot use saved weights, kt_lora_rank is not given, or as `open_saved`.
+        KTAMXError: As `open_saved`.
     """
     if backend not in QUANTIZED:
         raise KTAMXConfigError(
@@ -175,32 +192,41 @@ def open_saved(path: str | Path) -> PrequantizedExperts:
             f"kt_weight_path={path} has no {MANIFEST}: it was not written by `kt-hf quantize`, or not to its end."
         )
     manifest = read_manifest(path / MANIFEST)
-    here = kernel_availability().details.get("version")
-    if here is not None and manifest.kt_kernel != here:
+    version = kernel_availability().details.get("version")
+    if version is not None and manifest.kt_kernel != version:
         raise KTAMXConfigError(
-            f"kt_weight_path={path} was written by kt-kernel {manifest.kt_kernel}, and this is {here}: quantise again."
+            f"kt_weight_path={path} was written by kt-kernel {manifest.kt_kernel}, and this is {version}: quantise "
+            "again."
         )
     for layer in manifest.layers.values():
         _check_files(path / layer.folder, {file: size for file, (size, _) in layer.files.items()})
     return PrequantizedExperts(path, manifest)
 
 
-def _check_files(folder: Path, wanted: dict[str, int]) -> None:
-    there = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
-    for file, size in wanted.items():
-        if file not in there:
+def _check_files(folder: Path, expected: dict[str, int]) -> None:
+    present = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    for file, size in expected.items():
+        if file not in present:
             raise KTAMXError(f"kt_weight_path: {folder / file} is missing. Quantise again.")
-        if there[file] != size:
+        if present[file] != size:
             raise KTAMXError(
-                f"kt_weight_path: {folder / file} has {there[file]} bytes, {size} were written. Quantise again."
+                f"kt_weight_path: {folder / file} has {present[file]} bytes, {size} were written. Quantise again."
             )
-    for file in there:
-        if file not in wanted and file.endswith(".kt"):  # then the others may be of two writings too
+    for file in present:
+        if file not in expected and file.endswith(".kt"):  # then the others may be of two writings too
             raise KTAMXError(f"kt_weight_path: {folder / file} does not belong there: remove it.")
 
 
 def checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """File -> sha256 of its contents, several at a time."""
+    """Checksums of files, several computed at a time.
+
+    Args:
+        folder: That holds them.
+        files: Their paths, relative to `folder`.
+
+    Returns:
+        File -> sha256 of its contents, hexadecimal.
+    """
     names = list(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

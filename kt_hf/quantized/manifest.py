@@ -16,12 +16,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One layer.
+    """The files of one layer.
 
     Attributes:
-        folder: Relative to the manifest's.
-        shape: Experts, hidden size, intermediate size.
-        source: Of what weights: parameter of the experts module -> mark.
+        folder: That holds them, relative to the manifest's.
+        shape: Experts, hidden size, intermediate size: E, H, I.
+        source: What they were made of: parameter of the experts module -> fingerprint.
         files: Path relative to `folder` -> size in bytes and sha256.
     """
 
@@ -33,18 +33,19 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole folder.
+    """What a folder of saved experts was made of, how, and which files it holds.
 
     Attributes:
         backend: AMXInt8 or AMXInt4.
-        backward: With the weights for backward, or without.
-        pools: Of threads, that each expert is split over.
-        kt_kernel: Version that wrote the files.
+        backward: Whether the weights for backward are there.
+        pools: Pools of threads that each expert is split over.
+        kt_kernel: Version of kt-kernel that wrote the files.
         variant: Its CPU variant.
-        model: Name or folder that was quantised.
-        model_type: By its configuration.
-        config_sha256: Of its config.json.
-        marks: Of tensors outside the experts: name -> mark.
+        model: Name or folder of the model that was quantized.
+        model_type: Of the model's configuration.
+        config_sha256: Of the model's config.json, hexadecimal. Written for people who look a folder up; nothing
+            compares it, for two configurations of the same weights may differ.
+        marks: Fingerprints of tensors outside the experts, by name. (The name of the key in the file.)
         layers: Name of the experts module -> its files.
     """
 
@@ -60,6 +61,7 @@ class Manifest:
     layers: dict[str, LayerEntry]
 
     def write(self, folder: Path) -> None:
+        """Write `kt_experts_manifest.json` into the folder."""
         write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
 
 
@@ -90,10 +92,13 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def read_layer(layer: Field) -> LayerEntry:
-    """A layer's entry, as `asdict` makes it.
+    """Read and check the entry of a layer.
+
+    Args:
+        layer: Of the manifest's `layers`: what `asdict` makes of a `LayerEntry`.
 
     Raises:
-        KTAMXError: It is none, or names files outside the folder.
+        KTAMXError: Something is missing or of another kind, or a file lies outside the folder.
     """
     entry = layer.object()
     shape = [length.integer(least=1) for length in entry["shape"].entries()]

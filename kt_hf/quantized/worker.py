@@ -1,4 +1,4 @@
-"""Quantises some layers in a process of its own and prints what it has written, a line of JSON a layer.
+"""Quantizes some layers in a process of its own and prints what it has written, a line of JSON a layer.
 
 kt-kernel 0.7.2 never frees the packed weights of the forward. Only the end of a process gives them back, so a long
 checkpoint takes several, one after the other.
@@ -13,20 +13,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
 from ..system.json_fields import Field
-from .manifest import LayerEntry, read_layer
+from .manifest import Fingerprint, LayerEntry, read_layer
 
 _LINE = "kt_hf: "  # before each answer, for a library may print too
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does.
+    """Which layers one process quantizes, and how.
 
     Attributes:
         folder: The checkpoint.
@@ -48,7 +49,10 @@ class Job:
 
 
 def in_new_process(job: Job) -> Iterator[tuple[str, LayerEntry]]:
-    """Name and files of each layer, as it is done.
+    """Have a job done by another process.
+
+    Yields:
+        Name and files of each layer, once they are written.
 
     Raises:
         KTAMXError, OSError: As in the process, or it ended without an answer.
@@ -59,7 +63,7 @@ def in_new_process(job: Job) -> Iterator[tuple[str, LayerEntry]]:
         assert process.stderr is not None
         # Read all the time: a full pipe would stop the process.
         with ThreadPoolExecutor(1) as reader:
-            told = reader.submit(process.stderr.read)
+            errors = reader.submit(process.stderr.read)
             try:
                 for line in process.stdout:
                     if line.startswith(_LINE):
@@ -68,55 +72,63 @@ def in_new_process(job: Job) -> Iterator[tuple[str, LayerEntry]]:
                 process.kill()
                 raise
             if process.wait():
-                last = (told.result().strip().splitlines() or ["no message"])[-1]
-                raise KTAMXError(f"Quantising ended with status {process.returncode}: {last}")
+                last = (errors.result().strip().splitlines() or ["no message"])[-1]
+                raise KTAMXError(f"Quantizing ended with status {process.returncode}: {last}")
 
 
-def _answer(found: dict[str, Any]) -> tuple[str, LayerEntry]:
-    if "error" in found:
-        raise (OSError if found["system"] else KTAMXError)(found["error"])
-    return found["name"], read_layer(Field(Path("the worker"), found["name"], found["layer"]))
+def _answer(answer: dict[str, Any]) -> tuple[str, LayerEntry]:
+    if "error" in answer:
+        raise (OSError if answer["system"] else KTAMXError)(answer["error"])
+    return answer["name"], read_layer(Field(Path("the worker"), answer["name"], answer["layer"]))
 
 
 def work(job: Job) -> Iterator[tuple[str, LayerEntry]]:
-    """Quantise the layers in this process; the next one is read while one is packed."""
+    """Quantize the layers in this process; the next one is read while one is packed.
+
+    Yields:
+        Name and files of each layer, once they are written.
+
+    Raises:
+        KTAMXError, OSError: The checkpoint is damaged, or the files cannot be written.
+    """
     import torch
     from transformers import AutoConfig
 
     from ..backends import quantize_layer
     from ..checkpoint.expert_index import ExpertCheckpoint
     from ..checkpoint.fingerprint import fingerprints_of_weights
+    from ..checkpoint.read_ahead import read_ahead
     from ..system.cpu import ThreadPlan
     from ..system.memory import return_freed_memory
-    from .folder import checksums
 
     config = AutoConfig.from_pretrained(job.folder, trust_remote_code=job.trust_remote_code)
     checkpoint = ExpertCheckpoint(job.folder, config, job.trust_remote_code)
     plan, names = ThreadPlan(tuple((node, threads) for node, threads in job.pools)), list(job.layers)
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(checkpoint.read, names[0], torch.bfloat16)
-        for name, following in zip(names, [*names[1:], None], strict=True):
-            weights, shape = ahead.result(), checkpoint.shapes[name]
-            if following is not None:
-                ahead = reader.submit(checkpoint.read, following, torch.bfloat16)
+    with closing(read_ahead(names, lambda name: checkpoint.read(name, torch.bfloat16))) as stream:
+        for name in names:
+            weights, shape = next(stream), checkpoint.shapes[name]
             folder, source = Path(job.out) / job.layers[name], fingerprints_of_weights(weights)
             quantize_layer(job.backend, weights, shape, plan, folder, job.backward, name)
             del weights
             return_freed_memory()
-            sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.kt"))}
-            sums = checksums(folder, sizes)
-            yield (
-                name,
-                LayerEntry(
-                    folder.name,
-                    [shape.num_experts, shape.hidden_size, shape.intermediate_size],
-                    source,
-                    {file: (size, sums[file]) for file, size in sizes.items()},
-                ),
-            )
+            yield name, _entry(folder, [shape.num_experts, shape.hidden_size, shape.intermediate_size], source)
+
+
+def _entry(folder: Path, shape: list[int], source: dict[str, Fingerprint]) -> LayerEntry:
+    """What the manifest says of a layer whose files are in `folder`."""
+    from .folder import checksums
+
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.kt"))}
+    sums = checksums(folder, sizes)
+    return LayerEntry(folder.name, shape, source, {file: (size, sums[file]) for file, size in sizes.items()})
 
 
 def main(text: str) -> None:
+    """Do a job, and print its answers or its error, a line of JSON each.
+
+    Args:
+        text: The fields of a `Job` as JSON.
+    """
     import torch
 
     torch.set_num_threads(1)  # the operators' threads need the cores

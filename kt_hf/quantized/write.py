@@ -1,11 +1,12 @@
-"""Quantising a checkpoint's experts, a layer at a time, into a folder of saved experts."""
+"""Quantizing a checkpoint's experts, a layer at a time, into a folder of saved experts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,17 @@ def quantize(
     trust_remote_code: bool = False,
     on_layer: Callable[[int], None] = lambda bytes_read: None,
 ) -> None:
-    """Write the experts of a checkpoint, quantised, to a new folder, which is there whole or not at all.
+    """Write the experts of a checkpoint, quantized, to a new folder, which is there whole or not at all.
 
-    Takes memory for about five layers in bf16, or 4 GiB where layers are small. Of a model that needs several, each
-    batch of layers is done by a process of its own, for what kt-kernel keeps of each layer (`worker`).
+    Takes memory for about five layers in bf16, or 4 GiB where layers are small. kt-kernel never frees packed weights,
+    so large models are quantized in batches of layers, one process each.
 
     Args:
         checkpoint: What is read, once.
         config: The model's configuration.
         out: A folder that does not exist, or is empty.
         backend: AMXInt8 or AMXInt4.
-        plan: Its pools are those that the folder can be loaded with.
+        plan: Worker threads; the folder can be loaded with as many pools of them as the plan has.
         backward: Also write the weights for backward: twice the size, but no repacking at each backward.
         name: The model's, for messages; the checkpoint's folder by default.
         trust_remote_code: As the checkpoint was opened with.
@@ -58,14 +59,50 @@ def quantize(
         OSError: The folder cannot be written.
     """
     if backend not in QUANTIZED:
-        raise KTAMXConfigError(f"Experts are quantised for {' or '.join(QUANTIZED)}, not for {backend}.")
+        raise KTAMXConfigError(f"Experts are quantized for {' or '.join(QUANTIZED)}, not for {backend}.")
     shapes, pools = checkpoint.shapes, len(plan.pools)
     for shape in set(shapes.values()):
         choose_backend(backend, shape, pools)
     out = Path(out).absolute()
     needed = sum(bytes_on_disk(shape, backend, pools, backward) for shape in shapes.values())
-    _check_place(out, needed)
+    _check_out(out, needed)
     details, marks = kernel_availability().details, fingerprints_of_files(checkpoint.files, checkpoint.layers)
+    with _partial_folder(out, needed) as partial:
+        layers: dict[str, LayerEntry] = {}
+        for layer, entry in _write_layers(checkpoint, trust_remote_code, partial, backend, plan, backward):
+            layers[layer] = entry
+            on_layer(checkpoint.source_bytes(layer))
+        Manifest(
+            backend=backend,
+            backward=backward,
+            pools=pools,
+            kt_kernel=details["version"],
+            variant=details["variant"],
+            model=name or str(checkpoint.files.folder),
+            model_type=config.model_type,
+            config_sha256=_config_hash(checkpoint.files.folder, config),
+            marks=marks,
+            layers=layers,
+        ).write(partial)
+
+
+def _write_layers(
+    checkpoint: ExpertCheckpoint, trust_remote_code: bool, out: Path, backend: str, plan: ThreadPlan, backward: bool
+) -> Iterator[tuple[str, LayerEntry]]:
+    """Name and files of each layer, once they are written; several batches by a process each."""
+    folder, batches = str(checkpoint.files.folder.absolute()), _batches(checkpoint, backend)
+    do = work if len(batches) == 1 else in_new_process
+    for layers in batches:
+        yield from do(Job(folder, trust_remote_code, str(out), layers, backend, list(plan.pools), backward))
+
+
+@contextmanager
+def _partial_folder(out: Path, size: int) -> Iterator[Path]:
+    """`OUT.partial`, which becomes `out` at the end, and is removed if the body raises.
+
+    Unlike `system.files.new_folder` under one known name: it holds tens of GB, and two runs that write the same folder
+    are to notice each other.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -75,28 +112,8 @@ def quantize(
             f"{partial} is there: another run writes it, or one was interrupted. Remove it if none does."
         ) from None
     try:
-        with disk_errors(out, needed):
-            layers: dict[str, LayerEntry] = {}
-            folder = str(checkpoint.files.folder.absolute())
-            batches = _batches(checkpoint, backend)
-            do = work if len(batches) == 1 else in_new_process
-            for some in batches:
-                job = Job(folder, trust_remote_code, str(partial), some, backend, list(plan.pools), backward)
-                for layer, written in do(job):
-                    layers[layer] = written
-                    on_layer(checkpoint.source_bytes(layer))
-            Manifest(
-                backend=backend,
-                backward=backward,
-                pools=pools,
-                kt_kernel=details["version"],
-                variant=details["variant"],
-                model=name or str(checkpoint.files.folder),
-                model_type=config.model_type,
-                config_sha256=_config_hash(checkpoint.files.folder, config),
-                marks=marks,
-                layers=layers,
-            ).write(partial)
+        with disk_errors(out, size):
+            yield partial
             partial.rename(out)  # over an empty folder too
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,9 +121,16 @@ def quantize(
 
 
 def bytes_on_disk(shape: ExpertShape, backend: str, pools: int, backward: bool) -> int:
-    """Of one layer's files, at most."""
+    """Bytes that the files of one layer take on the disk, at most.
+
+    Args:
+        shape: Sizes of the layer.
+        backend: AMXInt8 or AMXInt4.
+        pools: Of worker threads; each writes files of its own.
+        backward: With the weights for backward.
+    """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
-    packed = int(3 * E * H * I * OPERATORS[backend].bytes_per_weight) * (2 if backward else 1)
+    packed = int(shape.num_weights * OPERATORS[backend].bytes_per_weight) * (2 if backward else 1)
     scales = 4 * E * pools * ((2 * I + H) + (2 * H + I if backward else 0))
     files = E * pools * (12 if backward else 6)
     return packed + scales + files * _BLOCK
@@ -114,28 +138,27 @@ def bytes_on_disk(shape: ExpertShape, backend: str, pools: int, backward: bool) 
 
 def _batches(checkpoint: ExpertCheckpoint, backend: str) -> list[dict[str, str]]:
     """The layers, with names for their folders, in batches that one process can do."""
-    made: list[dict[str, str]] = []
+    batches: list[dict[str, str]] = []
     kept = 0.0
     for index, layer in enumerate(checkpoint.layers):
-        shape = checkpoint.shapes[layer]
-        weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
-        if not made or kept > max(_KEPT, 2 * weights):
-            made.append({})
+        weights = checkpoint.shapes[layer].num_weights
+        if not batches or kept > max(_KEPT, 2 * weights):
+            batches.append({})
             kept = 0.0
-        made[-1][layer] = f"layer_{index:04d}"
+        batches[-1][layer] = f"layer_{index:04d}"
         kept += weights * OPERATORS[backend].bytes_per_weight
-    return made
+    return batches
 
 
-def _check_place(out: Path, needed: int) -> None:
+def _check_out(out: Path, needed: int) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise KTAMXConfigError(f"{out} is there already and not an empty folder: give the name of a new one.")
-    there = next(folder for folder in out.parents if folder.is_dir())
-    free = shutil.disk_usage(there).free
+    existing = next(folder for folder in out.parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise KTAMXConfigError(
-            f"{out} needs {needed / 2**30:.1f} GiB, and {there} has {free / 2**30:.1f} GiB free. --no-backward halves "
-            "it (and slows backward), --to int4 as well."
+            f"{out} needs {needed / 2**30:.1f} GiB, and {existing} has {free / 2**30:.1f} GiB free. --no-backward "
+            "halves it (and slows backward), --to int4 as well."
         )
 
 

@@ -26,3 +26,26 @@ def refuse_parallel(model: nn.Module | None) -> None:
             f"WORLD_SIZE={world}: experts on the CPU cannot be shared by several processes yet. Start one process "
             "(accelerate launch --num_processes 1, or plain python)."
         )
+
+
+def refuse_parallel_trainer(model: nn.Module, gpus: int, processes: int) -> None:
+    """Refuse a Trainer that would train on several GPUs with `nn.DataParallel`, or in several processes.
+
+    Args:
+        model: The model that the trainer calls.
+        gpus: `TrainingArguments.n_gpu`: GPUs that this process would use.
+        processes: `TrainingArguments.world_size`.
+
+    Raises:
+        KTAMXConfigError: Naming the number of GPUs or processes, and how to start one.
+    """
+    if isinstance(model, nn.DataParallel) or gpus > 1:
+        raise KTAMXConfigError(
+            f"The trainer sees {max(gpus, torch.cuda.device_count())} GPUs and would use nn.DataParallel, "
+            "which cannot hold experts on the CPU. Show it one: CUDA_VISIBLE_DEVICES=0."
+        )
+    if processes > 1:
+        raise KTAMXConfigError(
+            f"world size {processes} (WORLD_SIZE={os.environ.get('WORLD_SIZE')}): experts on the CPU cannot be "
+            "shared by several processes yet. Start one process."
+        )

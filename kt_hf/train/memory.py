@@ -15,6 +15,7 @@ from typing import Any
 from ..backends import OPERATORS, shape_problem
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from ..errors import KTAMXError
+from ..placement.packer import shares_backward
 from ..placement.planner import MemoryBudget, TierPlan, assumed_rates, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
@@ -209,12 +210,12 @@ def _tokens(s: TrainSettings) -> int:
 
 
 def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bool:
-    """As `Packer` decides, when the rest of the model has been loaded."""
+    """What `Packer` will decide when the rest of the model has been loaded."""
     if _saved_without_backward(s):
         return True
     if s.kt.kt_share_backward_weights is not None:
         return s.kt.kt_share_backward_weights
-    return host_free is not None and copy > 0.8 * (host_free - PROGRAM - rest - copy)
+    return shares_backward(copy, None if host_free is None else host_free - PROGRAM - rest - copy)
 
 
 def _saved_without_backward(s: TrainSettings) -> bool:

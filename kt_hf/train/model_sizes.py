@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.eight_bit import has_8_bits
+from ..discovery import skeleton, top_k_of
 from ..errors import KTAMXModelNotSupportedError
 from ..lora import linear_targets
+from ..shapes import ALIASES
 from .config.settings import OwnKeys
 from .targets import lora_targets
-
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,10 @@ def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
         model: The model of that configuration on the meta device, where there is one already.
 
     Raises:
-        KTAMXModelNotSupportedError: It has no fused experts.
+        KTAMXModelNotSupportedError: It has no fused experts, or does not tell how many a token is sent to.
     """
     if model is None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = skeleton(config)
     text = config.get_text_config()
     stacked = [(name, p) for name, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", name)]
     down = [p for name, p in stacked if name.endswith("down_proj") and p.dim() == 3]
@@ -74,6 +70,11 @@ def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
             f"{type(model).__name__} has no routed experts that kt_hf can compute (fused gate_up_proj, down_proj)."
         )
     E, H, I = down[0].shape  # noqa: E741
+    top_k = top_k_of([text], E)
+    if top_k is None:
+        raise KTAMXModelNotSupportedError(
+            f"{type(model).__name__}: its configuration does not tell how many experts a token is sent to."
+        )
     total = sum(p.numel() for p in model.parameters())
     in_experts = sum(p.numel() for _, p in stacked)
     wanted = _wanted(model, own)
@@ -88,7 +89,7 @@ def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
     return ModelSizes(
         expert_layers=len(down),
         experts=E,
-        top_k=next(int(getattr(text, name)) for name in _TOP_K if getattr(text, name, None)),
+        top_k=top_k,
         hidden=H,
         intermediate=I,
         layers=text.num_hidden_layers,
@@ -115,7 +116,7 @@ def _wanted(model: Any, own: OwnKeys) -> set[str] | None:
         return None
     if targets == "all_attention":
         return {name.rsplit(".", 1)[-1] for name, _ in _linears(model) if re.search(r"\w*(attn|attention)\w*\.", name)}
-    return {{"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(name, name) for name in targets}
+    return {ALIASES.get(name, name) for name in targets}
 
 
 def _linears(model: Any) -> list[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from kt_hf.backends.transfer import (
     track_reads,
     wait_for_reads,
 )
-from kt_hf.experts import runner
+from kt_hf.experts import result_checks
 from tests.support.cases import KERNEL_BF16, KERNEL_MARKS, TORCH_BF16, Case
 from tests.support.helpers import MIXTRAL
 from tests.support.layers import forward_backward, gradients, make_inputs, on_gpu, random_lora, set_lora
@@ -117,7 +117,7 @@ def test_doubts_come_late_and_surely() -> None:
 def results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who looks whether results of the CPU are finite: tiny models' are always small."""
     if request.param == "by the GPU":
-        monkeypatch.setattr(runner, "_SMALL", 0)
+        monkeypatch.setattr(result_checks, "_SMALL", 0)
 
 
 @pytest.mark.parametrize("tokens", [64, 1])
