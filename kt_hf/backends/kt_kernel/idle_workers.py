@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Calls until the way that was measured as worse is tried again: leaving the workers on their cores, and parking them.
 # To leave them costs loops that wait for cores, to park them costs little.
 _STAY_AGAIN, _MOVE_AGAIN = 256, 16
-# A gap counts as at most this many times the shortest so far: an evaluation or a checkpoint may fall into one.
+# A gap counts as at most this many times the one recorded before: an evaluation or a checkpoint may fall into one.
 _LONGER = 1.25
 _LOOP = 32768  # elements: PyTorch gives a thread of a loop no fewer
 _TASKS = Path("/proc/self/task")
