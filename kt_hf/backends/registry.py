@@ -49,7 +49,7 @@ def choose_backend(
 
     Raises:
         KTAMXNotAvailableError: A backend was asked for by name that does not run here.
-        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in so many pools.
+        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in `pools` pools.
     """
     if requested == "torch":
         return "torch", "asked for"

@@ -112,7 +112,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def pcie_speed(megabytes: int = 256, runs: int = 3) -> tuple[float, float]:
-    """Measure GB/s of pinned copies to the first GPU, and back; the best of `runs` copies of so many `megabytes`."""
+    """Measure GB/s of pinned copies to the first GPU, and back; the best of `runs` copies of `megabytes` MB."""
     import torch
 
     host = torch.empty(megabytes * 10**6, dtype=torch.uint8).pin_memory()

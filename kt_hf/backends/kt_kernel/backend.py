@@ -213,7 +213,7 @@ class KTKernelBackend:
 
     @property
     def rank(self) -> int:
-        """`max_rank` while LoRA values are held, whatever their own rank was; else 0."""
+        """`max_rank` while LoRA values are held, whatever rank they came with; else 0."""
         return self.max_rank if self._lora_on else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:

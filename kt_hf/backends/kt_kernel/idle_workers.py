@@ -49,7 +49,7 @@ class CallGap:
     calls: int = 0
 
     def took(self, seconds: float, aside: bool) -> None:
-        """Record a gap that has ended, of so many seconds, with the workers aside or on their cores."""
+        """Record a gap of `seconds` that has ended, with the workers `aside` or on their cores."""
         if aside:
             self.aside = min(seconds, _LONGER * self.aside) if self.aside > 0 else seconds
         else:
