@@ -183,8 +183,8 @@ for block in ((128, 128), (32, 16), (20, 7), (1, 1 << 40)):
     for parts in (1, 2):
         values = torch.randint(-127, 128, (2, 48, 300), dtype=torch.int8)
         scales = torch.rand(2, parts, -(-48 // parts // block[0]), -(-300 // block[1]))
-        wanted = ScaledMatrices(values, scales, block).widened(torch.float32)
-        found = dequantize_kernel.widened(values, scales, block).float()
+        wanted = ScaledMatrices(values, scales, block).dequantized(torch.float32)
+        found = dequantize_kernel.dequantized(values, scales, block).float()
         assert ((found - wanted).abs() <= wanted.abs() * 2**-7).all(), (block, parts)
 print("compared")
 """
