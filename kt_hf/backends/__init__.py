@@ -1,11 +1,13 @@
 """Backends: experts of one layer computed forward and backward, knowing nothing of autograd, PEFT or Trainer."""
 
 from ..shapes import LORA_NAMES, ExpertShape
-from .base import Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
+from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
+from .base import SavedForward as Saved  # Saved, QUANTISED, SavedLayer, pack and save_packed: the names of 0.1.0
 from .kt_kernel.operators import OPERATORS, QUANTIZED, most_tokens, shape_problem
+from .kt_kernel.operators import QUANTIZED as QUANTISED
 from .kt_kernel.packed_files import PackedLayerFiles
+from .kt_kernel.packed_files import PackedLayerFiles as SavedLayer
 from .registry import (
-    CALL_LOCK,
     FEW_CORES,
     build_backend,
     choose_backend,
@@ -13,16 +15,9 @@ from .registry import (
     kernel_availability,
     quantize_layer,
 )
+from .registry import build_backend as pack
+from .registry import quantize_layer as save_packed
 from .torch_loop import TorchBackend
-
-# The names that these had in 0.1.0.
-QUANTISED, Saved, SavedLayer, pack, save_packed = (
-    QUANTIZED,
-    SavedForward,
-    PackedLayerFiles,
-    build_backend,
-    quantize_layer,
-)
 
 __all__ = [
     "CALL_LOCK",

@@ -1,8 +1,12 @@
-"""What a backend is: experts of one layer, computed forward and backward, knowing nothing of autograd, PEFT or
-Trainer."""
+"""What a backend is: one layer's experts, computed forward and backward.
+
+A backend knows nothing of autograd, PEFT or Trainer.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -13,16 +17,23 @@ from torch import Tensor
 from ..shapes import ExpertShape
 from .block_scaled import ScaledExperts
 
+# Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer.
+CALL_LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork made while another thread computes: nobody would ever give the child's copy of the lock back.
+    os.register_at_fork(after_in_child=CALL_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
+
 
 @dataclass
 class ExpertWeights:
     """The frozen weights of a layer's experts as transformers holds them: fused and stacked.
 
     Attributes:
-        gate_up: [E, 2I, H], the gate's rows before the up-projection's.
+        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's.
         down: [E, H, I], of the same dtype and device.
-        packed_as: The backend that has packed them, should packing be interrupted between that and its return.
-        scaled: Experts that are of 8 bits yet, to be streamed so: gate_up and down are those of the others then.
+        packed_as: The backend that holds the packed weights. It is set before packing returns, so that a caller who is
+            interrupted in between finds it.
+        scaled: Experts kept in 8 bits for streaming. gate_up and down then hold the other experts only, in order.
     """
 
     gate_up: Tensor
@@ -31,28 +42,28 @@ class ExpertWeights:
     scaled: ScaledExperts | None = None
 
     def rows_of(self, experts: Sequence[int]) -> list[int]:
-        """Where experts of the layer are in gate_up and down."""
+        """The rows of `gate_up` and `down` where these experts of the layer are."""
         if self.scaled is None:
             return list(experts)
-        apart = set(self.scaled.experts)
-        held = [e for e in range(len(self.gate_up) + len(apart)) if e not in apart]
+        in_8_bits = set(self.scaled.experts)
+        held = [e for e in range(len(self.gate_up) + len(in_8_bits)) if e not in in_8_bits]
         return [held.index(e) for e in experts]
 
 
 class SavedForward:
-    """A forward kept for its backward. Backends add what they need; it is opaque to everybody else."""
+    """A forward kept for its backward. Each backend has a class of its own for it, which only that backend reads."""
 
 
 @dataclass
 class Gradients:
-    """What a backward gives.
+    """The result of a backend's backward.
 
     Attributes:
-        hidden_states: [T, H], in the backend's dtype and on its device.
-        top_k_weights: [T, K], fp32.
-        lora: Six tensors in the order and shape of the backend's LoRA, or () at rank 0. They may be the backend's own
-            buffers, overwritten by its next backward: use or copy them before.
-        lora_is_free: They are not, but memory that nobody else uses.
+        hidden_states: Gradient of the input, [T, H], in the backend's dtype and on its device.
+        top_k_weights: Gradient of the routing weights, [T, K], fp32.
+        lora: Gradients of the six LoRA tensors, in the order and shapes of `set_lora`; () at rank 0. Unless
+            `lora_is_free`, they are the backend's buffers, which its next backward overwrites.
+        lora_is_free: True if `lora` is freshly allocated: the caller may keep or overwrite it.
     """
 
     hidden_states: Tensor
@@ -63,7 +74,13 @@ class Gradients:
 
 @dataclass
 class Availability:
-    """Whether a backend runs here, and in words why or why not."""
+    """Whether a backend runs on this machine.
+
+    Attributes:
+        ok: Whether it runs.
+        reason: In words, why it runs or why it does not.
+        details: Facts of the package and the machine, such as "version" and "variant".
+    """
 
     ok: bool
     reason: str
@@ -72,20 +89,29 @@ class Availability:
 
 @runtime_checkable
 class CountsRows(Protocol):
-    """What a backend has besides, if it must know on the host how many rows each expert has: whoever waits for a GPU
-    anyway brings the counts along, instead of `forward` waiting for them."""
+    """A backend that must know on the host how many rows each expert has.
+
+    A caller that waits for the GPU anyway copies the counts along with what it waits for, and calls `forward_counted`;
+    `forward` waits for the counts by itself.
+    """
 
     def row_counts(self, ids: Tensor) -> Tensor:
-        """[E] int64 on `device`: the rows of each expert in ids [T, K]."""
+        """The rows of each expert in ids [T, K]: [E], int64, on the backend's device."""
 
     def forward_counted(
         self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
     ) -> tuple[Tensor, SavedForward | None]:
-        """As `forward`, which asks for the counts itself."""
+        """`forward` without a wait for the GPU: `counts` are the values of `row_counts(ids)`."""
 
 
 class ExpertsBackend(Protocol):
     """Experts of one layer. Calls are not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
+
+    Attributes:
+        name: The backend in words, for messages: "torch", "AMXBF16", ...
+        shape: The layer's sizes: E experts, K of them a token, hidden size H, intermediate size I.
+        dtype: The dtype of hidden states.
+        device: The device of inputs and outputs.
 
     Inputs of `forward` and `backward` are contiguous tensors on `device`: hidden states in `dtype`, ids int64 (each in
     [0, E) or -1 for no expert), routing weights fp32. On a GPU calls return when their work is launched, and what they
@@ -99,7 +125,7 @@ class ExpertsBackend(Protocol):
 
     @property
     def torch_threads(self) -> int | None:
-        """The most threads PyTorch should have beside it; None where it computes on PyTorch's itself."""
+        """Upper bound for torch.set_num_threads while this backend computes; None if it runs on PyTorch's threads."""
 
     @property
     def rank(self) -> int:
@@ -107,24 +133,38 @@ class ExpertsBackend(Protocol):
 
     @property
     def max_rank(self) -> int | None:
-        """The largest rank `set_lora` takes; None if there is no limit."""
+        """The largest LoRA rank that `set_lora` takes; None if there is no limit."""
 
     @property
     def max_len(self) -> int | None:
-        """Most tokens in a call; None if there is no limit."""
+        """The most tokens T in a call; None if there is no limit."""
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
-        """Copy in six LoRA tensors of one rank, scalings folded into B, of any dtype and device. () switches LoRA off.
-        Spoils saved forwards."""
+        """Copy in LoRA values; forwards saved before cannot be trusted afterwards: ask `can_backward`.
+
+        Args:
+            tensors: Six tensors of one rank, of any dtype and device, in the order of `LORA_NAMES` and the shapes of
+                `shape.lora_shapes(rank)`, with the scalings folded into the B. () switches LoRA off.
+        """
 
     def lora_copy(self) -> tuple[Tensor, ...]:
-        """A copy of what `set_lora` last took."""
+        """A copy of the values that `set_lora` last took; () without LoRA."""
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
-        """Output [T, H] in `dtype`, and with `save` what `backward` needs."""
+        """Compute the experts.
+
+        Args:
+            x: Hidden states [T, H], in `dtype`.
+            ids: The experts of each token, [T, K], int64, -1 for none.
+            weights: The routing weights, [T, K], fp32.
+            save: Whether a backward will follow.
+
+        Returns:
+            The output [T, H] in `dtype`; and what `backward` needs, None without `save`.
+        """
 
     def can_backward(self, saved: SavedForward) -> bool:
-        """Whether `saved` is still what the backend would compute a backward of."""
+        """Whether `backward` can still be called with `saved`: a later call may have spoiled it."""
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Gradients for the forward that gave `saved`; grad_output is [T, H] in `dtype`."""
@@ -132,5 +172,15 @@ class ExpertsBackend(Protocol):
     def careful_backward(
         self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor
     ) -> Gradients | None:
-        """Gradients by a slower way, where `backward` gave some that are not finite for the tokens `bad` [T] (bool);
-        None if there is no other way."""
+        """Gradients by a slower way, after `backward` gave gradients that are not finite.
+
+        Args:
+            x: Hidden states [T, H] of the forward, as are `ids` and `weights`.
+            ids: [T, K] int64.
+            weights: [T, K] fp32.
+            grad_output: [T, H] in `dtype`.
+            bad: The tokens whose gradients were not finite, [T], bool.
+
+        Returns:
+            The gradients of all tokens; None if the backend has no other way.
+        """

@@ -1,4 +1,4 @@
-"""Weights of 8 bits as checkpoints have them: FP8 or INT8 values, and a scale for each block of rows and columns."""
+"""Block-scaled 8-bit weights, in the checkpoint's layout: FP8 or INT8 values, and a scale for each block of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class ScaledMatrices:
 
     Attributes:
         values: [n, rows, columns], of a dtype of `EIGHT_BIT`.
-        scales: [n, parts, R, C], fp32. A matrix is made of `parts` of equal height, one above the other, whose blocks
-            begin anew: gate and up of an expert, where the checkpoint has them separately.
-        block: Rows and columns that share a scale; those at the edges may be fewer.
+        scales: [n, parts, R, C], fp32: a scale for each of R times C blocks of a part. A matrix is `parts` parts of
+            equal height, one above the other, and blocks do not reach from one into the next: gate and up of an expert
+            are two parts where the checkpoint has them separately.
+        block: Rows and columns that share a scale; blocks at the edges may have fewer.
     """
 
     values: Tensor
@@ -29,17 +30,17 @@ class ScaledMatrices:
     block: tuple[int, int]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[n, rows, columns] in a floating dtype: products in fp32, rounded once."""
+        """The weights [n, rows, columns] in a floating dtype: value times scale in fp32, rounded once."""
         if self.values.is_cuda and dtype == torch.bfloat16:
-            found = _by_kernel(self.values, self.scales, self.block)
-            if found is not None:
-                return found
+            weights = _by_kernel(self.values, self.scales, self.block)
+            if weights is not None:
+                return weights
         wide = self.values.to(dtype)  # exactly, even in bf16
         scale_(wide.view(*self.scales.shape[:2], -1, wide.shape[-1]), self.scales, self.block)
         return wide
 
     def row(self, matrix: int, row: int, dtype: torch.dtype) -> Tensor:
-        """[columns], one row of `dequantized`."""
+        """Row `row` of `dequantized(dtype)[matrix]`: [columns]."""
         height = self.values.shape[1] // self.scales.shape[1]
         part, below = divmod(row, height)
         wide = self.values[matrix, row : row + 1].to(dtype)
@@ -50,11 +51,12 @@ class ScaledMatrices:
 
 @dataclass
 class ScaledExperts:
-    """Some experts of a layer.
+    """The 8-bit weights of n experts of a layer.
 
     Attributes:
         experts: Their ids, ascending.
-        gate_up: [n, 2I, H], and down [n, H, I].
+        gate_up: Their gate and up projections, [n, 2I, H].
+        down: Their down projections, [n, H, I].
     """
 
     experts: Sequence[int]
@@ -67,32 +69,32 @@ _kernel_runs: dict[tuple[torch.dtype, torch.device], bool] = {}
 
 
 def _by_kernel(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor | None:
-    """By `_widen_kernel`; None where it cannot be built."""
+    """The weights in bf16, by Triton's kernel; None where it cannot be built."""
     kind = values.dtype, values.device
     if _kernel_runs.get(kind) is False:
         return None
     try:
         from .gpu.dequantize_kernel import dequantized
 
-        found = dequantized(values, scales, block)
+        weights = dequantized(values, scales, block)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no compiler: what is raised then is not documented
         if kind in _kernel_runs:  # it was built: this is something else, memory that ran out for instance
             raise
-        logger.info("kt_hf: PyTorch de-quantises %s, for Triton's kernel does not run here: %s", values.dtype, error)
-        found = None
-    _kernel_runs[kind] = found is not None
-    return found
+        logger.info("kt_hf: PyTorch dequantizes %s, for Triton's kernel does not run here: %s", values.dtype, error)
+        weights = None
+    _kernel_runs[kind] = weights is not None
+    return weights
 
 
 def scale_(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
-    """weight *= its block's scale, computed in fp32 and rounded once.
+    """Multiply each weight by its block's scale, in place: computed in fp32 and rounded once.
 
     Args:
         weight: [..., rows, columns], floating.
         scales: [..., rows / block rows, columns / block columns], rounded up, fp32, on the same device.
-        block: Rows and columns.
+        block: Rows and columns of a block.
     """
     for rows, over, height in _pieces(weight.shape[-2], block[0]):
         for columns, along, width in _pieces(weight.shape[-1], block[1]):
@@ -101,7 +103,7 @@ def scale_(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
 
 
 def _pieces(total: int, size: int) -> Iterator[tuple[slice, slice, int]]:
-    """(a span of `total`, its blocks, their size): of whole blocks, and what is left."""
+    """(a span of `total`, its blocks, their size): first of the whole blocks, then of the rest."""
     count, rest = divmod(total, size)
     if count:
         yield slice(0, count * size), slice(0, count), size

@@ -1,4 +1,4 @@
-"""Packing a layer's experts in up to three parts: on the GPU, streamed to it, and as the CPU's backend has them."""
+"""Packing a layer's experts in up to three parts: resident on the GPU, streamed to it, and packed for the CPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from .gpu.streamed import StreamedBackend
 from .gpu.weight_stream import Streamer
 from .tiered import TieredBackend
 
+# Copied weights of a part, and the rows of the layer's `gate_up` and `down` that they come from.
+_Copy = tuple[ExpertWeights | HostWeights, list[int]]
+
 
 def build_tiered(
     weights: ExpertWeights,
@@ -27,18 +30,18 @@ def build_tiered(
     dtype: torch.dtype,
     pack_cpu: Callable[[ExpertWeights, ExpertShape], ExpertsBackend],
 ) -> ExpertsBackend:
-    """A layer's backend whose experts `resident` and `streamed` are computed on a GPU, and the others by `pack_cpu`'s.
+    """Build a layer's backend whose experts `resident` and `streamed` are computed on a GPU, and the rest on the CPU.
 
     Args:
         weights: Taken over and emptied. If packing is interrupted they are whole again afterwards. Those that are
             `scaled` must be the streamed ones.
-        shape: Of the layer.
-        resident: Ids of the experts that are in the GPU's memory in `dtype`.
-        streamed: Ids, others than these, of those whose weights stay in host memory; `dtype` must be bf16 then. If
-            they are all, their memory is taken over as it is.
-        streamer: Of the model, and with it the GPU.
-        dtype: Of the GPU's weights.
-        pack_cpu: Builds the backend of the rest around weights that it takes over.
+        shape: The layer's sizes.
+        resident: Ids of the experts whose weights are copied to the GPU, in `dtype`.
+        streamed: Ids of the experts whose weights stay in host memory, none of them resident; `dtype` must be bf16
+            then. If all experts are streamed, the memory of `weights` is taken over as it is.
+        streamer: The model's streamer; its device is the GPU.
+        dtype: The dtype of the weights on the GPU.
+        pack_cpu: Builds the backend of the remaining experts around weights that it takes over.
 
     Raises:
         KTAMXConfigError: Experts that cannot be streamed.
@@ -46,49 +49,60 @@ def build_tiered(
     """
     resident, streamed = sorted(resident), sorted(streamed)
     rest = [e for e in range(shape.num_experts) if e not in {*resident, *streamed}]
-    source, where = weights.gate_up.dtype, weights.gate_up.device
     if streamed and dtype != DTYPE:
         raise KTAMXConfigError(
             f"kt_expert_placement: experts are streamed in bfloat16, this model's are {dtype}. Load it with "
             "dtype=torch.bfloat16, or leave all experts resident or on the CPU."
         )
     assert weights.scaled is None or list(weights.scaled.experts) == streamed
-    held: list[tuple[ExpertWeights | HostWeights, list[int]]] = []  # with their places in `weights`
+    copies: list[_Copy] = []
     parts: list[tuple[ExpertsBackend, list[int]]] = []
     if resident:
-        there = _rows(weights, resident, streamer.device, dtype)
-        held.append((there, weights.rows_of(resident)))
-        parts.append((gpu_backend(there, _held(shape, resident)), resident))
+        gpu_weights = _rows(weights, resident, streamer.device, dtype)
+        copies.append((gpu_weights, weights.rows_of(resident)))
+        parts.append((gpu_backend(gpu_weights, _part_shape(shape, resident)), resident))
     if streamed:
-        host = _host_weights(weights, streamed)
+        host_weights = _host_weights(weights, streamed)
         if weights.scaled is None:
-            held.append((host, streamed))  # the scaled ones stay as they are
-        parts.append((StreamedBackend(host, _held(shape, streamed), streamer), streamed))
-    if not rest:
+            copies.append((host_weights, streamed))  # the scaled ones stay as they are
+        parts.append((StreamedBackend(host_weights, _part_shape(shape, streamed), streamer), streamed))
+    if rest:
+        weights.packed_as = _pack_rest(weights, shape, rest, copies, parts, pack_cpu)
+    else:
         weights.gate_up = weights.down = torch.empty(0)
         weights.packed_as = _together(parts, shape)
-        return weights.packed_as
-    here = _rows(weights, rest, where, source)
-    held.append((here, weights.rows_of(rest)))
+    return weights.packed_as
+
+
+def _pack_rest(
+    weights: ExpertWeights,
+    shape: ExpertShape,
+    rest: list[int],
+    copies: list[_Copy],
+    parts: list[tuple[ExpertsBackend, list[int]]],
+    pack_cpu: Callable[[ExpertWeights, ExpertShape], ExpertsBackend],
+) -> ExpertsBackend:
+    """The layer's backend: `parts` on the GPU, and `rest` packed for the CPU; empties `weights`."""
+    dtype, device = weights.gate_up.dtype, weights.gate_up.device
+    cpu_weights = _rows(weights, rest, device, dtype)
+    copies = [*copies, (cpu_weights, weights.rows_of(rest))]
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
     try:
-        backend = _together([*parts, (pack_cpu(here, _held(shape, rest)), rest)], shape)
+        return _together([*parts, (pack_cpu(cpu_weights, _part_shape(shape, rest)), rest)], shape)
     except BaseException:  # KeyboardInterrupt among them
-        if here.packed_as is not None:
-            weights.packed_as = _together([*parts, (here.packed_as, rest)], shape)
+        if cpu_weights.packed_as is not None:
+            weights.packed_as = _together([*parts, (cpu_weights.packed_as, rest)], shape)
         else:
-            weights.gate_up = _joined([(one.gate_up, places) for one, places in held], source, where)
-            weights.down = _joined([(one.down, places) for one, places in held], source, where)
+            weights.gate_up = _joined([(copy.gate_up, rows) for copy, rows in copies], dtype, device)
+            weights.down = _joined([(copy.down, rows) for copy, rows in copies], dtype, device)
         raise
-    weights.packed_as = backend
-    return backend
 
 
 def _together(parts: list[tuple[ExpertsBackend, list[int]]], shape: ExpertShape) -> ExpertsBackend:
     return parts[0][0] if len(parts) == 1 else TieredBackend(parts, shape)
 
 
-def _held(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
+def _part_shape(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
     return ExpertShape(len(experts), shape.top_k, shape.hidden_size, shape.intermediate_size)
 
 
@@ -106,8 +120,8 @@ def _rows(weights: ExpertWeights, experts: Sequence[int], device: torch.device, 
 
 
 def _joined(pieces: Sequence[tuple[Tensor, Sequence[int]]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    total = sum(len(places) for _, places in pieces)
+    total = sum(len(rows) for _, rows in pieces)
     whole = torch.empty((total, *pieces[0][0].shape[1:]), dtype=dtype, device=device)
-    for piece, places in pieces:
-        whole[torch.tensor(list(places), device=device)] = piece.to(device, dtype)
+    for piece, rows in pieces:
+        whole[torch.tensor(list(rows), device=device)] = piece.to(device, dtype)
     return whole

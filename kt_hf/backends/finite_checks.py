@@ -1,4 +1,4 @@
-"""Whether results are finite: at once on the CPU, later on a GPU, which nobody should wait for on this account."""
+"""Checks that results are finite: at once on the CPU; on a GPU later, so that nothing waits for it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .transfer import Arriving, to_host
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. Waits for the GPU, if it is there."""
+    """Whether a tensor holds neither NaN nor infinity. Waits for the GPU if the tensor is on one."""
     # One pass that carries any NaN or infinity; only a sum that overflowed needs the second look.
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
-    """The same of several tensors on one device, as a bool tensor [] there.
+    """Whether tensors on one device hold neither NaN nor infinity: a bool tensor [] on it, without a wait.
 
-    By the largest magnitude, which NaN and infinity stay in: a few launches for all of them, where
+    Computed by the largest magnitude, in which NaN and infinity stay: a few launches for all tensors, where
     torch.isfinite(…).all() takes seven for each (98 instead of 452 µs of the host's time for six tensors on an H200).
     """
     held = [tensor for tensor in tensors if tensor.numel()]
@@ -33,9 +33,9 @@ def all_finite(*tensors: Tensor) -> Tensor:
 
 
 class DeferredChecks:
-    """Checks of one model's results whose answers are on the way from a GPU, looked at in order as they arrive.
+    """Checks of one model's results, whose answers are copied from a GPU and looked at in order as they arrive.
 
-    So an error comes late: with a later call of any layer, at the latest when LoRA values are taken over after the
+    So an error is raised late: by a later call of any layer, at the latest when LoRA values are read again after the
     optimizer's step. The parameters are spoiled then, but the step is not logged or saved yet.
     """
 
@@ -43,13 +43,21 @@ class DeferredChecks:
         self._open: list[tuple[Arriving, Callable[[], Exception]]] = []
 
     def add(self, error: Callable[[], Exception], passed: Tensor) -> None:
-        """Raise `error`, which makes it, some time later unless the bool `passed` [] is true."""
+        """Let a later `settle` raise an exception if a check fails.
+
+        Args:
+            error: Makes the exception.
+            passed: Whether the check has passed, a bool tensor [] on a GPU or the CPU.
+        """
         self._open.append((to_host([passed], [torch.bool]), error))
 
     def settle(self, wait: bool = False) -> None:
-        """Look at the answers that are here; with `wait`, at all."""
-        while self._open and (wait or self._open[0][0].here):
+        """Look at the answers that have arrived, with `wait` at all of them, and raise the error of the first failure.
+
+        The checks after one that fails are dropped: their failures are its consequences.
+        """
+        while self._open and (wait or self._open[0][0].arrived):
             answer, error = self._open.pop(0)
             if not answer.wait()[0]:
-                self._open.clear()  # what comes after is its consequence
+                self._open.clear()
                 raise error()

@@ -1,10 +1,7 @@
-"""The backends and the choice between them. Nothing outside this package imports kt_kernel."""
+"""The choice of a backend, and its construction."""
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 from pathlib import Path
 
 import torch
@@ -12,27 +9,13 @@ import torch
 from ..errors import KTAMXConfigError, KTAMXNotAvailableError
 from ..shapes import ExpertShape
 from ..system.cpu import ThreadPlan, affinity, cpu_features, physical_cores
-from .base import Availability, ExpertsBackend, ExpertWeights
+from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights
 from .gpu.resident import gpu_backend
+from .kt_kernel import installation
+from .kt_kernel.backend import KTKernelBackend
 from .kt_kernel.operators import OPERATORS, shape_problem
 from .kt_kernel.packed_files import PackedLayerFiles
 from .torch_loop import TorchBackend
-
-logger = logging.getLogger(__name__)
-
-# The operators' scratch memory is global to the process: one call at a time, whatever the layer.
-CALL_LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # A fork made while another thread computes: nobody would ever give the child's copy of the lock back.
-    os.register_at_fork(after_in_child=CALL_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
-
-
-def kernel_availability() -> Availability:
-    """Whether kt-kernel's SFT operators run on this machine."""
-    from .kt_kernel import backend as kt_kernel
-
-    return kt_kernel.availability()
-
 
 # Measured on two AVX512-BF16 cores: a SmolLM2 step of 512 tokens takes 3.2 s so, 4.6 with the operators' one worker
 # (the other core is lost to their queue thread, which spins); two DeepSeek-V2-Lite layers, 2,048 tokens, 4.8 and 8.9.
@@ -43,6 +26,11 @@ FEW_CORES = (
 _ONE_THREAD = "PyTorch has one thread here, as OMP_NUM_THREADS=1 makes it: OMP_NUM_THREADS=2 uses both cores"
 
 
+def kernel_availability() -> Availability:
+    """Whether kt-kernel's SFT operators run on this machine, and why or why not."""
+    return installation.availability()
+
+
 def choose_backend(
     requested: str,
     shape: ExpertShape,
@@ -50,25 +38,23 @@ def choose_backend(
     workers: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[str, str]:
-    """The backend for `kt_backend`, and why. `auto` never quantises.
+    """The name of the backend for a value of `kt_backend`, and the reason in words. `auto` never quantizes.
 
     Args:
-        requested: The setting.
-        shape: Of a layer's experts.
-        pools: Of the operators' worker threads.
-        workers: Their number, where the user has not set it.
-        dtype: The model's; None for bf16.
+        requested: The value of `kt_backend`.
+        shape: Sizes of a layer's experts.
+        pools: Number of pools of the operators' worker threads.
+        workers: Number of worker threads that was planned; None where the user has set it.
+        dtype: The model's dtype; None for bf16.
 
     Raises:
         KTAMXNotAvailableError: A backend was asked for by name that does not run here.
-        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in so many pools.
+        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in `pools` pools.
     """
     if requested == "torch":
         return "torch", "asked for"
-    from .kt_kernel import backend as kt_kernel
-
     name = "AMXBF16" if requested == "auto" else requested
-    available = kt_kernel.availability()
+    available = installation.availability()
     problem = shape_problem(shape, pools, name) if available.ok else None
     if requested == "auto":
         if not available.ok:
@@ -88,8 +74,8 @@ def choose_backend(
             "(kt_backend=auto picks by itself)."
         )
     if problem:
-        other = [o.name for o in OPERATORS.values() if o.multiple < OPERATORS[name].multiple]
-        fitting = [f"kt_backend={o}" for o in other if not shape_problem(shape, pools, o)]
+        finer = [o.name for o in OPERATORS.values() if o.multiple < OPERATORS[name].multiple]
+        fitting = [f"kt_backend={o}" for o in finer if not shape_problem(shape, pools, o)]
         raise KTAMXConfigError(
             f"kt_backend={requested}: {problem}. "
             + (f"{' and '.join(fitting)} can compute them; " if fitting else "")
@@ -109,38 +95,52 @@ def build_backend(
     share_cache: bool,
     label: str,
 ) -> ExpertsBackend:
-    """Build the backend `name` around a layer's weights, which it takes over: it empties `weights` when it copies.
+    """Build a backend around a layer's weights, which it takes over.
 
-    Saved weights are for AMXInt8 and AMXInt4 alone.
+    Args:
+        name: "torch", "AMXBF16", "AMXInt8" or "AMXInt4".
+        weights: gate_up [E, 2I, H] and down [E, H, I]; the operators copy and empty them. Or the files of packed
+            weights, for AMXInt8 and AMXInt4 alone.
+        shape: The layer's sizes.
+        rank: LoRA rank that the operators are built for; 0 without LoRA. PyTorch takes any rank later.
+        plan: Worker threads of the operators.
+        max_len: The most tokens in a call of the operators.
+        share_backward: One buffer of backward weights for all layers instead of one a layer (operators only).
+        share_cache: One saved forward for all layers instead of one a layer (operators only).
+        label: The layer's name, for messages.
+
+    Raises:
+        KTAMXConfigError: Weights, sizes or settings that the backend cannot take.
+        KTAMXNotAvailableError: The operators do not run on this machine.
     """
     if name == "torch":
         if isinstance(weights, PackedLayerFiles):
             raise KTAMXConfigError(f"{label}: kt_backend=torch cannot load weights saved for kt-kernel's operators.")
         return gpu_backend(weights, shape) if weights.gate_up.is_cuda else TorchBackend(weights, shape)
-    from .kt_kernel import backend as kt_kernel
-
-    return kt_kernel.KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label, name)
+    return KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label, name)
 
 
 def quantize_layer(
     name: str, weights: ExpertWeights, shape: ExpertShape, plan: ThreadPlan, folder: Path, backward: bool, label: str
 ) -> PackedLayerFiles:
-    """Quantise a layer's weights, which are emptied, and write them to the new folder `folder`.
+    """Quantize a layer's weights and write them packed to a new folder.
 
     Args:
         name: AMXInt8 or AMXInt4.
+        weights: gate_up [E, 2I, H] and down [E, H, I]; they are emptied.
+        shape: The layer's sizes.
+        plan: Worker threads; each expert is split over its pools.
+        folder: The folder to write, which must not exist.
         backward: Also write the weights for backward, as much again; without them they are made at each backward.
+        label: The layer's name, for messages.
 
     Raises:
-        KTAMXNotAvailableError, KTAMXConfigError: As `choose_backend`.
+        KTAMXNotAvailableError: The operators do not run on this machine.
+        KTAMXConfigError: The operators cannot take experts of these sizes.
         OSError: The disk is full, or cannot be written to.
     """
-    from .kt_kernel import backend as kt_kernel
-
     with CALL_LOCK:
-        backend = kt_kernel.KTKernelBackend(
-            weights, shape, 0, plan, 1, not backward, True, label, name, save_to=folder
-        )  # fmt: skip
+        backend = KTKernelBackend(weights, shape, 0, plan, 1, not backward, True, label, name, save_to=folder)
         del backend  # its memory is for the next layer
     return PackedLayerFiles(folder, backward)
 
@@ -148,5 +148,6 @@ def quantize_layer(
 def describe_cpu() -> str:
     """One line about the CPU, for messages."""
     features = cpu_features()
-    has = [name for name, here in (("AMX", features.amx), ("AVX512-BF16", features.avx512_bf16)) if here]
-    return f"{features.name} ({', '.join(has) or ('AVX2 only' if features.avx2 else 'no AVX2')})"
+    instructions = {"AMX": features.amx, "AVX512-BF16": features.avx512_bf16}
+    present = [name for name, has in instructions.items() if has]
+    return f"{features.name} ({', '.join(present) or ('AVX2 only' if features.avx2 else 'no AVX2')})"

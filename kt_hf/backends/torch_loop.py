@@ -46,7 +46,8 @@ _ONE_B_TO_RANK = 32
 class _Groups:
     """Rows of [T*K] sorted by expert: the i-th is flat row `order[i]`; rows of no expert are left out.
 
-    They are row `place[i]` of S, where an expert's rows may be followed by rows of zeros; None if there are no such.
+    Row i of them is row `place[i]` of S rows, where rows of zeros may follow those of an expert; `place` is None if
+    there are no such rows.
     """
 
     order: Tensor
@@ -67,9 +68,9 @@ class _Groups:
         return empty_rows(self.S, values).zero_().index_copy_(0, self.place, values)
 
     def taken(self, values: Tensor) -> Tensor:
-        """[T, C] -> [S, C]: each row's token's."""
-        found = empty_rows(len(self.tokens), values)
-        return self.spread(torch.index_select(values, 0, self.tokens, out=found))
+        """[T, C] -> [S, C]: for each row the values of its token."""
+        rows = empty_rows(len(self.tokens), values)
+        return self.spread(torch.index_select(values, 0, self.tokens, out=rows))
 
     def gathered(self, rows: Tensor) -> Tensor:
         """[S, C] -> [len(order), C]."""
@@ -97,8 +98,8 @@ class _Lora(NamedTuple):
     down_b: Tensor
 
     @classmethod
-    def of(cls, six: tuple[Tensor, ...]) -> _Lora:
-        gate_a, gate_b, up_a, up_b, down_a, down_b = six
+    def of(cls, tensors: tuple[Tensor, ...]) -> _Lora:
+        gate_a, gate_b, up_a, up_b, down_a, down_b = tensors
         E, inner, r = gate_b.shape
         if r <= _ONE_B_TO_RANK:
             whole = gate_b.new_zeros(E, 2 * inner, 2 * r)
@@ -112,28 +113,29 @@ class _Lora(NamedTuple):
     def rank(self) -> int:
         return self.down_a.shape[1]
 
-    def six(self) -> tuple[Tensor, ...]:
+    def projections(self) -> tuple[Tensor, ...]:
+        """Views as the six tensors of `set_lora`."""
         r, inner = self.rank, self.down_a.shape[2]
         whole = self.b[0]
         gate_b, up_b = self.b if len(self.b) == 2 else (whole[:, :inner, :r], whole[:, inner:, r:])
         return self.a[:, :r], gate_b, self.a[:, r:], up_b, self.down_a, self.down_b
 
     def add_b(self, e: int, xa: Tensor, to: Tensor) -> None:
-        """x through both A, [S, 2r], through the B of expert e, added to [S, 2I]."""
+        """Multiply `xa` [S, 2r] (x times both A) by the B of expert e, and add it to `to` [S, 2I]."""
         if len(self.b) == 1:
             to.addmm_(xa, self.b[0][e].t())
             return
-        for b, part, own in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
-            own.addmm_(part, b[e].t())
+        for b, part, target in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
+            target.addmm_(part, b[e].t())
 
     def back_through_b(self, e: int, dgu: Tensor) -> Tensor:
-        """[S, 2I] -> [S, 2r]."""
+        """Multiply the gradient of gate and up, [S, 2I], by both transposed B of expert e: [S, 2r]."""
         if len(self.b) == 1:
             return dgu @ self.b[0][e]
         return torch.cat([part @ b[e] for b, part in zip(self.b, dgu.chunk(2, 1), strict=True)], 1)
 
     def b_gradients(self, dgu: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
-        """Of gate's and of up's B, [I, r]."""
+        """The gradients of gate's and of up's B, each [I, r]."""
         (dg, du), (gate, up) = dgu.chunk(2, 1), xa.chunk(2, 1)
         if len(self.b) == 2:
             return dg.t() @ gate, du.t() @ up
@@ -144,11 +146,12 @@ class _Lora(NamedTuple):
 class TorchBackend:
     """Experts computed by PyTorch on the device of their weights, in their dtype.
 
-    16-bit weights on a CPU without 16-bit matrix products are computed in fp32, widened an expert at a time.
+    On a CPU without 16-bit matrix products, 16-bit weights are converted to fp32, one expert at a time, and multiplied
+    in fp32.
 
     Args:
-        weights: Taken over, not copied.
-        shape: Sizes.
+        weights: gate_up [E, 2I, H] and down [E, H, I], floating, on any device; taken over, not copied.
+        shape: The layer's sizes.
     """
 
     name = "torch"
@@ -169,21 +172,26 @@ class TorchBackend:
 
     @property
     def rank(self) -> int:
+        """The LoRA rank held, 0 without LoRA."""
         return self._lora.rank if self._lora else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        """Copy six LoRA tensors of one rank to the device; () switches LoRA off. Saved forwards stay good."""
         # New tensors, never the old ones changed: saved forwards keep reading theirs.
         self._lora = None
         if tensors:
             self._lora = _Lora.of(tuple(t.detach().to(self.device, self._math) for t in tensors))
 
     def lora_copy(self) -> tuple[Tensor, ...]:
-        return self._lora.six() if self._lora else ()
+        """The six LoRA tensors: views of tensors that are never written to again; () without LoRA."""
+        return self._lora.projections() if self._lora else ()
 
     def can_backward(self, saved: SavedForward) -> bool:
+        """Whether `saved` is of this backend: a saved forward stays good."""
         return isinstance(saved, _TorchForward)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
+        """Compute expert by expert; the output [T, H] is of `dtype`, and with `save` activations are kept."""
         groups = self._group(ids)
         I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
         xs = groups.taken(x.to(self._math))
@@ -206,9 +214,15 @@ class TorchBackend:
         return self._sum_by_token(y, groups), _TorchForward(groups, ws, xs, gu, xa, lora) if save else None
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
-        return None  # what is not finite here is not finite
+        """None: a gradient that is not finite is none of the arithmetic's making, there is no other way."""
+        return None
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        """Gradients of a saved forward; those of LoRA are fp32 and freshly allocated.
+
+        Raises:
+            KTAMXBackwardError: The weights were packed for another backend after the forward.
+        """
         assert isinstance(saved, _TorchForward)
         if self.weights.down.numel() == 0:
             raise KTAMXBackwardError("The experts were packed between this forward and its backward: forward again.")
@@ -255,7 +269,7 @@ class TorchBackend:
         )
 
     def _new_gradients(self, rank: int, groups: _Groups) -> tuple[Tensor, ...]:
-        """The six of LoRA in fp32 and in one memory, zero where an expert has no rows."""
+        """Memory for the six LoRA gradients: views of one fp32 tensor, zero if any expert has no rows."""
         sizes = self.shape.lora_shapes(rank)
         flat = empty((sum(map(math.prod, sizes)),), torch.float32, self.device)
         return split_lora(flat if len(groups.spans) == self.shape.num_experts else flat.zero_(), sizes)
@@ -281,13 +295,13 @@ class TorchBackend:
         return _Groups(order, tokens, spans, place, S, T, K)
 
     def _scratch(self) -> Tensor | None:
-        """Memory for one widened weight, where they are."""
+        """Memory for one weight converted to fp32; None where weights are not converted."""
         shape = self.shape
         size = 2 * shape.intermediate_size * shape.hidden_size
         return torch.empty(size, dtype=torch.float32, device=self.device) if self._widen else None
 
     def _product(self, x: Tensor, weight: Tensor, transpose: bool, out: Tensor, scratch: Tensor | None) -> None:
-        """out = x @ weight, or its transpose."""
+        """Write x @ weight to `out`, or x times the transpose of `weight`."""
         if scratch is None:
             torch.mm(x, weight.t() if transpose else weight, out=out)
         elif transpose and x.shape[0] < _WIDEN_FROM_ROWS:
@@ -308,7 +322,7 @@ class TorchBackend:
 
 
 def _filled(count: int) -> int:
-    """Rows that so many are filled up to."""
+    """The number of rows that `count` rows are filled up to."""
     if count <= _ROW_STEP:
         return 1 << (count - 1).bit_length() if count else 0
     return -(-count // _ROW_STEP) * _ROW_STEP

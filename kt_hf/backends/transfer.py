@@ -9,7 +9,7 @@ faster there and halves what crosses the bus.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +19,23 @@ _IN_MEMORY = (0, 2, 4, 1, 3, 5)
 
 
 def split_lora(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Six LoRA tensors of these sizes, views of a flat one."""
+    """Six LoRA tensors of these sizes, as views of a flat one that has all of their elements.
+
+    Args:
+        flat: [the sum of all elements], of any dtype and device.
+        sizes: The six shapes, in the order of `LORA_NAMES`.
+    """
     pieces = flat.split([math.prod(sizes[i]) for i in _IN_MEMORY])
     views = {i: piece.view(tuple(sizes[i])) for i, piece in zip(_IN_MEMORY, pieces, strict=True)}
     return tuple(views[i] for i in range(len(sizes)))
 
 
-def flat_lora(six: Sequence[Tensor]) -> Tensor | None:
+def flat_lora(lora: Sequence[Tensor]) -> Tensor | None:
     """The flat tensor that six LoRA tensors are views of, as `split_lora` makes them; None if they are not."""
-    first = six[0]
+    first = lora[0]
     memory, at = first.untyped_storage().data_ptr(), first.storage_offset()
     for i in _IN_MEMORY:
-        tensor = six[i]
+        tensor = lora[i]
         if (
             tensor.storage_offset() != at
             or tensor.dtype != first.dtype
@@ -42,19 +47,21 @@ def flat_lora(six: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((at - first.storage_offset(),), (1,))
 
 
-def lora_b_part(flat: Tensor, six: Sequence[Tensor]) -> Tensor:
-    """The part of their flat tensor that the B of all projections are."""
-    return flat[sum(tensor.numel() for tensor in six[::2]) :]
+def lora_b_part(flat: Tensor, lora: Sequence[Tensor]) -> Tensor:
+    """The part of `flat` that holds the B of all projections; `lora` are the six views that `split_lora` made of it."""
+    return flat[sum(tensor.numel() for tensor in lora[::2]) :]
 
 
 def host_empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """CPU memory, pinned where this process uses a GPU: on the CPU whatever torch.set_default_device says."""
+    """A tensor of any values on the CPU, whatever torch.set_default_device says; pinned if this process uses a GPU."""
     return torch.empty(tuple(size), dtype=dtype, device="cpu", pin_memory=torch.cuda.is_initialized())
 
 
 def pin(parameter: torch.nn.Parameter) -> None:
-    """Move a parameter's values from the CPU's ordinary memory to pinned memory. Views and memory that processes share
-    are left alone; tensors made of `parameter.data` before keep the old memory."""
+    """Move a parameter's values from the CPU's ordinary memory to pinned memory.
+
+    Views, and memory that processes share, are left alone. Tensors made of `parameter.data` before keep the old memory.
+    """
     data = parameter.data
     whole = data.device.type == "cpu" and data.nbytes == data.untyped_storage().nbytes() and not data.is_shared()
     if whole and not data.is_pinned():
@@ -62,14 +69,19 @@ def pin(parameter: torch.nn.Parameter) -> None:
 
 
 class Arriving:
-    """Tensors that are being copied to the CPU: not to be read before `wait`."""
+    """Tensors that are being copied to the CPU: not to be read before `wait`.
+
+    Args:
+        tensors: The copies, on the CPU.
+        event: Recorded after the last of the copies; None if nothing is under way.
+    """
 
     def __init__(self, tensors: tuple[Tensor, ...], event: torch.cuda.Event | None) -> None:
         self._tensors = tensors
         self._event = event
 
     @property
-    def here(self) -> bool:
+    def arrived(self) -> bool:
         """Whether `wait` would return at once."""
         return self._event is None or self._event.query()
 
@@ -82,12 +94,12 @@ class Arriving:
 
 
 def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequence[Tensor] = ()) -> Arriving:
-    """Start copying tensors to the CPU, each in its new dtype: one wait for all, and none if they are there already.
+    """Start copying tensors to the CPU, each in a new dtype: one wait for all, and none if no tensor is on a GPU.
 
     Args:
-        tensors: Of one device, or some of them on the CPU.
-        dtypes: Of each.
-        into: Contiguous tensors of these sizes and dtypes that they are copied to, in place of new memory.
+        tensors: Tensors of one GPU, some or all of them on the CPU already.
+        dtypes: The dtype of each copy.
+        into: Contiguous CPU tensors of these sizes and dtypes to copy to; () for new memory.
     """
     arrived: list[Tensor] = []
     device: torch.device | None = None
@@ -98,8 +110,8 @@ def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequ
             continue
         device = source.device
         source = source.to(dtype).contiguous()
-        there = into[i] if into else torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
-        arrived.append(there.copy_(source, non_blocking=True))
+        target = into[i] if into else torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
+        arrived.append(target.copy_(source, non_blocking=True))
     event = None
     if device is not None:
         event = torch.cuda.Event()
@@ -108,9 +120,9 @@ def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequ
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on `device` in `dtype` (None keeps its own); to a GPU without waiting for the copy.
+    """The tensor on `device` in `dtype` (None keeps the tensor's); to a GPU without waiting for the copy.
 
-    Where the owner of pinned memory writes to it again (`track_reads`), `wait_for_reads` tells it when it may.
+    An owner of pinned memory who will write to it again calls `track_reads` before and `wait_for_reads` afterwards.
     """
     dtype = dtype or tensor.dtype
     if device.type != "cuda" or tensor.is_cuda:
@@ -125,24 +137,32 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return moved.to(dtype)
 
 
-def lora_to_device(six: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Six LoRA tensors of one dtype from the CPU, in one memory on a GPU, without waiting for the copies."""
-    sizes, dtype = [tensor.shape for tensor in six], six[0].dtype
+def lora_to_device(lora: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy six LoRA tensors of one dtype from the CPU into one memory on a GPU, without waiting for the copies.
+
+    Args:
+        lora: The six tensors, in the order of `LORA_NAMES`.
+        device: The GPU.
+
+    Returns:
+        Views of one flat tensor on `device`, as `split_lora` makes them.
+    """
+    sizes, dtype = [tensor.shape for tensor in lora], lora[0].dtype
     count = sum(map(math.prod, sizes))
-    if not all(tensor.is_pinned() for tensor in six):  # a copy from pageable memory would block
+    if not all(tensor.is_pinned() for tensor in lora):  # a copy from pageable memory would block
         source = host_empty((count,), dtype)
-        for own, tensor in zip(split_lora(source, sizes), six, strict=True):
-            own.copy_(tensor)
+        for target, tensor in zip(split_lora(source, sizes), lora, strict=True):
+            target.copy_(tensor)
         return split_lora(source.to(device, non_blocking=True), sizes)
-    there = split_lora(torch.empty(count, dtype=dtype, device=device), sizes)
-    for own, tensor in zip(there, six, strict=True):
-        own.copy_(tensor, non_blocking=True)
-    _note_read(six, device)
-    return there
+    targets = split_lora(torch.empty(count, dtype=dtype, device=device), sizes)
+    for target, tensor in zip(targets, lora, strict=True):
+        target.copy_(tensor, non_blocking=True)
+    _note_read(lora, device)
+    return targets
 
 
 def track_reads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Have copies to a GPU from these very tensors noted, for `wait_for_reads`."""
+    """Note from now on the copies to a GPU from these very tensors, for `wait_for_reads`; returns the tensors."""
     for tensor in tensors:
         tensor._kt_read = None  # type: ignore[attr-defined]
     return tensors
@@ -158,9 +178,25 @@ def _note_read(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 
 def wait_for_reads(tensors: Sequence[Tensor]) -> None:
-    """Wait for the copies to a GPU that have begun from these very tensors."""
+    """Wait for the copies to a GPU that have begun from these very tensors, which `track_reads` was given."""
     for tensor in tensors:
         event = getattr(tensor, "_kt_read", None)
         if event is not None:
             event.synchronize()
             tensor._kt_read = None  # type: ignore[attr-defined]
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of consecutive numbers, to copy several experts at a time.
+
+    Args:
+        numbers: Ascending.
+
+    Yields:
+        Of each run: its first number, one past its last, and the index of its first in `numbers`.
+    """
+    begin = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[begin], numbers[i - 1] + 1, begin
+            begin = i

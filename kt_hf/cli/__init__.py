@@ -33,8 +33,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(asked: bool) -> None:
+    if asked:
         try:
             typer.echo(version("kt-hf"))
         except PackageNotFoundError:

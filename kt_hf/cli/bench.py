@@ -15,6 +15,7 @@ from .failures import plain_failures
 if TYPE_CHECKING:
     from ..shapes import ExpertShape
     from ..tools.bench import Row
+    from ..train.model_sizes import ModelSizes
 
 
 def main(
@@ -49,12 +50,6 @@ def main(
     Weights are random, so only the model's configuration is read. One layer is held in memory, twice.
     """
     with plain_failures():
-        import torch
-
-        from .. import KTConfig
-        from ..backends import choose_backend
-        from ..shapes import ExpertShape
-        from ..system.cpu import plan_threads
         from ..tools import bench
         from ..train.config.settings import OwnKeys
         from ..train.hub import sizes_of
@@ -62,20 +57,10 @@ def main(
         from ..train.models import load_config
 
         lengths = _numbers("--tokens", tokens)
-        own = OwnKeys(model_name_or_path=model)
-        sizes = model_sizes(sizes_of(model) or load_config(own)[0], own)
+        keys = OwnKeys(model_name_or_path=model)
+        sizes = model_sizes(sizes_of(model) or load_config(keys)[0], keys)
         shape = (sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
-        planned = plan_threads().workers
-        own_number = None if threads else planned
-        chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, ExpertShape(*shape), workers=own_number)
-        most = torch.get_num_threads() if chosen == "torch" else planned  # as in a run
-        counts = _numbers("--threads", threads) if threads else sorted({max(1, most // 2), most})
-        rows = [
-            row
-            for where in _placements(placement, ExpertShape(*shape), chosen)
-            for count in counts
-            for row in bench.measure(bench.Asked(sizes, rank, chosen, count, lengths, runs, where))
-        ]
+        rows = _measured(sizes, lengths, threads, backend, placement, rank, runs)
         title = f"{model}: {sizes.experts} experts, {sizes.top_k} a token, {sizes.hidden} x {sizes.intermediate}"
         if plot:
             bench.plot(rows, plot, title, sizes.experts)
@@ -87,8 +72,40 @@ def main(
             typer.echo(f"Drawn: {plot}")
 
 
+def _measured(
+    sizes: ModelSizes,
+    lengths: list[int],
+    threads: str | None,
+    backend: str,
+    placement: Sequence[str] | None,
+    rank: int,
+    runs: int,
+) -> list[Row]:
+    """The rows of each placement and number of threads; the other arguments are those of `main`."""
+    import torch
+
+    from .. import KTConfig
+    from ..backends import choose_backend
+    from ..shapes import ExpertShape
+    from ..system.cpu import plan_threads
+    from ..tools import bench
+
+    shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
+    planned = plan_threads().workers
+    workers = None if threads else planned
+    chosen, _ = choose_backend(KTConfig(kt_backend=backend).kt_backend, shape, workers=workers)
+    most = torch.get_num_threads() if chosen == "torch" else planned  # as in a run
+    counts = _numbers("--threads", threads) if threads else sorted({max(1, most // 2), most})
+    return [
+        row
+        for where in _placements(placement, shape, chosen)
+        for count in counts
+        for row in bench.measure(bench.Asked(sizes, rank, chosen, count, lengths, runs, where))
+    ]
+
+
 def _show(rows: Sequence[Row], title: str, experts: int, layers: int) -> None:
-    """Tables for people, of a model with `layers` layers of `experts`."""
+    """Print a table of the rows, measured of one of a model's `layers` layers of `experts` experts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -98,10 +115,10 @@ def _show(rows: Sequence[Row], title: str, experts: int, layers: int) -> None:
     table = Table(*columns, *["predicted"] * predictions, title=f"{title}, {rows[0].backend}", box=None)
     for row in rows:
         places = row.resident, row.streamed, experts - row.resident - row.streamed
-        told = "" if row.predicted_ms is None else f"{row.predicted_ms:.1f}"
+        predicted = "" if row.predicted_ms is None else f"{row.predicted_ms:.1f}"
         table.add_row(
             str(row.threads), *[str(count) for count in places] * tiers, str(row.tokens), f"{row.forward_ms:.1f}",
-            f"{row.backward_ms:.1f}", f"{row.tokens_per_second:.0f}", *[told] * predictions,
+            f"{row.backward_ms:.1f}", f"{row.tokens_per_second:.0f}", *[predicted] * predictions,
         )  # fmt: skip
     console = Console(highlight=False)
     console.print(table)
@@ -119,7 +136,7 @@ def _show(rows: Sequence[Row], title: str, experts: int, layers: int) -> None:
 
 
 def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -> list[Any]:
-    """Values of kt_expert_placement, each placement once: off a GPU `auto` is `cpu`.
+    """The values of kt_expert_placement to measure, each placement once: without a GPU `auto` is `cpu`.
 
     Raises:
         KTAMXConfigError: One that a run would refuse on this machine.
@@ -131,13 +148,13 @@ def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -
     from ..placement.assembly import chosen_tiers
     from ..system import gpu
 
-    found: dict[Any, Any] = {}  # by tiers
+    by_tiers: dict[Any, Any] = {}
     device = gpu.experts_device()
     for text in asked or (("cpu", "auto") if device is not None else ("cpu",)):
         try:
             read = yaml.safe_load(text)
             value = text if read is None else read
-            found.setdefault(chosen_tiers(KTConfig(kt_expert_placement=value), [shape], backend, device), value)
+            by_tiers.setdefault(chosen_tiers(KTConfig(kt_expert_placement=value), [shape], backend, device), value)
         except yaml.YAMLError:
             raise KTAMXConfigError(
                 f"--placement={text!r} cannot be read: write cpu, gpu, auto, or numbers as in "
@@ -145,7 +162,7 @@ def _placements(asked: Sequence[str] | None, shape: ExpertShape, backend: str) -
             ) from None
         except KTAMXConfigError as error:
             raise KTAMXConfigError(f"--placement={text!r}: {error}") from None
-    return list(found.values())
+    return list(by_tiers.values())
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -32,6 +32,7 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 
 def show(findings: list[Any]) -> None:
+    """Print a table of the `Finding`s, what to do about them, and the block for a bug report."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

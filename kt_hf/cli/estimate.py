@@ -44,12 +44,12 @@ def main(
     when a setting is wrong.
     """
     with plain_failures():
-        made = make(what, overrides or [], device, memory, gpu_memory)
+        estimate = make(what, overrides or [], device, memory, gpu_memory)
         if as_json:
-            typer.echo(json.dumps(made.as_json(), indent=2))
+            typer.echo(json.dumps(estimate.as_json(), indent=2))
         else:
-            show(made)
-        if not made.fits:
+            show(estimate)
+        if not estimate.fits:
             raise typer.Exit(FAILED)
 
 
@@ -89,8 +89,8 @@ def make(
 
     config = sizes_of(settings.own.model_name_or_path) or load_config(settings.own)[0]
     elsewhere = host_given is not None or gpu_given is not None
-    gpu_here = torch.cuda.is_available()
-    gpu = gpu_given is not None or (device == "cuda" if device != "auto" else gpu_here and not elsewhere)
+    has_gpu = torch.cuda.is_available()
+    gpu = gpu_given is not None or (device == "cuda" if device != "auto" else has_gpu and not elsewhere)
     backend = settings.kt.kt_backend
     return estimate(
         settings,
@@ -98,13 +98,15 @@ def make(
         kernel=backend in OPERATORS or (backend == "auto" and (elsewhere or kernel_availability().ok)),
         gpu=gpu,
         host_free=available_memory() if host_given is None else host_given,
-        gpu_free=torch.cuda.mem_get_info()[0] if gpu_here and gpu and not elsewhere else gpu_given,
+        gpu_free=torch.cuda.mem_get_info()[0] if has_gpu and gpu and not elsewhere else gpu_given,
     )
 
 
 def _settings(what: str, overrides: list[str]) -> TrainSettings:
-    """Those of a YAML file, or the defaults for a model. A model that nobody has is refused before the libraries that
-    know TRL's settings are imported, which takes seconds."""
+    """The settings of a YAML file, or the defaults for a model.
+
+    A model that nobody has is refused before the libraries that know TRL's settings are imported, which takes seconds.
+    """
     from ..builtin.known_models import known_config
     from ..train.hub import configuration_of
 
@@ -120,14 +122,15 @@ def _settings(what: str, overrides: list[str]) -> TrainSettings:
     return check_settings(given, problems, what, purpose="estimate")
 
 
-def show(made: Any) -> None:
+def show(estimate: Any) -> None:
+    """Print an `Estimate` as tables, its verdict and its advice."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     for title, parts, total, free in (
-        ("Host memory", made.host, made.host_total, made.host_free),
-        ("GPU memory", made.gpu, made.gpu_total, made.gpu_free),
+        ("Host memory", estimate.host, estimate.host_total, estimate.host_free),
+        ("GPU memory", estimate.gpu, estimate.gpu_total, estimate.gpu_free),
     ):
         if not parts:
             continue
@@ -140,19 +143,19 @@ def show(made: Any) -> None:
         if free is not None:
             table.add_row("there is", f"{free / 2**30:.1f} GiB")
         console.print(table)
-    verdict = "It fits." if made.fits else "[red]It does not fit.[/red]"
-    console.print(f"{made.tokens} tokens a forward. {verdict}")
-    other = made.host_total_otherwise
+    verdict = "It fits." if estimate.fits else "[red]It does not fit.[/red]"
+    console.print(f"{estimate.tokens} tokens a forward. {verdict}")
+    other = estimate.host_total_otherwise
     if other is not None:
-        how = "with" if made.shared_backward else "without"
-        choice = "true" if made.shared_backward else "false"
-        fast = "faster" if made.shared_backward else "slower"
+        how = "with" if estimate.shared_backward else "without"
+        choice = "true" if estimate.shared_backward else "false"
+        fast = "faster" if estimate.shared_backward else "slower"
         console.print(
             f"Host memory is {how} one buffer of backward weights for all layers (kt_share_backward_weights: {choice}, "
             f"as a run would choose by the memory there is); otherwise {other / 2**30:.1f} GiB, {fast}."
         )
-    if made.plan:
-        assumed = "by assumed rates" if made.gpu_free is not None else "by assumed rates and on a GPU of 80 GB"
-        console.print(f"kt_expert_placement auto, {assumed} (a run measures its machine's): {made.plan}.")
-    for line in made.advice:
+    if estimate.plan:
+        assumed = "by assumed rates" if estimate.gpu_free is not None else "by assumed rates and on a GPU of 80 GB"
+        console.print(f"kt_expert_placement auto, {assumed} (a run measures its machine's): {estimate.plan}.")
+    for line in estimate.advice:
         console.print(f"  - {line}")

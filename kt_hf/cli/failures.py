@@ -1,4 +1,4 @@
-"""What a user sees when a verb fails: a sentence and an exit code, a stack trace only for what nobody foresaw."""
+"""Errors as a user of the command line sees them: a sentence and an exit code, a stack trace only if unforeseen."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def plain_failures(*own: type[Exception]) -> Iterator[None]:
-    """Turn KTAMXError, OSError, Ctrl-C, SIGTERM and the verb's `own` exceptions into a message on stderr and an exit
-    code.
+def plain_failures(*more: type[Exception]) -> Iterator[None]:
+    """Turn KTAMXError, OSError, Ctrl-C, SIGTERM and `more` exceptions of the block into a message and an exit code.
 
-    The code is the exception's `exit_code` where it has one. Otherwise 2 for what the user can set right (a setting, a
-    missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM.
+    The message goes to stderr. The code is the exception's `exit_code` where it has one. Otherwise 2 for what the user
+    can set right (a setting, a missing package, an unsupported model), 1 for a run that failed, 130 for Ctrl-C, 143 for
+    SIGTERM.
+
+    Args:
+        more: Classes of exceptions besides those.
+
+    Raises:
+        typer.Exit: With that code, after the message.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # signals come to no other
@@ -36,7 +42,7 @@ def plain_failures(*own: type[Exception]) -> Iterator[None]:
             signal.SIGTERM: signal.signal(signal.SIGTERM, _terminated),
         }
     try:
-        yield from _plainly(own)
+        yield from _plainly(more)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -46,10 +52,10 @@ def _terminated(number: int, frame: Any) -> None:
     raise Terminated("Terminated.")
 
 
-def _plainly(own: tuple[type[Exception], ...]) -> Iterator[None]:
+def _plainly(more: tuple[type[Exception], ...]) -> Iterator[None]:
     from ..errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
 
-    foreseen: tuple[type[Exception], ...] = (KTAMXError, OSError, *own)
+    foreseen: tuple[type[Exception], ...] = (KTAMXError, OSError, *more)
     try:
         yield
     except KeyboardInterrupt as stopped:

@@ -27,7 +27,7 @@ def main(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="As transformers has it.")] = False,
 ) -> None:
-    """Quantise a model's experts once, for kt_weight_path.
+    """Quantize a model's experts once, for kt_weight_path.
 
     The folder takes the place of the original weights of the experts.
 

@@ -20,7 +20,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CpuFeatures:
-    """Instruction sets that decide the backend."""
+    """Instruction sets that decide the backend.
+
+    Attributes:
+        name: The CPU's model name.
+        amx: Whether it has AMX with bf16 and INT8.
+        avx512_bf16: Whether it has AVX512 with BF16.
+        avx2: Whether it has AVX2.
+    """
 
     name: str
     amx: bool
@@ -30,12 +37,17 @@ class CpuFeatures:
 
 @dataclass(frozen=True)
 class ThreadPlan:
-    """Worker threads of the operators: one pool a NUMA node, `pools[i] = (node, threads)`."""
+    """Worker threads of the operators.
+
+    Attributes:
+        pools: (NUMA node, number of threads) of each pool of threads.
+    """
 
     pools: tuple[tuple[int, int], ...]
 
     @property
     def workers(self) -> int:
+        """The number of threads of all pools."""
         return sum(threads for _, threads in self.pools)
 
     def __str__(self) -> str:
@@ -91,7 +103,7 @@ def physical_cores(cpus: Iterable[int], root: Path = Path("/")) -> list[int]:
 
 
 def numa_nodes(root: Path = Path("/")) -> dict[int, set[int]]:
-    """NUMA node -> its logical CPUs, nodes without CPUs left out; {} where the system does not tell."""
+    """NUMA node -> its logical CPUs, without nodes that have none; {} where the system has no such list."""
     nodes = {}
     for folder in sorted((root / "sys/devices/system/node").glob("node[0-9]*")):
         try:
@@ -104,7 +116,7 @@ def numa_nodes(root: Path = Path("/")) -> dict[int, set[int]]:
 
 
 def parse_cpu_list(text: str) -> set[int]:
-    """The kernel's list format: `0-3,8,10-11`."""
+    """The numbers of a list in the Linux kernel's format: `0-3,8,10-11`."""
     cpus: set[int] = set()
     for part in text.strip().split(","):
         if part:
@@ -114,7 +126,10 @@ def parse_cpu_list(text: str) -> set[int]:
 
 
 def cgroup_cpu_limit(root: Path = Path("/")) -> float | None:
-    """CPUs the control group of this process (or one above it) allows, None without a limit. Versions 1 and 2."""
+    """The number of CPUs that the control group of this process, or one above it, allows; None without a limit.
+
+    Control groups of versions 1 and 2 are read.
+    """
     limits = []
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
@@ -145,12 +160,16 @@ def plan_threads(
 ) -> ThreadPlan:
     """Threads for the operators: the physical cores of the process's affinity and control group, less one.
 
-    One core is left to the operators' own queue thread, which spins while a call runs: with as many workers as cores,
-    each small step waits for a scheduler quantum. With `tp_enabled` and cores on several NUMA nodes there is one pool a
-    node, of equal size (the operators split each expert evenly over the pools).
+    One core is left to the operators' queue thread, which spins while a call runs: with as many workers as cores, each
+    small step waits for a scheduler quantum.
 
     Args:
-        requested: Threads the user asked for; more than there are cores are clamped, with a warning.
+        requested: Number of threads the user asked for; more than there are cores are clamped, with a warning. None
+            plans by the cores.
+        tp_enabled: With cores on several NUMA nodes, make one pool a node, all of equal size (the operators split each
+            expert evenly over the pools); otherwise one pool.
+        root: Where /proc and /sys are; tests give another.
+        cpus: The logical CPUs to plan for; None for those of the process's affinity.
 
     Raises:
         KTAMXConfigError: `requested` is zero or negative.

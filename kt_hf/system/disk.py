@@ -12,36 +12,37 @@ from pathlib import Path
 from ..errors import KTAMXError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What the libraries that write tensors make of it: safetensors keeps the number, torch.save says where it stopped.
+# The texts that libraries that write tensors turn those errors into: safetensors keeps the number, torch.save says
+# where it stopped.
 _FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122|27)\b|File too large|"
                         r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+")  # fmt: skip
-_ROOM = 16 * 2**20  # bytes: what a save writes beside tensors (configuration, trainer_state.json, random states)
+_ROOM = 16 * 2**20  # bytes that a save writes besides tensors (configuration, trainer_state.json, random states)
 
 
 def free_bytes(path: Path) -> int:
-    """Free on the disk that holds `path`, or will hold it."""
+    """Bytes that are free on the disk that holds `path`, or will hold it."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
 
 
-def check_space(path: Path, wanted: int, fix: str = "Free some, or write elsewhere") -> None:
-    """Refuse to begin what would not fit on the disk.
+def check_space(path: Path, needed: int, fix: str = "Free some, or write elsewhere") -> None:
+    """Refuse to begin to write what would not fit on the disk.
 
     Args:
         path: File or folder to be written.
-        wanted: Bytes.
-        fix: What else can be done, a sentence without its full stop.
+        needed: Its size in bytes.
+        fix: What the user can do about it, a sentence without its full stop.
 
     Raises:
-        KTAMXError: Fewer are free.
+        KTAMXError: The disk has fewer bytes free.
     """
     free = free_bytes(path)
-    if wanted + _ROOM > free:
-        raise KTAMXError(f"{path}: the disk has {size_of(free)} free, and {size_of(wanted)} are to be written. {fix}.")
+    if needed + _ROOM > free:
+        raise KTAMXError(f"{path}: the disk has {size_of(free)} free, and {size_of(needed)} are to be written. {fix}.")
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it comes from, says that a disk is full."""
+    """Whether an error, or a cause or context of it, says that a disk is full, a quota used up or a file too large."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -52,18 +53,22 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def disk_full(path: Path, wanted: int | None = None) -> KTAMXError:
-    """The error to raise where writing `path`, of `wanted` bytes if that is known, has filled the disk."""
-    size = f" of {size_of(wanted)}" if wanted is not None else ""
+def disk_full(path: Path, size: int | None = None) -> KTAMXError:
+    """The error to raise where writing `path` has filled the disk; `size` in bytes, if it is known."""
+    of_size = f" of {size_of(size)}" if size is not None else ""
     return KTAMXError(
-        f"{path}{size} could not be written: the disk is full ({size_of(free_bytes(path.parent))} free), or a quota is "
-        "used up. What was whole on it before is whole still."
+        f"{path}{of_size} could not be written: the disk is full ({size_of(free_bytes(path.parent))} free), or a quota "
+        "is used up. What was whole on it before is whole still."
     )
 
 
 @contextmanager
-def disk_errors(path: Path, wanted: int | None = None) -> Iterator[None]:
-    """Turn errors of a full disk into one that names file, bytes wanted and bytes free; others pass.
+def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn errors of a full disk in the block into one that names file, size and free space; other errors pass.
+
+    Args:
+        path: File or folder that the block writes.
+        size: Its size in bytes; None if it is not known.
 
     Raises:
         KTAMXError: The disk is full.
@@ -73,7 +78,7 @@ def disk_errors(path: Path, wanted: int | None = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, KTAMXError) or not is_disk_full(error):
             raise
-        raise disk_full(path, wanted) from error
+        raise disk_full(path, size) from error
 
 
 def size_of(size: int) -> str:

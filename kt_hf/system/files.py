@@ -1,4 +1,4 @@
-"""Files written whole or not at all, safetensors files among them; `checkpoint.tensor_files` reads those."""
+"""Files written whole or not at all, safetensors files among them, which `checkpoint.tensor_files` reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is read, or made, when it is needed: its dtype, its shape, and how to get it."""
+    """A tensor that is read, or computed, when it is needed.
+
+    Attributes:
+        dtype: Its dtype.
+        shape: Its shape.
+        load: Returns the tensor.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -41,20 +47,25 @@ class Lazy:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Its size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of a file that are made together: name -> (dtype, shape), and how to get them in that order."""
+    """Tensors of a file that are computed together.
+
+    Attributes:
+        specs: Name -> (dtype, shape).
+        make: Returns the tensors, in the order of `specs`.
+    """
 
     specs: Mapping[str, Spec]
     make: Callable[[], Iterable[Tensor]]
 
 
 def part(name: str, tensor: Lazy) -> Part:
-    """One tensor as it is."""
+    """The `Part` of a single tensor, under the name `name`."""
     return Part({name: (tensor.dtype, tensor.shape)}, lambda: [tensor.load()])
 
 
@@ -63,8 +74,8 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary path beside `path`, flushed to disk and renamed to it at the end; removed if the body raises.
 
     Args:
-        path: Of the file.
-        size: Its bytes, for the message where they do not fit on the disk.
+        path: The file to write or to replace.
+        size: Its size in bytes, for the message if it does not fit on the disk; None if it is not known.
 
     Raises:
         KTAMXError: The disk is full.
@@ -82,10 +93,10 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all: filled under another name, then renamed.
+    """A temporary folder beside `path`, flushed to disk and renamed to it at the end; removed if the body raises.
 
     Args:
-        path: Of nothing, or of an empty folder.
+        path: The folder to make. Nothing may be there, or an empty folder.
 
     Raises:
         KTAMXError: The disk is full.
@@ -106,13 +117,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON, whole or not at all."""
+    """Write `content` as JSON to a file, whole or not at all.
+
+    Raises:
+        KTAMXError: The disk is full.
+    """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,6 +136,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 checksum of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -131,8 +147,14 @@ def write_safetensors(path: Path, parts: Iterable[Part], metadata: Mapping[str, 
     The format: 8 bytes, the length of the header as a little-endian integer; the header, JSON of name -> dtype, shape,
     data_offsets; the tensors' bytes, little-endian, without gaps.
 
+    Args:
+        path: The file, written whole or not at all.
+        parts: Its tensors, in their order in the file.
+        metadata: Texts for the header's `__metadata__`; None for {"format": "pt"}.
+
     Raises:
-        KTAMXError: A tensor that is not what its part announced, or a name that comes twice.
+        KTAMXError: A tensor is not of the dtype and shape that its part announced, a name comes twice, or the disk is
+            full.
     """
     parts = list(parts)
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}

@@ -8,7 +8,7 @@ import torch
 def experts_device() -> torch.device | None:
     """The device of experts resident on the GPU or streamed to it; None on a machine without one.
 
-    Without an index, which only a process that uses CUDA can know: asking must not start CUDA, for a run may leave
-    every expert on the CPU, or fork workers.
+    The device has no index, which only a process that uses CUDA can know: this function must not start CUDA, for a run
+    may leave every expert on the CPU, or fork workers.
     """
     return torch.device("cuda") if torch.cuda.is_available() else None

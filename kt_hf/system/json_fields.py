@@ -4,8 +4,8 @@
     rank = config["r"].integer(least=1)             # KTAMXError: …/adapter_config.json: r='8' is not a whole number …
     names = config.get("target_modules")            # None where it is missing or null
 
-What comes out has the type that it is asked for, numbers are finite, texts can be printed, and names of files stay in
-their folder.
+Each method returns the type it is named for, numbers are finite, texts can be printed, and names of files stay in their
+folder.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ class Field:
     """A value in a JSON file.
 
     Attributes:
-        file: Of which file, for messages.
-        name: Where in it, "files.adapter_model.safetensors.size"; "" for the whole.
-        value: As JSON has it.
+        file: The file it is read from, for messages.
+        name: Its place in the file, such as "files.adapter_model.safetensors.size"; "" for the whole content.
+        value: The value that the JSON reader gave.
+
+    All methods but `refuse` return the value as the type they are named for, and raise KTAMXError, naming file, field
+    and value, if it is not of that type.
     """
 
     file: Path
@@ -48,37 +51,42 @@ class Field:
         raise KTAMXError(f"{self.file}: {f'{printable(self.name)}={shown}' if self.name else shown} {why}.")
 
     def object(self) -> Fields:
-        """Name -> value."""
+        """The object, to take values of it by name."""
         if not isinstance(self.value, dict):
             self.refuse("is no object" if self.name else "holds no object")
         return Fields(self)
 
     def entries(self) -> list[Field]:
+        """The values of a list, as fields named `name[0]`, `name[1]`, ..."""
         if not isinstance(self.value, list):
             self.refuse("is not a list")
         return [Field(self.file, f"{self.name}[{index}]", value) for index, value in enumerate(self.value)]
 
     def text(self) -> str:
+        """A string."""
         if not isinstance(self.value, str):
             self.refuse("is not a text")
         return self.value
 
     def texts(self) -> list[str]:
+        """A list of strings."""
         return [item.text() for item in self.entries()]
 
     def flag(self) -> bool:
+        """True or false."""
         if not isinstance(self.value, bool):
             self.refuse("is neither true nor false")
         return self.value
 
     def integer(self, least: int = -_WHOLE, most: int = _WHOLE) -> int:
+        """A whole number from `least` to `most`."""
         if not isinstance(self.value, int) or isinstance(self.value, bool) or not least <= self.value <= most:
             kind = f"a positive number up to {most}" if least == 1 else f"a whole number from {least} to {most}"
             self.refuse(f"is not {kind}")
         return self.value
 
     def number(self, positive: bool = False) -> float:
-        """A finite number, as it is in the file: int or float."""
+        """A finite number, above 0 if `positive`: int or float, whichever the file has."""
         value = self.value
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             self.refuse("is not a positive number" if positive else "is not a number")
@@ -87,18 +95,20 @@ class Field:
         return value
 
     def choice(self, *values: str) -> str:
+        """One of the strings `values`."""
         if self.value not in values or not isinstance(self.value, str):
             self.refuse(f"is not one of {', '.join(values)}")
         return self.value
 
     def hexadecimal(self, length: int = 64) -> str:
+        """A checksum of `length` lower-case hexadecimal digits."""
         text = self.text()
         if len(text) != length or not set(text) <= set("0123456789abcdef"):
             self.refuse(f"is no checksum of {length} hexadecimal digits")
         return text
 
     def file_name(self) -> str:
-        """The name of a file or folder in the folder of this file, and of none elsewhere."""
+        """The name of a file or folder in the folder of this file, without any path."""
         name = self.text()
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", "..") or len(name.encode()) > 255:
             self.refuse("is no file name: a file names only what is in its own folder")
@@ -121,14 +131,14 @@ class Fields:
         self._field = field
 
     def __getitem__(self, name: str) -> Field:
-        """A value that must be there."""
+        """A value that must be in the object; KTAMXError if it is missing."""
         if name not in self._field.value:
             where = f" in {printable(self._field.name)}" if self._field.name else ""
             raise KTAMXError(f"{self._field.file}: {name} is missing{where}.")
         return self._at(name)
 
     def get(self, name: str) -> Field | None:
-        """A value that may be missing, or null."""
+        """A value that may be missing or null: None then."""
         return None if self._field.value.get(name) is None else self._at(name)
 
     def __contains__(self, name: object) -> bool:
@@ -141,10 +151,11 @@ class Fields:
         return len(self._field.value)
 
     def items(self) -> Iterator[tuple[str, Field]]:
+        """Names and values."""
         return ((name, self._at(name)) for name in self._field.value)
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        """Names and values as they are, unchecked."""
+        """Names and values as the JSON reader gave them, unchecked."""
         return iter(self._field.value.items())
 
     def _at(self, name: str) -> Field:
@@ -153,7 +164,7 @@ class Fields:
 
 
 def printable(text: str) -> str:
-    """A text of a file as a message may show it: on one line, and nothing that a terminal would act on."""
+    """A text of a file for a message: on one line, and with everything that a terminal would act on escaped."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
@@ -180,12 +191,13 @@ def read_json(path: Path) -> Field:
 
 
 def parse_json(data: bytes) -> Any:
-    """What JSON of UTF-8 says.
+    """The value of JSON in UTF-8.
+
+    NaN passes, for a Trainer's log may have it; `Field.number` refuses it.
 
     Raises:
         ValueError: It is no JSON; or JSON that Python's reader takes and others do not: a name that comes twice, texts
-            that are no Unicode, numbers of thousands of digits, 65 levels. NaN passes, for a Trainer's log may have it;
-            `Field.number` refuses it.
+            that are no Unicode, numbers of thousands of digits, 65 levels.
     """
     try:
         if data.count(b"[") + data.count(b"{") > _MOST_OBJECTS or data.count(b",") > _MOST_VALUES:

@@ -1,4 +1,4 @@
-"""Memory that this process can still take, of the host and of a GPU."""
+"""The memory that this process can still take, of the host and of a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory the process can still take: the system's, or what its control group (version 2) leaves."""
+    """Bytes of host memory that the process can still take: by the system, and by its control group (version 2)."""
     free = int(psutil.virtual_memory().available)
     try:
         group = (root / "proc/self/cgroup").read_text().split("::", 1)[1].split("\n", 1)[0].lstrip("/")
@@ -29,8 +29,11 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that PyTorch can still allocate on a device: those it keeps from earlier allocations among them, and no
-    more than `torch.cuda.set_per_process_memory_fraction` leaves it. For the CPU, `available_memory()`."""
+    """Bytes that PyTorch can still allocate on a device; for the CPU, `available_memory()`.
+
+    They include memory that PyTorch keeps from earlier allocations, and are no more than
+    `torch.cuda.set_per_process_memory_fraction` allows.
+    """
     if device.type != "cuda":
         return available_memory()
     used = torch.cuda.memory_allocated(device)
@@ -40,7 +43,7 @@ def free_device_memory(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give freed heap back to the system, where the C library keeps it otherwise (glibc)."""
+    """Give freed heap memory back to the system, which the C library (glibc) would keep."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

@@ -10,5 +10,5 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e
 
 
 def printable(text: str) -> str:
-    """`text` with everything that a terminal would obey written as an escape, such as `\\x1b`."""
+    r"""`text` with everything that a terminal would obey written as an escape, such as `\x1b`."""
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -1,7 +1,7 @@
-"""Forward and backward of one layer of experts on this machine, over placements, threads and tokens.
+"""Times of forward and backward of one layer of experts on this machine, over placements, threads and tokens.
 
-As a program it measures one placement with one number of threads and prints JSON: worker threads are made once in a
-process. Its argument is an `Asked` as JSON.
+Run as a program, this module measures one placement with one number of threads and prints JSON, because a process can
+make the operators' worker threads only once. The program's argument is an `Asked` as JSON.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from ..placement.packer import Packer
 from ..placement.planner import MemoryBudget, TierPlan
 from ..placement.tiers import Tiers
 from ..shapes import ExpertShape
+from ..system.threads import torch_threads
 from ..train.model_sizes import ModelSizes
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a process measures.
+    """What one process measures.
 
     Attributes:
-        sizes: Of the model; `auto` plans for all of its layers, one is measured.
-        rank: Of LoRA.
-        backend: `AMXBF16`, `AMXInt8`, `AMXInt4` or `torch`, of the experts on the CPU.
-        threads: Worker threads, PyTorch's for the backend `torch`.
-        tokens: Of the batches.
-        runs: Of each batch.
-        placement: As `kt_expert_placement`.
+        sizes: The model's sizes; `auto` plans for all of its layers, one layer is measured.
+        rank: LoRA rank.
+        backend: The backend of the experts on the CPU: `AMXBF16`, `AMXInt8`, `AMXInt4` or `torch`.
+        threads: Number of worker threads, for the backend `torch` of PyTorch's threads.
+        tokens: Number of tokens of each batch.
+        runs: How often each batch is computed.
+        placement: A value of `kt_expert_placement`.
     """
 
     sizes: ModelSizes
@@ -54,18 +55,24 @@ class Asked:
 
     @property
     def shape(self) -> ExpertShape:
-        """Of a layer."""
+        """Sizes of a layer."""
         return ExpertShape(self.sizes.experts, self.sizes.top_k, self.sizes.hidden, self.sizes.intermediate)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds, medians over the runs, of a batch of `tokens`.
+    """The times of one batch.
 
     Attributes:
-        resident: Experts in the GPU's memory, and `streamed` to it; the others are on the CPU.
-        predicted_ms: Forward and backward of the slowest of bus, CPU and GPU, as `auto` expected them of the placement
-            it chose; None for the others.
+        backend: The backend of the experts on the CPU.
+        threads: Number of its threads.
+        tokens: Number of tokens of the batch.
+        forward_ms: Milliseconds of a forward, the median over the runs.
+        backward_ms: Milliseconds of a backward, likewise.
+        resident: Number of the layer's experts in the GPU's memory.
+        streamed: Number of its experts that are streamed to the GPU; all others are on the CPU.
+        predicted_ms: Milliseconds of forward and backward on the slowest of bus, CPU and GPU that `auto` expected of
+            the placement it chose; None if the placement was given.
     """
 
     backend: str
@@ -79,7 +86,7 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float:
-        """Through one such layer, forward and backward."""
+        """Tokens per second through one such layer, forward and backward."""
         return self.tokens / (self.forward_ms + self.backward_ms) * 1000
 
     def where(self, experts: int) -> str:
@@ -92,7 +99,7 @@ class Row:
 
 
 def measure(asked: Asked) -> list[Row]:
-    """Measure in a new process, with its own worker threads.
+    """Measure in a new process, which makes as many worker threads as are asked for.
 
     Raises:
         KTAMXError: The process failed; the message is its last line.
@@ -105,30 +112,25 @@ def measure(asked: Asked) -> list[Row]:
 
 
 def measure_here(asked: Asked) -> list[Row]:
-    """Measure in this process, whose worker threads are those of the first call."""
+    """Measure in this process, where the first call of the operators decides the number of worker threads."""
     kernel = asked.backend != "torch"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if kernel else asked.threads)  # the calls alone are timed
     rows: list[Row] = []
     layer: ExpertsBackend | None = None
-    held: Tiers | None = None
-    try:
-        with CALL_LOCK, torch.no_grad():
-            # All are planned before a layer takes memory that the plans go by.
-            packers = [_placed(asked, tokens) for tokens in asked.tokens]
-            for tokens in asked.tokens:
-                packer = packers.pop(0)  # what it streams is released with it
-                tiers, planned = packer.tiers, packer.planned
-                assert tiers is not None
-                if layer is None or tiers != held:
-                    layer = None  # its memory is for the next
-                    layer, held = _layer(asked, packer), tiers
-                threads = packer.threads.workers if kernel else asked.threads
-                times = _times(layer, tokens, asked.runs)
-                expected = _predicted(planned, asked.sizes.expert_layers) if planned else None
-                rows.append(Row(asked.backend, threads, tokens, *times, tiers.resident, tiers.streamed, expected))
-    finally:
-        torch.set_num_threads(before)
+    layer_tiers: Tiers | None = None
+    with torch_threads(1 if kernel else asked.threads), CALL_LOCK, torch.no_grad():
+        # All are planned before a layer takes memory that the plans go by.
+        packers = [_placed(asked, tokens) for tokens in asked.tokens]
+        for tokens in asked.tokens:
+            packer = packers.pop(0)  # what it streams is released with it
+            tiers, planned = packer.tiers, packer.planned
+            assert tiers is not None
+            if layer is None or tiers != layer_tiers:
+                layer = None  # its memory is for the next
+                layer, layer_tiers = _layer(asked, packer), tiers
+            threads = packer.threads.workers if kernel else asked.threads
+            times = _times(layer, tokens, asked.runs)
+            expected = _predicted(planned, asked.sizes.expert_layers) if planned else None
+            rows.append(Row(asked.backend, threads, tokens, *times, tiers.resident, tiers.streamed, expected))
     return rows
 
 
@@ -139,7 +141,7 @@ def _predicted(planned: TierPlan, layers: int) -> float:
 
 
 def _placed(asked: Asked, tokens: int) -> Packer:
-    """What packs a layer, as in a run with so many tokens a step."""
+    """A packer that has decided the placement as in a run of `tokens` tokens a step."""
     config = KTConfig(
         kt_backend=asked.backend,
         kt_num_threads=asked.threads if asked.backend != "torch" else None,
@@ -156,23 +158,23 @@ def _placed(asked: Asked, tokens: int) -> Packer:
 
 
 def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
-    """One of random weights, the first experts in the first tiers; the streamed ones as the checkpoint has them."""
+    """A layer of random weights; experts that a run would stream in 8 bits, as the checkpoint has them, are so too."""
     shape = asked.shape
-    H, I, apart = shape.hidden_size, shape.intermediate_size, packer.read_scaled(shape, 0)  # noqa: E741
-    E = shape.num_experts - len(apart)
-    weights = ExpertWeights(_alike(E, 2 * I, H), _alike(E, H, I))
-    if apart:
-        n = len(apart)
+    H, I, in_8_bits = shape.hidden_size, shape.intermediate_size, packer.read_scaled(shape, 0)  # noqa: E741
+    E = shape.num_experts - len(in_8_bits)
+    weights = ExpertWeights(_repeated(E, 2 * I, H), _repeated(E, H, I))
+    if in_8_bits:
+        n = len(in_8_bits)
         weights.scaled = ScaledExperts(
-            sorted(apart), _random_8bit(n, 2 * I, H, parts=2), _random_8bit(n, H, I, parts=1)
+            sorted(in_8_bits), _random_8bit(n, 2 * I, H, parts=2), _random_8bit(n, H, I, parts=1)
         )
     layer = packer.build(weights, shape, asked.rank, "benchmark")
     layer.set_lora(tuple(torch.randn(size).mul_(0.02).to(layer.device) for size in shape.lora_shapes(asked.rank)))
     return layer
 
 
-def _alike(count: int, rows: int, columns: int) -> torch.Tensor:
-    """One random matrix so often: making each would take longer than what is measured."""
+def _repeated(count: int, rows: int, columns: int) -> torch.Tensor:
+    """[count, rows, columns] bf16: one random matrix `count` times, for to draw each would take longer than to time."""
     return torch.randn(rows, columns).mul_(0.02).bfloat16().expand(count, -1, -1).contiguous()
 
 
@@ -184,7 +186,7 @@ def _random_8bit(count: int, rows: int, columns: int, parts: int) -> ScaledMatri
 
 
 def _times(layer: ExpertsBackend, tokens: int, runs: int) -> tuple[float, float]:
-    """The median milliseconds of a forward and of a backward, tokens sent to experts by chance."""
+    """The median milliseconds of a forward and of a backward of tokens that are routed at random."""
     E, K, H = layer.shape.num_experts, layer.shape.top_k, layer.shape.hidden_size
     x, grad = (torch.randn(tokens, H).to(layer.device, layer.dtype) for _ in range(2))
     ids = torch.rand(tokens, E).topk(K).indices.to(layer.device)
@@ -195,19 +197,34 @@ def _times(layer: ExpertsBackend, tokens: int, runs: int) -> tuple[float, float]
 
 
 def curves(rows: Sequence[Row], experts: int) -> dict[str, list[Row]]:
-    """By label: one for each placement of a layer's `experts` and number of threads. What `auto` chose is one, for it
-    goes with the tokens."""
-    found: dict[str, list[Row]] = {}
+    """The curves of a plot: label -> its rows, a curve for each placement and number of threads.
+
+    The placements that `auto` chose make one curve, for they go with the number of tokens.
+
+    Args:
+        rows: All that was measured.
+        experts: Number of a layer's experts.
+    """
+    by_label: dict[str, list[Row]] = {}
     for row in rows:
         where = row.where(experts) if row.predicted_ms is None else "auto"
-        found.setdefault(f"{row.backend}, {row.threads} thread{'s' if row.threads > 1 else ''}, {where}", []).append(
-            row
-        )
-    return found
+        label = f"{row.backend}, {row.threads} thread{'s' if row.threads > 1 else ''}, {where}"
+        by_label.setdefault(label, []).append(row)
+    return by_label
 
 
 def plot(rows: Sequence[Row], path: Path, title: str, experts: int) -> Path:
-    """Draw tokens per second over tokens, the `curves`, into the PNG `path`; returns it."""
+    """Draw the `curves`, tokens per second over tokens, into a PNG file.
+
+    Args:
+        rows: All that was measured.
+        path: The file; its folder is made if need be.
+        title: The title of the plot.
+        experts: Number of a layer's experts.
+
+    Returns:
+        `path`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,16 +12,21 @@ from typing import Any
 import psutil
 from packaging.version import Version
 
-# Besides the floors that importing kt_hf checks.
+# Oldest versions for training, besides those that importing kt_hf checks.
 TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.0", "matplotlib": "3.8"}
 KERNEL = "0.7.2"
 
 
 @dataclass
 class Finding:
-    """One line: a fact, and if it is not as it should be, the remedy.
+    """One line of the report: a fact, and a remedy if it is not as it should be.
 
-    `ok` is True for what is good, False for what keeps something from working, None for a fact or an advice.
+    Attributes:
+        group: The part of the report, such as "CPU".
+        name: What the fact is about.
+        value: The fact in words.
+        ok: True if it is as it should be, False if it keeps something from working, None for a fact or an advice.
+        fix: What to do about it; "" for nothing.
     """
 
     group: str
@@ -32,7 +37,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything, in the order in which it is shown. Takes some seconds; starts processes of its own for self-tests."""
+    """All findings, in the order in which they are shown. Takes some seconds: each self-test is a process."""
     return [*_cpu(), *_kernel(), *_memory(), *_gpu(), *_versions(), *_self_tests()]
 
 
@@ -41,8 +46,8 @@ def _cpu() -> Iterator[Finding]:
 
     features, cpus = cpu_features(), affinity()
     yield Finding("CPU", "name", features.name)
-    for name, here in (("AMX", features.amx), ("AVX512-BF16", features.avx512_bf16), ("AVX2", features.avx2)):
-        yield Finding("CPU", name, "yes" if here else "no")
+    for name, has in (("AMX", features.amx), ("AVX512-BF16", features.avx512_bf16), ("AVX2", features.avx2)):
+        yield Finding("CPU", name, "yes" if has else "no")
     limit = cgroup_cpu_limit()
     limited = f", limited to {limit:g} by the control group" if limit else ""
     yield Finding("CPU", "cores", f"{len(physical_cores(cpus))} physical, {len(cpus)} logical{limited}")
@@ -59,14 +64,14 @@ def _kernel() -> Iterator[Finding]:
     from ..shapes import ExpertShape
     from ..system.cpu import cpu_features, plan_threads
 
-    found, features = kernel_availability(), cpu_features()
+    available, features = kernel_availability(), cpu_features()
     capable = features.amx or features.avx512_bf16
     yield Finding(
         "kernel",
         "kt-kernel",
-        found.reason,
-        found.ok or (None if not capable else False),
-        "" if found.ok or not capable else f"pip install kt-kernel=={KERNEL}; unset KT_KERNEL_CPU_VARIANT",
+        available.reason,
+        available.ok or (None if not capable else False),
+        "" if available.ok or not capable else f"pip install kt-kernel=={KERNEL}; unset KT_KERNEL_CPU_VARIANT",
     )
     backend, why = choose_backend("auto", ExpertShape(8, 2, 64, 64), workers=plan_threads().workers)
     yield Finding("kernel", "backend auto", f"{backend} ({why})" if backend == "torch" else backend)
@@ -107,7 +112,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def pcie_speed(megabytes: int = 256, runs: int = 3) -> tuple[float, float]:
-    """GB/s of pinned copies to the first GPU and back; the best of `runs`."""
+    """Measure GB/s of pinned copies to the first GPU, and back; the best of `runs` copies of `megabytes` MB."""
     import torch
 
     host = torch.empty(megabytes * 10**6, dtype=torch.uint8).pin_memory()
@@ -131,11 +136,11 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
     yield Finding("versions", "kt-hf", _installed("kt-hf") or "from the source tree")
     for name, floor in (FLOORS | TRAIN_FLOORS).items():
-        found = _installed(name)
-        good = found is not None and Version(Version(found).base_version) >= Version(floor)
+        installed = _installed(name)
+        good = installed is not None and Version(Version(installed).base_version) >= Version(floor)
         extra = "'kt-hf[train]'" if name in TRAIN_FLOORS else f"'{name}>={floor}'"
         yield Finding(
-            "versions", name, f"{found or 'not installed'} (at least {floor})", good,
+            "versions", name, f"{installed or 'not installed'} (at least {floor})", good,
             "" if good else f"pip install -U {extra}",
         )  # fmt: skip
     kernel = _installed("kt-kernel")
@@ -166,13 +171,15 @@ def _self_tests() -> Iterator[Finding]:
 
 
 def block(findings: list[Finding]) -> str:
-    """Everything as plain text, to paste into a report."""
+    """The findings as plain text, a line each, to paste into a bug report."""
     return "\n".join(f"{f.group}/{f.name}: {f.value}" for f in findings)
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
+    """The findings as JSON's values: "ok", whether all is well, and "findings", a list of objects."""
     return {"ok": healthy(findings), "findings": [finding.__dict__ for finding in findings]}
 
 
 def healthy(findings: list[Finding]) -> bool:
+    """Whether no finding keeps anything from working."""
     return all(finding.ok is not False for finding in findings)

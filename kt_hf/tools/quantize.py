@@ -1,4 +1,4 @@
-"""What `kt-hf quantize` does: from a model's name to a folder of saved experts, with a progress bar."""
+"""The work of `kt-hf quantize`: from a model's name to a folder of packed experts, with a progress bar."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ def run(
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Quantise the experts of a model, a folder's or the hub's.
+    """Quantize the experts of a model and write them to a new folder.
 
     Args:
-        pools: NUMA nodes of the machine that will load them; None for this machine's.
+        model: The model's folder, or its name on the hub.
+        out: The folder to write.
+        backend: "AMXInt8" or "AMXInt4".
+        backward: Whether to write the weights for backward too, as much again.
+        pools: Number of NUMA nodes of the machine that will load them; None for this machine's.
+        trust_remote_code: Whether to run code that comes with the model, as transformers has it.
+        console: Where to show progress; None for stderr.
 
     Raises:
-        KTAMXError, OSError: As `quantise`, or there is no such model.
+        KTAMXError: There is no such model, or its experts cannot be quantized.
+        OSError: The folder cannot be written.
     """
     from transformers import AutoConfig
 
@@ -38,14 +45,17 @@ def run(
     except (OSError, ValueError, KeyError) as error:
         raise KTAMXConfigError(f"{model!r}: {' '.join(str(error).split())}") from error
     checkpoint = ExpertCheckpoint(folder, config, trust_remote_code)
-    with LayersBar(len(checkpoint.layers), console, "Quantising the experts") as bar:
+    with LayersBar(len(checkpoint.layers), console, "Quantizing the experts") as bar:
         quantize(
             checkpoint, config, out, backend, plan_for(pools), backward, model, trust_remote_code, on_layer=bar.advance
         )
 
 
 def plan_for(pools: int | None) -> ThreadPlan:
-    """This machine's plan, with as many pools as asked for: where it has fewer nodes, several of one."""
+    """This machine's plan of worker threads, with `pools` pools, several on a NUMA node where it has fewer nodes.
+
+    None keeps the number of pools that the machine has NUMA nodes.
+    """
     plan = plan_threads()
     if pools is None or pools == len(plan.pools):
         return plan

@@ -1,7 +1,7 @@
-"""A tiny layer of experts, forward and backward, by one backend, against plain PyTorch in fp32.
+"""A tiny layer of experts, forward and backward, by one backend, compared with plain PyTorch in fp32.
 
-As a program it prints JSON, so that `kt-hf doctor` can run it in a process of its own: instructions that a CPU lacks
-end the process that uses them.
+Run as a program, this module prints JSON, so that `kt-hf doctor` can run it in a new process: instructions that a CPU
+lacks end the process that uses them.
 
 python -m kt_hf.tools.selftest AMXBF16
 """
@@ -17,13 +17,20 @@ import torch
 from torch import Tensor
 
 E, K, H, I, T, R = 4, 2, 128, 128, 33, 4  # noqa: E741
-# What the arithmetic may differ by: of bf16 the backends' tests allow 2 % in every gradient, on layers of real size.
+# Largest relative errors. (The backends' tests allow bf16 an error of 2 % in every gradient, on layers of real size.)
 TOLERANCE = {"AMXBF16": 0.03, "AMXInt8": 0.05, "AMXInt4": 0.4, "torch": 1e-4}
 
 
 @dataclass
 class SelfTest:
-    """Relative errors of the output and of the gradients, or why it could not be run."""
+    """The result of a self-test.
+
+    Attributes:
+        backend: The backend that was tested.
+        output_error: Relative error of the output; None if the test did not run to the end.
+        gradient_error: The largest relative error of a gradient; None likewise.
+        problem: Why the test failed, in words; None if it passed.
+    """
 
     backend: str
     output_error: float | None = None
@@ -32,11 +39,12 @@ class SelfTest:
 
     @property
     def ok(self) -> bool:
+        """Whether the test passed."""
         return self.problem is None
 
 
 def in_new_process(backend: str, seconds: float = 120) -> SelfTest:
-    """Run the test of a backend; a crash or a hang is a problem told, not one had."""
+    """Run the test of a backend in a new process; a crash or a hang of it is reported as the result's `problem`."""
     command = [sys.executable, "-m", "kt_hf.tools.selftest", backend]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
@@ -67,17 +75,17 @@ def run(backend: str) -> SelfTest:
     lora = tuple(values(*size) for size in shape.lora_shapes(R))
     ids = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(T)])
     routing = torch.rand(T, K, generator=draw)
-    wanted = _reference(gate_up, down, lora, x, ids, routing, grad)
+    expected = _reference(gate_up, down, lora, x, ids, routing, grad)
     dtype = torch.float32 if backend == "torch" else torch.bfloat16
     weights = ExpertWeights(gate_up.to(dtype), down.to(dtype))
     layer = build_backend(backend, weights, shape, R, plan_threads(1), T, False, False, "self-test")
     layer.set_lora(lora)
     output, saved = layer.forward(x.to(dtype), ids, routing, save=True)
     assert saved is not None
-    made = layer.backward(saved, grad.to(dtype))
-    output_error = _error(output, wanted[0])
-    found = (made.hidden_states, made.top_k_weights, *made.lora)
-    gradient_error = max(_error(a, b) for a, b in zip(found, wanted[1:], strict=True))
+    gradients = layer.backward(saved, grad.to(dtype))
+    output_error = _error(output, expected[0])
+    actual = (gradients.hidden_states, gradients.top_k_weights, *gradients.lora)
+    gradient_error = max(_error(a, b) for a, b in zip(actual, expected[1:], strict=True))
     worst = max(output_error, gradient_error)
     problem = None
     if not worst <= TOLERANCE[backend]:  # also when it is not a number
@@ -105,8 +113,8 @@ def _reference(
     return output.detach(), *torch.autograd.grad(output, leaves, grad)
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted).norm() / wanted.norm())
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected).norm() / expected.norm())
 
 
 if __name__ == "__main__":

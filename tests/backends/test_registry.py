@@ -14,7 +14,7 @@ import torch
 from kt_hf import KTAMXConfigError, KTAMXNotAvailableError, apply_kt_moe
 from kt_hf.backends import Availability, choose_backend
 from kt_hf.backends import registry as backends
-from kt_hf.backends.kt_kernel import backend as kernel_module
+from kt_hf.backends.kt_kernel import installation as kernel_module
 from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import CpuFeatures
 from tests.support.cases import KERNEL_MARKS, make_config

@@ -1,7 +1,7 @@
-"""The mathematics of `torch_grouped` over rows sorted by expert, in bf16, by grouped matrix products alone.
+"""The mathematics of `backends/torch_loop.py` over rows sorted by expert, in bf16, by grouped matrix products alone.
 
-Nothing here waits for a GPU. All T*K rows are kept, sorted by expert, those of no expert at the end;
-`torch._grouped_mm` is told where each expert's rows end. It leaves the rows after the last end undefined (NaN,
+No function of this module waits for a GPU. All T*K rows are kept, sorted by expert, those of no expert at the end;
+`torch._grouped_mm` gets the row where each expert's rows end. It leaves the rows after the last end undefined (NaN,
 perhaps), and never reads them for another row or a weight's gradient: they are zeroed where rows are summed by token.
 
 The LoRA of gate and up is one: A of gate above that of up, [E, 2r, H], B block-diagonal, [E, 2I, 2r]. Ranks are padded
@@ -27,20 +27,37 @@ DTYPE = torch.bfloat16
 
 @dataclass
 class Rows:
-    """[T*K] rows sorted by expert, or a run of them: row i of S is flat row `order[i]`, of token `tokens[i]`."""
+    """The T*K rows (a token and one of its experts) sorted by expert, or S consecutive ones of them.
+
+    Attributes:
+        order: [S] int64: row i is row `order[i]` of the unsorted T*K.
+        tokens: [S] int64: row i is of token `tokens[i]`.
+        ends: [E] int32: the row after each expert's last.
+        valid: [S, 1] bool: whether the row is of an expert.
+        weights: [S, 1] fp32: the routing weights.
+        idle: [E, 1, 1] bool: the experts without rows.
+        T: Number of tokens.
+        K: Number of experts of a token.
+    """
 
     order: Tensor
     tokens: Tensor
-    ends: Tensor  # [E] int32, row after each expert's last
-    valid: Tensor  # [S, 1] bool, whether the row is of an expert
-    weights: Tensor  # [S, 1] fp32
-    idle: Tensor  # [E, 1, 1] bool, experts without rows
+    ends: Tensor
+    valid: Tensor
+    weights: Tensor
+    idle: Tensor
     T: int
     K: int
 
     @classmethod
     def by_expert(cls, ids: Tensor, weights: Tensor, numbers: Tensor) -> Rows:
-        """Those of ids and routing weights [T, K]; numbers is 0 .. E-1, on their device."""
+        """Sort the rows of a batch.
+
+        Args:
+            ids: [T, K] int64, -1 for no expert.
+            weights: Routing weights, [T, K] fp32.
+            numbers: 0 to E - 1, int64, on the device of both.
+        """
         T, K = ids.shape
         flat, E = ids.reshape(-1), len(numbers)
         key, order = flat.masked_fill(flat < 0, E).sort(stable=True)  # torch.where would wait for its scalar's copy
@@ -51,7 +68,7 @@ class Rows:
         return cls(order, tokens, ends, (key < E).unsqueeze(1), by_row, idle[:, None, None], T, K)
 
     def part(self, experts: slice, rows: slice) -> Rows:
-        """Rows `rows`, which are exactly those of `experts`."""
+        """The rows `rows`, which must be exactly those of `experts`."""
         return Rows(
             self.order[rows], self.tokens[rows], self.ends[experts] - rows.start, self.valid[rows],
             self.weights[rows], self.idle[experts], self.T, self.K,
@@ -63,17 +80,25 @@ class Rows:
 
 
 class Lora(NamedTuple):
-    """LoRA tensors as they are multiplied, of padded rank p; or gradients of these."""
+    """LoRA tensors in bf16 as they are multiplied, or gradients of these: the rank is padded to p.
 
-    a: Tensor  # [E, 2p, H]
-    b: Tensor  # [E, 2I, 2p]
-    down_a: Tensor  # [E, p, I]
-    down_b: Tensor  # [E, H, p]
+    Attributes:
+        a: A of gate above A of up, [E, 2p, H].
+        b: B of gate and of up, block-diagonal, [E, 2I, 2p].
+        down_a: [E, p, I].
+        down_b: [E, H, p].
+        rank: The rank before padding.
+    """
+
+    a: Tensor
+    b: Tensor
+    down_a: Tensor
+    down_b: Tensor
     rank: int
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...], shape: ExpertShape, device: torch.device) -> Lora:
-        """New tensors on `device` from the six a backend is given."""
+        """Copy the six tensors that `set_lora` is given, of any dtype and device, to new tensors on `device`."""
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
         gate_a, gate_b, up_a, up_b, down_a, down_b = (to_device(t.detach(), device, DTYPE) for t in tensors)
         r = gate_a.shape[1]
@@ -87,17 +112,20 @@ class Lora(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """The four tensors, without the rank."""
         return self.a, self.b, self.down_a, self.down_b
 
     def part(self, experts: slice) -> Lora:
+        """Views of consecutive experts."""
         return Lora(self.a[experts], self.b[experts], self.down_a[experts], self.down_b[experts], self.rank)
 
     def zeros(self) -> Lora:
+        """New tensors of zeros, of the same sizes."""
         a, b, down_a, down_b = (torch.zeros_like(t) for t in self.tensors)
         return Lora(a, b, down_a, down_b, self.rank)
 
-    def six(self) -> tuple[Tensor, ...]:
-        """The six tensors, of the rank they had: views."""
+    def projections(self) -> tuple[Tensor, ...]:
+        """Views as the six tensors of `set_lora`, of the rank before padding."""
         a, b, down_a, down_b, r = self
         I, p = down_a.shape[2], down_a.shape[1]  # noqa: E741
         gate, up = slice(0, r), slice(p, p + r)
@@ -105,15 +133,32 @@ class Lora(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What `gradients` gives."""
+    """The result of `gradients`.
 
-    x: Tensor  # [S, H] bf16
-    weights: Tensor  # [S] fp32
+    Attributes:
+        x: Gradients of the rows' hidden states, [S, H] bf16.
+        weights: Gradients of the rows' routing weights, [S] fp32.
+        lora: Gradients of the LoRA tensors, bf16; None without LoRA.
+    """
+
+    x: Tensor
+    weights: Tensor
     lora: Lora | None
 
 
 def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows) -> Tensor:
-    """Each row's x [S, H] through its expert, weighted: [S, H]."""
+    """Compute each row by its expert, times its routing weight.
+
+    Args:
+        x: The rows' hidden states, [S, H] bf16.
+        gate_up: [E, 2I, H] bf16.
+        down: [E, H, I] bf16.
+        lora: LoRA of these experts; None without.
+        rows: The rows' experts and weights.
+
+    Returns:
+        [S, H] bf16; undefined where `rows.valid` is false.
+    """
     gu, _ = _up(x, gate_up, lora, rows)
     I = down.shape[2]  # noqa: E741
     h = _silu(gu[:, :I]).mul_(gu[:, I:])
@@ -126,10 +171,21 @@ def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: R
 def gradients(
     x: Tensor, d: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows
 ) -> RowGradients:  # fmt: skip
-    """Gradients of each row's x, of its weight and of the LoRA, for the gradient d [S, H] of the weighted output.
+    """Gradients of each row's hidden state, of its routing weight and of the LoRA.
 
-    Nothing of the forward is kept but its inputs: a product more (0.3 ms a DeepSeek-V2-Lite layer on an H200) is
+    The forward is computed again from its inputs: a product more (0.3 ms a DeepSeek-V2-Lite layer on an H200) is
     cheaper than 6I + 2H bytes of GPU memory for each row of every layer.
+
+    Args:
+        x: The rows' hidden states, [S, H] bf16.
+        d: The gradient of each row's weighted output, [S, H] bf16.
+        gate_up: [E, 2I, H] bf16.
+        down: [E, H, I] bf16.
+        lora: LoRA of these experts; None without.
+        rows: The rows' experts and weights.
+
+    Returns:
+        The gradients; those of a row are undefined where `rows.valid` is false.
     """
     gu, xa = _up(x, gate_up, lora, rows)
     I = down.shape[2]  # noqa: E741
@@ -153,18 +209,18 @@ def gradients(
     torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
     torch.mul(q, silu, out=dgu[:, I:])
     dx = _product(dgu, gate_up, rows)
-    found = None
+    grad_lora = None
     if lora:
         assert grad_down_a is not None
         assert grad_down_b is not None
         da = _product(dgu, lora.b, rows)
         dx.add_(_product(da, lora.a, rows))
-        found = Lora(_outer(da, x, rows), _outer(dgu, xa, rows), grad_down_a, grad_down_b, lora.rank)
-    return RowGradients(dx, by_row, found)
+        grad_lora = Lora(_outer(da, x, rows), _outer(dgu, xa, rows), grad_down_a, grad_down_b, lora.rank)
+    return RowGradients(dx, by_row, grad_lora)
 
 
 def _up(x: Tensor, gate_up: Tensor, lora: Lora | None, rows: Rows) -> tuple[Tensor, Tensor]:
-    """gate and up before the activation, [S, 2I], and x through both A, [S, 2p]."""
+    """Gate and up before the activation, [S, 2I], and x multiplied by both A, [S, 2p]."""
     gu = _product(x, gate_up.transpose(1, 2), rows)
     if lora is None:
         return gu, x.new_empty(x.shape[0], 0)
@@ -183,11 +239,11 @@ def _outer(left: Tensor, right: Tensor, rows: Rows) -> Tensor:
 
 
 class GroupedExperts:
-    """What backends that compute by grouped products have in common: their numbers, and LoRA on their device.
+    """Base class of the backends that compute by grouped products: it holds the sizes, and LoRA on the device.
 
     Args:
-        shape: Sizes; H and I multiples of 8.
-        device: Where experts are computed.
+        shape: The layer's sizes; H and I must be multiples of 8.
+        device: The device that computes.
 
     Raises:
         KTAMXConfigError: Other sizes.
@@ -211,19 +267,23 @@ class GroupedExperts:
 
     @property
     def rank(self) -> int:
+        """The LoRA rank held, 0 without LoRA."""
         return self._lora.rank if self._lora else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
+        """Copy six LoRA tensors of one rank to the device, in bf16; () switches LoRA off. Saved forwards stay good."""
         # New tensors, never the old ones changed: saved forwards keep reading theirs.
         self._lora = None
         if tensors:
             self._lora = Lora.of(tensors, self.shape, self.device)
 
     def lora_copy(self) -> tuple[Tensor, ...]:
-        return self._lora.six() if self._lora else ()
+        """The six LoRA tensors in bf16: views of tensors that are never written to again; () without LoRA."""
+        return self._lora.projections() if self._lora else ()
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:
-        return None  # what is not finite here is not finite
+        """None: a gradient that is not finite is none of the arithmetic's making, there is no other way."""
+        return None
 
 
 def aligned(shape: ExpertShape) -> bool:

@@ -1,7 +1,7 @@
 """Expert weights in page-locked host memory, from where a GPU copies them without the CPU's help.
 
-Ordinary memory is locked in place: PyTorch's pinned allocator rounds each size up to a power of two, which would double
-what a model takes.
+Ordinary memory is locked in place: PyTorch's pinned allocator rounds each size up to a power of two, which could double
+the memory that a model takes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ from ..block_scaled import ScaledExperts, ScaledMatrices
 
 
 class HostWeights:
-    """A layer's streamed experts in contiguous host memory: gate_up [E, 2I, H] and down [E, H, I], in bf16 or, with
-    scales, of 8 bits.
-
-    They are locked as long as this object lives.
+    """A layer's streamed experts in contiguous host memory, page-locked as long as this object lives.
 
     Args:
-        gate_up: Taken over.
-        down: Likewise.
-        scales: Of gate_up and of down, as `ScaledMatrices` has them.
+        gate_up: [E, 2I, H] on the CPU, bf16, or 8-bit values if there are scales; taken over.
+        down: [E, H, I], of the same dtype; taken over.
+        scales: The scales of gate_up and of down, laid out as in `ScaledMatrices`; () for bf16.
         block: Rows and columns that share a scale.
 
     Raises:
@@ -50,43 +47,45 @@ class HostWeights:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is copied: of each the first dimension is the experts'."""
+        """The tensors to copy to the GPU: gate_up, down, and the scales if any; the first dimension is the experts'."""
         return self.gate_up, self.down, *self._scales
 
     @property
     def scaled(self) -> bool:
-        """Whether copies are not yet what products take."""
+        """Whether the weights are of 8 bits, so that copies must be dequantized before they are multiplied."""
         return bool(self._scales)
 
     @property
     def expert_elements(self) -> int:
-        """Weights of an expert."""
+        """The number of weights of an expert."""
         return self.gate_up[0].numel() + self.down[0].numel()
 
     def products_of(self, copied: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """gate_up and down in bf16 from some experts' `tensors`, copied to any device or not."""
+        """gate_up and down in bf16, on the device of `copied`: the `tensors` of some experts, or copies of these."""
         if not self._scales:
             return copied[0], copied[1]
         gate_up, down, *scales = copied
-        made = [
+        weights = [
             ScaledMatrices(values, factors, self._block).dequantized(torch.bfloat16)
             for values, factors in zip((gate_up, down), scales, strict=True)
         ]
-        return made[0], made[1]
+        return weights[0], weights[1]
 
     @classmethod
     def copied(cls, weights: ExpertWeights, experts: Sequence[int]) -> HostWeights:
-        """Some experts of a layer, in memory of their own."""
-        made = [own_pages((len(experts), *whole.shape[1:])) for whole in (weights.gate_up, weights.down)]
-        for own, whole in zip(made, (weights.gate_up, weights.down), strict=True):
+        """Some experts of a layer, copied to new memory in bf16."""
+        copies = [own_pages((len(experts), *whole.shape[1:])) for whole in (weights.gate_up, weights.down)]
+        for copy, whole in zip(copies, (weights.gate_up, weights.down), strict=True):
             for i, e in enumerate(experts):
-                own[i].copy_(whole[e])
-        return cls(made[0], made[1])
+                copy[i].copy_(whole[e])
+        return cls(copies[0], copies[1])
 
     @classmethod
     def taken_over(cls, weights: ExpertWeights) -> HostWeights:
-        """All experts of a layer where they are; copied only where that memory cannot be locked (a file's, a shared
-        one) or is not as it has to be."""
+        """All experts of a layer, in the memory where they are.
+
+        They are copied only if that memory cannot be locked (a file's, or shared), or is not contiguous bf16 on a CPU.
+        """
         tensors = weights.gate_up.detach(), weights.down.detach()
         if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
             try:
@@ -97,16 +96,16 @@ class HostWeights:
 
     @classmethod
     def of_scaled(cls, experts: ScaledExperts) -> HostWeights:
-        """Experts of 8 bits; their values, which have pages of their own, are taken over."""
+        """Experts of 8 bits: their values, which must be in memory of `own_pages`, are taken over, scales copied."""
         scales = []
         for matrices in (experts.gate_up, experts.down):
-            own = own_pages(tuple(matrices.scales.shape), torch.float32)
-            scales.append(own.copy_(matrices.scales))
+            copy = own_pages(tuple(matrices.scales.shape), torch.float32)
+            scales.append(copy.copy_(matrices.scales))
         return cls(experts.gate_up.values, experts.down.values, tuple(scales), experts.down.block)
 
 
 def lock_pages(tensor: Tensor) -> bool:
-    """Page-lock a contiguous CPU tensor's memory; false where there is nothing to do, for want of a GPU for instance.
+    """Page-lock a contiguous CPU tensor's memory; False where nothing is to be locked, for want of a GPU for instance.
 
     Raises:
         KTAMXError: The system refuses, saying why.
@@ -137,7 +136,7 @@ def unlock_pages(tensor: Tensor) -> None:
 
 
 def own_pages(size: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Memory whose pages nobody else uses: a page cannot be locked twice."""
+    """A CPU tensor of any values in pages that no other tensor shares, for a page cannot be locked twice."""
     count = torch.Size(size).numel()
     pages = mmap.mmap(-1, dtype.itemsize * max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype, count=max(count, 1))[:count].view(size)

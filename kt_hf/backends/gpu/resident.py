@@ -1,6 +1,6 @@
-"""Experts resident on a GPU, computed by grouped products (`grouped`): the host can go on meanwhile.
+"""Experts resident on a GPU, computed by the grouped products of `grouped_mm`: the host does not wait for them.
 
-How many rows an expert gets is known on the GPU only, and nothing here asks.
+How many rows an expert gets is known on the GPU only, and this module never copies it to the host.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ class _GroupedForward(SavedForward):
 
 
 class GroupedBackend(GroupedExperts):
-    """Experts in bf16 on the device of their weights, without a wait for it.
+    """Experts in bf16 on the device of their weights, computed without a wait for it.
 
     Args:
-        weights: bf16, taken over, not copied.
-        shape: Sizes; H and I multiples of 8.
+        weights: gate_up [E, 2I, H] and down [E, H, I] in bf16; taken over, not copied.
+        shape: The layer's sizes; H and I must be multiples of 8.
+
+    Raises:
+        KTAMXConfigError: Weights of another dtype, or other sizes.
     """
 
     name = "torch"
@@ -42,21 +45,25 @@ class GroupedBackend(GroupedExperts):
         self.weights = weights
 
     def can_backward(self, saved: SavedForward) -> bool:
+        """Whether `saved` is of this backend: a saved forward stays good."""
         return isinstance(saved, _GroupedForward)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
+        """Launch the products; the output [T, H] is bf16 on `device`, and with `save` the inputs are kept."""
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         y = grouped.outputs(x.index_select(0, rows.tokens), self.weights.gate_up, self.weights.down, lora, rows)
         return self._sum_by_token(y, rows), _GroupedForward(rows, x, lora) if save else None
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        """Launch the products of a backward; all gradients are new tensors on `device`, those of LoRA in bf16."""
         assert isinstance(saved, _GroupedForward)
         rows = saved.rows
         x, d = (t.index_select(0, rows.tokens) for t in (saved.x, grad_output))
-        found = grouped.gradients(x, d, self.weights.gate_up, self.weights.down, saved.lora, rows)
-        by_row = found.weights.masked_fill_(~rows.valid[:, 0], 0)
+        gradients = grouped.gradients(x, d, self.weights.gate_up, self.weights.down, saved.lora, rows)
+        by_row = gradients.weights.masked_fill_(~rows.valid[:, 0], 0)
         grad_weights = torch.zeros_like(by_row).scatter_(0, rows.order, by_row).view(rows.T, rows.K)
-        return Gradients(self._sum_by_token(found.x, rows), grad_weights, found.lora.six() if found.lora else ())
+        lora = gradients.lora.projections() if gradients.lora else ()
+        return Gradients(self._sum_by_token(gradients.x, rows), grad_weights, lora)
 
     def _sum_by_token(self, values: Tensor, rows: Rows) -> Tensor:
         values.masked_fill_(~rows.valid, 0)
@@ -69,5 +76,10 @@ def fits(weights: ExpertWeights, shape: ExpertShape) -> bool:
 
 
 def gpu_backend(weights: ExpertWeights, shape: ExpertShape) -> GroupedBackend | TorchBackend:
-    """What computes experts on a GPU: grouped products where they can, else PyTorch expert by expert."""
+    """The backend of experts on a GPU: `GroupedBackend` where it can compute them, else `TorchBackend`.
+
+    Args:
+        weights: gate_up [E, 2I, H] and down [E, H, I] on the GPU; taken over.
+        shape: The layer's sizes.
+    """
     return GroupedBackend(weights, shape) if fits(weights, shape) else TorchBackend(weights, shape)

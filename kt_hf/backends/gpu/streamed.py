@@ -1,8 +1,8 @@
 """Experts whose weights are in host memory and are copied to the GPU each time they are used, chunk by chunk.
 
-The mathematics is `grouped`'s, over the rows of one chunk of experts at a time. The host has to know how many rows each
-expert has: a chunk's rows are then an exact slice, and an expert without any is not copied. `TieredBackend` brings the
-counts with what its part on the CPU waits for; in backward they are known.
+The mathematics is that of `grouped_mm`, over the rows of one chunk of experts at a time. The host has to know how many
+rows each expert has: a chunk's rows are then an exact slice, and an expert without any is not copied. `TieredBackend`
+copies the counts to the host along with the inputs of its part on the CPU; in backward they are known.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ class _StreamedForward(SavedForward):
 
 
 class StreamedBackend(GroupedExperts):
-    """Experts in bf16, weights in host memory, computed on a GPU without a wait but that for the rows' counts.
+    """Experts whose weights are in host memory, computed in bf16 on a GPU; the only wait is that for the row counts.
 
     Args:
-        weights: Taken over.
-        shape: Sizes; H and I multiples of 8.
-        streamer: Of the model; its device is where experts are computed, and where their LoRA is.
+        weights: The weights in host memory; taken over.
+        shape: The layer's sizes; H and I must be multiples of 8.
+        streamer: The model's streamer; its device computes the experts and holds their LoRA.
+
+    Raises:
+        KTAMXConfigError: Other sizes.
     """
 
     name = "streamed"
@@ -48,50 +51,65 @@ class StreamedBackend(GroupedExperts):
         self._streamer = streamer
 
     def can_backward(self, saved: SavedForward) -> bool:
+        """Whether `saved` is of this backend: a saved forward stays good."""
         return isinstance(saved, _StreamedForward)
 
     def row_counts(self, ids: Tensor) -> Tensor:
-        """[E] int64 on `device`: the rows of each expert in ids [T, K]."""
+        """The rows of each expert in ids [T, K]: [E], int64, on `device`."""
         flat = ids.reshape(-1) + 1
         return flat.new_zeros(self.shape.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
+        """Wait for the row counts, then compute as `forward_counted`."""
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return self.forward_counted(x, ids, weights, save, counts.tolist())
 
     def forward_counted(
         self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
     ) -> tuple[Tensor, SavedForward | None]:
+        """Launch the copies and products, without a wait.
+
+        Args:
+            x: Hidden states [T, H], bf16 on `device`, as are `ids` and `weights`.
+            ids: [T, K] int64, -1 for no expert.
+            weights: Routing weights [T, K], fp32.
+            save: Whether to keep the inputs for a backward.
+            counts: The values of `row_counts(ids)`.
+
+        Returns:
+            The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
+        """
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         spread = x.new_zeros(rows.T * rows.K, x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
-            own = lora.part(chunk.experts) if lora else None
-            y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, own, part)
+            chunk_lora = lora.part(chunk.experts) if lora else None
+            y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, chunk_lora, part)
             spread.index_copy_(0, part.order, y)
             del chunk
         return rows.sum_by_token(spread), _StreamedForward(rows, counts, x, lora) if save else None
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        """Launch the copies and products of a backward; all gradients are new tensors on `device`, LoRA's in bf16."""
         assert isinstance(saved, _StreamedForward)
         rows, lora = saved.rows, saved.lora
         spread = grad_output.new_zeros(rows.T * rows.K, grad_output.shape[1])
         grad_weights = spread.new_zeros(rows.T * rows.K, dtype=torch.float32)
         whole = lora.zeros() if lora else None
         for chunk, part in self._chunks(rows, saved.counts, backward=True):
-            own = lora.part(chunk.experts) if lora else None
+            chunk_lora = lora.part(chunk.experts) if lora else None
             x, d = (t.index_select(0, part.tokens) for t in (saved.x, grad_output))
-            found = grouped.gradients(x, d, chunk.gate_up, chunk.down, own, part)
-            spread.index_copy_(0, part.order, found.x)
-            grad_weights.index_copy_(0, part.order, found.weights)
-            if whole and found.lora:
-                for target, piece in zip(whole.part(chunk.experts).tensors, found.lora.tensors, strict=True):
+            gradients = grouped.gradients(x, d, chunk.gate_up, chunk.down, chunk_lora, part)
+            spread.index_copy_(0, part.order, gradients.x)
+            grad_weights.index_copy_(0, part.order, gradients.weights)
+            if whole and gradients.lora:
+                for target, piece in zip(whole.part(chunk.experts).tensors, gradients.lora.tensors, strict=True):
                     target.copy_(piece)
             del chunk
-        gradients = whole.six() if whole else ()
-        return Gradients(rows.sum_by_token(spread), grad_weights.view(rows.T, rows.K), gradients)
+        lora_gradients = whole.projections() if whole else ()
+        return Gradients(rows.sum_by_token(spread), grad_weights.view(rows.T, rows.K), lora_gradients)
 
     def _chunks(self, rows: Rows, counts: list[int], backward: bool) -> Iterator[tuple[Loaded, Rows]]:
-        """Each chunk's weights and rows."""
+        """The weights and the rows of each chunk; let both go before the next is asked for."""
         ends = [0, *itertools.accumulate(counts)]
         for chunk in self._streamer.chunks(self.weights, counts, backward):
             span = slice(ends[chunk.experts.start], ends[chunk.experts.stop])

@@ -1,14 +1,16 @@
 """Weights on their way to the GPU, chunk after chunk, through a few buffers that all layers of a model share.
 
-Copies go over a stream of their own, as far ahead of the products as there are buffers; an event tells the products
-that a chunk is there, another the copies that a buffer is free. Nothing waits on the host.
+Copies are launched on a CUDA stream for copies alone, as far ahead of the products as there are buffers. One event
+makes the products wait until a chunk has arrived, another makes the copies wait until a buffer is free. The host waits
+for neither.
 
-When a layer is done, the first chunks of the one expected next are sent for, so that they travel while attention is
-computed. What is expected is what came after the last two layers the time before (two, for where checkpointing computes
-a layer's forward again, its backward follows and not the next layer's forward). A wrong guess costs its copies' time.
+When a layer is done, the copies of the first chunks of the layer expected next begin, so that they travel while
+attention is computed. Expected is the step that came after the last two steps the time before. (Two, because after a
+layer's forward that checkpointing computes again comes its backward, and not the next layer's forward.) A wrong guess
+costs the time of its copies.
 
-Weights of 8 bits travel as they are: half the bytes. They are made bf16 where they arrive, in memory of their own, and
-leave their buffer at once.
+Weights of 8 bits are copied in 8 bits: half the bytes. They are dequantized to bf16 on the GPU, into new memory, and
+their buffer is free at once.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runs import runs
+from ..transfer import runs
 from .pinned_weights import HostWeights
 
-CHUNK_BYTES = 256 * 2**20
-BUFFERS = 3
+CHUNK_BYTES = 256 * 2**20  # of a chunk as it is copied
+BUFFERS = 3  # chunks on the device at a time
 
 
 class Loaded(NamedTuple):
-    """A chunk of weights in bf16 where they are computed: gate_up and down of `experts`, only of those with rows
-    defined."""
+    """A chunk of a layer's weights on the device that computes, in bf16.
+
+    Attributes:
+        experts: The consecutive experts of the chunk, n of them.
+        gate_up: [n, 2I, H]; undefined for experts without rows.
+        down: [n, H, I]; likewise.
+    """
 
     experts: slice
     gate_up: Tensor
@@ -39,9 +46,9 @@ class Loaded(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What a model's work is made of here: one direction of one layer. Compared by identity of the weights."""
+    """One direction of one layer: the unit of work whose order is remembered."""
 
-    weights: int
+    weights: int  # id() of the layer's HostWeights
     backward: bool
 
 
@@ -54,8 +61,15 @@ class _Buffer:
 
 @dataclass
 class _Coming:
-    """A chunk that is being copied: the buffer's slots are its experts', filled for those in `filled`. `views` are the
-    buffer's parts as the weights' tensors are."""
+    """A chunk that is being copied to a buffer.
+
+    Attributes:
+        weights: The layer's weights.
+        experts: The consecutive experts that the buffer has room for.
+        buffer: The buffer.
+        views: Its parts, each of the dtype and sizes of one of `weights.tensors`.
+        filled: The experts whose copies have been launched.
+    """
 
     weights: HostWeights
     experts: slice
@@ -65,13 +79,13 @@ class _Coming:
 
 
 class Streamer:
-    """Brings chunks of experts to a device, in any order of layers.
+    """Copies chunks of experts' weights to a device, in any order of layers. One for all layers of a model.
 
     Args:
         device: A GPU; or the CPU, where the weights are used in place.
-        chunk_bytes: Size of a chunk as it is copied, of one expert at least.
+        chunk_bytes: Size in bytes of a chunk as it is copied; a chunk has one expert at least.
         buffers: Chunks on the device at a time.
-        copies: Whether weights are copied to buffers; None where the device is a GPU.
+        copies: Whether weights are copied to buffers; None means if the device is a GPU.
     """
 
     def __init__(
@@ -90,13 +104,14 @@ class Streamer:
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
 
     def chunks(self, weights: HostWeights, rows: Sequence[int], backward: bool) -> Iterator[Loaded]:
-        """The experts that have rows, a chunk at a time: used on the current stream, and let go, before the next is
-        asked for.
+        """The weights of a layer's experts that have rows, a chunk at a time.
+
+        A chunk must be used on the current CUDA stream, and let go, before the next is asked for.
 
         Args:
-            weights: Of a layer.
-            rows: How many each of its experts has.
-            backward: The direction, for what is expected next.
+            weights: The layer's weights in host memory.
+            rows: The number of rows of each of its experts.
+            backward: The direction, by which the next step is guessed.
         """
         active = [e for e, count in enumerate(rows) if count]
         step = _Step(id(weights), backward)
@@ -113,28 +128,28 @@ class Streamer:
         self._send_ahead()
 
     def _through_buffers(self, weights: HostWeights, active: list[int]) -> Iterator[Loaded]:
-        wanted = deque(self._split(weights, active))
-        here: dict[int, _Coming] = {}
+        chunks = deque(self._split(weights, active))
+        sent: dict[int, _Coming] = {}  # chunks of this layer that were sent for ahead, by their first expert
         for coming in self._ahead:
-            if coming.weights is weights and any(coming.experts == experts for experts, _ in wanted):
-                here[coming.experts.start] = coming
+            if coming.weights is weights and any(coming.experts == experts for experts, _ in chunks):
+                sent[coming.experts.start] = coming
             else:
                 self._idle.append(coming.buffer)
         self._ahead.clear()
         pending: deque[_Coming] = deque()
 
         def send_for_more() -> None:
-            while wanted and (wanted[0][0].start in here or self._idle):
-                experts, numbers = wanted.popleft()
+            while chunks and (chunks[0][0].start in sent or self._idle):
+                experts, numbers = chunks.popleft()
                 at = experts.start
-                coming = here.pop(at) if at in here else self._taken(weights, experts)
+                coming = sent.pop(at) if at in sent else self._taken(weights, experts)
                 pending.append(coming)
                 self._fill(coming, numbers)
 
         try:
-            while wanted or pending:
-                if not (pending or self._idle or wanted[0][0].start in here):
-                    self._idle.append(here.popitem()[1].buffer)  # sent for too early
+            while chunks or pending:
+                if not (pending or self._idle or chunks[0][0].start in sent):
+                    self._idle.append(sent.popitem()[1].buffer)  # sent for too early
                 send_for_more()
                 loaded = self._arrived(pending[0])
                 if weights.scaled:  # the buffer is free before the products
@@ -146,7 +161,7 @@ class Streamer:
                     self._give_back(pending.popleft())
                 del loaded  # before the next is made bf16: there is room for one
         finally:  # an error of whoever computes leaves the buffers to the next
-            for coming in (*pending, *here.values()):
+            for coming in (*pending, *sent.values()):
                 self._give_back(coming)
 
     def _send_ahead(self) -> None:
@@ -163,18 +178,21 @@ class Streamer:
             self._fill(coming, numbers)
 
     def _split(self, weights: HostWeights, active: list[int]) -> list[tuple[slice, list[int]]]:
-        """(experts of a chunk, those of them that have rows), of chunks where any has; always cut alike."""
-        size, found = self._experts_in_a_chunk(weights), dict[int, list[int]]()
+        """(experts of a chunk, those of them that have rows), of chunks where any expert has rows.
+
+        Which experts make a chunk depends on the layer's sizes alone.
+        """
+        size, chunks = self._experts_in_a_chunk(weights), dict[int, list[int]]()
         for e in active:
-            found.setdefault(e // size * size, []).append(e)
-        return [(slice(first, min(first + size, len(weights.down))), found[first]) for first in sorted(found)]
+            chunks.setdefault(e // size * size, []).append(e)
+        return [(slice(first, min(first + size, len(weights.down))), chunks[first]) for first in sorted(chunks)]
 
     def _experts_in_a_chunk(self, weights: HostWeights) -> int:
         one = weights.expert_elements * weights.down.element_size()
         return min(max(1, self._chunk_bytes // one), len(weights.down))
 
     def _make_buffers(self, weights: HostWeights) -> None:
-        needed = self._places(weights, self._experts_in_a_chunk(weights))[-1].stop
+        needed = self._spans_of(weights, self._experts_in_a_chunk(weights))[-1].stop
         if self._buffers and self._buffers[0].memory.numel() >= needed:
             return
         if self._buffers and self._stream:
@@ -183,7 +201,7 @@ class Streamer:
         self._ahead.clear()
         self._idle.clear()
         self._buffers = []
-        made: list[_Buffer] = []
+        buffers: list[_Buffer] = []
         for _ in range(self._count):
             memory = torch.empty(needed, dtype=torch.uint8, device=self.device)
             buffer = _Buffer(memory, None, None)
@@ -191,8 +209,8 @@ class Streamer:
                 memory.record_stream(self._stream)  # a copy may be under way when the model is deleted
                 buffer.ready, buffer.free = torch.cuda.Event(), torch.cuda.Event()
             self._now_free(buffer)
-            made.append(buffer)
-        self._buffers, self._idle = made, deque(made)
+            buffers.append(buffer)
+        self._buffers, self._idle = buffers, deque(buffers)
 
     def _taken(self, weights: HostWeights, experts: slice) -> _Coming:
         buffer = self._idle.popleft()
@@ -202,7 +220,7 @@ class Streamer:
         return _Coming(weights, experts, buffer, self._views(weights, experts, buffer), set())
 
     def _fill(self, coming: _Coming, numbers: list[int]) -> None:
-        """Copy those of the experts that are not in the buffer yet."""
+        """Launch the copies of those of the experts `numbers` that are not in the buffer yet."""
         missing = [e for e in numbers if e not in coming.filled]
         if not missing:
             return
@@ -221,11 +239,11 @@ class Streamer:
             coming.buffer.ready.record(self._stream)
 
     def watch(self) -> None:
-        """Time the copies from now on."""
+        """Begin to measure the time that copies take, for `watched`."""
         self._spans = []
 
     def watched(self) -> float:
-        """Seconds that copies took since `watch`, which ends; 0 where there are none. Waits for them."""
+        """Seconds that copies took since `watch`, 0 if there were none. Waits for them, and ends the measurement."""
         if self._stream:
             self._stream.synchronize()
         spans, self._spans = self._spans or [], None
@@ -241,19 +259,19 @@ class Streamer:
     def _copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def _places(self, weights: HostWeights, count: int) -> list[slice]:
-        """The bytes of a buffer that each of the tensors takes, of so many experts; each begins where any dtype may."""
-        found, end = [], 0
+    def _spans_of(self, weights: HostWeights, count: int) -> list[slice]:
+        """The bytes of a buffer that `count` experts of each tensor take; each span begins at a multiple of 16."""
+        spans, end = [], 0
         for tensor in weights.tensors:
             size = count * tensor[0].nbytes
-            found.append(slice(end, end + size))
+            spans.append(slice(end, end + size))
             end += -(-size // 16) * 16
-        return found
+        return spans
 
     def _views(self, weights: HostWeights, experts: slice, buffer: _Buffer) -> list[Tensor]:
         count = experts.stop - experts.start
-        places = zip(weights.tensors, self._places(weights, count), strict=True)
-        return [buffer.memory[at].view(one.dtype).view(count, *one.shape[1:]) for one, at in places]
+        spans = zip(weights.tensors, self._spans_of(weights, count), strict=True)
+        return [buffer.memory[at].view(tensor.dtype).view(count, *tensor.shape[1:]) for tensor, at in spans]
 
     def _arrived(self, coming: _Coming) -> Loaded:
         if coming.buffer.ready:

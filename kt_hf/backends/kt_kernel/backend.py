@@ -1,13 +1,13 @@
 """Experts by kt-kernel's SFT operators (Intel AMX or AVX512-BF16) in bf16, INT8 or INT4.
 
-The only module that talks to kt_kernel. The operators take raw pointers and check nothing: a wrong size or dtype ends
-the process or gives wrong gradients. So every rule they have is checked here, before a pointer crosses. The rules were
-established by experiment on kt-kernel 0.7.2; tests/backends/kt_kernel pins those this module relies on.
+The modules of `kt_hf/backends/kt_kernel/` are the only ones that import kt_kernel. Its operators take raw pointers and
+check nothing: a wrong size or dtype ends the process or gives wrong gradients. So every rule they have is checked in
+`KTKernelBackend`, before a pointer crosses. The rules were established by experiment on kt-kernel 0.7.2;
+tests/backends/kt_kernel pins those that are relied on.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
 from ...shapes import LORA_NAMES, ExpertShape, expert_bytes
-from ...system.cpu import ThreadPlan, cpu_features
-from ..base import Availability, ExpertWeights, Gradients, SavedForward
+from ...system.cpu import ThreadPlan
+from ..base import ExpertWeights, Gradients, SavedForward
 from ..transfer import host_empty, split_lora, to_host, track_reads, wait_for_reads
 from .engine import Cache, Engine
 from .gate_overflow import careful_backward
 from .idle_workers import CallGap
+from .input_checks import check_inputs, check_tensor, check_weights
+from .installation import availability
 from .kept_memory import KEPT
 from .native_code import native_output_to_log, never_destroy
 from .operators import OPERATORS, most_tokens, shape_problem
@@ -38,31 +40,6 @@ logger = logging.getLogger(__name__)
 _layer_keys = itertools.count()
 # INT8 and INT4 are built for lengths that are multiples of this only.
 _LENGTH_STEP = 32
-
-
-@functools.cache
-def availability() -> Availability:
-    """Whether the SFT operators run here: the package, its variant, and the CPU's instructions."""
-    features = cpu_features()
-    try:
-        with native_output_to_log(logger):
-            import kt_kernel
-            from kt_kernel import kt_kernel_ext
-    except ImportError as error:
-        return Availability(
-            False, f"kt-kernel cannot be imported ({error}); install it with: pip install kt-kernel==0.7.2"
-        )
-    variant = kt_kernel.__cpu_variant__
-    details = {"variant": variant, "version": kt_kernel.__version__, "cpu": features.name}
-    if not hasattr(kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
-        return Availability(
-            False, f"kt-kernel's {variant} variant has no SFT operators (they need AMX or AVX512-BF16)", details
-        )
-    # The variant can be forced by KT_KERNEL_CPU_VARIANT; instructions the CPU lacks would end the process.
-    needed = features.amx if variant == "amx" else features.avx512_bf16
-    if not needed:
-        return Availability(False, f"kt-kernel's {variant} variant needs instructions this CPU lacks", details)
-    return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
 
 
 @dataclass
@@ -132,10 +109,11 @@ class KTKernelBackend:
                 "less; longer batches are computed in pieces."
             )
         if isinstance(weights, ExpertWeights):
-            _check_weights(weights, shape, label)
+            check_weights(weights, shape, label)
         else:
             check_saved(weights, self._operators, pools, share_backward, label)
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
+        self.overflow_noted = False
         self._lora_on = False
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
@@ -214,9 +192,10 @@ class KTKernelBackend:
                 moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
         return moe
 
-    kept = False
+    kept = False  # becomes true at the interpreter's end and in a fork: `never_destroy`
 
     def natives(self) -> list[Any]:
+        """kt-kernel's objects that must not be destroyed at the interpreter's end: see `never_destroy`."""
         return [self._moe]
 
     def __del__(self) -> None:
@@ -229,10 +208,12 @@ class KTKernelBackend:
 
     @property
     def torch_threads(self) -> int:
+        """Upper bound for torch.set_num_threads while the operators compute: their workers need the other cores."""
         return 1 if torch.cuda.is_initialized() else self._engine.torch_threads
 
     @property
     def rank(self) -> int:
+        """`max_rank` while LoRA values are held, whatever rank they came with; else 0."""
         return self.max_rank if self._lora_on else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
@@ -271,10 +252,18 @@ class KTKernelBackend:
         self._lora_on = bool(tensors)
 
     def lora_copy(self) -> tuple[Tensor, ...]:
+        """Copies of the six LoRA tensors, bf16 on the CPU, padded with zeros to `max_rank`; () without LoRA."""
         return tuple(t.clone() for t in self._lora) if self._lora_on else ()
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
-        T, K = self._check_inputs(x, ids, weights)
+        """Compute the output [T, H], bf16 on the CPU, and with `save` keep what backward needs, until the next forward.
+
+        Raises:
+            KTAMXForwardError: Inputs that the operators cannot take, or a fork of the process that packed the weights.
+        """
+        self._check_process()
+        check_inputs(x, ids, weights, self.shape, self.max_len, self.label)
+        T, K = ids.shape
         out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
@@ -290,18 +279,25 @@ class KTKernelBackend:
         return out, _KernelForward(self._cache.holds, T)
 
     def can_backward(self, saved: SavedForward) -> bool:
+        """Whether no other forward, and no backward, has come after the one that gave `saved`."""
         return isinstance(saved, _KernelForward) and self._cache.holds == saved.generation
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
+        """Gradients of a saved forward, once; those of LoRA are in buffers that the next backward overwrites.
+
+        Raises:
+            KTAMXBackwardError: The saved forward is gone, or grad_output is not [T, H], bf16, contiguous on the CPU.
+            KTAMXForwardError: The process is a fork of the one that packed the weights.
+        """
         self._check_process()
         if not self.can_backward(saved):
             raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
         assert isinstance(saved, _KernelForward)
         T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
-        _check(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
+        check_tensor(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
         if self.max_rank and not self._grads:
-            # The layer's own, written by nobody else: the operator adds into experts that it has not written to before,
-            # and clears those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
+            # Buffers of this layer alone: the operator adds into experts that it has not written to before, and clears
+            # those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
             sizes = self.shape.lora_shapes(self.max_rank)
             if torch.cuda.is_initialized():  # pinned: the sum would be rounded up to a power of two
                 self._grads = track_reads(tuple(host_empty(size, torch.bfloat16).zero_() for size in sizes))
@@ -323,6 +319,7 @@ class KTKernelBackend:
         return Gradients(grad_input, grad_weights, self._grads)
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
+        """Gradients where tokens `bad` [T] (bool) have gates too far below zero: see `gate_overflow`."""
         return careful_backward(self, x, ids, weights, grad_output, bad)
 
     def raw_operator(self) -> Any:
@@ -345,45 +342,4 @@ class KTKernelBackend:
             raise KTAMXForwardError(
                 f"{self.label}: this process is a fork of the one that packed the experts, and the operators' threads "
                 "did not come along. Compute in the parent, or start workers by spawn."
-            )
-
-    def _check_inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[int, int]:
-        self._check_process()
-        T, K = x.shape[0] if x.dim() == 2 else -1, self.shape.top_k
-        _check(x, "hidden_states", (T, self.shape.hidden_size), torch.bfloat16, self.label, KTAMXForwardError)
-        _check(ids, "top_k_index", (T, K), torch.int64, self.label, KTAMXForwardError)
-        _check(weights, "top_k_weights", (T, K), torch.float32, self.label, KTAMXForwardError)
-        if self.max_len < T:
-            raise KTAMXForwardError(f"{self.label}: {T} tokens in a call, at most kt_max_len={self.max_len}.")
-        low, high = (int(end) for end in ids.aminmax()) if T else (-1, -1)
-        if low < -1 or high >= self.shape.num_experts:
-            raise KTAMXForwardError(
-                f"{self.label}: top_k_index has ids from {low} to {high}; "
-                f"allowed are -1 (no expert) and 0 to {self.shape.num_experts - 1}."
-            )
-        return T, K
-
-
-def _check(
-    tensor: Tensor, name: str, size: tuple[int, ...], dtype: torch.dtype, label: str, error: type[Exception]
-) -> None:
-    ok = (
-        tuple(tensor.shape) == size and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
-    )
-    if not ok:
-        raise error(
-            f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}; "
-            f"the operators need {dtype}, {size}, contiguous, on the CPU."
-        )
-
-
-def _check_weights(weights: ExpertWeights, shape: ExpertShape, label: str) -> None:
-    E, H, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    for name, tensor, size in (
-        ("gate_up_proj", weights.gate_up, (E, 2 * inner, H)),
-        ("down_proj", weights.down, (E, H, inner)),
-    ):
-        if tuple(tensor.shape) != size or not tensor.is_floating_point():
-            raise KTAMXConfigError(
-                f"{label}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; it must be {size}, floating."
             )

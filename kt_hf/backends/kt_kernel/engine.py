@@ -25,7 +25,7 @@ class Cache:
 
 
 def pool_config(plan: ThreadPlan) -> Any:
-    """A plan as kt-kernel wants it: threads and memory of pool i are bound to the i-th node of the map."""
+    """kt-kernel's `WorkerPoolConfig` for a plan: threads and memory of pool i are bound to the i-th NUMA node of it."""
     from kt_kernel import kt_kernel_ext
 
     config = kt_kernel_ext.WorkerPoolConfig()
@@ -36,7 +36,11 @@ def pool_config(plan: ThreadPlan) -> Any:
 
 
 class Engine:
-    """kt-kernel's worker pools. One at a time in a process, alive as long as a layer is."""
+    """kt-kernel's worker pools: one `Engine` at a time in a process, alive as long as any layer that uses it.
+
+    Args:
+        plan: Number of pools, their NUMA nodes and threads.
+    """
 
     _current: weakref.ref[Engine] | None = None
 
@@ -47,15 +51,16 @@ class Engine:
         self.pid = os.getpid()
         self.shared_cache = Cache()
         self.workers = IdleWorkers()
-        # The most of PyTorch's threads where these have the cores between calls: the workers are on one of them then.
+        # Upper bound of PyTorch's threads while the workers share one core between calls.
         self.torch_threads = plan_threads(tp_enabled=False).workers
         with native_output_to_log(logger):
             self.cpu_infer = kt_kernel_ext.CPUInfer(pool_config(plan))
         never_destroy(self)
 
-    kept = False  # destroyed by nobody any more: the interpreter ends, or this is a fork
+    kept = False  # becomes true at the interpreter's end and in a fork: `never_destroy`
 
     def natives(self) -> list[Any]:
+        """kt-kernel's objects that must not be destroyed at the interpreter's end: see `never_destroy`."""
         return [self.cpu_infer]
 
     def __del__(self) -> None:
@@ -70,6 +75,11 @@ class Engine:
 
     @classmethod
     def get(cls, plan: ThreadPlan) -> Engine:
+        """The process's worker pools, made by `plan` if there are none yet; another plan than theirs is a warning.
+
+        Raises:
+            KTAMXNotAvailableError: The process is a fork of the one whose pools they are.
+        """
         engine = cls._current() if cls._current else None
         if engine is not None and engine.pid != os.getpid():
             raise KTAMXNotAvailableError(

@@ -1,4 +1,4 @@
-"""Who has the cores between two calls of the operators: their workers or PyTorch's threads.
+"""Parks kt-kernel's spinning workers on one core between calls, so that PyTorch's threads can use the others.
 
 kt-kernel pins each worker to a core and lets it spin there for 50 ms after a call. GNU OpenMP lets PyTorch's threads
 spin too, after each parallel loop. Where the rest of the model is on the CPU, either waits for the other's cores while
@@ -21,50 +21,59 @@ from pathlib import Path
 import torch
 
 from ...system.cpu import affinity
+from ...system.threads import torch_threads
 
 logger = logging.getLogger(__name__)
 
-# After so many calls the way that seemed worse is tried again. Staying costs loops that wait for cores, moving little.
+# Calls until the way that was measured as worse is tried again: leaving the workers on their cores, and parking them.
+# To leave them costs loops that wait for cores, to park them costs little.
 _STAY_AGAIN, _MOVE_AGAIN = 256, 16
-# A pause counts for this many times as long as was known at most: an evaluation or a checkpoint may fall into it.
+# A gap counts as at most this many times the one recorded before: an evaluation or a checkpoint may fall into one.
 _LONGER = 1.25
-_LOOP = 32768  # elements that PyTorch gives a thread at least
+_LOOP = 32768  # elements: PyTorch gives a thread of a loop no fewer
 _TASKS = Path("/proc/self/task")
 
 
 @dataclass
 class CallGap:
-    """Seconds from a call to the next of anything, with the workers on their cores and with them aside; as measured."""
+    """Measured seconds between a call and whatever call of the operators comes next.
 
-    here: float = math.nan
+    Attributes:
+        on_cores: Seconds with each worker on a core; NaN until measured.
+        aside: Seconds with the workers parked on one core; NaN until measured.
+        calls: Number of calls so far.
+    """
+
+    on_cores: float = math.nan
     aside: float = math.nan
     calls: int = 0
 
     def took(self, seconds: float, aside: bool) -> None:
-        """A pause has ended."""
+        """Record a gap of `seconds` that has ended, with the workers `aside` or on their cores."""
         if aside:
             self.aside = min(seconds, _LONGER * self.aside) if self.aside > 0 else seconds
         else:
-            self.here = min(seconds, _LONGER * self.here) if self.here > 0 else seconds
+            self.on_cores = min(seconds, _LONGER * self.on_cores) if self.on_cores > 0 else seconds
 
     def worth(self, moves: float) -> bool:
-        """Whether to step aside after this call; the moves there and back take so many seconds."""
+        """Whether to park the workers after this call; to park them and move them back takes `moves` seconds."""
         self.calls += 1
-        if math.isnan(self.here) or self.here < moves:
+        if math.isnan(self.on_cores) or self.on_cores < moves:
             return False
         if math.isnan(self.aside):
             return True
-        if self.aside + moves < self.here:
+        if self.aside + moves < self.on_cores:
             return self.calls % _STAY_AGAIN != 0
         return self.calls % _MOVE_AGAIN == 0
 
 
 class IdleWorkers:
-    """The operators' threads. Between calls they share one core, where that is worth the moves.
+    """The operators' worker threads, which share one core between calls where parking them saves time.
 
-    It is not where a GPU does the rest, where PyTorch has one thread only, and after a call that is followed by the
-    next so soon that the moves take longer than they save, as measured. Priorities would do as well, but nobody may
-    raise his own again; and a pinned thread of low priority gets nothing on a core that anything else computes on.
+    Parking saves nothing where a GPU does the rest, where PyTorch has one thread only, and after a call that is
+    followed by the next so soon that the moves take longer than they save, as measured. Priorities are no way: a
+    process may not raise its own again, and a pinned thread of low priority gets nothing on a core that anything else
+    computes on.
 
     Not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
     """
@@ -83,8 +92,8 @@ class IdleWorkers:
         """Around a call of an operator.
 
         Args:
-            pauses: By the name of the call before them; kept here, one a layer.
-            name: Of the call.
+            pauses: The layer's gaps, by the name of the call before each; one is added for a name that is new.
+            name: Name of the call.
         """
         self.gather()
         try:
@@ -92,14 +101,14 @@ class IdleWorkers:
         finally:
             if torch.get_num_threads() > 1 and not torch.cuda.is_initialized():
                 if self._homes is None:
-                    self._homes, self._corner = _find()
+                    self._homes, self._corner = _pinned_workers()
                 pause = pauses.setdefault(name, CallGap())
                 if self._homes and pause.worth(self._moves if self._moves < math.inf else 0.0):
                     self._step_aside(self._homes)
                 self._last = (pause, time.perf_counter())
 
     def gather(self) -> None:
-        """Each worker to its core, before a call; or before something else that they do."""
+        """Move each worker back to its core, before the workers are given any work."""
         if self._last is not None:
             pause, ended = self._last
             pause.took(time.perf_counter() - ended, self._away)
@@ -119,7 +128,7 @@ class IdleWorkers:
         self._moves = min(self._moves, self._out + time.perf_counter() - begin)
 
     def end(self) -> None:
-        """The workers are about to end."""
+        """Let the sleeping OpenMP threads end, before the workers do."""
         if self._team is not None:
             self._team.end()
 
@@ -138,26 +147,27 @@ class IdleWorkers:
         self._out = time.perf_counter() - begin
 
 
-def _find() -> tuple[dict[int, int], int]:
-    """The workers, each with its core, but the one on whose core all of them will be; and that core.
+def _pinned_workers() -> tuple[dict[int, int], int]:
+    """The workers that have to move, each with its core, and the core where all of them will be parked.
 
-    kt-kernel names them numa_0_m_0, numa_0_t_1, ... and pins them; looked for after a call, when all have begun.
+    The worker whose core that is has not to move and is left out. kt-kernel names its threads numa_0_m_0, numa_0_t_1,
+    ... and pins them. Call this after a call of the operators, when all threads have begun.
     """
-    found: dict[int, int] = {}
+    cores_of: dict[int, int] = {}
     allowed = affinity()
     for thread in sorted(map(int, os.listdir(_TASKS))):
         with contextlib.suppress(OSError):  # it has ended
             if (_TASKS / str(thread) / "comm").read_text().startswith("numa_"):
                 cores = os.sched_getaffinity(thread)
                 if len(cores) == 1 and cores <= allowed:
-                    found[thread] = cores.pop()
-    corner = next(iter(found.values()), -1)
-    logger.debug("Of the operators' workers %d have a core that PyTorch's threads can have.", len(found))
-    return {thread: core for thread, core in found.items() if core != corner}, corner
+                    cores_of[thread] = cores.pop()
+    corner = next(iter(cores_of.values()), -1)
+    logger.debug("Of the operators' workers %d have a core that PyTorch's threads can have.", len(cores_of))
+    return {thread: core for thread, core in cores_of.items() if core != corner}, corner
 
 
 class SleepingTeam:
-    """A team of sleeping OpenMP threads, one a core, whose presence makes PyTorch's sleep after each loop.
+    """A team of sleeping OpenMP threads, one a core, whose presence makes PyTorch's threads sleep after each loop.
 
     GNU OpenMP's threads spin for less than 0.1 ms instead of up to 76 ms where there are more of them than cores (its
     manual, under GOMP_SPINCOUNT). A setting in the environment would be read too early: when PyTorch is loaded.
@@ -174,18 +184,15 @@ class SleepingTeam:
             raise
 
     def end(self) -> None:
-        """Without waiting for it: this may be called by the garbage collector, anywhere."""
+        """Let the threads end, without waiting for them: the garbage collector may call this anywhere."""
         self._ended.set()
 
 
 def _hold(ready: threading.Event, ended: threading.Event) -> None:
     try:
-        before, cores = torch.get_num_threads(), len(affinity())
-        torch.set_num_threads(cores)
-        try:
+        cores = len(affinity())
+        with torch_threads(cores):  # set back afterwards: threads that start later begin with the number then set
             torch.zeros(cores * _LOOP, dtype=torch.uint8, device="cpu").add_(1)
-        finally:
-            torch.set_num_threads(before)  # what threads that start later begin with
     finally:
         ready.set()
     ended.wait()

@@ -51,7 +51,9 @@ def _flush_c() -> None:
 
 
 def never_destroy(owner: Any) -> None:
-    """What `owner.natives()` gives is never destroyed once the interpreter ends, nor in a fork of this process.
+    """Keep the objects of `owner.natives()` from being destroyed at the interpreter's end and in forks of this process.
+
+    `owner.kept` becomes true then.
 
     kt-kernel's destructors print, and join their threads: after a fork those are not there and the child hangs; at exit
     the text would stand in the user's output. The system takes all of it back anyway.

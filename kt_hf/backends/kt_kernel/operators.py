@@ -18,10 +18,10 @@ class Operators:
     """One of kt-kernel's classes of SFT operators.
 
     Attributes:
-        name: The value of `kt_backend`.
-        class_name: In `kt_kernel_ext.moe`.
-        multiple: H, and I after the split over pools, are multiples of this. BF16 does not check it, it crashes.
-        bytes_per_weight: In memory, once: 2, 1 or 0.5; scales are not counted.
+        name: The value of `kt_backend` that selects it.
+        class_name: Its name in `kt_kernel_ext.moe`.
+        multiple: H, and I after the split over pools, must be multiples of this. BF16 does not check it, it crashes.
+        bytes_per_weight: Memory of a weight, packed once: 2, 1 or 0.5 bytes; scales are not counted.
         clears_gradients: Whether backward overwrites the LoRA gradient buffers; else it adds to some of them.
         saved_as: What names of saved files begin with; None where the weights cannot be saved packed.
     """
@@ -35,18 +35,18 @@ class Operators:
 
 
 OPERATORS = {
-    made.name: made
-    for made in (
+    operators.name: operators
+    for operators in (
         Operators("AMXBF16", "AMXBF16_SFT_MOE", 32, 2.0),
         Operators("AMXInt8", "AMXInt8_SFT_MOE", 64, 1.0, saved_as="INT8"),
         Operators("AMXInt4", "AMXInt4_SFT_MOE", 128, 0.5, clears_gradients=False, saved_as="INT4"),
     )
 }
-QUANTIZED = tuple(made.name for made in OPERATORS.values() if made.saved_as)
+QUANTIZED = tuple(operators.name for operators in OPERATORS.values() if operators.saved_as)
 
 
 def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") -> str | None:
-    """Why the operators of `backend` cannot compute experts of this shape, or None."""
+    """Why the operators of `backend` cannot compute experts of this shape, split over `pools`; None if they can."""
     multiple = OPERATORS[backend].multiple
     for name, size in (("hidden size", shape.hidden_size), ("expert intermediate size", shape.intermediate_size)):
         if size < 1 or size % multiple:
@@ -62,7 +62,10 @@ def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") 
 
 
 def most_tokens(shape: ExpertShape) -> int:
-    """The longest call that experts of this shape can be packed for: what a layer reserves stays below the machine's
-    memory. Beyond it the system may refuse, and the operators' constructor does not return then."""
+    """The most tokens in a call that experts of this shape can be packed for.
+
+    With these a layer reserves less than the machine's memory. Beyond that the system may refuse, and the operators'
+    constructor does not return then.
+    """
     one = _RESERVED * shape.top_k * (shape.hidden_size + shape.intermediate_size)
     return max(1, int(psutil.virtual_memory().total) // one)

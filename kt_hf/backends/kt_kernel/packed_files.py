@@ -29,7 +29,7 @@ class PackedLayerFiles:
     Attributes:
         folder: Holds `_numa_0` and so on, one for each pool.
         backward: Whether the weights for backward are there too.
-        fingerprint: Of the weights they were made of; another for others.
+        fingerprint: Identifies the weights that were packed; "" if it is not known.
     """
 
     folder: Path
@@ -38,11 +38,19 @@ class PackedLayerFiles:
 
 
 def pool_folder(pool: int) -> str:
+    """The name of the folder that holds the weights of a pool of threads, counted from 0."""
     return f"_numa_{pool}"
 
 
 def expected_files(operators: Operators, shape: ExpertShape, pools: int, backward: bool) -> list[str]:
-    """Patterns of the files of a layer, relative to its folder, `*` for the size that is part of a name."""
+    """Patterns of the files of a layer, relative to its folder, with `*` for the size that is part of a name.
+
+    Args:
+        operators: The operators that the weights are packed for.
+        shape: The layer's sizes.
+        pools: The number of pools of threads that each expert is split over.
+        backward: Whether the weights for backward are saved too.
+    """
     kinds = [f"{name}{bwd}" for name in ("gate", "up", "down") for bwd in (("", "_bwd") if backward else ("",))]
     return [
         f"{pool_folder(pool)}/{operators.saved_as}_{kind}_{expert}_*Byte_{part}_.kt"
@@ -54,9 +62,9 @@ def expected_files(operators: Operators, shape: ExpertShape, pools: int, backwar
 
 
 def size_in_name(name: str) -> int:
-    """Bytes a file has by its own name; -1 if it is not one of the operators'."""
-    found = _SIZE.search(name)
-    return int(found[1]) if found else -1
+    """Bytes that a file of packed weights must have by its name; -1 if the name is of no such file."""
+    match = _SIZE.search(name)
+    return int(match[1]) if match else -1
 
 
 def check_saved(layer: PackedLayerFiles, operators: Operators, pools: int, share_backward: bool, label: str) -> None:
@@ -69,9 +77,9 @@ def check_saved(layer: PackedLayerFiles, operators: Operators, pools: int, share
         raise KTAMXConfigError(
             f"{label}: kt_backend={operators.name} cannot load saved weights: AMXInt8 and AMXInt4 can."
         )
-    there = len(list(layer.folder.glob("_numa_*")))
-    if there != pools:
-        raise KTAMXConfigError(f"{label}: {layer.folder} holds weights for {there} pools, and there are {pools}.")
+    saved_pools = len(list(layer.folder.glob("_numa_*")))
+    if saved_pools != pools:
+        raise KTAMXConfigError(f"{label}: {layer.folder} holds weights for {saved_pools} pools, and there are {pools}.")
     if not any((layer.folder / pool_folder(0)).glob(f"{operators.saved_as}_gate_0_*")):
         raise KTAMXConfigError(f"{label}: {layer.folder} holds no {operators.saved_as} weights.")
     if not share_backward and not layer.backward:

@@ -78,7 +78,7 @@ def call(workers: IdleWorkers, pauses: dict[str, CallGap], threads: list[int]) -
 
 def eager() -> dict[str, CallGap]:
     """The workers are to step aside, for the pause after the last call took nine seconds."""
-    return {"forward": CallGap(here=9.0)}
+    return {"forward": CallGap(on_cores=9.0)}
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_workers_are_at_home_in_calls_and_aside_between(pinned: list[int], clock
         clock[0] += seconds
         assert call(workers, pauses, pinned) == HOME
         assert where(pinned) == ASIDE
-    assert pauses["forward"].here == 0.25
+    assert pauses["forward"].on_cores == 0.25
     assert pauses["forward"].aside == pytest.approx(1.25 * 0.02)  # a longer one counts as a quarter longer at most
     workers.gather()
     assert where(pinned) == HOME

@@ -1,0 +1,37 @@
+"""Whether the installed kt-kernel has SFT operators, and whether this CPU can run them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from ...system.cpu import cpu_features
+from ..base import Availability
+from .native_code import native_output_to_log
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def availability() -> Availability:
+    """Whether the SFT operators run on this machine: the package, its variant, and the CPU's instructions."""
+    features = cpu_features()
+    try:
+        with native_output_to_log(logger):
+            import kt_kernel
+            from kt_kernel import kt_kernel_ext
+    except ImportError as error:
+        return Availability(
+            False, f"kt-kernel cannot be imported ({error}); install it with: pip install kt-kernel==0.7.2"
+        )
+    variant = kt_kernel.__cpu_variant__
+    details = {"variant": variant, "version": kt_kernel.__version__, "cpu": features.name}
+    if not hasattr(kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
+        return Availability(
+            False, f"kt-kernel's {variant} variant has no SFT operators (they need AMX or AVX512-BF16)", details
+        )
+    # The variant can be forced by KT_KERNEL_CPU_VARIANT; instructions the CPU lacks would end the process.
+    needed = features.amx if variant == "amx" else features.avx512_bf16
+    if not needed:
+        return Availability(False, f"kt-kernel's {variant} variant needs instructions this CPU lacks", details)
+    return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
