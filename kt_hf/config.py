@@ -72,7 +72,7 @@ class KTConfig:
     kt_lora_rank: int | None = None
     kt_max_cache_depth: InitVar[int | None] = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> KTConfig:
+    def __new__(cls, *args: Any, **kwargs: Any) -> KTConfig:  # noqa: D102
         # Before __init__, whose TypeError for an unknown name would not say what to write instead.
         _check_names(kwargs)
         return super().__new__(cls)

@@ -116,7 +116,7 @@ def test_a_backend_that_is_not_there_is_told_before_a_model_is_loaded(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(KTAMXError, match=r"AMXInt4.*hidden size 64"):
+    with pytest.raises(KTAMXError, match=r"AMXInt4.*(hidden size 64|cannot run)"):
         trained(tmp_path, tiny_model, [{"text": "a"}] * 4, "kt_backend=AMXInt4")
     assert not (tmp_path / "out").exists()
 
