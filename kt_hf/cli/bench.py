@@ -56,14 +56,14 @@ def main(
         from ..shapes import ExpertShape
         from ..system.cpu import plan_threads
         from ..tools import bench
-        from ..train.config.settings import OwnKeys
+        from ..train.config.settings import RunKeys
         from ..train.hub import sizes_of
         from ..train.model_sizes import model_sizes
         from ..train.models import load_config
 
         lengths = _numbers("--tokens", tokens)
-        own = OwnKeys(model_name_or_path=model)
-        sizes = model_sizes(sizes_of(model) or load_config(own)[0], own)
+        keys = RunKeys(model_name_or_path=model)
+        sizes = model_sizes(sizes_of(model) or load_config(keys)[0], keys)
         shape = (sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
         planned = plan_threads().workers
         own_number = None if threads else planned

@@ -113,7 +113,7 @@ def in_words(made: Estimate) -> str:
 
 def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, made: Estimate) -> Tiers:
     """How many experts of each layer are where; a plan by assumed rates is noted in `made`."""
-    if not gpu or not s.own.use_kt:
+    if not gpu or not s.run.use_kt:
         return Tiers()
     shape = ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate)
     asked = asked_for(s.kt, [shape], has_gpu=True)
@@ -130,7 +130,7 @@ def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, mad
 def _parts(
     s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None, gpu_free: int | None
 ) -> Estimate:
-    width = 4 if s.own.torch_dtype == "float32" else 2
+    width = 4 if s.run.torch_dtype == "float32" else 2
     T = _tokens(s)
     made = Estimate(sizes=m, tokens=T)
     tiers = _tiers(s, m, gpu, gpu_free, made)
@@ -142,7 +142,7 @@ def _parts(
     rest = m.other_parameters * width
     host, other = made.host, made.gpu if gpu else made.host
     host["program"] = PROGRAM
-    if not s.own.use_kt:
+    if not s.run.use_kt:
         other["experts"] = source
     elif not kernel:
         host["experts"] = source - moved * width
@@ -156,7 +156,7 @@ def _parts(
             host["experts before packing"] = larger
     # Master, kernel copies (twice), kernel gradient, gradient, two Adam moments.
     host_lora = m.lora_experts * (4 + (6 if kernel else 4) + 4 + 8)
-    if s.own.use_kt:
+    if s.run.use_kt:
         host["LoRA of experts and its optimizer"] = host_lora
         host["activations of experts"] = _expert_activations(s, m, T, kernel) * tiers.on_cpu(m.experts) // m.experts
     else:
@@ -199,14 +199,14 @@ def _backend(s: TrainSettings) -> str:
 
 def _streams(s: TrainSettings) -> bool:
     """Whether experts are read layer by layer; the built-in model is made whole."""
-    return not s.own.model_name_or_path.startswith(BUILTIN_MODEL)
+    return not s.run.model_name_or_path.startswith(BUILTIN_MODEL)
 
 
 def _tokens(s: TrainSettings) -> int:
     """Tokens of one forward at most."""
     length = s.trainer.get("max_length", 1024) or 1024
     batch = s.trainer.get("per_device_train_batch_size", 8)
-    return int(batch * length * (2 if s.own.stage == "dpo" else 1))
+    return int(batch * length * (2 if s.run.stage == "dpo" else 1))
 
 
 def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bool:
@@ -240,7 +240,7 @@ def _expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) -
         return kept_layers * kept + work
     padded = rows + _ROWS_PER_EXPERT * m.experts
     work = padded * (8 * m.hidden + 12 * m.intermediate) * 2
-    work += m.lora_experts // m.expert_layers * 4 + rows * s.own.lora_rank * 240
+    work += m.lora_experts // m.expert_layers * 4 + rows * s.run.lora_rank * 240
     return kept_layers * kept + work
 
 
@@ -265,7 +265,7 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     """Settings that would save memory where it is short, the most harmless first."""
     found = []
     host_short = e.host_free is not None and e.host_total > e.host_free
-    if host_short and kernel and s.own.use_kt:
+    if host_short and kernel and s.run.use_kt:
         if not e.shared_backward and e.host["backward copies"]:
             saved = e.host["backward copies"] * (1 - 1 / e.sizes.expert_layers if e.sizes else 0)
             found.append(
@@ -283,7 +283,7 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     if batch > 1:
         found.append(f"per_device_train_batch_size: 1, gradient_accumulation_steps: {batch} times as many")
     found.append("a smaller cutoff_len saves activations and logits, a smaller lora_rank the optimizer")
-    if host_short and s.own.use_kt and e.host_free is not None:
+    if host_short and s.run.use_kt and e.host_free is not None:
         need = e.host["experts packed"] if "experts packed" in e.host else e.host["experts"]
         if need > e.host_free:
             smaller = [line for line in found if "AMXInt8" in line and need / 2 <= e.host_free]

@@ -23,7 +23,7 @@ from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
 from .checkpoints import STATE, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
-from .config.settings import OwnKeys, TrainSettings
+from .config.settings import RunKeys, TrainSettings
 from .stopping import checkpoint_of
 
 RECORD = "kt_hf_run.json"
@@ -89,7 +89,7 @@ def find_checkpoint(settings: TrainSettings) -> Resume | None:
         KTAMXError: The folder that was named is no checkpoint, or not complete.
         KTAMXConfigError: None in the output folder is.
     """
-    wanted = settings.own.resume_from_checkpoint
+    wanted = settings.run.resume_from_checkpoint
     if not wanted:
         return None
     if isinstance(wanted, str):
@@ -142,17 +142,17 @@ def _step_of(folder: Path) -> int:
 
 def record(settings: TrainSettings) -> dict[str, Any]:
     """What a checkpoint remembers of the settings; `with_rows` adds the data."""
-    own = {key: getattr(settings.own, key) for key in settings.own.__dataclass_fields__}
-    own["lora_target"] = _targets(own["lora_target"])
-    own["additional_target"] = sorted(own["additional_target"])
-    name = own["model_name_or_path"]
-    own["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
+    run = {key: getattr(settings.run, key) for key in settings.run.__dataclass_fields__}
+    run["lora_target"] = _targets(run["lora_target"])
+    run["additional_target"] = sorted(run["additional_target"])
+    name = run["model_name_or_path"]
+    run["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
     for key in ("dataset", "eval_dataset"):
-        own[key] = [os.path.realpath(spec) if os.path.exists(spec) else spec for spec in own[key]]
+        run[key] = [os.path.realpath(spec) if os.path.exists(spec) else spec for spec in run[key]]
     kt = {"kt_backend": settings.kt.kt_backend}
-    defaults = {field.name: field.default for field in dataclasses.fields(trainer_config(settings.own.stage))}
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer_config(settings.run.stage))}
     trainer = {key: value for key, value in settings.trainer.items() if value != defaults.get(key)}
-    return {"version": 1, "settings": own | kt | trainer}
+    return {"version": 1, "settings": run | kt | trainer}
 
 
 def with_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     if before.get("partial"):  # an adapter_config.json alone
         changed = [key for key in changed if key in old]
     # A setting that an earlier version of kt_hf did not have was at its default.
-    defaults = dataclasses.asdict(OwnKeys())
+    defaults = dataclasses.asdict(RunKeys())
     changed = [key for key in changed if key in old or new[key] != defaults.get(key)]
     fixed = [key for key in _FIXED if key in changed]
     if fixed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import KTAMXConfigError
 from ..shapes import ALIASES
-from .config.settings import OwnKeys
+from .config.settings import RunKeys
 
 # Multi-head latent attention (DeepSeek-V2 and V3) has no projections of these names. What computes the same in it:
 _LATENT = {
@@ -38,26 +38,26 @@ def lora_targets(wanted: str | list[str], modules: set[str]) -> tuple[str | list
     return list(found), told
 
 
-def check_targets(outline: Any, own: OwnKeys) -> None:
+def check_targets(outline: Any, keys: RunKeys) -> None:
     """Refuse names in lora_target and additional_target that the model does not have, before it is loaded.
 
     Args:
         outline: The model on the meta device, or any.
-        own: The run's settings.
+        keys: The run's keys that are not TRL's.
 
     Raises:
         KTAMXConfigError: Naming one.
     """
     modules = {name for name, _ in outline.named_modules()}
     endings = {".".join(name.split(".")[-parts:]) for name in modules for parts in range(1, name.count(".") + 2)}
-    targets, _ = lora_targets(own.lora_target, {name.rsplit(".", 1)[-1] for name in modules})
+    targets, _ = lora_targets(keys.lora_target, {name.rsplit(".", 1)[-1] for name in modules})
     if not targets:
-        raise KTAMXConfigError(f"lora_target={own.lora_target!r} is empty: give all, all_attention, or names.")
+        raise KTAMXConfigError(f"lora_target={keys.lora_target!r} is empty: give all, all_attention, or names.")
     for name in targets if isinstance(targets, list) else ():
         if name not in endings | _EXPERTS | set(ALIASES):
             known = sorted({n.rsplit(".", 1)[-1] for n in _linears(outline)} | _EXPERTS)
             raise KTAMXConfigError(f"lora_target: no module is called {name!r}. There are: {', '.join(known)}.")
-    for name in own.additional_target:
+    for name in keys.additional_target:
         reached = [module for module in modules if module == name or module.endswith(f".{name}")]
         if not reached:
             raise KTAMXConfigError(f"additional_target: no module is called {name!r}; embed_tokens or lm_head, say.")
@@ -69,7 +69,7 @@ def check_targets(outline: Any, own: OwnKeys) -> None:
             )
 
 
-def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
+def lora_config(model: Any, keys: RunKeys) -> tuple[Any, list[str]]:
     """(the `LoraConfig`, what to tell the user) for a patched model, or for a stock one with fused experts.
 
     Raises:
@@ -79,16 +79,16 @@ def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
     from ..experts.layer import kt_layers
 
     last_parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets, told = lora_targets(own.lora_target, last_parts)
-    options: dict[str, Any] = {"use_rslora": True} if own.use_rslora else {}
-    if own.additional_target:
-        options["modules_to_save"] = list(own.additional_target)
+    targets, told = lora_targets(keys.lora_target, last_parts)
+    options: dict[str, Any] = {"use_rslora": True} if keys.use_rslora else {}
+    if keys.additional_target:
+        options["modules_to_save"] = list(keys.additional_target)
     if kt_layers(model):
-        return kt_lora_config(model, own.lora_rank, own.lora_alpha, own.lora_dropout, targets, **options), told
-    return _stock(model, own, targets, options, told)
+        return kt_lora_config(model, keys.lora_rank, keys.lora_alpha, keys.lora_dropout, targets, **options), told
+    return _stock(model, keys, targets, options, told)
 
 
-def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told: list[str]) -> tuple[Any, list[str]]:
+def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], told: list[str]) -> tuple[Any, list[str]]:
     """Stock PEFT reaches fused experts as parameters. Where it rewrites targets for a family, it takes gate_proj,
     up_proj and down_proj for the experts' alone, and dense layers and shared experts go without: that is told.
     """
@@ -103,8 +103,8 @@ def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told
         names = [name for name in targets if name in linear or not (on_experts and name in _EXPERTS)]
     else:
         names = targets
-    chosen = set(kt_lora_config(model, own.lora_rank, lora_target=names).target_modules) if names else set()
-    dropout = own.lora_dropout
+    chosen = set(kt_lora_config(model, keys.lora_rank, lora_target=names).target_modules) if names else set()
+    dropout = keys.lora_dropout
     if on_experts:
         if targets == "all" or {"gate_proj", "up_proj"} & set(targets):
             options["target_parameters"] = ["experts.gate_up_proj"]
@@ -114,13 +114,13 @@ def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told
             dropout = 0.0
             told.append("lora_dropout: stock PEFT has none for fused experts, so 0 is used.")
     if not chosen and not on_experts:
-        raise KTAMXConfigError(f"lora_target={own.lora_target!r} reaches nothing in {type(model).__name__}.")
+        raise KTAMXConfigError(f"lora_target={keys.lora_target!r} reaches nothing in {type(model).__name__}.")
     if on_experts and _EXPERTS & chosen:
         told.append(
             "Stock PEFT may leave dense layers and shared experts without LoRA: it takes their names for experts'."
         )
     config = LoraConfig(
-        r=own.lora_rank, lora_alpha=own.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
+        r=keys.lora_rank, lora_alpha=keys.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
         task_type="CAUSAL_LM", **options,
     )  # fmt: skip
     return config, told

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.data.rows import Rows
 from kt_hf.train.data.tokens import Prepared, prepare, reading
 from tests.support.tiny import CHAT, MARKED, tokenizer
@@ -38,8 +38,8 @@ ENDED = "<|im_end|>\n"
 
 
 def prepared(rows: list[dict[str, Any]], template: str | None, stage: str = "sft", **settings: Any) -> Prepared:
-    own = {key: settings.pop(key) for key in list(settings) if key in ("mask_history",)}
-    how = reading(OwnKeys(**own), settings, tokenizer(template), settings.pop("vocabulary", 259))
+    keys = {key: settings.pop(key) for key in list(settings) if key in ("mask_history",)}
+    how = reading(RunKeys(**keys), settings, tokenizer(template), settings.pop("vocabulary", 259))
     return prepare(Rows(rows), how, stage, "train")
 
 
@@ -164,7 +164,7 @@ def test_the_template_of_another_place_is_used(kind: str, tmp_path: Path) -> Non
         source = tmp_path
         other.save_pretrained(source)
     words = tokenizer(CHAT)
-    how = reading(OwnKeys(), {"chat_template_path": str(source)}, words, 259)
+    how = reading(RunKeys(), {"chat_template_path": str(source)}, words, 259)
     data = prepare(
         Rows([{"messages": [USER, FOUR | {"content": "<more>" if kind == "tokenizer" else "four"}]}]),
         how,
@@ -175,7 +175,7 @@ def test_the_template_of_another_place_is_used(kind: str, tmp_path: Path) -> Non
     assert (259 in data.dataset[0]["input_ids"]) is (kind == "tokenizer")
     assert words.chat_template == CHAT
     with pytest.raises(KTAMXConfigError, match="chat_template_path='nothing' cannot be used"):
-        reading(OwnKeys(), {"chat_template_path": "nothing"}, words, 259)
+        reading(RunKeys(), {"chat_template_path": "nothing"}, words, 259)
 
 
 def test_mixtral_trains_all_answers() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import KTAMXConfigError
-from ..config.settings import MIX_STRATEGIES, OwnKeys, TrainSettings
+from ..config.settings import MIX_STRATEGIES, RunKeys, TrainSettings
 from .formats import FORMATS, Format, recognize
 from .messages import BadRow
 from .sources import Source, read_source
@@ -195,32 +195,32 @@ def split_off(total: int, val_size: float, seed: int) -> tuple[list[int], list[i
     return sorted(order[count:]), sorted(order[:count])
 
 
-def mixing_problem(own: OwnKeys) -> tuple[str, str] | None:
+def mixing_problem(keys: RunKeys) -> tuple[str, str] | None:
     """(key, why) if `mix_strategy` and `interleave_probs` cannot be used, else None."""
-    if own.mix_strategy not in MIX_STRATEGIES:
-        return "mix_strategy", f"mix_strategy={own.mix_strategy!r}: it must be {' or '.join(MIX_STRATEGIES)}"
-    if own.interleave_probs is None:
+    if keys.mix_strategy not in MIX_STRATEGIES:
+        return "mix_strategy", f"mix_strategy={keys.mix_strategy!r}: it must be {' or '.join(MIX_STRATEGIES)}"
+    if keys.interleave_probs is None:
         return None
-    if own.mix_strategy == "concat":
+    if keys.mix_strategy == "concat":
         return "interleave_probs", "interleave_probs is for mix_strategy: interleave_under or interleave_over"
     try:
-        shares = _shares(own) or []
+        shares = _shares(keys) or []
     except (TypeError, ValueError):
-        return "interleave_probs", f"interleave_probs={own.interleave_probs!r}: it must be numbers"
-    if len(shares) != len(own.dataset):
-        return "interleave_probs", f"interleave_probs has {len(shares)} numbers for {len(own.dataset)} data sets"
+        return "interleave_probs", f"interleave_probs={keys.interleave_probs!r}: it must be numbers"
+    if len(shares) != len(keys.dataset):
+        return "interleave_probs", f"interleave_probs has {len(shares)} numbers for {len(keys.dataset)} data sets"
     if not all(0 < share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        return "interleave_probs", f"interleave_probs={own.interleave_probs!r}: shares above 0 that add up to 1"
+        return "interleave_probs", f"interleave_probs={keys.interleave_probs!r}: shares above 0 that add up to 1"
     return None
 
 
-def _shares(own: OwnKeys) -> list[float] | None:
-    return None if own.interleave_probs is None else [float(share) for share in own.interleave_probs]
+def _shares(keys: RunKeys) -> list[float] | None:
+    return None if keys.interleave_probs is None else [float(share) for share in keys.interleave_probs]
 
 
-def _mixed(parts: Sequence[Rows], own: OwnKeys, seed: int) -> Rows:
+def _mixed(parts: Sequence[Rows], keys: RunKeys, seed: int) -> Rows:
     """Several data sets one after the other, or drawn from in turn: by shares, where some are given."""
-    joined, how = _joined(parts), MIX_STRATEGIES[own.mix_strategy]
+    joined, how = _joined(parts), MIX_STRATEGIES[keys.mix_strategy]
     if how is None or len(parts) < 2:
         return joined
     import datasets
@@ -230,11 +230,11 @@ def _mixed(parts: Sequence[Rows], own: OwnKeys, seed: int) -> Rows:
         datasets.Dataset.from_dict({"row": list(range(start, start + len(part.rows)))})
         for start, part in zip(starts, parts, strict=True)
     ]
-    order = datasets.interleave_datasets(indices, _shares(own), seed=seed, stopping_strategy=how)["row"]
+    order = datasets.interleave_datasets(indices, _shares(keys), seed=seed, stopping_strategy=how)["row"]
     mixed = joined.pick(list(order))
     mixed.told = [
         *joined.told,
-        f"mix_strategy {own.mix_strategy}: {len(mixed.rows)} rows of {len(joined.rows)} by turns",
+        f"mix_strategy {keys.mix_strategy}: {len(mixed.rows)} rows of {len(joined.rows)} by turns",
     ]
     return mixed
 
@@ -245,38 +245,38 @@ def training_and_evaluation(settings: TrainSettings) -> tuple[Rows, Rows | None]
     Raises:
         KTAMXConfigError: They cannot be had, or not be used.
     """
-    own, seed = settings.own, settings.trainer.get("seed", 42)
+    keys, seed = settings.run, settings.trainer.get("seed", 42)
     column = settings.trainer.get("dataset_text_field") or _TEXT_COLUMN
 
     def load(specs: Sequence[str], purpose: str) -> list[Rows]:
-        return [_load(spec, purpose, own.stage, own.max_samples, own.dataset_dir, column) for spec in specs]
+        return [_load(spec, purpose, keys.stage, keys.max_samples, keys.dataset_dir, column) for spec in specs]
 
-    train = _one_form(_mixed(load(own.dataset, "train"), own, seed), own.stage)
+    train = _one_form(_mixed(load(keys.dataset, "train"), keys, seed), keys.stage)
     evaluation = None
-    if own.eval_dataset:
-        evaluation = _one_form(_joined(load(own.eval_dataset, "eval")), own.stage)
-    elif own.val_size:
-        order, held_out = split_off(len(train.rows), own.val_size, seed)
+    if keys.eval_dataset:
+        evaluation = _one_form(_joined(load(keys.eval_dataset, "eval")), keys.stage)
+    elif keys.val_size:
+        order, held_out = split_off(len(train.rows), keys.val_size, seed)
         told = train.told
         train, evaluation = train.pick(order), train.pick(held_out)
         train.told, evaluation.told = told, [f"{len(held_out)} rows held out by val_size"]
     for rows in (train, evaluation):
         if rows is not None:
-            _set_defaults(rows, own)
+            _set_defaults(rows, keys)
     return train, evaluation
 
 
-def _set_defaults(rows: Rows, own: OwnKeys) -> None:
+def _set_defaults(rows: Rows, keys: RunKeys) -> None:
     """What a configuration says of every conversation: `default_system` and `enable_thinking`, where a row does not."""
-    given = [key for key in ("default_system", "enable_thinking") if getattr(own, key) is not None]
+    given = [key for key in ("default_system", "enable_thinking") if getattr(keys, key) is not None]
     if given and not rows.conversational:
         rows.told.append(f"{' and '.join(given)}: no effect, for the data are not conversations")
     for row in rows.rows if given else ():
         column = messages_column(row)
         if column is None:
             continue
-        if own.default_system and row[column][0]["role"] not in ("system", "developer"):
-            row[column] = [{"role": "system", "content": own.default_system}, *row[column]]
-        if own.enable_thinking is not None:
-            settings = {"enable_thinking": own.enable_thinking}
+        if keys.default_system and row[column][0]["role"] not in ("system", "developer"):
+            row[column] = [{"role": "system", "content": keys.default_system}, *row[column]]
+        if keys.enable_thinking is not None:
+            settings = {"enable_thinking": keys.enable_thinking}
             row["chat_template_kwargs"] = settings | row.get("chat_template_kwargs", {})

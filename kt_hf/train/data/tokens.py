@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import KTAMXConfigError
-from ..config.settings import OwnKeys
+from ..config.settings import RunKeys
 from .formats import Row
 from .messages import BadRow
 from .rows import Rows, judge, messages_column
@@ -82,11 +82,11 @@ class Prepared:
     sequences: list[Any] = field(default_factory=list)
 
 
-def reading(own: OwnKeys, options: dict[str, Any], tokenizer: Any, vocabulary: int) -> Reading:
+def reading(keys: RunKeys, options: dict[str, Any], tokenizer: Any, vocabulary: int) -> Reading:
     """How the rows of a run are to be read.
 
     Args:
-        own: Our own keys.
+        keys: The run's keys that are not TRL's.
         options: Keyword arguments of TRL's configuration.
         tokenizer: The model's; not changed.
         vocabulary: How many embeddings the model has.
@@ -105,7 +105,7 @@ def reading(own: OwnKeys, options: dict[str, Any], tokenizer: Any, vocabulary: i
         cut=not packed,
         train_on_all=options.get("completion_only_loss") is False,
         whole_conversations=options.get("assistant_only_loss") is False,
-        last_answer=own.mask_history,
+        last_answer=keys.mask_history,
         processes=options.get("dataset_num_proc"),
     )
 
