@@ -73,8 +73,8 @@ def _report(settings: TrainSettings, options: dict[str, Any]) -> None:
     """Make the reporters' callbacks, which import their packages; nothing is sent."""
     from transformers.integrations import get_reporting_integration_callbacks
 
-    wanted = options.get("report_to")
-    if not wanted or wanted == "none" or wanted == ["none"]:
+    reporters = options.get("report_to")
+    if not reporters or reporters == "none" or reporters == ["none"]:
         return
     names = trainer_config(settings.run.stage)(**options).report_to
     for name in [names] if isinstance(names, str) else names or []:
@@ -131,10 +131,10 @@ def _about(key: str, options: dict[str, Any]) -> Iterator[None]:
         raise KTAMXConfigError(f"{key}={shown(options.get(key))} cannot be used: {text}") from error
 
 
-def _check_metric(metrics: dict[str, float], wanted: str | None) -> None:
-    if wanted and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
-        there = ", ".join(sorted(name for name in metrics if isinstance(metrics[name], float)))
-        raise KTAMXConfigError(f"metric_for_best_model={wanted!r} is not measured. There are: {there}.")
+def _check_metric(metrics: dict[str, float], metric: str | None) -> None:
+    if metric and f"eval_{metric.removeprefix('eval_')}" not in metrics:
+        measured = ", ".join(sorted(name for name in metrics if isinstance(metrics[name], float)))
+        raise KTAMXConfigError(f"metric_for_best_model={metric!r} is not measured. There are: {measured}.")
 
 
 def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:

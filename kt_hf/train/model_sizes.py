@@ -77,9 +77,9 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         )
     total = sum(p.numel() for p in model.parameters())
     in_experts = sum(p.numel() for _, p in stacked)
-    wanted = _wanted(model, keys)
-    projections = 3 if wanted is None else len({"gate_proj", "up_proj", "down_proj"} & wanted)
-    others = [m for name, m in _linears(model) if wanted is None or name.rsplit(".", 1)[-1] in wanted]
+    targets = _target_names(model, keys)
+    projections = 3 if targets is None else len({"gate_proj", "up_proj", "down_proj"} & targets)
+    others = [m for name, m in _linears(model) if targets is None or name.rsplit(".", 1)[-1] in targets]
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or H // heads
     latent = getattr(text, "kv_lora_rank", None)
@@ -109,7 +109,7 @@ def _of_8_bits(config: Any, asked: str) -> bool:
     return dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config)
 
 
-def _wanted(model: Any, keys: RunKeys) -> set[str] | None:
+def _target_names(model: Any, keys: RunKeys) -> set[str] | None:
     """The targets' names; None for all."""
     targets, _ = lora_targets(keys.lora_target, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()})
     if targets == "all":

@@ -70,10 +70,10 @@ def load_config(keys: RunKeys) -> tuple[Any, list[str]]:
     except Exception as error:  # what is in config.json may make it raise anything
         raise KTAMXConfigError(f"model_name_or_path={name!r}: {_in_a_line(error)}") from None
     config = _with_attention(config, keys)
-    told = []
+    notes = []
     if keys.trust_remote_code and native:
-        told.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
-    return config, told
+        notes.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
+    return config, notes
 
 
 def _revision(keys: RunKeys) -> dict[str, str]:
@@ -252,17 +252,17 @@ def load_tokenizer(keys: RunKeys, chat: bool) -> tuple[Any, list[str]]:
                 f"model_name_or_path={keys.model_name_or_path!r}: no tokenizer: {_in_a_line(error)}"
             ) from None
     _probe(tokenizer, keys.model_name_or_path)
-    told = []
+    notes = []
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template:
         if keys.template and chat:
-            told.append(f"template {keys.template}: the tokenizer's own chat template is used.")
+            notes.append(f"template {keys.template}: the tokenizer's own chat template is used.")
     elif chat:
         name = keys.template if keys.template in CHAT_TEMPLATES else "chatml"
         tokenizer.chat_template = CHAT_TEMPLATES[name]
-        told.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
-    return tokenizer, told
+        notes.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
+    return tokenizer, notes
 
 
 def _probe(tokenizer: Any, name: str) -> None:

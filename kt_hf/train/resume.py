@@ -72,12 +72,12 @@ class Resume:
     Attributes:
         folder: The checkpoint's.
         step: Optimizer steps done.
-        told: What to tell the user.
+        notes: What to tell the user.
     """
 
     folder: Path
     step: int
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def find_checkpoint(settings: TrainSettings) -> Resume | None:
@@ -89,31 +89,31 @@ def find_checkpoint(settings: TrainSettings) -> Resume | None:
         KTAMXError: The folder that was named is no checkpoint, or not complete.
         KTAMXConfigError: None in the output folder is.
     """
-    wanted = settings.run.resume_from_checkpoint
-    if not wanted:
+    given = settings.run.resume_from_checkpoint
+    if not given:
         return None
-    if isinstance(wanted, str):
-        folder = Path(os.path.abspath(os.path.expanduser(wanted)))
+    if isinstance(given, str):
+        folder = Path(os.path.abspath(os.path.expanduser(given)))
         if not is_numbered(folder) or not (folder / STATE).is_file():
             inside = checkpoints(folder)
             hint = f"it holds checkpoints: give one of them, such as {inside[0]}" if inside else f"it has no {STATE}"
             if not inside and (folder / STATE).is_file():
                 hint = "its name is not checkpoint-<step>"
-            raise KTAMXConfigError(f"resume_from_checkpoint={wanted!r} is no checkpoint of a run: {hint}.")
+            raise KTAMXConfigError(f"resume_from_checkpoint={given!r} is no checkpoint of a run: {hint}.")
         check_checkpoint(folder)
         return Resume(folder, _step_of(folder))
     output_dir = Path(settings.output_dir).expanduser()
-    there = numbered(output_dir)
-    if not there:
+    folders = numbered(output_dir)
+    if not folders:
         raise KTAMXConfigError(f"resume_from_checkpoint=true: {output_dir} holds no checkpoint to go on from.")
     last = last_complete(output_dir)
     if last is None:
         raise KTAMXConfigError(
-            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(there[0])})"
+            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(folders[0])})"
         )
-    later = [path for path in there if step_in_name(path) > step_in_name(last)]
-    told = tuple(f"{path} is left out: {_why_not(path)}" for path in later)
-    return Resume(last, _step_of(last), told)
+    later = [path for path in folders if step_in_name(path) > step_in_name(last)]
+    notes = tuple(f"{path} is left out: {_why_not(path)}" for path in later)
+    return Resume(last, _step_of(last), notes)
 
 
 def _why_not(folder: Path) -> str:

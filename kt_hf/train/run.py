@@ -75,36 +75,36 @@ class _Ready:
 def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     """Everything that can be wrong is found before weights are loaded or anything is written."""
     keys = settings.run
-    _tell(console, settings.notices)
+    _print_notes(console, settings.notices)
     resume, content = find_checkpoint(settings), record(settings)
     if resume:
         changes = check_settings(resume, content)
-        _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
+        _print_notes(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.notes, *changes])
     train_rows, eval_rows = training_and_evaluation(settings)
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
-    config, told = load_config(keys)
+    config, notes = load_config(keys)
     tokenizer, more = load_tokenizer(keys, chat=train_rows.conversational)
-    _tell(console, told + more)
-    _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
+    _print_notes(console, notes + more)
+    _print_notes(console, [note for rows in (train_rows, eval_rows) if rows for note in rows.notes])
     outline = outline_of(keys, config)
     check_targets(outline, keys)
-    rank, told = check_start(keys, outline)
+    rank, notes = check_start(keys, outline)
     memory = _before_loading(settings, config, outline)
-    _tell(console, told + check_weights(keys, config))
+    _print_notes(console, notes + check_weights(keys, config))
     options = _trainer_options(settings, len(train_rows.rows))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
     how = reading(keys, options, tokenizer, vocabulary)
     with _working(console, "Tokenizing"):
         train_data = prepare(train_rows, how, keys.stage, "train")
         eval_data = prepare(eval_rows, how, keys.stage, "eval") if eval_rows else None
-    _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])
+    _print_notes(console, [note for data in (train_data, eval_data) if data for note in data.notes])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
     try_out(settings, options, tokenizer, train_data.dataset.select([0]))
     if not memory.fits:
         advice = "; ".join(memory.advice)
-        _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
+        _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
     return _Ready(config, tokenizer, train_data, eval_data, options, memory, resume, content, rank)
 
 
@@ -119,8 +119,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     if keys.adapter_name_or_path:
         model = put_adapter(model, keys)
     else:
-        peft_config, told = lora_config(model, keys)
-        _tell(console, told)
+        peft_config, notes = lora_config(model, keys)
+        _print_notes(console, notes)
     counter = TokenCounter(model)
     stop, progress = StopOnSignal(console), ShowProgress(console, counter)
     with _working(console, "Packing the experts"):
@@ -282,6 +282,6 @@ def _working(console: Console, words: str) -> contextlib.AbstractContextManager[
     return console.status(words) if console.is_terminal else contextlib.nullcontext()
 
 
-def _tell(console: Console, lines: Any) -> None:
+def _print_notes(console: Console, lines: Any) -> None:
     for line in lines:
         console.print(f"[dim]note:[/dim] {escape(printable(line))}")

@@ -38,13 +38,13 @@ def check_start(keys: RunKeys, outline: Any) -> tuple[int | None, list[str]]:
         _check_places(adapter, outline, path)
         ranks = sorted({one.rank for one in adapter.experts.values()})
         count = len(adapter.experts) + len(adapter.modules())
-    told = f"Starting from the adapter in {path} (format {adapter.format}, LoRA on {count} modules"
-    told += (
+    note = f"Starting from the adapter in {path} (format {adapter.format}, LoRA on {count} modules"
+    note += (
         f", of rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))} on experts)."
         if ranks
         else ", not on experts)."
     )
-    return max([*ranks, keys.lora_rank if not ranks else 0]), [told]
+    return max([*ranks, keys.lora_rank if not ranks else 0]), [note]
 
 
 def _check_places(adapter: Adapter, outline: Any, path: str) -> None:

@@ -94,8 +94,8 @@ class StopOnSignal(TrainerCallback):
     def _stop(args: Any, state: Any, control: Any) -> None:
         control.should_training_stop = True
         saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-        there = (checkpoint_of(args, state) / "trainer_state.json").exists()
-        control.should_save = saves and state.global_step > 0 and not there
+        is_saved = (checkpoint_of(args, state) / "trainer_state.json").exists()
+        control.should_save = saves and state.global_step > 0 and not is_saved
         control.should_evaluate = False
 
 

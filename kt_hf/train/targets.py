@@ -18,24 +18,24 @@ _LATENT = {
 _EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
 
-def lora_targets(wanted: str | list[str], modules: set[str]) -> tuple[str | list[str], list[str]]:
+def lora_targets(asked: str | list[str], modules: set[str]) -> tuple[str | list[str], list[str]]:
     """(the targets in this model's names, what to tell the user).
 
     Args:
-        wanted: `all`, `all_attention`, or names, as a list or separated by commas.
+        asked: `all`, `all_attention`, or names, as a list or separated by commas.
         modules: Last parts of the names of the model's modules.
     """
-    names = [part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    names = [part.strip() for part in asked.split(",")] if isinstance(asked, str) else list(asked)
     if len(names) == 1 and names[0] in ("all", "all_attention"):
         return names[0], []
-    found: dict[str, None] = {}
-    told = []
+    targets: dict[str, None] = {}
+    notes = []
     for name in filter(None, names):
         replaced = [other for other in _LATENT.get(name, ()) if other in modules] if name not in modules else []
         if replaced:
-            told.append(f"lora_target {name}: this model's attention has {' and '.join(replaced)} in its place.")
-        found.update(dict.fromkeys(replaced or [name]))
-    return list(found), told
+            notes.append(f"lora_target {name}: this model's attention has {' and '.join(replaced)} in its place.")
+        targets.update(dict.fromkeys(replaced or [name]))
+    return list(targets), notes
 
 
 def check_targets(outline: Any, keys: RunKeys) -> None:
@@ -79,16 +79,16 @@ def lora_config(model: Any, keys: RunKeys) -> tuple[Any, list[str]]:
     from ..experts.layer import kt_layers
 
     last_parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets, told = lora_targets(keys.lora_target, last_parts)
+    targets, notes = lora_targets(keys.lora_target, last_parts)
     options: dict[str, Any] = {"use_rslora": True} if keys.use_rslora else {}
     if keys.additional_target:
         options["modules_to_save"] = list(keys.additional_target)
     if kt_layers(model):
-        return kt_lora_config(model, keys.lora_rank, keys.lora_alpha, keys.lora_dropout, targets, **options), told
-    return _stock(model, keys, targets, options, told)
+        return kt_lora_config(model, keys.lora_rank, keys.lora_alpha, keys.lora_dropout, targets, **options), notes
+    return _stock(model, keys, targets, options, notes)
 
 
-def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], told: list[str]) -> tuple[Any, list[str]]:
+def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], notes: list[str]) -> tuple[Any, list[str]]:
     """Stock PEFT reaches fused experts as parameters. Where it rewrites targets for a family, it takes gate_proj,
     up_proj and down_proj for the experts' alone, and dense layers and shared experts go without: that is told.
     """
@@ -112,18 +112,18 @@ def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], tol
             options["target_parameters"] = [*options.get("target_parameters", []), "experts.down_proj"]
         if dropout:
             dropout = 0.0
-            told.append("lora_dropout: stock PEFT has none for fused experts, so 0 is used.")
+            notes.append("lora_dropout: stock PEFT has none for fused experts, so 0 is used.")
     if not chosen and not on_experts:
         raise KTAMXConfigError(f"lora_target={keys.lora_target!r} reaches nothing in {type(model).__name__}.")
     if on_experts and _EXPERTS & chosen:
-        told.append(
+        notes.append(
             "Stock PEFT may leave dense layers and shared experts without LoRA: it takes their names for experts'."
         )
     config = LoraConfig(
         r=keys.lora_rank, lora_alpha=keys.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
         task_type="CAUSAL_LM", **options,
     )  # fmt: skip
-    return config, told
+    return config, notes
 
 
 def _fused_experts(model: Any) -> list[str]:

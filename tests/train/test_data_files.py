@@ -122,7 +122,7 @@ def test_a_folder_of_several_formats_is_all_of_them(tmp_path: Path) -> None:
     assert [sorted(row) for row in rows.rows] == [["text"], ["messages"], ["messages"]]
     assert (
         "1 rows, format text in 1 files, and 1 rows, format messages in 1 files, and 1 rows, format alpaca"
-        in rows.told[0]
+        in rows.notes[0]
     )
     (tmp_path / "e.jsonl").write_text('{"question": "a"}\n')
     with pytest.raises(KTAMXConfigError, match=r"e\.jsonl\): no known format has the columns question"):

@@ -26,12 +26,12 @@ class Rows:
 
     Attributes:
         rows: The rows.
-        told: What to tell the user about them.
+        notes: What to tell the user about them.
         places: Where each row stands, such as `data.jsonl line 3`; empty if nobody needs to know.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
     @property
@@ -39,7 +39,7 @@ class Rows:
         return any(messages_column(row) for row in self.rows)
 
     def pick(self, order: Sequence[int]) -> Rows:
-        """The rows of these indices, in their order; `told` stays where it is."""
+        """The rows of these indices, in their order; `notes` stay where they are."""
         return Rows([self.rows[i] for i in order], [], [self.places[i] for i in order] if self.places else [])
 
     def place(self, index: int) -> str:
@@ -80,7 +80,7 @@ def load_rows(
 def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: str | None, text_column: str) -> Rows:
     sources = read_source(spec, purpose, stage, most, dataset_dir)
     result, bad = Rows(), list[tuple[str, str]]()
-    used, there, by_format = set[str](), set[str](), dict[str, list[int]]()
+    used, filled, by_format = set[str](), set[str](), dict[str, list[int]]()
     for source in sources:
         bad += source.bad
         if text_column != _TEXT_COLUMN:
@@ -89,7 +89,7 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
         count = by_format.setdefault(form.name, [0, 0]) if form else [0, 0]
         for place, row in source.rows:
             assert form is not None
-            there |= {column for column in row.keys() - there if row[column] is not None and row[column] != ""}
+            filled |= {column for column in row.keys() - filled if row[column] is not None and row[column] != ""}
             try:
                 result.rows.append(form.row(row, used))
                 result.places.append(place)
@@ -102,9 +102,9 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
         f"{rows} rows, format {name}" + (f" in {files} files" if len(by_format) > 1 else "")
         for name, (rows, files) in by_format.items()
     )
-    result.told.append(f"{spec}: {shown}{_left_out(bad)}")
-    if there - used:
-        result.told.append(f"{spec}: nothing uses the columns {_named(there - used)}")
+    result.notes.append(f"{spec}: {shown}{_left_out(bad)}")
+    if filled - used:
+        result.notes.append(f"{spec}: nothing uses the columns {_named(filled - used)}")
     return result
 
 
@@ -126,9 +126,9 @@ def _format_of(source: Source, spec: str, stage: str) -> Format | None:
     columns, name = source.columns(), "" if source.name == spec else f" ({source.name})"
     form = recognize(columns, stage)
     if form is None:
-        wanted = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
+        known = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
         shown = _named(columns)
-        raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {wanted}.")
+        raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {known}.")
     if form.stage != stage:
         raise KTAMXConfigError(
             f"dataset {spec}{name} is {form.name}, which is data for stage: {form.stage}, and this is stage: {stage}."
@@ -140,7 +140,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     result = Rows()
     for part in parts:
         result.rows += part.rows
-        result.told += part.told
+        result.notes += part.notes
         result.places += part.places
     return result
 
@@ -232,8 +232,8 @@ def _mixed(parts: Sequence[Rows], keys: RunKeys, seed: int) -> Rows:
     ]
     order = datasets.interleave_datasets(indices, _shares(keys), seed=seed, stopping_strategy=how)["row"]
     mixed = joined.pick(list(order))
-    mixed.told = [
-        *joined.told,
+    mixed.notes = [
+        *joined.notes,
         f"mix_strategy {keys.mix_strategy}: {len(mixed.rows)} rows of {len(joined.rows)} by turns",
     ]
     return mixed
@@ -257,9 +257,9 @@ def training_and_evaluation(settings: TrainSettings) -> tuple[Rows, Rows | None]
         evaluation = _one_form(_joined(load(keys.eval_dataset, "eval")), keys.stage)
     elif keys.val_size:
         order, held_out = split_off(len(train.rows), keys.val_size, seed)
-        told = train.told
+        notes = train.notes
         train, evaluation = train.pick(order), train.pick(held_out)
-        train.told, evaluation.told = told, [f"{len(held_out)} rows held out by val_size"]
+        train.notes, evaluation.notes = notes, [f"{len(held_out)} rows held out by val_size"]
     for rows in (train, evaluation):
         if rows is not None:
             _set_defaults(rows, keys)
@@ -270,7 +270,7 @@ def _set_defaults(rows: Rows, keys: RunKeys) -> None:
     """What a configuration says of every conversation: `default_system` and `enable_thinking`, where a row does not."""
     given = [key for key in ("default_system", "enable_thinking") if getattr(keys, key) is not None]
     if given and not rows.conversational:
-        rows.told.append(f"{' and '.join(given)}: no effect, for the data are not conversations")
+        rows.notes.append(f"{' and '.join(given)}: no effect, for the data are not conversations")
     for row in rows.rows if given else ():
         column = messages_column(row)
         if column is None:
