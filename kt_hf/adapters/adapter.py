@@ -49,10 +49,12 @@ class Projection:
 
     @property
     def module(self) -> str:
+        """Full name of the projection, as `model.layers.0.mlp.experts.gate_proj`."""
         return f"{self.experts}.{self.name}"
 
     @property
     def layer(self) -> int:
+        """The number of the decoder layer that the experts are in."""
         return layer_of(self.experts)
 
 
@@ -210,6 +212,7 @@ class Adapter:
                 raise KTAMXError(f"{self.where}: {name} is of {tensor.dtype}; an adapter is of bf16, fp16 or fp32.")
 
     def tensors(self) -> Iterator[tuple[str, Lazy]]:
+        """Every tensor of the adapter, unread, by its key in a file of format kt."""
         for module, one in self.experts.items():
             yield f"{PREFIX}{module}.lora_A.weight", one.a
             yield f"{PREFIX}{module}.lora_B.weight", one.b
@@ -217,6 +220,7 @@ class Adapter:
 
 
 def layer_of(name: str) -> int:
+    """The first number that is a part of a module's name: its decoder layer. Without one it is a KTAMXError."""
     match = re.search(r"\.(\d{1,9})\.", f".{name}.")
     if match is None:
         raise KTAMXError(f"{name}: no layer number in the name.")

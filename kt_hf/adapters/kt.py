@@ -21,6 +21,7 @@ KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_proj|up_proj|down_proj)\.l
 
 
 def matches(key: str, tensor: Lazy) -> bool:
+    """Whether a tensor is LoRA of a whole stack of experts under kt's name: [E, R, in] or [E, out, R]."""
     return bool(KEY.match(key)) and len(tensor.shape) == 3
 
 

@@ -38,6 +38,7 @@ KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)(\.base_layer)?\.lora_([AB])\.weig
 
 
 def matches(key: str, tensor: Lazy) -> bool:
+    """Whether a tensor is stock PEFT's LoRA of a fused parameter: 2-D, under the name of the experts' module."""
     return bool(KEY.match(key)) and len(tensor.shape) == 2
 
 

@@ -28,6 +28,7 @@ _HUB = {name: short for short, name in ALIASES.items()}
 
 
 def matches(key: str, tensor: Lazy) -> bool:
+    """Whether a tensor is LoRA of a single expert: [R, in] or [out, R], with the expert's number in its name."""
     return bool(KEY.match(key)) and len(tensor.shape) == 2
 
 

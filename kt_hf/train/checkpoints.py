@@ -20,6 +20,7 @@ def is_numbered(folder: Path) -> bool:
 
 
 def step_in_name(folder: Path) -> int:
+    """The optimizer step that a folder `checkpoint-<step>` is named after."""
     return int(folder.name.rsplit("-", 1)[1])
 
 

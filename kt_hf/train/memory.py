@@ -49,14 +49,17 @@ class Estimate:
 
     @property
     def host_total(self) -> int:
+        """Bytes of host memory at the peak."""
         return sum(self.host.values())
 
     @property
     def gpu_total(self) -> int:
+        """Bytes of GPU memory at the peak."""
         return sum(self.gpu.values())
 
     @property
     def fits(self) -> bool:
+        """Whether both totals are within what is free; what is not known counts as enough."""
         host = self.host_free is None or self.host_total <= self.host_free
         return host and (self.gpu_free is None or self.gpu_total <= self.gpu_free)
 

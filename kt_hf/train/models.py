@@ -40,6 +40,7 @@ CHAT_TEMPLATES = {"chatml": _CHATML, "alpaca": _ALPACA}
 
 
 def is_builtin(name: str) -> bool:
+    """Whether a model is made from an installed Python package, `builtin:…`, not from a folder or the hub."""
     return name.startswith("builtin:")
 
 

@@ -172,13 +172,16 @@ class KeepRecord(TrainerCallback):
     """Writes the record into each checkpoint as it is saved."""
 
     def __init__(self, content: dict[str, Any]) -> None:
+        """Keep `content`, a `record` with the data's hash, to write it into checkpoints."""
         self.content = content
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the settings' own intervals of logging, evaluation and saving in place of the checkpoint's."""
         # A resumed Trainer would go on with the checkpoint's logging_steps, eval_steps and save_steps.
         state.compute_steps(args, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the record into the checkpoint that was just saved."""
         folder = checkpoint_of(args, state)
         if state.is_world_process_zero and folder.is_dir():
             write_json(folder / RECORD, json.loads(json.dumps(self.content, default=str)))

@@ -81,6 +81,7 @@ class TrainSettings:
 
     @property
     def output_dir(self) -> str:
+        """The folder that the run writes to; TRL's default where the file names none."""
         return str(self.trainer.get("output_dir") or "trainer_output")
 
     @property

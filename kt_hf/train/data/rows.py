@@ -36,6 +36,7 @@ class Rows:
 
     @property
     def conversational(self) -> bool:
+        """Whether any of the rows is a conversation, so that a chat template is needed."""
         return any(messages_column(row) for row in self.rows)
 
     def pick(self, order: Sequence[int]) -> Rows:
@@ -43,6 +44,7 @@ class Rows:
         return Rows([self.rows[i] for i in order], [], [self.places[i] for i in order] if self.places else [])
 
     def place(self, index: int) -> str:
+        """Where a row stands in its file, for messages."""
         return self.places[index] if self.places else f"row {index + 1}"
 
 

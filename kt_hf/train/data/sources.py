@@ -34,6 +34,7 @@ class Source:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
     def columns(self) -> set[str]:
+        """The columns of all rows together."""
         return {key for _, row in self.rows for key in row}
 
 
