@@ -49,10 +49,12 @@ class Projection:
 
     @property
     def module(self) -> str:
+        """Full name of the projection, as `model.layers.0.mlp.experts.gate_proj`."""
         return f"{self.experts}.{self.name}"
 
     @property
     def layer(self) -> int:
+        """The number of the decoder layer that the experts are in."""
         return layer_of(self.experts)
 
 
@@ -76,10 +78,10 @@ class Adapter:
 
     def layers(self) -> dict[str, dict[str, Projection]]:
         """Full name of a layer's experts -> projection name -> LoRA, in layer order."""
-        found: dict[str, dict[str, Projection]] = {}
+        layers: dict[str, dict[str, Projection]] = {}
         for one in sorted(self.experts.values(), key=lambda p: (p.layer, PROJECTIONS.index(p.name))):
-            found.setdefault(one.experts, {})[one.name] = one
-        return found
+            layers.setdefault(one.experts, {})[one.name] = one
+        return layers
 
     def add(self, experts: str, name: str, a: Lazy, b: Lazy, rank: int, alpha: float) -> None:
         """Take a projection's tensors; their shapes are checked by `check`."""
@@ -117,8 +119,8 @@ class Adapter:
         for module, one in self.experts.items():
             experts, _, inside = one.a.shape if len(one.a.shape) == 3 else (0, 0, 0)
             outside = one.b.shape[1] if len(one.b.shape) == 3 else 0
-            wanted = (experts, one.rank, inside), (experts, outside, one.rank)
-            if (one.a.shape, one.b.shape) != wanted or not experts * inside * outside:
+            expected = (experts, one.rank, inside), (experts, outside, one.rank)
+            if (one.a.shape, one.b.shape) != expected or not experts * inside * outside:
                 raise KTAMXError(
                     f"{self.where}: {module} has lora_A {one.a.shape} and lora_B {one.b.shape}; of rank {one.rank} (by "
                     f"{CONFIG}) they would be [experts, {one.rank}, in] and [experts, out, {one.rank}]."
@@ -141,12 +143,12 @@ class Adapter:
     def _check_complete(self, layers: Mapping[str, Mapping[str, Projection]]) -> None:
         """Every projection that the config names, in each layer of which something is there, and no other."""
         if self.format == "kt":
-            wanted = {experts: self.targeted(experts) for experts in layers}
+            expected = {experts: self.targeted(experts) for experts in layers}
         else:
-            names = {name for there in layers.values() for name in there}
-            wanted = dict.fromkeys(layers, names)
-        for experts, there in layers.items():
-            missing, more = sorted(wanted[experts] - set(there)), sorted(set(there) - wanted[experts])
+            names = {name for projections in layers.values() for name in projections}
+            expected = dict.fromkeys(layers, names)
+        for experts, projections in layers.items():
+            missing, more = sorted(expected[experts] - set(projections)), sorted(set(projections) - expected[experts])
             if missing:
                 raise KTAMXError(f"{self.where}: {experts} has no LoRA of {', '.join(missing)}, which it should have.")
             if more:
@@ -165,10 +167,10 @@ class Adapter:
 
         from .peft_names import targets
 
-        wanted = self.config.get("target_modules")
-        if not wanted:
+        target_modules = self.config.get("target_modules")
+        if not target_modules:
             return set()
-        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
             return set(PROJECTIONS)
         keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         try:
@@ -182,8 +184,8 @@ class Adapter:
         for side_a, side_b in (LINEAR, EMBEDDING):
             a, b = module.lora.get(side_a), module.lora.get(side_b)
             if (a is None) != (b is None):
-                there = "A" if b is None else "B"
-                raise KTAMXError(f"{self.where}: {name} has lora_{there} and not the other of the pair.")
+                side = "A" if b is None else "B"
+                raise KTAMXError(f"{self.where}: {name} has lora_{side} and not the other of the pair.")
             if a is None or b is None:
                 continue
             self._check_dtype(name, a, b)
@@ -210,6 +212,7 @@ class Adapter:
                 raise KTAMXError(f"{self.where}: {name} is of {tensor.dtype}; an adapter is of bf16, fp16 or fp32.")
 
     def tensors(self) -> Iterator[tuple[str, Lazy]]:
+        """Every tensor of the adapter, unread, by its key in a file of format kt."""
         for module, one in self.experts.items():
             yield f"{PREFIX}{module}.lora_A.weight", one.a
             yield f"{PREFIX}{module}.lora_B.weight", one.b
@@ -217,6 +220,7 @@ class Adapter:
 
 
 def layer_of(name: str) -> int:
+    """The first number that is a part of a module's name: its decoder layer. Without one it is a KTAMXError."""
     match = re.search(r"\.(\d{1,9})\.", f".{name}.")
     if match is None:
         raise KTAMXError(f"{name}: no layer number in the name.")
@@ -242,13 +246,13 @@ def rank_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     return int(rank), of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
 
 
-def patterns(config: dict[str, Any], wanted: Mapping[str, tuple[int, float]]) -> None:
+def patterns(config: dict[str, Any], ranks_alphas: Mapping[str, tuple[int, float]]) -> None:
     """Write rank_pattern and alpha_pattern so that each of these modules has its (r, alpha), and others theirs.
 
-    `wanted` holds every adapted module of a kind: one pattern then serves all layers where they agree.
+    `ranks_alphas` holds every adapted module of a kind: one pattern then serves all layers where they agree.
     """
     kinds: dict[str, dict[str, tuple[int, float]]] = {}
-    for module, value in wanted.items():
+    for module, value in ranks_alphas.items():
         kind = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
         kinds.setdefault(kind, {})[module] = value
     new: tuple[dict[str, int], dict[str, float]] = {}, {}

@@ -69,6 +69,7 @@ class BaseNames:
     """
 
     def __init__(self, base: Path) -> None:
+        """Build the model of `base`, the folder of a checkpoint, on the meta device; no weights are read."""
         self._model = _model_of(base)
         self.embeddings = None if self._model is None else _embeddings(self._model)
         if self._model is not None:

@@ -115,10 +115,10 @@ def _formats(tensors: Mapping[str, Lazy]) -> dict[str, str | None]:
 
 
 def _format(path: Path, tensors: Mapping[str, Lazy]) -> str:
-    found = {name: key for name, key in _formats(tensors).items() if key}
-    if len(found) > 1:
-        raise KTAMXError(f"{path} mixes formats: {'; '.join(f'{name}: {key}' for name, key in found.items())}.")
-    return next(iter(found), "kt")
+    first_keys = {name: key for name, key in _formats(tensors).items() if key}
+    if len(first_keys) > 1:
+        raise KTAMXError(f"{path} mixes formats: {'; '.join(f'{name}: {key}' for name, key in first_keys.items())}.")
+    return next(iter(first_keys), "kt")
 
 
 def convert(
@@ -200,8 +200,8 @@ def _target(output: Path, to: str | None) -> str:
     is_folder = output.suffix not in (".pt", ".safetensors", ".bin", ".pth", ".json", ".gguf")
     fits = {"sglang": output.suffix == ".pt", "fused": is_folder or output.name == fused.FILE}
     if not fits.get(to, is_folder):
-        wanted = {"sglang": "a file ending in .pt", "fused": f"a folder, or a file called {fused.FILE}"}
-        raise KTAMXConfigError(f"output={str(output)!r} does not fit to={to!r}, which is {wanted.get(to, 'a folder')}.")
+        kinds = {"sglang": "a file ending in .pt", "fused": f"a folder, or a file called {fused.FILE}"}
+        raise KTAMXConfigError(f"output={str(output)!r} does not fit to={to!r}, which is {kinds.get(to, 'a folder')}.")
     return to
 
 

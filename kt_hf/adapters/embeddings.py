@@ -98,15 +98,22 @@ def plan_embeddings(
     if known.tied:
         _share_base(adapter, first, second)
         _share_base(adapter, second, first)
-    own = None if known.tied else _checked(adapter, second, places.get(known.output), base)
-    rows = {_rows(first, stored), _rows(second, own or stored)}
+    stored_output = None if known.tied else _checked(adapter, second, places.get(known.output), base)
+    rows = {_rows(first, stored), _rows(second, stored_output or stored)}
     if known.tied and _stay_tied(first, second):
         rows = {_rows(first, stored)}
         _put(plan, adapter, first, first, stored, places[known.input])
     else:
         shared = first if known.tied and second.tokens is None and first.tokens is not None else second
         _put(plan, adapter, first, first, stored, places[known.input])
-        _put(plan, adapter, second, shared, own or stored, places.get(known.output) or (places[known.input][0], None))
+        _put(
+            plan,
+            adapter,
+            second,
+            shared,
+            stored_output or stored,
+            places.get(known.output) or (places[known.input][0], None),
+        )
         if known.tied:
             plan.config["tie_word_embeddings"] = False
     if len(rows) > 1:
@@ -125,13 +132,13 @@ _Place = tuple[str, str | None]
 def _places(names: BaseNames, tensors: Mapping[str, Mapping[str, Lazy]]) -> dict[str, tuple[str, str, Lazy]]:
     """Input and output embeddings -> shard, name in the checkpoint, and the tensor."""
     assert names.embeddings is not None
-    wanted = {names.embeddings.input, names.embeddings.output}
+    modules = {names.embeddings.input, names.embeddings.output}
     places: dict[str, tuple[str, str, Lazy]] = {}
-    for shard, there in tensors.items():
-        for name, tensor in there.items():
-            found = names.find(name)
-            if found.module in wanted and found.parameter == "weight" and not found.operations:
-                places[found.module] = shard, name, tensor
+    for shard, shard_tensors in tensors.items():
+        for name, tensor in shard_tensors.items():
+            target = names.find(name)
+            if target.module in modules and target.parameter == "weight" and not target.operations:
+                places[target.module] = shard, name, tensor
     return places
 
 

@@ -31,11 +31,11 @@ def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
         shape = layer.shape
         sizes = (shape.hidden_size, shape.intermediate_size)
         into, out = sizes if one.name != "down_proj" else sizes[::-1]
-        wanted = (shape.num_experts, one.rank, into), (shape.num_experts, out, one.rank)
-        if (one.a.shape, one.b.shape) != wanted:
+        expected = (shape.num_experts, one.rank, into), (shape.num_experts, out, one.rank)
+        if (one.a.shape, one.b.shape) != expected:
             raise KTAMXError(
-                f"{adapter.where}: {module} is {one.a.shape} and {one.b.shape}; this model needs {wanted[0]} and "
-                f"{wanted[1]}: another base model's adapter?"
+                f"{adapter.where}: {module} is {one.a.shape} and {one.b.shape}; this model needs {expected[0]} and "
+                f"{expected[1]}: another base model's adapter?"
             )
     missing = [f"{e}.{name}" for e in layers for name in adapter.targeted(e) if f"{e}.{name}" not in adapter.experts]
     if missing:
@@ -45,12 +45,13 @@ def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
     _check_others_fit(adapter, model)
     if name is None:
         return
-    wanted_keys = {key: tuple(p.shape) for key, p in saved_names(model, name).items()}
-    there = {key: tensor.shape for key, tensor in adapter.tensors() if ".lora_" in key}
-    for key in sorted(wanted_keys.keys() | there.keys()):
-        if wanted_keys.get(key) != there.get(key):
+    expected_shapes = {key: tuple(p.shape) for key, p in saved_names(model, name).items()}
+    shapes = {key: tensor.shape for key, tensor in adapter.tensors() if ".lora_" in key}
+    for key in sorted(expected_shapes.keys() | shapes.keys()):
+        if expected_shapes.get(key) != shapes.get(key):
             raise KTAMXError(
-                f"{adapter.where}: {key} is {there.get(key, 'missing')}, in the model {wanted_keys.get(key, 'not')}."
+                f"{adapter.where}: {key} is {shapes.get(key, 'missing')}, in the model "
+                f"{expected_shapes.get(key, 'not')}."
             )
 
 
@@ -65,9 +66,9 @@ def _check_others_fit(adapter: Adapter, model: Any) -> None:
             shape = (max([*rows, 0]) + 1, tensors.tokens.shape[1])
             _check_parameter(adapter, model, module, "weight", shape, "retrained rows of ")
     names = tuple(adapter.config.get("modules_to_save") or ())
-    there = {f"{module}.{parameter}" for module, tensors in modules.items() for parameter in tensors.whole}
+    held = {f"{module}.{parameter}" for module, tensors in modules.items() for parameter in tensors.whole}
     for module, parameters in _saved_whole(model, names).items():
-        missing = sorted({f"{module}.{parameter}" for parameter in parameters} - there)
+        missing = sorted({f"{module}.{parameter}" for parameter in parameters} - held)
         if missing:
             raise KTAMXError(
                 f"{adapter.where}: modules_to_save={list(names)} is of {module} too, and {missing[0]} is missing."
@@ -77,12 +78,12 @@ def _check_others_fit(adapter: Adapter, model: Any) -> None:
 def _check_parameter(
     adapter: Adapter, model: Any, module: str, parameter: str, shape: tuple[int, ...], what: str = ""
 ) -> None:
-    there = base_parameter(model, module, parameter)
-    if there is None:
+    value = base_parameter(model, module, parameter)
+    if value is None:
         raise KTAMXError(
             f"{adapter.where}: {module}.{parameter} has no place in this model: another base model's adapter?"
         )
-    now = tuple(there.shape)
+    now = tuple(value.shape)
     rows_alone = len(now) == len(shape) == 2 and now[1] == shape[1]
     if now == shape or (what and rows_alone and now[0] >= shape[0]):
         return
@@ -117,12 +118,12 @@ def _saved_whole(model: Any, names: tuple[str, ...]) -> dict[str, set[str]]:
     if not names:
         return {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found: dict[str, set[str]] = {}
+    modules: dict[str, set[str]] = {}
     for name, _ in base.named_modules(remove_duplicate=False):
-        inner = any(name.startswith(f"{outer}.") for outer in found)
+        inner = any(name.startswith(f"{outer}.") for outer in modules)
         if name.endswith(names) and not inner and not _INSIDE_PEFT.search(name):
-            found[name] = set(_unwrapped(model, name).state_dict())
-    return found
+            modules[name] = set(_unwrapped(model, name).state_dict())
+    return modules
 
 
 def check_embeddings(adapter: Adapter, model: Any) -> None:
@@ -174,15 +175,15 @@ def _vocabulary(base: Any) -> int | None:
 
 def saved_names(model: Any, adapter: str) -> dict[str, Any]:
     """The LoRA parameters of one of a model's adapters, by the keys PEFT saves them under."""
-    found = {}
+    parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".lora_" in name and f".{adapter}." in f"{name}.":
             head, _, tail = f"{name}.".rpartition(f".{adapter}.")
             # transformers' own add_adapter has no PeftModel around the model.
             start = "" if head.startswith("base_model.") else PREFIX
             key = f"{start}{head}.{tail}".rstrip(".")
-            found[key.removesuffix(".weight") if "lora_magnitude" in head else key] = parameter
-    return found
+            parameters[key.removesuffix(".weight") if "lora_magnitude" in head else key] = parameter
+    return parameters
 
 
 def saved_whole_names(model: Any, adapter: str) -> dict[str, Any]:
@@ -190,9 +191,11 @@ def saved_whole_names(model: Any, adapter: str) -> dict[str, Any]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     values = model.state_dict(keep_vars=True)
-    found = {}
+    tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            for saved, here in module.adapter_state_dict_load_map(adapter).items():
-                found[f"{name if name.startswith('base_model.') else PREFIX + name}.{saved}"] = values[f"{name}.{here}"]
-    return found
+            for saved, attribute in module.adapter_state_dict_load_map(adapter).items():
+                tensors[f"{name if name.startswith('base_model.') else PREFIX + name}.{saved}"] = values[
+                    f"{name}.{attribute}"
+                ]
+    return tensors

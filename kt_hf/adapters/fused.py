@@ -89,13 +89,13 @@ def write_sglang(adapter: Adapter, path: Path) -> None:
     layers = adapter.layers()
     if not layers:
         raise KTAMXError(f"{adapter.where} holds no LoRA of experts.")
-    found = list(adapter.experts.values())
-    rank = max(one.rank for one in found)
-    scaling = next((one.scaling for one in found if one.rank == rank), found[0].scaling)
-    same = {one.scaling for one in found} == {scaling}
+    loras = list(adapter.experts.values())
+    rank = max(one.rank for one in loras)
+    scaling = next((one.scaling for one in loras if one.rank == rank), loras[0].scaling)
+    same = {one.scaling for one in loras} == {scaling}
     # The factor is read as lora_alpha / lora_rank, whatever the adapter's config said (rsLoRA, patterns).
     alpha = alpha_for({}, rank, scaling)
-    experts, hidden, inner = _sizes(found)
+    experts, hidden, inner = _sizes(loras)
     content: dict[str, Any] = {
         "metadata": {
             "lora_rank": rank,
@@ -106,7 +106,7 @@ def write_sglang(adapter: Adapter, path: Path) -> None:
             "intermediate_size": inner,
         }
     }
-    dtype = found[0].a.dtype
+    dtype = loras[0].a.dtype
     for name, projections in layers.items():
         key = f"layer_{next(iter(projections.values())).layer}"
         if key in content:
@@ -129,8 +129,8 @@ def _scaled(b: Tensor, factor: float) -> Tensor:
     return b if factor == 1.0 else (b.double() * factor).to(b.dtype)
 
 
-def _sizes(found: list[Projection]) -> tuple[int, int, int]:
+def _sizes(loras: list[Projection]) -> tuple[int, int, int]:
     """Experts, hidden size, intermediate size."""
-    one = found[0]
+    one = loras[0]
     into, out = one.a.shape[2], one.b.shape[1]
     return (one.a.shape[0], out, into) if one.name == "down_proj" else (one.a.shape[0], into, out)

@@ -21,6 +21,7 @@ KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_proj|up_proj|down_proj)\.l
 
 
 def matches(key: str, tensor: Lazy) -> bool:
+    """Whether a tensor is LoRA of a whole stack of experts under kt's name: [E, R, in] or [E, out, R]."""
     return bool(KEY.match(key)) and len(tensor.shape) == 3
 
 
@@ -60,22 +61,22 @@ def config(adapter: Adapter) -> dict[str, Any]:
     if adapter.format == "kt":
         return dict(adapter.config)
     # kt-kernel's trainer excludes the experts from PEFT, for it keeps their LoRA elsewhere.
-    made = {**adapter.config, "exclude_modules": None}
-    targets = made.get("target_modules")
+    result = {**adapter.config, "exclude_modules": None}
+    targets = result.get("target_modules")
     # Of stock PEFT's parameters, the router stays one; linear layers and experts are modules.
     taken = {*PROJECTIONS, "gate_up_proj"}
-    kept = [p for p in made.get("target_parameters") or [] if p.endswith(".weight") and p.split(".")[-2] not in taken]
-    made["target_parameters"] = kept or None
+    kept = [p for p in result.get("target_parameters") or [] if p.endswith(".weight") and p.split(".")[-2] not in taken]
+    result["target_parameters"] = kept or None
     if adapter.format == "peft" or not isinstance(targets, list):
         modules = {m for m in adapter.modules() if not any(f".{m}.weight".endswith(f".{p}") for p in kept)}
-        made["target_modules"] = sorted({*modules, *adapter.experts})
+        result["target_modules"] = sorted({*modules, *adapter.experts})
     else:
         # w1, w2 and w3 are Mixtral's experts and nothing else.
         names = {ALIASES.get(name.rsplit(".", 1)[-1], name) for name in targets}
         experts = {one.name for one in adapter.experts.values()}
-        made["target_modules"] = sorted(names | {f"experts.{name}" for name in experts - names})
+        result["target_modules"] = sorted(names | {f"experts.{name}" for name in experts - names})
     for key in ("rank_pattern", "alpha_pattern"):
-        old = made.get(key) or {}
-        made[key] = {k: v for k, v in old.items() if "gate_up_proj" not in k and not k.endswith(".weight")}
-    patterns(made, {module: (one.rank, one.alpha) for module, one in adapter.experts.items()})
-    return made
+        old = result.get(key) or {}
+        result[key] = {k: v for k, v in old.items() if "gate_up_proj" not in k and not k.endswith(".weight")}
+    patterns(result, {module: (one.rank, one.alpha) for module, one in adapter.experts.items()})
+    return result

@@ -79,11 +79,11 @@ def start_from(model: Any, path: str | Path) -> None:
         parameters |= _of_base(adapter, model, tensors.keys() - parameters.keys())
         fix = "apply_kt_moe(model, adapter=…) takes the adapter's own settings; the trainer then needs no peft_config."
         for key in sorted(parameters.keys() | tensors.keys()):
-            there, here = tensors.get(key), parameters.get(key)
-            if there is None or here is None or there.shape != tuple(here.shape):
+            saved, current = tensors.get(key), parameters.get(key)
+            if saved is None or current is None or saved.shape != tuple(current.shape):
                 raise KTAMXError(
-                    f"{path}: {key} is {there.shape if there else 'missing'}; the model's adapter has "
-                    f"{tuple(here.shape) if here is not None else 'none'} (rank, target_modules). {fix}"
+                    f"{path}: {key} is {saved.shape if saved else 'missing'}; the model's adapter has "
+                    f"{tuple(current.shape) if current is not None else 'none'} (rank, target_modules). {fix}"
                 )
         _check_scaling(model, name, adapter, config, fix)
         with torch.no_grad():
@@ -97,20 +97,20 @@ def _of_base(adapter: Adapter, model: Any, keys: Iterable[str]) -> dict[str, Any
 
     Copies that PEFT writes beside are left out: the parameter they are of is there too.
     """
-    found = {}
+    parameters = {}
     for key in keys:
         module, _, parameter = plain_name(key.removeprefix(PREFIX)).rpartition(".")
         value = base_parameter(model, module, parameter) if ".lora_" not in key else None
         if value is not None:
-            found[key] = value
-    return found
+            parameters[key] = value
+    return parameters
 
 
 def _check_scaling(model: Any, name: str, adapter: Adapter, config: dict[str, Any], fix: str) -> None:
     modules = dict(model.named_modules())
-    wanted = {module: one.scaling for module, one in adapter.experts.items()}
-    wanted |= {module: scale(config, *rank_alpha(config, module)) for module in adapter.modules()}
-    for module, factor in wanted.items():
+    factors = {module: one.scaling for module, one in adapter.experts.items()}
+    factors |= {module: scale(config, *rank_alpha(config, module)) for module in adapter.modules()}
+    for module, factor in factors.items():
         now = modules[f"base_model.model.{module}"].scaling[name]
         if abs(now - factor) > 1e-6 * abs(factor):
             raise KTAMXError(f"{adapter.where}: {module} is scaled by {factor}, the model's adapter by {now}. {fix}")

@@ -99,10 +99,10 @@ def _check_mark(folder: Path) -> None:
     if mine is None:
         return
     try:
-        there = read_json(folder / MANIFEST).object().get("save")
+        mark = read_json(folder / MANIFEST).object().get("save")
     except KTAMXError:
-        there = None
-    if there is None or there.value != mine:
+        mark = None
+    if mark is None or mark.value != mine:
         raise _other_process(folder)
 
 
@@ -162,13 +162,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if name != CONFIG:
             _compare(path, entry)
     _check_config(folder, manifest)
-    there = {key: (_name_of(t.dtype), list(t.shape)) for key, t in read_header(folder / ADAPTER).items()}
+    in_file = {key: (_name_of(t.dtype), list(t.shape)) for key, t in read_header(folder / ADAPTER).items()}
     listed = manifest.tensors
-    wrong = sorted(key for key in there.keys() | listed.keys() if there.get(key) != listed.get(key))
+    wrong = sorted(key for key in in_file.keys() | listed.keys() if in_file.get(key) != listed.get(key))
     if wrong:
         key = wrong[0]
         raise KTAMXError(
-            f"{folder / ADAPTER}: {key} is {there.get(key, 'missing')}, by {MANIFEST} {listed.get(key, 'not there')} "
+            f"{folder / ADAPTER}: {key} is {in_file.get(key, 'missing')}, by {MANIFEST} {listed.get(key, 'not there')} "
             f"({len(wrong)} tensors differ)."
         )
 
@@ -252,10 +252,10 @@ def _bound(config: Fields) -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("kt-hf", "torch", "transformers", "peft", "safetensors", "kt-kernel"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

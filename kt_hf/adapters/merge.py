@@ -52,50 +52,50 @@ class _Merger:
 
     def change(self, name: str, tensor: Lazy) -> Change | None:
         """What to do with one of the base's tensors, None to leave it as it is."""
-        found = self.names.find(name)
-        if found.projections:
-            experts = self._named(found.module, self.layers)
-            wanted = [self.adapter.experts.get(f"{experts}.{projection}") for projection in found.projections]
-            if not any(wanted):
+        target = self.names.find(name)
+        if target.projections:
+            experts = self._named(target.module, self.layers)
+            loras = [self.adapter.experts.get(f"{experts}.{projection}") for projection in target.projections]
+            if not any(loras):
                 return None
-            self._refuse_operations(found, name)
-            if found.expert is None:
-                return self._stack(wanted, found, name, tensor)
-            return self._expert(next(one for one in wanted if one), found.expert, name, tensor)
-        if found.pieces:
-            return self._pieces(found, name, tensor)
-        module = self._named(found.module, self.modules)
+            self._refuse_operations(target, name)
+            if target.expert is None:
+                return self._stack(loras, target, name, tensor)
+            return self._expert(next(one for one in loras if one), target.expert, name, tensor)
+        if target.pieces:
+            return self._pieces(target, name, tensor)
+        module = self._named(target.module, self.modules)
         if module not in self.modules or module in self.plan.modules:
             return None
-        return self._other(module, found, name, tensor)
+        return self._other(module, target, name, tensor)
 
     def _named(self, name: str, known: Mapping[str, object]) -> str:
         """The adapter's name for a module of the base: a checkpoint may hold the model without its head."""
         return next((n for n in (name, f"model.{name}", name.removeprefix("model.")) if n in known), name)
 
-    def _other(self, module: str, found: ModelTensor, name: str, tensor: Lazy) -> Change | None:
+    def _other(self, module: str, target: ModelTensor, name: str, tensor: Lazy) -> Change | None:
         """A module that is no expert and no embedding."""
-        there, whole = self.modules[module], self.modules[module].whole.get(found.parameter)
-        lora = there.lora if found.parameter == "weight" else {}
+        adapted, whole = self.modules[module], self.modules[module].whole.get(target.parameter)
+        lora = adapted.lora if target.parameter == "weight" else {}
         if whole is None and not lora:
             return None
-        self._refuse_operations(found, name)
+        self._refuse_operations(target, name)
         shape = whole.shape if whole else (lora["lora_B.weight"].shape[0], lora["lora_A.weight"].shape[1])
         self._fits(name, tensor, shape)
-        self.left -= {module, f"{module}.{found.parameter}"}
-        return lambda weight: merged_weight(self.adapter, there, found.parameter, weight)
+        self.left -= {module, f"{module}.{target.parameter}"}
+        return lambda weight: merged_weight(self.adapter, adapted, target.parameter, weight)
 
-    def _pieces(self, found: ModelTensor, name: str, tensor: Lazy) -> Change | None:
+    def _pieces(self, target: ModelTensor, name: str, tensor: Lazy) -> Change | None:
         """Modules whose weights are rows of one tensor."""
         changes: list[tuple[slice, Change]] = []
         begin = 0
-        for module, rows in found.pieces:
+        for module, rows in target.pieces:
             place, begin = slice(begin, begin + rows), begin + rows
             module = self._named(module, self.modules)
             piece = Lazy(tensor.dtype, (rows, *tensor.shape[1:]), tensor.load)
             if module not in self.modules:
                 continue
-            change = self._other(module, ModelTensor(module, found.parameter), name, piece)
+            change = self._other(module, ModelTensor(module, target.parameter), name, piece)
             if change is not None:
                 changes.append((place, change))
         if not changes:
@@ -124,20 +124,20 @@ class _Merger:
 
         return merged
 
-    def _stack(self, wanted: list[Projection | None], found: ModelTensor, name: str, tensor: Lazy) -> Change:
-        known = [one for one in wanted if one is not None]
-        rows, parts = known[0].b.shape[1], len(wanted)
+    def _stack(self, loras: list[Projection | None], target: ModelTensor, name: str, tensor: Lazy) -> Change:
+        known = [one for one in loras if one is not None]
+        rows, parts = known[0].b.shape[1], len(loras)
         shape = (known[0].a.shape[0], rows * parts, known[0].a.shape[2])
-        self._fits(name, tensor, (shape[0], shape[2], shape[1]) if found.transposed else shape)
+        self._fits(name, tensor, (shape[0], shape[2], shape[1]) if target.transposed else shape)
         self.left -= {one.module for one in known}
 
         def merged(weight: Tensor) -> Tensor:
-            matrices = weight.transpose(1, 2) if found.transposed else weight
-            for index, one in enumerate(wanted):
+            matrices = weight.transpose(1, 2) if target.transposed else weight
+            for index, one in enumerate(loras):
                 if one is None:
                     continue
                 a, b = self._load(one)
-                place = slice(index, None, parts) if found.interleaved else slice(index * rows, (index + 1) * rows)
+                place = slice(index, None, parts) if target.interleaved else slice(index * rows, (index + 1) * rows)
                 for expert in range(a.shape[0]):
                     part = matrices[expert, place]
                     part.copy_(torch.addmm(part.float(), b[expert].float(), a[expert].float(), alpha=one.scaling))
@@ -145,10 +145,10 @@ class _Merger:
 
         return merged
 
-    def _refuse_operations(self, found: ModelTensor, name: str) -> None:
-        if found.operations:
+    def _refuse_operations(self, target: ModelTensor, name: str) -> None:
+        if target.operations:
             raise KTAMXError(
-                f"The base's {name} becomes {found.module} by {found.operations} when transformers loads it, through "
+                f"The base's {name} becomes {target.module} by {target.operations} when transformers loads it, through "
                 "which an adapter cannot be merged. Load the base with transformers, save_pretrained it with "
                 "save_original_format=False, and merge into that."
             )
@@ -156,7 +156,7 @@ class _Merger:
     def _fits(self, name: str, tensor: Lazy, shape: tuple[int, ...]) -> None:
         if tensor.shape != shape:
             raise KTAMXError(f"The base's {name} is {tensor.shape}, but {self.adapter.where} was made for {shape}.")
-        refuse_quantised(name, tensor)
+        refuse_quantized(name, tensor)
 
     def _load(self, one: Projection) -> tuple[Tensor, Tensor]:
         """A and B of a projection, kept for its other experts."""
@@ -184,7 +184,7 @@ class _Merger:
         )
 
 
-def refuse_quantised(name: str, tensor: Lazy) -> None:
+def refuse_quantized(name: str, tensor: Lazy) -> None:
     """Raise KTAMXConfigError for a weight of the base that nothing can be added to."""
     if tensor.dtype not in FLOATING:
         raise KTAMXConfigError(
@@ -236,16 +236,16 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
     tensors = {shard: stored_tensors(base / shard) for shard in sorted(shards)}
     plan = plan_embeddings(adapter, names, tensors, base)
     merger = _Merger(adapter, names, plan)
-    for there in tensors.values():  # before anything is written: does everything find its place?
-        for name, tensor in there.items():
+    for shard_tensors in tensors.values():  # before anything is written: does everything find its place?
+        for name, tensor in shard_tensors.items():
             merger.change(name, tensor)
     merger.check_all_used(base)
     copied = [file for file in sorted(base.iterdir()) if file.is_file() and not _NOT_COPIED.match(file.name)]
     sizes = [file.stat().st_size for file in [*copied, *(base / shard for shard in shards)]]
     check_space(output, sum(sizes) + plan.more_bytes)
     with new_folder(output) as folder:
-        for shard, there in tensors.items():
-            parts = [plan.parts.get(name) or _merged(merger, name, tensor) for name, tensor in there.items()]
+        for shard, shard_tensors in tensors.items():
+            parts = [plan.parts.get(name) or _merged(merger, name, tensor) for name, tensor in shard_tensors.items()]
             write_safetensors(folder / shard, [*parts, *plan.added.get(shard, [])])
         for file in copied:
             shutil.copyfile(file, folder / file.name)

@@ -38,6 +38,7 @@ KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)(\.base_layer)?\.lora_([AB])\.weig
 
 
 def matches(key: str, tensor: Lazy) -> bool:
+    """Whether a tensor is stock PEFT's LoRA of a fused parameter: 2-D, under the name of the experts' module."""
     return bool(KEY.match(key)) and len(tensor.shape) == 2
 
 
@@ -67,7 +68,7 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
     Raises:
         KTAMXError: A is there without B, a size is no multiple of the rank, or gate_up cannot be told from down.
     """
-    found: dict[tuple[str, str], dict[str, Lazy]] = {}
+    pairs_by_place: dict[tuple[str, str], dict[str, Lazy]] = {}
     named = {name.rsplit(".", 1)[-1] for name in adapter.config.get("target_parameters") or []}
     nested = {KEY.match(key)[1] for key in tensors if ".base_layer.lora_" in key and KEY.match(key)}  # type: ignore[index]
     for key, tensor in tensors.items():
@@ -86,8 +87,8 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
                 f"{adapter.where}: {key} may belong to gate_up_proj or to down_proj; target_parameters in the config "
                 f"({sorted(named)}) do not tell."
             )
-        found.setdefault((match[1].removeprefix(PREFIX), parameter), {})[match[3]] = tensor
-    pairs = {place: _pair(adapter, place, pair) for place, pair in found.items()}
+        pairs_by_place.setdefault((match[1].removeprefix(PREFIX), parameter), {})[match[3]] = tensor
+    pairs = {place: _pair(adapter, place, pair) for place, pair in pairs_by_place.items()}
     fused = {experts: pair for (experts, parameter), pair in pairs.items() if parameter == "gate_up_proj"}
     splits = _splits(adapter, fused) if fused else None
     for (experts, parameter), (a, b, rank, alpha) in pairs.items():
@@ -170,9 +171,9 @@ def _add_gate_and_up(adapter: Adapter, experts: str, pair: _Pair, split: int | N
 
 def parts(adapter: Adapter) -> Iterator[Part]:
     """The tensors of a stock PEFT file."""
-    for experts, found in adapter.layers().items():
-        gate_up = [found[name] for name in PROJECTIONS[:2] if name in found]
-        down = found.get("down_proj")
+    for experts, projections in adapter.layers().items():
+        gate_up = [projections[name] for name in PROJECTIONS[:2] if name in projections]
+        down = projections.get("down_proj")
         if gate_up:
             # The outermost wrapper's keys have no base_layer; PEFT wraps gate_up first.
             inner = ".base_layer" if down else ""
@@ -205,14 +206,14 @@ def _columns(out: int, one: Projection, rank: int | None = None) -> tuple[int, i
     return out, one.a.shape[0] * (rank or one.rank)
 
 
-def _fused_part(name: str, found: list[Projection]) -> Part:
-    first, rank = found[0], sum(one.rank for one in found)
+def _fused_part(name: str, loras: list[Projection]) -> Part:
+    first, rank = loras[0], sum(one.rank for one in loras)
     inner, count = first.b.shape[1], first.a.shape[0]
 
     def make() -> Iterator[Tensor]:
-        yield to_expert_rows(torch.cat([one.a.load() for one in found], dim=1))
+        yield to_expert_rows(torch.cat([one.a.load() for one in loras], dim=1))
         b, offset = torch.zeros(count, 2 * inner, rank, dtype=first.b.dtype), 0
-        for one in found:
+        for one in loras:
             row = 0 if one.name == "gate_proj" else inner
             block = one.b.load()
             if one.scaling != first.scaling:
@@ -238,20 +239,20 @@ def config(adapter: Adapter) -> dict[str, Any]:
         for module in modules
         if module.rsplit(".", 1)[-1] in taken or any(f".{module}.weight".endswith(f".{name}") for name in kept)
     ]
-    wanted: dict[str, tuple[int, float]] = {}
-    for experts, found in adapter.layers().items():
-        gate_up = [found[name] for name in PROJECTIONS[:2] if name in found]
+    ranks_alphas: dict[str, tuple[int, float]] = {}
+    for experts, projections in adapter.layers().items():
+        gate_up = [projections[name] for name in PROJECTIONS[:2] if name in projections]
         if gate_up:
             rank = sum(one.rank for one in gate_up)
-            wanted[f"{experts}.gate_up_proj"] = rank, alpha_for(adapter.config, rank, gate_up[0].scaling)
-        if "down_proj" in found:
-            wanted[f"{experts}.down_proj"] = found["down_proj"].rank, found["down_proj"].alpha
-    made = {**adapter.config, "lora_dropout": 0.0}  # ParamWrapper refuses dropout
-    made["target_modules"] = sorted(module for module in modules if f"{module}.weight" not in parameters)
-    made["target_parameters"] = sorted({*parameters, *wanted})
+            ranks_alphas[f"{experts}.gate_up_proj"] = rank, alpha_for(adapter.config, rank, gate_up[0].scaling)
+        if "down_proj" in projections:
+            ranks_alphas[f"{experts}.down_proj"] = projections["down_proj"].rank, projections["down_proj"].alpha
+    result = {**adapter.config, "lora_dropout": 0.0}  # ParamWrapper refuses dropout
+    result["target_modules"] = sorted(module for module in modules if f"{module}.weight" not in parameters)
+    result["target_parameters"] = sorted({*parameters, *ranks_alphas})
     linear = {module: rank_alpha(adapter.config, module) for module in modules}
-    patterns(made, wanted)
+    patterns(result, ranks_alphas)
     # A parameter's pattern is looked up by the parameter's name, a module's by the module's.
-    patterns(made, linear)
-    patterns(made, {f"{module}.weight": linear[module] for module in modules if f"{module}.weight" in parameters})
-    return made
+    patterns(result, linear)
+    patterns(result, {f"{module}.weight": linear[module] for module in modules if f"{module}.weight" in parameters})
+    return result

@@ -28,6 +28,7 @@ _HUB = {name: short for short, name in ALIASES.items()}
 
 
 def matches(key: str, tensor: Lazy) -> bool:
+    """Whether a tensor is LoRA of a single expert: [R, in] or [out, R], with the expert's number in its name."""
     return bool(KEY.match(key)) and len(tensor.shape) == 2
 
 
@@ -37,7 +38,7 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
     Raises:
         KTAMXError: An expert lacks a tensor that others have, or has it twice, or of another shape.
     """
-    found: dict[tuple[str, str], dict[str, dict[int, Lazy]]] = {}
+    stacks: dict[tuple[str, str], dict[str, dict[int, Lazy]]] = {}
     mixtral = False
     for key, tensor in tensors.items():
         match = KEY.match(key)
@@ -47,14 +48,14 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
         mixtral |= match[3] in ALIASES
         # Where kt-kernel's trainer had wrapped the layer, its name has one step more.
         experts = match[1].removeprefix(PREFIX).replace("block_sparse_moe", "mlp").replace("original_moe.", "")
-        sides = found.setdefault((experts, _NAMES[match[3]]), {"A": {}, "B": {}})
+        sides = stacks.setdefault((experts, _NAMES[match[3]]), {"A": {}, "B": {}})
         if sides[match[4]].setdefault(int(match[2]), tensor) is not tensor:
             raise KTAMXError(f"{adapter.where}: {key} is there twice, under another spelling of its name.")
     if mixtral:
         _rename_patterns(adapter.config)
     # As many as there are, whatever their numbers: a number may be any.
-    count = len({expert for sides in found.values() for side in sides.values() for expert in side})
-    for (experts, name), sides in found.items():
+    count = len({expert for sides in stacks.values() for side in sides.values() for expert in side})
+    for (experts, name), sides in stacks.items():
         add_pair(
             adapter, experts, name, {side: _stack(adapter, experts, name, side, sides[side], count) for side in "AB"}
         )
@@ -113,11 +114,11 @@ def config(adapter: Adapter, mixtral: bool) -> dict[str, Any]:
     names = {one.name for one in adapter.experts.values()}
     targets = {_HUB[name] if mixtral else name for name in names}
     targets |= {module.rsplit(".", 1)[-1] for module in adapter.modules()}
-    made = {**adapter.config, "target_modules": sorted(targets), "target_parameters": None}
-    wanted = {}
+    result = {**adapter.config, "target_modules": sorted(targets), "target_parameters": None}
+    ranks_alphas = {}
     for one in adapter.experts.values():
         name = _HUB[one.name] if mixtral else one.name
         for expert in range(one.a.shape[0]):
-            wanted[f"{_hub_name(one.experts, mixtral)}.{expert}.{name}"] = (one.rank, one.alpha)
-    patterns(made, wanted)
-    return made
+            ranks_alphas[f"{_hub_name(one.experts, mixtral)}.{expert}.{name}"] = (one.rank, one.alpha)
+    patterns(result, ranks_alphas)
+    return result

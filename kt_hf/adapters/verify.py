@@ -94,16 +94,16 @@ def _check_state(folder: Path) -> None:
     if "log_history" in state:
         for entry in state["log_history"].entries():
             entry.object()
-    there = [name for name in _TRAINING if (folder / name).is_file()]
-    for name in there:
+    states = [name for name in _TRAINING if (folder / name).is_file()]
+    for name in states:
         if not zipfile.is_zipfile(folder / name):  # as torch.save writes them; the index comes last
             raise KTAMXError(f"{folder / name} is truncated or damaged.")
     manifests = [folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]
-    missing = [name for name in _TRAINING if name not in there]
+    missing = [name for name in _TRAINING if name not in states]
     vouched = any(path.exists() for path in manifests)
-    if missing and (there or not vouched):
+    if missing and (states or not vouched):
         raise KTAMXError(f"{folder} lacks {', '.join(missing)}: it is half deleted or half written.")
-    if not there:
+    if not states:
         logger.warning("%s was saved without the optimizer's state (save_only_model): it starts anew.", folder)
 
 
@@ -158,7 +158,7 @@ def adapter_folders(checkpoint: Path) -> list[Path]:
     Raises:
         KTAMXError: There is none.
     """
-    found = [path for path in (checkpoint, *sorted(checkpoint.iterdir())) if (path / "adapter_config.json").is_file()]
-    if not found:
+    folders = [path for path in (checkpoint, *sorted(checkpoint.iterdir())) if (path / "adapter_config.json").is_file()]
+    if not folders:
         raise KTAMXError(f"{checkpoint} holds no adapter.")
-    return found
+    return folders

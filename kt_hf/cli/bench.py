@@ -51,13 +51,13 @@ def main(
     """
     with plain_failures():
         from ..tools import bench
-        from ..train.config.settings import OwnKeys
+        from ..train.config.settings import RunKeys
         from ..train.hub import sizes_of
         from ..train.model_sizes import model_sizes
         from ..train.models import load_config
 
         lengths = _numbers("--tokens", tokens)
-        keys = OwnKeys(model_name_or_path=model)
+        keys = RunKeys(model_name_or_path=model)
         sizes = model_sizes(sizes_of(model) or load_config(keys)[0], keys)
         shape = (sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
         rows = _measured(sizes, lengths, threads, backend, placement, rank, runs)

@@ -87,14 +87,14 @@ def make(
     from ..train.model_sizes import model_sizes
     from ..train.models import load_config
 
-    config = sizes_of(settings.own.model_name_or_path) or load_config(settings.own)[0]
+    config = sizes_of(settings.run.model_name_or_path) or load_config(settings.run)[0]
     elsewhere = host_given is not None or gpu_given is not None
     has_gpu = torch.cuda.is_available()
     gpu = gpu_given is not None or (device == "cuda" if device != "auto" else has_gpu and not elsewhere)
     backend = settings.kt.kt_backend
     return estimate(
         settings,
-        model_sizes(config, settings.own),
+        model_sizes(config, settings.run),
         kernel=backend in OPERATORS or (backend == "auto" and (elsewhere or kernel_availability().ok)),
         gpu=gpu,
         host_free=available_memory() if host_given is None else host_given,

@@ -20,13 +20,14 @@ def is_numbered(folder: Path) -> bool:
 
 
 def step_in_name(folder: Path) -> int:
+    """The optimizer step that a folder `checkpoint-<step>` is named after."""
     return int(folder.name.rsplit("-", 1)[1])
 
 
 def numbered(output_dir: Path) -> list[Path]:
     """Folders `checkpoint-<number>`, whatever is in them, the latest first."""
-    there = [path for path in output_dir.glob("checkpoint-*") if is_numbered(path) and path.is_dir()]
-    return sorted(there, key=step_in_name, reverse=True)
+    folders = [path for path in output_dir.glob("checkpoint-*") if is_numbered(path) and path.is_dir()]
+    return sorted(folders, key=step_in_name, reverse=True)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -41,8 +42,8 @@ def _is_written(folder: Path) -> bool:
 def would_be_rotated(output_dir: Path) -> list[Path]:
     """Folders of the user's that the Trainer's `save_total_limit` would remove."""
     written = checkpoints(output_dir)
-    there = [path for path in output_dir.glob("checkpoint-*") if _ROTATED.match(path.name) and path.is_dir()]
-    return sorted(path for path in there if path not in written)
+    folders = [path for path in output_dir.glob("checkpoint-*") if _ROTATED.match(path.name) and path.is_dir()]
+    return sorted(path for path in folders if path not in written)
 
 
 def clear_earlier_run(output_dir: Path) -> int:

@@ -73,10 +73,10 @@ def _report(settings: TrainSettings, options: dict[str, Any]) -> None:
     """Make the reporters' callbacks, which import their packages; nothing is sent."""
     from transformers.integrations import get_reporting_integration_callbacks
 
-    wanted = options.get("report_to")
-    if not wanted or wanted == "none" or wanted == ["none"]:
+    reporters = options.get("report_to")
+    if not reporters or reporters == "none" or reporters == ["none"]:
         return
-    names = trainer_config(settings.own.stage)(**options).report_to
+    names = trainer_config(settings.run.stage)(**options).report_to
     for name in [names] if isinstance(names, str) else names or []:
         try:
             for callback in get_reporting_integration_callbacks([name]):
@@ -95,11 +95,11 @@ def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows
     more["max_steps"] = steps if steps > 0 else _STEPS
     if options.get("optim_target_modules"):
         more["optim_target_modules"] = "all-linear"  # the names are those of the run's model
-    fields = trainer_config(settings.own.stage).__dataclass_fields__
-    args = trainer_config(settings.own.stage)(
+    fields = trainer_config(settings.run.stage).__dataclass_fields__
+    args = trainer_config(settings.run.stage)(
         **(options | {key: value for key, value in more.items() if key in fields} | {"output_dir": folder})
     )
-    kind = DPOTrainer if settings.own.stage == "dpo" else SFTTrainer
+    kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
     trainer = kind(
         _tiny_model(settings, tokenizer),
         args=args,
@@ -110,13 +110,13 @@ def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows
     )
     trainer.train_dataset = trainer.train_dataset.select([0]).map(_shortened)
     with _about("optim", options):
-        if settings.own.loraplus_lr_ratio:
-            use_loraplus(trainer, settings.own.loraplus_lr_ratio)
+        if settings.run.loraplus_lr_ratio:
+            use_loraplus(trainer, settings.run.loraplus_lr_ratio)
         trainer.create_optimizer()
     with _about("lr_scheduler_type", options):
         trainer.create_scheduler(args.max_steps, trainer.optimizer)
     trainer.train()
-    if settings.own.eval_dataset or settings.own.val_size:
+    if settings.run.eval_dataset or settings.run.val_size:
         trainer.eval_dataset = trainer.train_dataset
         _check_metric(trainer.evaluate(), options.get("metric_for_best_model"))
 
@@ -131,10 +131,10 @@ def _about(key: str, options: dict[str, Any]) -> Iterator[None]:
         raise KTAMXConfigError(f"{key}={shown(options.get(key))} cannot be used: {text}") from error
 
 
-def _check_metric(metrics: dict[str, float], wanted: str | None) -> None:
-    if wanted and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
-        there = ", ".join(sorted(name for name in metrics if isinstance(metrics[name], float)))
-        raise KTAMXConfigError(f"metric_for_best_model={wanted!r} is not measured. There are: {there}.")
+def _check_metric(metrics: dict[str, float], metric: str | None) -> None:
+    if metric and f"eval_{metric.removeprefix('eval_')}" not in metrics:
+        measured = ", ".join(sorted(name for name in metrics if isinstance(metrics[name], float)))
+        raise KTAMXConfigError(f"metric_for_best_model={metric!r} is not measured. There are: {measured}.")
 
 
 def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
@@ -147,10 +147,10 @@ def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
         num_key_value_heads=1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    if settings.own.attn_implementation:
-        config._attn_implementation = settings.own.attn_implementation
+    if settings.run.attn_implementation:
+        config._attn_implementation = settings.run.attn_implementation
     dtype = (
-        torch.float32 if settings.own.torch_dtype in ("float32", "auto") else getattr(torch, settings.own.torch_dtype)
+        torch.float32 if settings.run.torch_dtype in ("float32", "auto") else getattr(torch, settings.run.torch_dtype)
     )
     with torch.random.fork_rng(devices=[]):
         return LlamaForCausalLM(config).to(dtype)

@@ -37,7 +37,7 @@ class ProfileRun:
 
     def saved(self) -> Placement | None:
         """That of the checkpoint to resume from, or of the adapter to start from; None if there is none."""
-        start = self.settings.own.adapter_name_or_path
+        start = self.settings.run.adapter_name_or_path
         folder = self.resume or (Path(start) if start and Path(start).is_dir() else None)
         return read_placement(folder) if folder else None
 

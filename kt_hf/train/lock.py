@@ -20,6 +20,7 @@ class OutputLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Name the folder to lock; nothing is locked before `take`."""
         self.folder = folder
         self._descriptor: int | None = None
 

@@ -49,14 +49,17 @@ class Estimate:
 
     @property
     def host_total(self) -> int:
+        """Bytes of host memory at the peak."""
         return sum(self.host.values())
 
     @property
     def gpu_total(self) -> int:
+        """Bytes of GPU memory at the peak."""
         return sum(self.gpu.values())
 
     @property
     def fits(self) -> bool:
+        """Whether both totals are within what is free; what is not known counts as enough."""
         host = self.host_free is None or self.host_total <= self.host_free
         return host and (self.gpu_free is None or self.gpu_total <= self.gpu_free)
 
@@ -84,92 +87,92 @@ def estimate(
         host_free: Memory the process may take; None leaves the question open, and backward weights unshared.
         gpu_free: Likewise of the GPU.
     """
-    made = _parts(settings, sizes, kernel, gpu, host_free, gpu_free)
-    made.host_free, made.gpu_free = host_free, gpu_free if gpu else None
-    made.host_total_otherwise = _otherwise(settings, sizes, kernel, gpu, gpu_free, made)
-    made.advice = [] if made.fits else _advice(settings, made, kernel)
-    return made
+    memory = _parts(settings, sizes, kernel, gpu, host_free, gpu_free)
+    memory.host_free, memory.gpu_free = host_free, gpu_free if gpu else None
+    memory.host_total_otherwise = _otherwise(settings, sizes, kernel, gpu, gpu_free, memory)
+    memory.advice = [] if memory.fits else _advice(settings, memory, kernel)
+    return memory
 
 
 def _otherwise(
-    s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, gpu_free: int | None, made: Estimate
+    s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, gpu_free: int | None, memory: Estimate
 ) -> int | None:
     """Host memory with the other choice of kt_share_backward_weights; None where there is none."""
     free = s.kt.kt_share_backward_weights is None and not _saved_without_backward(s)
-    if not free or not made.host.get("backward copies"):
+    if not free or not memory.host.get("backward copies"):
         return None
-    kt = dataclasses.replace(s.kt, kt_share_backward_weights=not made.shared_backward)
+    kt = dataclasses.replace(s.kt, kt_share_backward_weights=not memory.shared_backward)
     return _parts(dataclasses.replace(s, kt=kt), m, kernel, gpu, None, gpu_free).host_total
 
 
-def in_words(made: Estimate) -> str:
+def in_words(memory: Estimate) -> str:
     """One line: what is needed at most, and what is free."""
-    host = f"{made.host_total / GIB:.1f} GiB of host memory"
-    free = f", {made.host_free / GIB:.1f} free" if made.host_free is not None else ""
-    gpu = f"; {made.gpu_total / GIB:.1f} GiB on the GPU" if made.gpu else ""
-    gpu_free = f", {made.gpu_free / GIB:.1f} free" if made.gpu_free is not None else ""
+    host = f"{memory.host_total / GIB:.1f} GiB of host memory"
+    free = f", {memory.host_free / GIB:.1f} free" if memory.host_free is not None else ""
+    gpu = f"; {memory.gpu_total / GIB:.1f} GiB on the GPU" if memory.gpu else ""
+    gpu_free = f", {memory.gpu_free / GIB:.1f} free" if memory.gpu_free is not None else ""
     return f"at most {host}{free}{gpu}{gpu_free}"
 
 
-def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, made: Estimate) -> Tiers:
-    """How many experts of each layer are where; a plan by assumed rates is noted in `made`."""
-    if not gpu or not s.own.use_kt:
+def _tiers(s: TrainSettings, m: ModelSizes, gpu: bool, gpu_free: int | None, memory: Estimate) -> Tiers:
+    """How many experts of each layer are where; a plan by assumed rates is noted in `memory`."""
+    if not gpu or not s.run.use_kt:
         return Tiers()
     shape = ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate)
     asked = asked_for(s.kt, [shape], has_gpu=True)
     if asked is not None:
         return asked
-    room = MemoryBudget(made.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
+    room = MemoryBudget(memory.tokens, m.other_parameters * 2, m.layers, m.vocabulary)
     free = ASSUMED_GPU if gpu_free is None else gpu_free
-    left = room.free_for_experts(free, made.tokens, shape)
+    left = room.free_for_experts(free, memory.tokens, shape)
     rates = assumed_rates(shape)
-    made.plan = plan_tiers(rates, shape, m.expert_layers, made.tokens, left, keep_8bit=_streamed_width(s, m) == 1)
-    return made.plan.tiers
+    memory.plan = plan_tiers(rates, shape, m.expert_layers, memory.tokens, left, keep_8bit=_streamed_width(s, m) == 1)
+    return memory.plan.tiers
 
 
 def _parts(
     s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None, gpu_free: int | None
 ) -> Estimate:
-    width = 4 if s.own.torch_dtype == "float32" else 2
+    width = 4 if s.run.torch_dtype == "float32" else 2
     T = _tokens(s)
-    made = Estimate(sizes=m, tokens=T)
-    tiers = _tiers(s, m, gpu, gpu_free, made)
+    memory = Estimate(sizes=m, tokens=T)
+    tiers = _tiers(s, m, gpu, gpu_free, memory)
     resident, streamed = (
         m.expert_parameters * min(n, m.experts) // m.experts for n in (tiers.resident, tiers.streamed)
     )
     moved = resident + streamed
     source = m.expert_parameters * width
     rest = m.other_parameters * width
-    host, other = made.host, made.gpu if gpu else made.host
+    host, other = memory.host, memory.gpu if gpu else memory.host
     host["program"] = PROGRAM
-    if not s.own.use_kt:
+    if not s.run.use_kt:
         other["experts"] = source
     elif not kernel:
         host["experts"] = source - moved * width
     else:
         packed = int((m.expert_parameters - moved) * OPERATORS[_backend(s)].bytes_per_weight)
-        made.shared_backward = _shares(s, packed, host_free, rest)
+        memory.shared_backward = _shares(s, packed, host_free, rest)
         host["experts packed"] = packed
-        host["backward copies"] = packed // m.expert_layers if made.shared_backward else packed
+        host["backward copies"] = packed // m.expert_layers if memory.shared_backward else packed
         larger = source - packed - host["backward copies"]
         if not _streams(s) and larger > 0:  # as they were loaded, before the first is packed
             host["experts before packing"] = larger
     # Master, kernel copies (twice), kernel gradient, gradient, two Adam moments.
     host_lora = m.lora_experts * (4 + (6 if kernel else 4) + 4 + 8)
-    if s.own.use_kt:
+    if s.run.use_kt:
         host["LoRA of experts and its optimizer"] = host_lora
         host["activations of experts"] = _expert_activations(s, m, T, kernel) * tiers.on_cpu(m.experts) // m.experts
     else:
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
     if gpu:
-        made.gpu["CUDA"] = CUDA_CONTEXT
+        memory.gpu["CUDA"] = CUDA_CONTEXT
         if resident:
-            made.gpu["experts"] = resident * 2
+            memory.gpu["experts"] = resident * 2
         if moved:  # inputs and outputs of layers; the rest is computed again
-            made.gpu["activations of experts"] = 3 * T * m.hidden * 2 * m.expert_layers
+            memory.gpu["activations of experts"] = 3 * T * m.hidden * 2 * m.expert_layers
         if streamed:
             chunks = BUFFERS + (2 if _streamed_width(s, m) == 1 else 0)  # and one in bf16
-            made.gpu["buffers of streamed experts"] = chunks * CHUNK_BYTES
+            memory.gpu["buffers of streamed experts"] = chunks * CHUNK_BYTES
             host["experts streamed"] = streamed * _streamed_width(s, m)
     other["attention, embeddings and the rest"] = rest
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
@@ -184,7 +187,7 @@ def _parts(
         more = reading - sum(host.get(part, 0) for part in later)
         if more > 0:
             host["reading and packing"] = more
-    return made
+    return memory
 
 
 def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
@@ -199,14 +202,14 @@ def _backend(s: TrainSettings) -> str:
 
 def _streams(s: TrainSettings) -> bool:
     """Whether experts are read layer by layer; the built-in model is made whole."""
-    return not s.own.model_name_or_path.startswith(BUILTIN_MODEL)
+    return not s.run.model_name_or_path.startswith(BUILTIN_MODEL)
 
 
 def _tokens(s: TrainSettings) -> int:
     """Tokens of one forward at most."""
     length = s.trainer.get("max_length", 1024) or 1024
     batch = s.trainer.get("per_device_train_batch_size", 8)
-    return int(batch * length * (2 if s.own.stage == "dpo" else 1))
+    return int(batch * length * (2 if s.run.stage == "dpo" else 1))
 
 
 def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bool:
@@ -240,7 +243,7 @@ def _expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) -
         return kept_layers * kept + work
     padded = rows + _ROWS_PER_EXPERT * m.experts
     work = padded * (8 * m.hidden + 12 * m.intermediate) * 2
-    work += m.lora_experts // m.expert_layers * 4 + rows * s.own.lora_rank * 240
+    work += m.lora_experts // m.expert_layers * 4 + rows * s.run.lora_rank * 240
     return kept_layers * kept + work
 
 
@@ -251,7 +254,7 @@ def _other_activations(s: TrainSettings, m: ModelSizes, T: int) -> int:
     return between + inside * (1 if s.checkpointing else m.layers)
 
 
-def _quantised_advice(s: TrainSettings, e: Estimate) -> str | None:
+def _quantized_advice(s: TrainSettings, e: Estimate) -> str | None:
     if e.sizes is None or _backend(s) != "AMXBF16" or not e.host["experts packed"]:
         return None
     shape = ExpertShape(e.sizes.experts, e.sizes.top_k, e.sizes.hidden, e.sizes.intermediate)
@@ -263,31 +266,31 @@ def _quantised_advice(s: TrainSettings, e: Estimate) -> str | None:
 
 def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     """Settings that would save memory where it is short, the most harmless first."""
-    found = []
+    advice = []
     host_short = e.host_free is not None and e.host_total > e.host_free
-    if host_short and kernel and s.own.use_kt:
+    if host_short and kernel and s.run.use_kt:
         if not e.shared_backward and e.host["backward copies"]:
             saved = e.host["backward copies"] * (1 - 1 / e.sizes.expert_layers if e.sizes else 0)
-            found.append(
+            advice.append(
                 f"kt_share_backward_weights: true saves {saved / GIB:.1f} GiB of host memory (slower backward)"
             )
-        quantised = _quantised_advice(s, e)
-        if quantised:
-            found.append(quantised)
+        quantized = _quantized_advice(s, e)
+        if quantized:
+            advice.append(quantized)
         if s.kt.kt_expert_activations == "retain" and s.checkpointing and e.sizes:
             less = _expert_activations(s, e.sizes, e.tokens, kernel) * (1 - 1 / e.sizes.expert_layers)
-            found.append(f"kt_expert_activations: recompute saves up to {less / GIB:.1f} GiB of host memory")
+            advice.append(f"kt_expert_activations: recompute saves up to {less / GIB:.1f} GiB of host memory")
     if not s.checkpointing:
-        found.append("gradient checkpointing (leave out disable_gradient_checkpointing) saves activations")
+        advice.append("gradient checkpointing (leave out disable_gradient_checkpointing) saves activations")
     batch = s.trainer.get("per_device_train_batch_size", 8)
     if batch > 1:
-        found.append(f"per_device_train_batch_size: 1, gradient_accumulation_steps: {batch} times as many")
-    found.append("a smaller cutoff_len saves activations and logits, a smaller lora_rank the optimizer")
-    if host_short and s.own.use_kt and e.host_free is not None:
+        advice.append(f"per_device_train_batch_size: 1, gradient_accumulation_steps: {batch} times as many")
+    advice.append("a smaller cutoff_len saves activations and logits, a smaller lora_rank the optimizer")
+    if host_short and s.run.use_kt and e.host_free is not None:
         need = e.host["experts packed"] if "experts packed" in e.host else e.host["experts"]
         if need > e.host_free:
-            smaller = [line for line in found if "AMXInt8" in line and need / 2 <= e.host_free]
-            found = smaller or [
+            smaller = [line for line in advice if "AMXInt8" in line and need / 2 <= e.host_free]
+            advice = smaller or [
                 f"the experts alone need {need / GIB:.0f} GiB of host memory: take a larger machine or a smaller model"
             ]
-    return found
+    return advice

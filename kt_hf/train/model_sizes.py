@@ -11,7 +11,7 @@ from ..discovery import skeleton, top_k_of
 from ..errors import KTAMXModelNotSupportedError
 from ..lora import linear_targets
 from ..shapes import ALIASES
-from .config.settings import OwnKeys
+from .config.settings import RunKeys
 from .targets import lora_targets
 
 
@@ -49,12 +49,12 @@ class ModelSizes:
     keep_8bit: bool = False
 
 
-def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
+def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
     """Sizes of the model that `config` describes, with the LoRA that the settings ask for.
 
     Args:
         config: The model's configuration.
-        own: The run's settings.
+        keys: The run's keys that are not TRL's.
         model: The model of that configuration on the meta device, where there is one already.
 
     Raises:
@@ -77,9 +77,9 @@ def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
         )
     total = sum(p.numel() for p in model.parameters())
     in_experts = sum(p.numel() for _, p in stacked)
-    wanted = _wanted(model, own)
-    projections = 3 if wanted is None else len({"gate_proj", "up_proj", "down_proj"} & wanted)
-    others = [m for name, m in _linears(model) if wanted is None or name.rsplit(".", 1)[-1] in wanted]
+    targets = _target_names(model, keys)
+    projections = 3 if targets is None else len({"gate_proj", "up_proj", "down_proj"} & targets)
+    others = [m for name, m in _linears(model) if targets is None or name.rsplit(".", 1)[-1] in targets]
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or H // heads
     latent = getattr(text, "kv_lora_rank", None)
@@ -95,12 +95,12 @@ def model_sizes(config: Any, own: OwnKeys, model: Any = None) -> ModelSizes:
         layers=text.num_hidden_layers,
         expert_parameters=in_experts,
         other_parameters=total - in_experts,
-        lora_experts=len(down) * E * projections * own.lora_rank * (H + I),
-        lora_others=own.lora_rank * sum(m.in_features + m.out_features for m in others),
+        lora_experts=len(down) * E * projections * keys.lora_rank * (H + I),
+        lora_others=keys.lora_rank * sum(m.in_features + m.out_features for m in others),
         vocabulary=text.vocab_size,
         attention_width=heads * head,
         kv_width=kv,
-        keep_8bit=_of_8_bits(config, own.torch_dtype),
+        keep_8bit=_of_8_bits(config, keys.torch_dtype),
     )
 
 
@@ -109,9 +109,9 @@ def _of_8_bits(config: Any, asked: str) -> bool:
     return dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config)
 
 
-def _wanted(model: Any, own: OwnKeys) -> set[str] | None:
+def _target_names(model: Any, keys: RunKeys) -> set[str] | None:
     """The targets' names; None for all."""
-    targets, _ = lora_targets(own.lora_target, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()})
+    targets, _ = lora_targets(keys.lora_target, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()})
     if targets == "all":
         return None
     if targets == "all_attention":

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..checkpoint.eight_bit import has_8_bits
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
-from .config.settings import BUILTIN_MODEL, OwnKeys
+from .config.settings import BUILTIN_MODEL, RunKeys
 from .expert_profile import ProfileRun
 from .hub import configuration_of
 
@@ -40,6 +40,7 @@ CHAT_TEMPLATES = {"chatml": _CHATML, "alpaca": _ALPACA}
 
 
 def is_builtin(name: str) -> bool:
+    """Whether a model is made from an installed Python package, `builtin:…`, not from a folder or the hub."""
     return name.startswith("builtin:")
 
 
@@ -49,40 +50,40 @@ def builtin_layers(name: str) -> int | None:
     return int(layers) if layers else None
 
 
-def load_config(own: OwnKeys) -> tuple[Any, list[str]]:
+def load_config(keys: RunKeys) -> tuple[Any, list[str]]:
     """(the model's configuration, what to tell the user about it). Loads no weights; a hub name may be looked up.
 
     Raises:
         KTAMXConfigError: There is no such model, or it needs code of its own that is not trusted.
     """
-    name = own.model_name_or_path
+    name = keys.model_name_or_path
     if is_builtin(name):
-        return _with_attention(_builtin_config(builtin_layers(name)), own), []
-    name = configuration_of(name, own.model_revision)
+        return _with_attention(_builtin_config(builtin_layers(name)), keys), []
+    name = configuration_of(name, keys.model_revision)
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        kind = PreTrainedConfig.get_config_dict(name, **_revision(own))[0].get("model_type")
+        kind = PreTrainedConfig.get_config_dict(name, **_revision(keys))[0].get("model_type")
         native = kind in CONFIG_MAPPING
-        trusted = own.trust_remote_code and not native
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **_revision(own))
+        trusted = keys.trust_remote_code and not native
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **_revision(keys))
     except Exception as error:  # what is in config.json may make it raise anything
         raise KTAMXConfigError(f"model_name_or_path={name!r}: {_in_a_line(error)}") from None
-    config = _with_attention(config, own)
-    told = []
-    if own.trust_remote_code and native:
-        told.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
-    return config, told
+    config = _with_attention(config, keys)
+    notes = []
+    if keys.trust_remote_code and native:
+        notes.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
+    return config, notes
 
 
-def _revision(own: OwnKeys) -> dict[str, str]:
-    return {"revision": own.model_revision} if own.model_revision else {}
+def _revision(keys: RunKeys) -> dict[str, str]:
+    return {"revision": keys.model_revision} if keys.model_revision else {}
 
 
-def _with_attention(config: Any, own: OwnKeys) -> Any:
-    if own.attn_implementation:
-        config._attn_implementation = own.attn_implementation
+def _with_attention(config: Any, keys: RunKeys) -> Any:
+    if keys.attn_implementation:
+        config._attn_implementation = keys.attn_implementation
     return config
 
 
@@ -90,7 +91,7 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def outline_of(own: OwnKeys, config: Any) -> Any:
+def outline_of(keys: RunKeys, config: Any) -> Any:
     """The model on the meta device: names and sizes, no weights.
 
     Raises:
@@ -99,14 +100,14 @@ def outline_of(own: OwnKeys, config: Any) -> Any:
     from ..discovery import skeleton
 
     try:
-        return skeleton(config, _trusted(own, config))
+        return skeleton(config, _trusted(keys, config))
     except KTAMXError:
         raise
     except Exception as error:
-        raise KTAMXConfigError(f"model_name_or_path={own.model_name_or_path!r}: {_in_a_line(error)}") from None
+        raise KTAMXConfigError(f"model_name_or_path={keys.model_name_or_path!r}: {_in_a_line(error)}") from None
 
 
-def check_weights(own: OwnKeys, config: Any) -> list[str]:
+def check_weights(keys: RunKeys, config: Any) -> list[str]:
     """Refuse a model of which a weight is missing or has another shape, by the headers of its files; a model of the hub
     is downloaded. Checkpoints that are not safetensors are judged when they are loaded.
 
@@ -116,25 +117,25 @@ def check_weights(own: OwnKeys, config: Any) -> list[str]:
     Raises:
         KTAMXError: Naming file and weight.
     """
-    if is_builtin(own.model_name_or_path):
+    if is_builtin(keys.model_name_or_path):
         return []
     from ..checkpoint.complete import check_complete
 
-    folder = _safetensors_folder(own)
+    folder = _safetensors_folder(keys)
     if folder is None:
         return []
-    spare = check_complete(folder, config, _trusted(own, config))
+    spare = check_complete(folder, config, _trusted(keys, config))
     if not spare:
         return []
     return [f"The checkpoint has {len(spare)} tensors that the model has no place for: {', '.join(spare[:3])}."]
 
 
-def _trusted(own: OwnKeys, config: Any) -> bool:
-    return own.trust_remote_code and not type(config).__module__.startswith("transformers.")
+def _trusted(keys: RunKeys, config: Any) -> bool:
+    return keys.trust_remote_code and not type(config).__module__.startswith("transformers.")
 
 
 def load_model(
-    own: OwnKeys,
+    keys: RunKeys,
     config: Any,
     kt: KTConfig | None,
     console: Console | None = None,
@@ -157,7 +158,7 @@ def load_model(
     from ..placement.tiers import order_matters
     from ..system import gpu
 
-    name, rank = own.model_name_or_path, own.lora_rank if rank is None else rank
+    name, rank = keys.model_name_or_path, keys.lora_rank if rank is None else rank
     to_gpu = placing if kt is not None and order_matters(kt, gpu.experts_device() is not None) else None
     placement = to_gpu.saved() if to_gpu else None
     profile = to_gpu.profile if to_gpu and placement is None else None
@@ -174,18 +175,18 @@ def load_model(
         return apply_kt_moe(model, kt, placement=profile(model) if profile else placement, tokens_per_step=tokens)
 
     if is_builtin(name):
-        return patched(_builtin_model(own))
+        return patched(_builtin_model(keys))
     try:
-        if kt is not None and profile is None and not _trusted(own, config) and _safetensors_folder(own):
+        if kt is not None and profile is None and not _trusted(keys, config) and _safetensors_folder(keys):
             streamed = replace(kt, kt_lora_rank=rank if kt.kt_lora_rank is None else kt.kt_lora_rank)
             try:
                 return load_kt_model(
-                    name, streamed, dtype=own.torch_dtype, config=config, console=console, placement=placement,
-                    tokens_per_step=tokens, **_revision(own),
+                    name, streamed, dtype=keys.torch_dtype, config=config, console=console, placement=placement,
+                    tokens_per_step=tokens, **_revision(keys),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
-        model = _whole_model(own, config)
+        model = _whole_model(keys, config)
     except KTAMXError:
         raise
     except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
@@ -193,26 +194,26 @@ def load_model(
     return patched(model)
 
 
-def _builtin_model(own: OwnKeys) -> Any:
+def _builtin_model(keys: RunKeys) -> Any:
     from ..builtin.smollm2_moe import load_dense, upcycle_model
 
-    name = own.model_name_or_path
+    name = keys.model_name_or_path
     dense, _ = load_dense()
-    model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(own))
+    model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(keys))
     model.config._name_or_path = model.name_or_path = name
-    if own.attn_implementation:
-        model.set_attn_implementation(own.attn_implementation)
+    if keys.attn_implementation:
+        model.set_attn_implementation(keys.attn_implementation)
     return model
 
 
-def _whole_model(own: OwnKeys, config: Any) -> Any:
+def _whole_model(keys: RunKeys, config: Any) -> Any:
     """By transformers, which goes on with random values where a weight is missing: that is refused."""
     from transformers import AutoModelForCausalLM
 
-    name = own.model_name_or_path
+    name = keys.model_name_or_path
     model, report = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=own.torch_dtype, trust_remote_code=_trusted(own, config), output_loading_info=True,
-        **_revision(own),
+        name, config=config, dtype=keys.torch_dtype, trust_remote_code=_trusted(keys, config), output_loading_info=True,
+        **_revision(keys),
     )  # fmt: skip
     lost = sorted(report["missing_keys"])
     if lost:
@@ -220,49 +221,49 @@ def _whole_model(own: OwnKeys, config: Any) -> Any:
     return model
 
 
-def _safetensors_folder(own: OwnKeys) -> Path | None:
+def _safetensors_folder(keys: RunKeys) -> Path | None:
     """Where the safetensors checkpoint is, None if there is none; one of the hub is downloaded."""
     from ..checkpoint.expert_index import checkpoint_folder
     from ..checkpoint.tensor_files import INDEX, SINGLE
 
     try:
-        folder = checkpoint_folder(own.model_name_or_path, **_revision(own))
+        folder = checkpoint_folder(keys.model_name_or_path, **_revision(keys))
     except KTAMXConfigError:
         return None
     return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None
 
 
-def load_tokenizer(own: OwnKeys, chat: bool) -> tuple[Any, list[str]]:
+def load_tokenizer(keys: RunKeys, chat: bool) -> tuple[Any, list[str]]:
     """(the tokenizer, with a chat template where `chat` needs one; what to tell the user).
 
     Raises:
         KTAMXConfigError: There is none, or one that makes no tokens of text.
     """
-    if is_builtin(own.model_name_or_path):
+    if is_builtin(keys.model_name_or_path):
         tokenizer = _builtin_tokenizer()
     else:
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                own.model_name_or_path, trust_remote_code=own.trust_remote_code, **_revision(own)
+                keys.model_name_or_path, trust_remote_code=keys.trust_remote_code, **_revision(keys)
             )
         except Exception as error:  # a damaged tokenizer.json is a plain Exception of the tokenizers library
             raise KTAMXConfigError(
-                f"model_name_or_path={own.model_name_or_path!r}: no tokenizer: {_in_a_line(error)}"
+                f"model_name_or_path={keys.model_name_or_path!r}: no tokenizer: {_in_a_line(error)}"
             ) from None
-    _probe(tokenizer, own.model_name_or_path)
-    told = []
+    _probe(tokenizer, keys.model_name_or_path)
+    notes = []
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template:
-        if own.template and chat:
-            told.append(f"template {own.template}: the tokenizer's own chat template is used.")
+        if keys.template and chat:
+            notes.append(f"template {keys.template}: the tokenizer's own chat template is used.")
     elif chat:
-        name = own.template if own.template in CHAT_TEMPLATES else "chatml"
+        name = keys.template if keys.template in CHAT_TEMPLATES else "chatml"
         tokenizer.chat_template = CHAT_TEMPLATES[name]
-        told.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
-    return tokenizer, told
+        notes.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
+    return tokenizer, notes
 
 
 def _probe(tokenizer: Any, name: str) -> None:
@@ -280,10 +281,10 @@ def _probe(tokenizer: Any, name: str) -> None:
         )
 
 
-def _builtin_dtype(own: OwnKeys) -> str:
+def _builtin_dtype(keys: RunKeys) -> str:
     from ..builtin.smollm2_moe import default_dtype
 
-    return default_dtype(own.torch_dtype)
+    return default_dtype(keys.torch_dtype)
 
 
 def _builtin_tokenizer() -> Any:

@@ -15,6 +15,7 @@ class TokenCounter:
     """Tokens that went into training forwards, padding included: what is computed."""
 
     def __init__(self, model: Any) -> None:
+        """Count from now on the tokens that `model`'s input embeddings are given, by a hook."""
         self.tokens = 0
         self._handle = model.get_input_embeddings().register_forward_pre_hook(self._count)
 
@@ -23,6 +24,7 @@ class TokenCounter:
             self.tokens += inputs[0].numel()
 
     def close(self) -> None:
+        """Remove the hook; `tokens` keeps its value."""
         self._handle.remove()
 
 
@@ -34,6 +36,7 @@ class ShowProgress(TrainerCallback):
     did, which this one resumes, does not count for the time left."""
 
     def __init__(self, console: Console, counter: TokenCounter) -> None:
+        """Print to `console`; the speed is that of `counter`, which counts the model's tokens."""
         self.console, self.counter = console, counter
         self.seconds = 0.0  # in training steps, without evaluation and saving
         self._started = self._shown_seconds = 0.0
@@ -47,9 +50,11 @@ class ShowProgress(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of training steps by their seconds; 0 before the first step."""
         return self.counter.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar, on terminals alone."""
         self._first_step = state.global_step
         if self._first_step:
             self.console.print(f"  going on after step {self._first_step} of {state.max_steps}")
@@ -62,14 +67,17 @@ class ShowProgress(TrainerCallback):
         self._bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the step's clock."""
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the step's seconds, and move the bar."""
         self.seconds += time.perf_counter() - self._started
         if self._bar:
             self._bar.update(self._task, completed=state.global_step, text=f"{self.tokens_per_second:.0f} tokens/s")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print the loss of training or evaluation."""
         logs = logs or {}
         if "eval_loss" in logs:
             self.console.print(f"  step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}")
@@ -85,6 +93,7 @@ class ShowProgress(TrainerCallback):
             )
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show how far an evaluation is: a bar on terminals, else a line every half minute."""
         total = _length(kwargs.get("eval_dataloader"))
         now = time.perf_counter()
         if self._evaluated == 0:
@@ -99,6 +108,7 @@ class ShowProgress(TrainerCallback):
             self.console.print(f"  evaluating: batch {self._evaluated}{f' of {total}' if total else ''}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the evaluation's bar away."""
         self.evaluation_over()
 
     def evaluation_over(self) -> None:

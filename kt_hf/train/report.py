@@ -21,11 +21,11 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
     from ..experts import kt_layers
     from ..placement import packer_of
 
-    model, own, args = trainer.model, settings.own, trainer.args
+    model, keys, args = trainer.model, settings.run, trainer.args
     table = _table()
     table.add_row(
         "Model",
-        f"{escape(own.model_name_or_path)} ({model.dtype}, the rest of it on {model.device.type})".replace(
+        f"{escape(keys.model_name_or_path)} ({model.dtype}, the rest of it on {model.device.type})".replace(
             "torch.", ""
         ),
     )
@@ -44,13 +44,13 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
     in_experts = sum(count for name, count in trained.items() if ".experts." in name)
     table.add_row(
         "Trained",
-        f"LoRA rank {own.lora_rank}: {sum(trained.values()) / 1e6:.2f} million parameters, "
+        f"LoRA rank {keys.lora_rank}: {sum(trained.values()) / 1e6:.2f} million parameters, "
         f"{in_experts / 1e6:.2f} in experts",
     )
     batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}"
     length = args.max_length or "unlimited"
     table.add_row("Data", f"{rows} examples, {eval_rows} to evaluate; batch {batch}, at most {length} tokens each")
-    table.add_row("Stage", f"{own.stage}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}")
+    table.add_row("Stage", f"{keys.stage}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}")
     table.add_row("Memory", memory)
     console.print(Panel(table, title="kt-hf train", title_align="left"))
 
@@ -90,7 +90,7 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
     table.add_row("Adapter", escape(summary["adapter"]))
     if summary["plots"]:
         table.add_row("Plots", escape(", ".join(summary["plots"])))
-    if settings.own.use_kt:
+    if settings.run.use_kt:
         export = shlex.join(["kt-hf", "export", summary["adapter"], "NEW_FOLDER", "--to", "peft"])
         table.add_row("Export it", escape(export))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
@@ -101,26 +101,26 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
 
 def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]:
     """A Python program, line by line, that loads the run's model with its adapter."""
-    own = settings.own
-    name, dtype = own.model_name_or_path, own.torch_dtype
+    keys = settings.run
+    name, dtype = keys.model_name_or_path, keys.torch_dtype
     lines = ["from peft import PeftModel"]
     if name.startswith("builtin:"):
         lines += ["from kt_hf.builtin.smollm2_moe import upcycle"]
         _, _, layers = name.partition("/")
         load = f"model, tokenizer = upcycle({f'num_layers={layers}' if layers else ''})"
     else:
-        lines += ["from transformers import AutoTokenizer" + ("" if own.use_kt else ", AutoModelForCausalLM")]
-        more = f", revision={own.model_revision!r}" if own.model_revision else ""
+        lines += ["from transformers import AutoTokenizer" + ("" if keys.use_kt else ", AutoModelForCausalLM")]
+        more = f", revision={keys.model_revision!r}" if keys.model_revision else ""
         call = (
             f"load_kt_model({name!r}, {_kt_config(settings, rank)}"
-            if own.use_kt
+            if keys.use_kt
             else f"AutoModelForCausalLM.from_pretrained({name!r}"
         )
         load = f"model = {call}, dtype={dtype!r}{more})"
-    if own.use_kt:
+    if keys.use_kt:
         lines += ["from kt_hf import KTConfig, " + ("apply_kt_moe" if name.startswith("builtin:") else "load_kt_model")]
     lines += [load]
-    if own.use_kt and name.startswith("builtin:"):
+    if keys.use_kt and name.startswith("builtin:"):
         lines += [f"model = apply_kt_moe(model, {_kt_config(settings, rank)})"]
     lines += [f"model = PeftModel.from_pretrained(model, {adapter!r})"]
     if not name.startswith("builtin:"):

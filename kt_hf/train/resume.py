@@ -23,7 +23,7 @@ from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
 from .checkpoints import STATE, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
-from .config.settings import OwnKeys, TrainSettings
+from .config.settings import RunKeys, TrainSettings
 from .stopping import checkpoint_of
 
 RECORD = "kt_hf_run.json"
@@ -72,12 +72,12 @@ class Resume:
     Attributes:
         folder: The checkpoint's.
         step: Optimizer steps done.
-        told: What to tell the user.
+        notes: What to tell the user.
     """
 
     folder: Path
     step: int
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def find_checkpoint(settings: TrainSettings) -> Resume | None:
@@ -89,31 +89,31 @@ def find_checkpoint(settings: TrainSettings) -> Resume | None:
         KTAMXError: The folder that was named is no checkpoint, or not complete.
         KTAMXConfigError: None in the output folder is.
     """
-    wanted = settings.own.resume_from_checkpoint
-    if not wanted:
+    given = settings.run.resume_from_checkpoint
+    if not given:
         return None
-    if isinstance(wanted, str):
-        folder = Path(os.path.abspath(os.path.expanduser(wanted)))
+    if isinstance(given, str):
+        folder = Path(os.path.abspath(os.path.expanduser(given)))
         if not is_numbered(folder) or not (folder / STATE).is_file():
             inside = checkpoints(folder)
             hint = f"it holds checkpoints: give one of them, such as {inside[0]}" if inside else f"it has no {STATE}"
             if not inside and (folder / STATE).is_file():
                 hint = "its name is not checkpoint-<step>"
-            raise KTAMXConfigError(f"resume_from_checkpoint={wanted!r} is no checkpoint of a run: {hint}.")
+            raise KTAMXConfigError(f"resume_from_checkpoint={given!r} is no checkpoint of a run: {hint}.")
         check_checkpoint(folder)
         return Resume(folder, _step_of(folder))
     output_dir = Path(settings.output_dir).expanduser()
-    there = numbered(output_dir)
-    if not there:
+    folders = numbered(output_dir)
+    if not folders:
         raise KTAMXConfigError(f"resume_from_checkpoint=true: {output_dir} holds no checkpoint to go on from.")
     last = last_complete(output_dir)
     if last is None:
         raise KTAMXConfigError(
-            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(there[0])})"
+            f"resume_from_checkpoint=true: no checkpoint in {output_dir} is complete ({_why_not(folders[0])})"
         )
-    later = [path for path in there if step_in_name(path) > step_in_name(last)]
-    told = tuple(f"{path} is left out: {_why_not(path)}" for path in later)
-    return Resume(last, _step_of(last), told)
+    later = [path for path in folders if step_in_name(path) > step_in_name(last)]
+    notes = tuple(f"{path} is left out: {_why_not(path)}" for path in later)
+    return Resume(last, _step_of(last), notes)
 
 
 def _why_not(folder: Path) -> str:
@@ -142,17 +142,17 @@ def _step_of(folder: Path) -> int:
 
 def record(settings: TrainSettings) -> dict[str, Any]:
     """What a checkpoint remembers of the settings; `with_rows` adds the data."""
-    own = {key: getattr(settings.own, key) for key in settings.own.__dataclass_fields__}
-    own["lora_target"] = _targets(own["lora_target"])
-    own["additional_target"] = sorted(own["additional_target"])
-    name = own["model_name_or_path"]
-    own["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
+    run = {key: getattr(settings.run, key) for key in settings.run.__dataclass_fields__}
+    run["lora_target"] = _targets(run["lora_target"])
+    run["additional_target"] = sorted(run["additional_target"])
+    name = run["model_name_or_path"]
+    run["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
     for key in ("dataset", "eval_dataset"):
-        own[key] = [os.path.realpath(spec) if os.path.exists(spec) else spec for spec in own[key]]
+        run[key] = [os.path.realpath(spec) if os.path.exists(spec) else spec for spec in run[key]]
     kt = {"kt_backend": settings.kt.kt_backend}
-    defaults = {field.name: field.default for field in dataclasses.fields(trainer_config(settings.own.stage))}
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer_config(settings.run.stage))}
     trainer = {key: value for key, value in settings.trainer.items() if value != defaults.get(key)}
-    return {"version": 1, "settings": own | kt | trainer}
+    return {"version": 1, "settings": run | kt | trainer}
 
 
 def with_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,13 +172,16 @@ class KeepRecord(TrainerCallback):
     """Writes the record into each checkpoint as it is saved."""
 
     def __init__(self, content: dict[str, Any]) -> None:
+        """Keep `content`, a `record` with the data's hash, to write it into checkpoints."""
         self.content = content
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the settings' own intervals of logging, evaluation and saving in place of the checkpoint's."""
         # A resumed Trainer would go on with the checkpoint's logging_steps, eval_steps and save_steps.
         state.compute_steps(args, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the record into the checkpoint that was just saved."""
         folder = checkpoint_of(args, state)
         if state.is_world_process_zero and folder.is_dir():
             write_json(folder / RECORD, json.loads(json.dumps(self.content, default=str)))
@@ -200,7 +203,7 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     if before.get("partial"):  # an adapter_config.json alone
         changed = [key for key in changed if key in old]
     # A setting that an earlier version of kt_hf did not have was at its default.
-    defaults = dataclasses.asdict(OwnKeys())
+    defaults = dataclasses.asdict(RunKeys())
     changed = [key for key in changed if key in old or new[key] != defaults.get(key)]
     fixed = [key for key in _FIXED if key in changed]
     if fixed:

@@ -74,53 +74,53 @@ class _Ready:
 
 def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     """Everything that can be wrong is found before weights are loaded or anything is written."""
-    own = settings.own
-    _tell(console, settings.notices)
+    keys = settings.run
+    _print_notes(console, settings.notices)
     resume, content = find_checkpoint(settings), record(settings)
     if resume:
         changes = check_settings(resume, content)
-        _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
+        _print_notes(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.notes, *changes])
     train_rows, eval_rows = training_and_evaluation(settings)
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
-    config, told = load_config(own)
-    tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
-    _tell(console, told + more)
-    _tell(console, [told for rows in (train_rows, eval_rows) if rows for told in rows.told])
-    outline = outline_of(own, config)
-    check_targets(outline, own)
-    rank, told = check_start(own, outline)
+    config, notes = load_config(keys)
+    tokenizer, more = load_tokenizer(keys, chat=train_rows.conversational)
+    _print_notes(console, notes + more)
+    _print_notes(console, [note for rows in (train_rows, eval_rows) if rows for note in rows.notes])
+    outline = outline_of(keys, config)
+    check_targets(outline, keys)
+    rank, notes = check_start(keys, outline)
     memory = _before_loading(settings, config, outline)
-    _tell(console, told + check_weights(own, config))
+    _print_notes(console, notes + check_weights(keys, config))
     options = _trainer_options(settings, len(train_rows.rows))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
-    how = reading(own, options, tokenizer, vocabulary)
+    how = reading(keys, options, tokenizer, vocabulary)
     with _working(console, "Tokenizing"):
-        train_data = prepare(train_rows, how, own.stage, "train")
-        eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
-    _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])
+        train_data = prepare(train_rows, how, keys.stage, "train")
+        eval_data = prepare(eval_rows, how, keys.stage, "eval") if eval_rows else None
+    _print_notes(console, [note for data in (train_data, eval_data) if data for note in data.notes])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
     try_out(settings, options, tokenizer, train_data.dataset.select([0]))
     if not memory.fits:
         advice = "; ".join(memory.advice)
-        _tell(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
+        _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
     return _Ready(config, tokenizer, train_data, eval_data, options, memory, resume, content, rank)
 
 
 def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
-    own, train_data, eval_data = settings.own, ready.train_data, ready.eval_data
+    keys, train_data, eval_data = settings.run, ready.train_data, ready.eval_data
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
     placing = ProfileRun(settings, train_data.sequences, console, ready.resume.folder if ready.resume else None)
-    kt = settings.kt if own.use_kt else None
-    model = load_model(own, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
+    kt = settings.kt if keys.use_kt else None
+    model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
-    if own.adapter_name_or_path:
-        model = put_adapter(model, own)
+    if keys.adapter_name_or_path:
+        model = put_adapter(model, keys)
     else:
-        peft_config, told = lora_config(model, own)
-        _tell(console, told)
+        peft_config, notes = lora_config(model, keys)
+        _print_notes(console, notes)
     counter = TokenCounter(model)
     stop, progress = StopOnSignal(console), ShowProgress(console, counter)
     with _working(console, "Packing the experts"):
@@ -130,7 +130,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
     show_start(console, settings, trainer, in_words(ready.memory), *rows)
     show_example(console, trainer, ready.tokenizer)
-    if own.overwrite_output_dir and not ready.resume:
+    if keys.overwrite_output_dir and not ready.resume:
         removed = clear_earlier_run(Path(trainer.args.output_dir))
         if removed:
             console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
@@ -147,7 +147,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         progress.close()
         counter.close()
     summary = _finish(settings, trainer, progress)
-    show_result(console, settings, summary, ready.expert_rank or own.lora_rank)
+    show_result(console, settings, summary, ready.expert_rank or keys.lora_rank)
     if stop.number is not None:
         raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)
     return summary
@@ -166,12 +166,12 @@ def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estim
     from ..system.cpu import plan_threads
     from ..system.memory import available_memory
 
-    sizes = model_sizes(config, settings.own, outline)
+    sizes = model_sizes(config, settings.run, outline)
     kernel = False
-    if settings.own.use_kt:
+    if settings.run.use_kt:
         shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
         workers = plan_threads().workers if settings.kt.kt_num_threads is None else None
-        dtype = getattr(torch, settings.own.torch_dtype, None)
+        dtype = getattr(torch, settings.run.torch_dtype, None)
         kernel = choose_backend(settings.kt.kt_backend, shape, workers=workers, dtype=dtype)[0] != "torch"
     gpu = torch.cuda.is_available() and not settings.trainer.get("use_cpu")
     gpu_free = torch.cuda.mem_get_info()[0] if gpu else None
@@ -186,12 +186,12 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
 
     from .. import KTMoECallback
 
-    args = trainer_config(settings.own.stage)(**ready.options)
+    args = trainer_config(settings.run.stage)(**ready.options)
     set_seed(args.seed)  # LoRA's start
-    callbacks = [KTMoECallback()] if settings.own.use_kt else []
+    callbacks = [KTMoECallback()] if settings.run.use_kt else []
     for callback in callbacks:  # which would look for checkpoints that are not complete; `find_checkpoint` has done it
         callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
-    kind = DPOTrainer if settings.own.stage == "dpo" else SFTTrainer
+    kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
     trainer = kind(
         model,
         args=args,
@@ -201,14 +201,14 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         peft_config=peft_config,
         callbacks=callbacks,
     )
-    if settings.own.loraplus_lr_ratio:
-        use_loraplus(trainer, settings.own.loraplus_lr_ratio)
+    if settings.run.loraplus_lr_ratio:
+        use_loraplus(trainer, settings.run.loraplus_lr_ratio)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
 
 
 def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
-    options = on_this_machine(settings.trainer, settings.own) | {"disable_tqdm": True}
+    options = on_this_machine(settings.trainer, settings.run) | {"disable_tqdm": True}
     options["output_dir"] = str(Path(settings.output_dir).expanduser())
     processes = options.get("dataset_num_proc")
     if processes:  # a process costs more than a thousand short rows
@@ -242,14 +242,14 @@ def _finish(settings: TrainSettings, trainer: Any, progress: ShowProgress) -> di
             f"The loss is not finite. Lower learning_rate. The log is in {folder}/trainer_state.json."
         )
     plots = []
-    if settings.own.plot_loss and (losses or evaluations):
-        plots.append(plot_losses(history, folder / "loss.png", settings.own.model_name_or_path))
+    if settings.run.plot_loss and (losses or evaluations):
+        plots.append(plot_losses(history, folder / "loss.png", settings.run.model_name_or_path))
     load = _expert_load(trainer)
-    if settings.own.plot_loss and load:
-        plots.append(plot_expert_load(load, folder / "expert_load.png", settings.own.model_name_or_path))
+    if settings.run.plot_loss and load:
+        plots.append(plot_expert_load(load, folder / "expert_load.png", settings.run.model_name_or_path))
     summary = {
         "config": settings.source,
-        "settings": asdict(settings.own),
+        "settings": asdict(settings.run),
         "steps": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         "eval_loss": evaluations[-1] if evaluations else None,
@@ -282,6 +282,6 @@ def _working(console: Console, words: str) -> contextlib.AbstractContextManager[
     return console.status(words) if console.is_terminal else contextlib.nullcontext()
 
 
-def _tell(console: Console, lines: Any) -> None:
+def _print_notes(console: Console, lines: Any) -> None:
     for line in lines:
         console.print(f"[dim]note:[/dim] {escape(printable(line))}")

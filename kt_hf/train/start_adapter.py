@@ -9,14 +9,14 @@ from ..adapters import Adapter, load_adapter, open_adapter
 from ..adapters.adapter import ADAPTER, PREFIX
 from ..discovery import find_experts
 from ..errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .config.settings import OwnKeys
+from .config.settings import RunKeys
 
 
-def check_start(own: OwnKeys, outline: Any) -> tuple[int | None, list[str]]:
+def check_start(keys: RunKeys, outline: Any) -> tuple[int | None, list[str]]:
     """Check, before anything is loaded, that the adapter is whole and has its place in the model.
 
     Args:
-        own: The run's settings.
+        keys: The run's keys that are not TRL's.
         outline: The model on the meta device.
 
     Returns:
@@ -25,12 +25,12 @@ def check_start(own: OwnKeys, outline: Any) -> tuple[int | None, list[str]]:
     Raises:
         KTAMXError: The adapter is damaged, of a format that cannot be trained on, or another base model's.
     """
-    path = own.adapter_name_or_path
+    path = keys.adapter_name_or_path
     if path is None:
         return None, []
     with open_adapter(path) as adapter:  # its files against their manifest, if there is one
         adapter.check(finite=True)
-        if not own.use_kt and ((adapter.experts and adapter.format != "peft") or not Path(path).is_dir()):
+        if not keys.use_kt and ((adapter.experts and adapter.format != "peft") or not Path(path).is_dir()):
             raise KTAMXConfigError(
                 f"adapter_name_or_path={path!r} is of the format {adapter.format}, and use_kt: false trains stock "
                 f"PEFT's only: kt-hf export {path} NEW_FOLDER --to peft."
@@ -38,13 +38,13 @@ def check_start(own: OwnKeys, outline: Any) -> tuple[int | None, list[str]]:
         _check_places(adapter, outline, path)
         ranks = sorted({one.rank for one in adapter.experts.values()})
         count = len(adapter.experts) + len(adapter.modules())
-    told = f"Starting from the adapter in {path} (format {adapter.format}, LoRA on {count} modules"
-    told += (
+    note = f"Starting from the adapter in {path} (format {adapter.format}, LoRA on {count} modules"
+    note += (
         f", of rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))} on experts)."
         if ranks
         else ", not on experts)."
     )
-    return max([*ranks, own.lora_rank if not ranks else 0]), [told]
+    return max([*ranks, keys.lora_rank if not ranks else 0]), [note]
 
 
 def _check_places(adapter: Adapter, outline: Any, path: str) -> None:
@@ -74,10 +74,10 @@ def _check_places(adapter: Adapter, outline: Any, path: str) -> None:
             )
 
 
-def put_adapter(model: Any, own: OwnKeys) -> Any:
+def put_adapter(model: Any, keys: RunKeys) -> Any:
     """The model as a PeftModel with the adapter, to train on."""
-    path = str(own.adapter_name_or_path)
-    if own.use_kt:
+    path = str(keys.adapter_name_or_path)
+    if keys.use_kt:
         return load_adapter(model, path)
     from peft import PeftModel
 

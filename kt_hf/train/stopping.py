@@ -24,6 +24,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        """Keep the message, and 128 + the signal's number as exit code."""
         super().__init__(message)
         self.exit_code = 128 + number
 
@@ -42,11 +43,13 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self, console: Console) -> None:
+        """Tell the user on `console` what a signal does; none is caught before `listening`."""
         self.console = console
         self.number: int | None = None  # of the signal
 
     @property
     def asked(self) -> bool:
+        """Whether a signal has asked the run to stop."""
         return self.number is not None
 
     @contextmanager
@@ -79,14 +82,17 @@ class StopOnSignal(TrainerCallback):
             return {f"eval_{metric.removeprefix('eval_')}": math.nan}  # which is never the best
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop and save after this step, if asked."""
         if self.asked:
             self._stop(args, state, control)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop and save after this step of gradient accumulation, if asked."""
         if self.asked:
             self._stop(args, state, control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave an evaluation at once, if asked."""
         if self.asked:
             raise _EvaluationStopped
 
@@ -94,8 +100,8 @@ class StopOnSignal(TrainerCallback):
     def _stop(args: Any, state: Any, control: Any) -> None:
         control.should_training_stop = True
         saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-        there = (checkpoint_of(args, state) / "trainer_state.json").exists()
-        control.should_save = saves and state.global_step > 0 and not there
+        is_saved = (checkpoint_of(args, state) / "trainer_state.json").exists()
+        control.should_save = saves and state.global_step > 0 and not is_saved
         control.should_evaluate = False
 
 

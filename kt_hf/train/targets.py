@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import KTAMXConfigError
 from ..shapes import ALIASES
-from .config.settings import OwnKeys
+from .config.settings import RunKeys
 
 # Multi-head latent attention (DeepSeek-V2 and V3) has no projections of these names. What computes the same in it:
 _LATENT = {
@@ -18,46 +18,46 @@ _LATENT = {
 _EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
 
-def lora_targets(wanted: str | list[str], modules: set[str]) -> tuple[str | list[str], list[str]]:
+def lora_targets(asked: str | list[str], modules: set[str]) -> tuple[str | list[str], list[str]]:
     """(the targets in this model's names, what to tell the user).
 
     Args:
-        wanted: `all`, `all_attention`, or names, as a list or separated by commas.
+        asked: `all`, `all_attention`, or names, as a list or separated by commas.
         modules: Last parts of the names of the model's modules.
     """
-    names = [part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    names = [part.strip() for part in asked.split(",")] if isinstance(asked, str) else list(asked)
     if len(names) == 1 and names[0] in ("all", "all_attention"):
         return names[0], []
-    found: dict[str, None] = {}
-    told = []
+    targets: dict[str, None] = {}
+    notes = []
     for name in filter(None, names):
         replaced = [other for other in _LATENT.get(name, ()) if other in modules] if name not in modules else []
         if replaced:
-            told.append(f"lora_target {name}: this model's attention has {' and '.join(replaced)} in its place.")
-        found.update(dict.fromkeys(replaced or [name]))
-    return list(found), told
+            notes.append(f"lora_target {name}: this model's attention has {' and '.join(replaced)} in its place.")
+        targets.update(dict.fromkeys(replaced or [name]))
+    return list(targets), notes
 
 
-def check_targets(outline: Any, own: OwnKeys) -> None:
+def check_targets(outline: Any, keys: RunKeys) -> None:
     """Refuse names in lora_target and additional_target that the model does not have, before it is loaded.
 
     Args:
         outline: The model on the meta device, or any.
-        own: The run's settings.
+        keys: The run's keys that are not TRL's.
 
     Raises:
         KTAMXConfigError: Naming one.
     """
     modules = {name for name, _ in outline.named_modules()}
     endings = {".".join(name.split(".")[-parts:]) for name in modules for parts in range(1, name.count(".") + 2)}
-    targets, _ = lora_targets(own.lora_target, {name.rsplit(".", 1)[-1] for name in modules})
+    targets, _ = lora_targets(keys.lora_target, {name.rsplit(".", 1)[-1] for name in modules})
     if not targets:
-        raise KTAMXConfigError(f"lora_target={own.lora_target!r} is empty: give all, all_attention, or names.")
+        raise KTAMXConfigError(f"lora_target={keys.lora_target!r} is empty: give all, all_attention, or names.")
     for name in targets if isinstance(targets, list) else ():
         if name not in endings | _EXPERTS | set(ALIASES):
             known = sorted({n.rsplit(".", 1)[-1] for n in _linears(outline)} | _EXPERTS)
             raise KTAMXConfigError(f"lora_target: no module is called {name!r}. There are: {', '.join(known)}.")
-    for name in own.additional_target:
+    for name in keys.additional_target:
         reached = [module for module in modules if module == name or module.endswith(f".{name}")]
         if not reached:
             raise KTAMXConfigError(f"additional_target: no module is called {name!r}; embed_tokens or lm_head, say.")
@@ -69,7 +69,7 @@ def check_targets(outline: Any, own: OwnKeys) -> None:
             )
 
 
-def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
+def lora_config(model: Any, keys: RunKeys) -> tuple[Any, list[str]]:
     """(the `LoraConfig`, what to tell the user) for a patched model, or for a stock one with fused experts.
 
     Raises:
@@ -79,16 +79,16 @@ def lora_config(model: Any, own: OwnKeys) -> tuple[Any, list[str]]:
     from ..experts.layer import kt_layers
 
     last_parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets, told = lora_targets(own.lora_target, last_parts)
-    options: dict[str, Any] = {"use_rslora": True} if own.use_rslora else {}
-    if own.additional_target:
-        options["modules_to_save"] = list(own.additional_target)
+    targets, notes = lora_targets(keys.lora_target, last_parts)
+    options: dict[str, Any] = {"use_rslora": True} if keys.use_rslora else {}
+    if keys.additional_target:
+        options["modules_to_save"] = list(keys.additional_target)
     if kt_layers(model):
-        return kt_lora_config(model, own.lora_rank, own.lora_alpha, own.lora_dropout, targets, **options), told
-    return _stock(model, own, targets, options, told)
+        return kt_lora_config(model, keys.lora_rank, keys.lora_alpha, keys.lora_dropout, targets, **options), notes
+    return _stock(model, keys, targets, options, notes)
 
 
-def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told: list[str]) -> tuple[Any, list[str]]:
+def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], notes: list[str]) -> tuple[Any, list[str]]:
     """Stock PEFT reaches fused experts as parameters. Where it rewrites targets for a family, it takes gate_proj,
     up_proj and down_proj for the experts' alone, and dense layers and shared experts go without: that is told.
     """
@@ -103,8 +103,8 @@ def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told
         names = [name for name in targets if name in linear or not (on_experts and name in _EXPERTS)]
     else:
         names = targets
-    chosen = set(kt_lora_config(model, own.lora_rank, lora_target=names).target_modules) if names else set()
-    dropout = own.lora_dropout
+    chosen = set(kt_lora_config(model, keys.lora_rank, lora_target=names).target_modules) if names else set()
+    dropout = keys.lora_dropout
     if on_experts:
         if targets == "all" or {"gate_proj", "up_proj"} & set(targets):
             options["target_parameters"] = ["experts.gate_up_proj"]
@@ -112,18 +112,18 @@ def _stock(model: Any, own: OwnKeys, targets: Any, options: dict[str, Any], told
             options["target_parameters"] = [*options.get("target_parameters", []), "experts.down_proj"]
         if dropout:
             dropout = 0.0
-            told.append("lora_dropout: stock PEFT has none for fused experts, so 0 is used.")
+            notes.append("lora_dropout: stock PEFT has none for fused experts, so 0 is used.")
     if not chosen and not on_experts:
-        raise KTAMXConfigError(f"lora_target={own.lora_target!r} reaches nothing in {type(model).__name__}.")
+        raise KTAMXConfigError(f"lora_target={keys.lora_target!r} reaches nothing in {type(model).__name__}.")
     if on_experts and _EXPERTS & chosen:
-        told.append(
+        notes.append(
             "Stock PEFT may leave dense layers and shared experts without LoRA: it takes their names for experts'."
         )
     config = LoraConfig(
-        r=own.lora_rank, lora_alpha=own.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
+        r=keys.lora_rank, lora_alpha=keys.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
         task_type="CAUSAL_LM", **options,
     )  # fmt: skip
-    return config, told
+    return config, notes
 
 
 def _fused_experts(model: Any) -> list[str]:

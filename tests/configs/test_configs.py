@@ -15,7 +15,7 @@ from kt_hf.builtin.known_models import known_models
 from kt_hf.cli import app
 from kt_hf.cli.estimate import make
 from kt_hf.train.config.read import read_arguments
-from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.hub import configuration_of, reachable, sizes_of
 from kt_hf.train.memory_size import bytes_of
 from kt_hf.train.model_sizes import model_sizes
@@ -74,7 +74,7 @@ def test_its_comment_says_what_estimate_says(file: Path) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_parameters_are_those_published(name: str) -> None:
-    sizes = model_sizes(sizes_of(name), OwnKeys(model_name_or_path=name))
+    sizes = model_sizes(sizes_of(name), RunKeys(model_name_or_path=name))
     total = (sizes.expert_parameters + sizes.other_parameters) / 1e9
     assert total == pytest.approx(PUBLISHED[name], rel=0.003)
 
@@ -83,15 +83,15 @@ def test_the_parameters_are_those_published(name: str) -> None:
 def test_a_users_file_is_understood(file: Path) -> None:
     overrides = [] if "dataset:" in file.read_text() else ["dataset=alpaca_en"]
     settings = read_arguments(file, overrides)
-    assert settings.own.lora_rank == 16
-    assert settings.own.use_kt
+    assert settings.run.lora_rank == 16
+    assert settings.run.use_kt
     assert settings.trainer["output_dir"].startswith("outputs/")
 
 
 def test_a_native_model_is_not_taken_from_the_hubs_code(tmp_path: Path) -> None:
     sizes_of("deepseek-ai/DeepSeek-V3").save_pretrained(tmp_path)
-    own = OwnKeys(model_name_or_path=str(tmp_path), trust_remote_code=True)
-    config, told = load_config(own)
+    keys = RunKeys(model_name_or_path=str(tmp_path), trust_remote_code=True)
+    config, told = load_config(keys)
     assert type(config).__module__.startswith("transformers.models.deepseek_v3")
     assert any("its own class is used" in line for line in told)
 

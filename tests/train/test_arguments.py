@@ -51,9 +51,9 @@ def write(folder: Path, text: str) -> Path:
 def test_llamafactorys_names_are_translated(tmp_path: Path) -> None:
     text = FULL.replace("pref_loss: null\n", "")
     settings = read_arguments(write(tmp_path, text))
-    assert settings.own.model_name_or_path == "deepseek-ai/DeepSeek-V3"
-    assert settings.own.lora_target == "q_proj,k_proj,gate_proj"
-    assert settings.own.dataset == ["alpaca_en"]
+    assert settings.run.model_name_or_path == "deepseek-ai/DeepSeek-V3"
+    assert settings.run.lora_target == "q_proj,k_proj,gate_proj"
+    assert settings.run.dataset == ["alpaca_en"]
     assert settings.kt.kt_num_threads == 60
     expected = {
         "max_length": 2048, "dataset_num_proc": 8, "warmup_steps": 0.1, "activation_checkpointing": False,
@@ -71,7 +71,7 @@ def test_dpo_takes_dpos_fields(tmp_path: Path) -> None:
 
 def test_the_command_line_is_put_over_the_file(tmp_path: Path) -> None:
     settings = read_arguments(write(tmp_path, GOOD + "lora_rank: 8\n"), ["lora_rank=4", "learning_rate=1e-5"])
-    assert settings.own.lora_rank == 4
+    assert settings.run.lora_rank == 4
     assert settings.trainer["learning_rate"] == 1e-5
 
 
@@ -224,9 +224,9 @@ def test_the_files_of_configs_are_good(file: Path) -> None:
 def test_the_reference_is_computed_once(text: str, once: bool | None, tmp_path: Path) -> None:
     """Where each row is seen at least once, and the user does not say otherwise."""
     settings = read_arguments(write(tmp_path, GOOD + f"stage: dpo\n{text}\n"))
-    assert on_this_machine(settings.trainer, settings.own).get("precompute_ref_log_probs") is once
+    assert on_this_machine(settings.trainer, settings.run).get("precompute_ref_log_probs") is once
 
 
 def test_the_reference_is_none_of_sft(tmp_path: Path) -> None:
     settings = read_arguments(write(tmp_path, GOOD))
-    assert "precompute_ref_log_probs" not in on_this_machine(settings.trainer, settings.own)
+    assert "precompute_ref_log_probs" not in on_this_machine(settings.trainer, settings.run)

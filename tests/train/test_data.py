@@ -128,7 +128,7 @@ def test_a_format_is_recognised_by_its_columns(case: Any, tmp_path: Path) -> Non
         file = write(tmp_path / f"data{kind}", [row, row])
         found = load_rows([str(file)], "train", stage)
         assert found.rows == [expected, expected], kind
-        assert found.told == [f"{file}: 2 rows, format {name}"]
+        assert found.notes == [f"{file}: 2 rows, format {name}"]
         file.unlink()
 
 
@@ -142,8 +142,8 @@ def test_its_malformed_twin_is_refused_above_one_percent(case: Any, tmp_path: Pa
     file = write(tmp_path / "data.jsonl", [row] * 99 + [bad])
     found = load_rows([str(file)], "train", stage)
     assert found.rows == [expected] * 99
-    assert f"1 left out ({file} line 100: " in found.told[0]
-    assert reason in found.told[0]
+    assert f"1 left out ({file} line 100: " in found.notes[0]
+    assert reason in found.notes[0]
 
 
 def test_lines_that_are_not_json_are_counted(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_lines_that_are_not_json_are_counted(tmp_path: Path) -> None:
     file.write_text('{"text": "fine"}\n' * 150 + '{"text": \n')
     found = load_rows([str(file)], "train", "sft")
     assert len(found.rows) == 150
-    assert "line 151: not JSON" in found.told[0]
+    assert "line 151: not JSON" in found.notes[0]
     file.write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(KTAMXConfigError, match=r"1 of 2 rows cannot be used"):
         load_rows([str(file)], "train", "sft")

@@ -18,7 +18,7 @@ import typer
 
 from kt_hf.cli.failures import plain_failures
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.data.rows import Rows, load_rows
 from kt_hf.train.data.sources import dataset_problem
 from kt_hf.train.data.tokens import prepare, reading
@@ -122,7 +122,7 @@ def test_a_folder_of_several_formats_is_all_of_them(tmp_path: Path) -> None:
     assert [sorted(row) for row in rows.rows] == [["text"], ["messages"], ["messages"]]
     assert (
         "1 rows, format text in 1 files, and 1 rows, format messages in 1 files, and 1 rows, format alpaca"
-        in rows.told[0]
+        in rows.notes[0]
     )
     (tmp_path / "e.jsonl").write_text('{"question": "a"}\n')
     with pytest.raises(KTAMXConfigError, match=r"e\.jsonl\): no known format has the columns question"):
@@ -190,7 +190,7 @@ def test_large_rows_are_read_in_time_or_refused_in_few_words(row: str, stage: st
     (tmp_path / "a.jsonl").write_text(row)
     start, words = time.process_time(), ""
     try:
-        prepare(loaded(tmp_path / "a.jsonl", stage), reading(OwnKeys(), {}, tokenizer(CHAT), 259), stage, "train")
+        prepare(loaded(tmp_path / "a.jsonl", stage), reading(RunKeys(), {}, tokenizer(CHAT), 259), stage, "train")
     except KTAMXConfigError as error:
         words = str(error)
     assert len(words) < 2_000
@@ -283,7 +283,7 @@ def strange_file(folder: Path, number: int) -> tuple[Path, str]:
 def try_files(folder: Path, numbers: Iterator[int]) -> tuple[int, int]:
     """(files read, files refused); fails for whatever else a file does."""
     read = refusals = 0
-    how = reading(OwnKeys(), {"max_length": 200}, tokenizer(CHAT), 259)
+    how = reading(RunKeys(), {"max_length": 200}, tokenizer(CHAT), 259)
     for number in numbers:
         file, stage = strange_file(folder, number)
         start = time.process_time()

@@ -62,7 +62,7 @@ def test_an_entry_says_what_the_columns_are(
     found = info(tmp_path, [row, row], stage, **entry)
     assert found.rows == [expected] * 2
     if "system" in row:
-        assert "nothing uses the columns system (not in columns)" in found.told[1]
+        assert "nothing uses the columns system (not in columns)" in found.notes[1]
 
 
 def test_an_entry_may_take_some_rows_or_a_folder(tmp_path: Path) -> None:

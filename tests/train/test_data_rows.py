@@ -102,7 +102,7 @@ def test_tools_settings_and_system_of_a_row_pass_through(row: dict[str, Any], st
         assert found["chat_template_kwargs"] == {"enable_thinking": False}
         first = found.get("messages", found.get("prompt"))
         assert first[:2] == [{"role": "system", "content": "Be brief."}, USER]
-        assert len(result.told) == 1
+        assert len(result.notes) == 1
     for nothing in (None, "", "[]", []):
         (found,) = loaded(tmp_path, row | {"tools": nothing}, stage=stage).rows
         assert "tools" not in found
@@ -199,7 +199,7 @@ def test_what_stands_beside_messages_is_checked(row: dict[str, Any], reason: str
     ],
 )
 def test_columns_that_nobody_uses_are_named_once(row: dict[str, Any], stage: str, unused: str, tmp_path: Path) -> None:
-    told = loaded(tmp_path, *[row | {"empty": None}] * 3, stage=stage).told
+    told = loaded(tmp_path, *[row | {"empty": None}] * 3, stage=stage).notes
     assert len(told) == 2
     assert told[1].endswith(f"nothing uses the columns {unused}")
 
@@ -268,7 +268,7 @@ def test_defaults_of_every_conversation(tmp_path: Path) -> None:
         own,
         {"prompt": [brief, USER], "completion": [FOUR], "chat_template_kwargs": {"enable_thinking": False}},
     ]
-    told = from_settings(tmp_path, {"a.jsonl": [{"text": "a"}]}, default_system="Be brief.").told
+    told = from_settings(tmp_path, {"a.jsonl": [{"text": "a"}]}, default_system="Be brief.").notes
     assert told[-1] == "default_system: no effect, for the data are not conversations"
 
 
@@ -287,7 +287,7 @@ def test_data_sets_are_mixed(strategy: str, least: int, probs: Any, tmp_path: Pa
     if strategy == "concat":
         assert set(first) == {"a"}
     else:
-        assert "of 50 by turns" in rows.told[-1]
+        assert "of 50 by turns" in rows.notes[-1]
         assert (first == ["a", "b"] * 10) is (probs is None)
     assert rows.rows == from_settings(tmp_path, files, **settings).rows  # by the seed
 

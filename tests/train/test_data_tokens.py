@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.data.rows import Rows
 from kt_hf.train.data.tokens import Prepared, prepare, reading
 from tests.support.tiny import CHAT, MARKED, tokenizer
@@ -38,8 +38,8 @@ ENDED = "<|im_end|>\n"
 
 
 def prepared(rows: list[dict[str, Any]], template: str | None, stage: str = "sft", **settings: Any) -> Prepared:
-    own = {key: settings.pop(key) for key in list(settings) if key in ("mask_history",)}
-    how = reading(OwnKeys(**own), settings, tokenizer(template), settings.pop("vocabulary", 259))
+    keys = {key: settings.pop(key) for key in list(settings) if key in ("mask_history",)}
+    how = reading(RunKeys(**keys), settings, tokenizer(template), settings.pop("vocabulary", 259))
     return prepare(Rows(rows), how, stage, "train")
 
 
@@ -93,7 +93,7 @@ def test_tokens_and_labels_are_trls(row: dict[str, Any], template: str | None, m
     cut = len(ours.dataset[0]["input_ids"]) - 2
     theirs = by_trl([row, row], template, masks, max_length=cut)
     assert [{key: value[:cut] for key, value in found.items()} for found in ours.dataset] == theirs
-    assert not ours.told or "enable_thinking" in str(row)  # without its thoughts
+    assert not ours.notes or "enable_thinking" in str(row)  # without its thoughts
 
 
 @pytest.mark.parametrize("row", [
@@ -125,7 +125,7 @@ def test_every_answer_is_trained_where_the_template_renders_a_conversation_as_it
     call, answer = trained(data.dataset[1]).split(" + ")
     assert '"arguments": {"a": 2' in call
     assert answer == f"four{ENDED}"
-    assert not data.told
+    assert not data.notes
 
 
 @pytest.mark.parametrize("header", ["<|im_start|>assistant\n<b>", "<|im_start|>assistant\n"])
@@ -149,7 +149,7 @@ def test_a_tokenizer_without_offsets_trains_the_last_answer(monkeypatch: pytest.
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
     data = prepared([{"messages": [USER, FOUR, *MORE]}], CHAT)
     assert trained(data.dataset[0]) == f"six{ENDED}"
-    assert "only the last of each is trained" in data.told[0]
+    assert "only the last of each is trained" in data.notes[0]
 
 
 @pytest.mark.parametrize("kind", ["file", "tokenizer"])
@@ -164,7 +164,7 @@ def test_the_template_of_another_place_is_used(kind: str, tmp_path: Path) -> Non
         source = tmp_path
         other.save_pretrained(source)
     words = tokenizer(CHAT)
-    how = reading(OwnKeys(), {"chat_template_path": str(source)}, words, 259)
+    how = reading(RunKeys(), {"chat_template_path": str(source)}, words, 259)
     data = prepare(
         Rows([{"messages": [USER, FOUR | {"content": "<more>" if kind == "tokenizer" else "four"}]}]),
         how,
@@ -175,7 +175,7 @@ def test_the_template_of_another_place_is_used(kind: str, tmp_path: Path) -> Non
     assert (259 in data.dataset[0]["input_ids"]) is (kind == "tokenizer")
     assert words.chat_template == CHAT
     with pytest.raises(KTAMXConfigError, match="chat_template_path='nothing' cannot be used"):
-        reading(OwnKeys(), {"chat_template_path": "nothing"}, words, 259)
+        reading(RunKeys(), {"chat_template_path": "nothing"}, words, 259)
 
 
 def test_mixtral_trains_all_answers() -> None:
@@ -198,7 +198,7 @@ def test_answers_that_are_rendered_otherwise_later_are_not_trained_and_that_is_t
     data = prepared(rows, forgets)
     assert trained(data.dataset[0]) == f"<think>Three.</think>six{ENDED}"
     assert trained(data.dataset[1]) == f"four{ENDED} + six{ENDED}"
-    assert "in 1 conversations with several answers only the last of each is trained" in data.told[0]
+    assert "in 1 conversations with several answers only the last of each is trained" in data.notes[0]
 
 
 @pytest.mark.parametrize("template", [ALL, MARKED])
@@ -254,7 +254,7 @@ def test_a_prompt_longer_than_the_limit_is_told_and_stops_above_one_percent() ->
     long, short = {"prompt": "a" * 60, "completion": "b"}, {"prompt": "a", "completion": "b"}
     data = prepared([short] * 99 + [long], None, max_length=50)
     assert len(data.dataset) == 99
-    assert "1 of 100 rows are left out (row 100: nothing of what is trained is within max_length=50" in data.told[0]
+    assert "1 of 100 rows are left out (row 100: nothing of what is trained is within max_length=50" in data.notes[0]
     text = refused([short] * 98 + [long] * 2, None, max_length=50)
     assert "2 of 100 rows cannot be used, more than 1%" in text
     assert "row 99: nothing of what is trained is within max_length=50: it comes after 60 tokens" in text
@@ -267,7 +267,7 @@ def test_a_prompt_longer_than_the_limit_is_told_and_stops_above_one_percent() ->
 def test_a_row_that_is_cut_is_told() -> None:
     rows = [{"prompt": "a", "completion": "b" * 60}] * 3 + [{"prompt": "a", "completion": "b"}]
     data = prepared(rows, None, max_length=50)
-    assert "3 of 4 rows are longer than max_length=50 tokens and lose the end" in data.told[0]
+    assert "3 of 4 rows are longer than max_length=50 tokens and lose the end" in data.notes[0]
 
 
 def test_pairs_with_nothing_left_to_prefer_are_told() -> None:
@@ -334,7 +334,7 @@ def test_what_the_template_leaves_out_is_named_once(row: dict[str, Any], name: s
         "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    told = prepared([row] * 5, silent).told
+    told = prepared([row] * 5, silent).notes
     assert len(told) == 1
     assert told[0].startswith("the chat template does not use ")
     assert told[0].count(name) == 1
@@ -370,7 +370,7 @@ def test_arguments_are_what_the_template_takes(template: str, words: str, severa
         text = tokenizer().decode(found["prompt_ids"])
     assert '{"a": 2, "b": 2}' in text
     assert '{"a": 7}' in text
-    assert [words in told for told in data.told] == ([True] if words else [])
+    assert [words in told for told in data.notes] == ([True] if words else [])
 
 
 def test_packed_rows_keep_their_labels() -> None:
@@ -392,5 +392,5 @@ def test_several_processes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         "{% if messages | length == 2 and messages[1].content == 'last' %}{{ nothing.more }}{% endif %}{% for m in",
         1,
     )
-    told = prepared([*rows, {"messages": [USER, FOUR | {"content": "last"}]}], refuses, dataset_num_proc=2).told
+    told = prepared([*rows, {"messages": [USER, FOUR | {"content": "last"}]}], refuses, dataset_num_proc=2).notes
     assert "1 of 121 rows are left out (row 121: the chat template refuses it" in told[0]

@@ -11,19 +11,19 @@ import pytest
 
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
 from kt_hf.quantized import Manifest
-from kt_hf.train.config.settings import OwnKeys, TrainSettings
+from kt_hf.train.config.settings import RunKeys, TrainSettings
 from kt_hf.train.memory import Estimate, estimate
 from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
 from tests.support.tiny import ROOT
 
-OWN = OwnKeys(model_name_or_path="builtin:smollm2-moe")
+KEYS = RunKeys(model_name_or_path="builtin:smollm2-moe")
 
 
 def made(kt: dict[str, Any] | None = None, free: int | None = None, gpu: bool = False, **trainer: Any) -> Estimate:
-    own = dataclasses.replace(OWN, stage=trainer.pop("stage", "sft"), lora_rank=trainer.pop("lora_rank", 8))
-    settings = TrainSettings("here", own, KTConfig(**(kt or {})), trainer)
-    sizes = model_sizes(load_config(own)[0], own)
+    keys = dataclasses.replace(KEYS, stage=trainer.pop("stage", "sft"), lora_rank=trainer.pop("lora_rank", 8))
+    settings = TrainSettings("here", keys, KTConfig(**(kt or {})), trainer)
+    sizes = model_sizes(load_config(keys)[0], keys)
     return estimate(settings, sizes, kernel=True, gpu=gpu, host_free=free, gpu_free=None)
 
 
@@ -65,12 +65,12 @@ def test_streamed_experts_of_8_bits_are_half_as_large(dtype: str, times: int, ti
     """Where the configuration says that the checkpoint has them so."""
     found = {}
     for quantised in (None, {"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "awq"}):
-        own = dataclasses.replace(OWN, model_name_or_path=str(tiny_model), torch_dtype=dtype)
-        config = load_config(own)[0]
+        keys = dataclasses.replace(KEYS, model_name_or_path=str(tiny_model), torch_dtype=dtype)
+        config = load_config(keys)[0]
         if quantised:
             config.quantization_config = quantised
-        sizes = model_sizes(config, own)
-        settings = TrainSettings("here", own, KTConfig(kt_expert_placement={"streamed": 2}), {})
+        sizes = model_sizes(config, keys)
+        settings = TrainSettings("here", keys, KTConfig(kt_expert_placement={"streamed": 2}), {})
         made = estimate(settings, sizes, kernel=True, gpu=True, host_free=None, gpu_free=None)
         found[(quantised or {}).get("quant_method")] = made
     plain, eight = found[None], found["fp8"]
@@ -110,9 +110,9 @@ def test_experts_take_what_their_arithmetic_takes(backend: str, part: float) -> 
 
 
 def test_a_streamed_model_never_has_its_experts_in_bf16(tiny_model: Path) -> None:
-    own = dataclasses.replace(OWN, model_name_or_path=str(tiny_model))
-    settings = TrainSettings("here", own, KTConfig(kt_backend="AMXInt8"), {})
-    sizes = model_sizes(load_config(own)[0], own)
+    keys = dataclasses.replace(KEYS, model_name_or_path=str(tiny_model))
+    settings = TrainSettings("here", keys, KTConfig(kt_backend="AMXInt8"), {})
+    sizes = model_sizes(load_config(keys)[0], keys)
     found = estimate(settings, sizes, kernel=True, gpu=False, host_free=None, gpu_free=None)
     assert "experts before packing" not in found.host
     long = dataclasses.replace(sizes, expert_parameters=2 * 10**9)  # two large layers, and next to nothing besides
@@ -142,8 +142,8 @@ def test_parameters_are_those_the_model_gets(target: str, tiny_model: Path) -> N
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    own = OwnKeys(model_name_or_path=str(tiny_model), lora_rank=4, lora_target=target)
-    sizes = model_sizes(load_config(own)[0], own)
+    keys = RunKeys(model_name_or_path=str(tiny_model), lora_rank=4, lora_target=target)
+    sizes = model_sizes(load_config(keys)[0], keys)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert sizes.expert_parameters + sizes.other_parameters == sum(p.numel() for p in model.parameters())
     apply_kt_moe(model, KTConfig(kt_backend="torch"))

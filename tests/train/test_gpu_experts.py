@@ -94,7 +94,7 @@ def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
     file = write_yaml(tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", output_dir=str(tmp_path / "out"),
                       dataset=str(tmp_path / "data.jsonl"), max_length=30)  # fmt: skip
     settings, words = read_arguments(file), tokenizer()
-    how = reading(settings.own, settings.trainer, words, 259)
+    how = reading(settings.run, settings.trainer, words, 259)
     data = prepare(Rows([row] * 3), how, "dpo" if "chosen" in row else "sft", "train")
     placing = ProfileRun(settings, data.sequences, Console(quiet=True))
     batches = list(placing.batches())

@@ -8,7 +8,7 @@ import pytest
 
 from kt_hf.train.config.aliases import IGNORED, MEANT, REMOVED, RENAMED, TRANSLATED
 from kt_hf.train.config.read import read_arguments, trainer_fields
-from kt_hf.train.config.settings import OwnKeys, TrainSettings
+from kt_hf.train.config.settings import RunKeys, TrainSettings
 from kt_hf.train.config.yaml_file import BadSettings
 
 GOOD = "model_name_or_path: builtin:smollm2-moe\ndataset: builtin:pydoc\noutput_dir: out\n"
@@ -127,12 +127,12 @@ def test_what_is_off_is_not_refused(key: str, tmp_path: Path) -> None:
 
 
 def test_all_names_that_are_suggested_are_settings() -> None:
-    ours = {*OwnKeys.__dataclass_fields__, *trainer_fields("sft"), *trainer_fields("dpo")}
+    ours = {*RunKeys.__dataclass_fields__, *trainer_fields("sft"), *trainer_fields("dpo")}
     known = ours | set(RENAMED) | set(TRANSLATED) | {"kt_num_threads", "kt_backend"}
     assert set(MEANT.values()) <= known
     tables = [RENAMED, TRANSLATED, IGNORED, REMOVED, MEANT]
     for table in tables:
-        assert not set(table) & set(OwnKeys.__dataclass_fields__)
+        assert not set(table) & set(RunKeys.__dataclass_fields__)
     for number, table in enumerate(tables):
         for other in tables[number + 1 :]:
             assert not set(table) & set(other)
@@ -141,7 +141,7 @@ def test_all_names_that_are_suggested_are_settings() -> None:
 
 def test_more_keys_of_llama_factory_are_translated(tmp_path: Path) -> None:
     settings = read(tmp_path, "pure_bf16: true\nloraplus_lr_ratio: 16\nadditional_target: embed_tokens,lm_head\n")
-    assert settings.own.torch_dtype == "bfloat16"
-    assert settings.own.loraplus_lr_ratio == 16
-    assert settings.own.additional_target == ["embed_tokens", "lm_head"]
-    assert read(tmp_path, "modules_to_save: [lm_head]\n").own.additional_target == ["lm_head"]
+    assert settings.run.torch_dtype == "bfloat16"
+    assert settings.run.loraplus_lr_ratio == 16
+    assert settings.run.additional_target == ["embed_tokens", "lm_head"]
+    assert read(tmp_path, "modules_to_save: [lm_head]\n").run.additional_target == ["lm_head"]

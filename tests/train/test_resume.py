@@ -140,8 +140,8 @@ def test_a_save_that_was_cut_off_is_left_out_and_told(
     found = find_checkpoint(read_arguments(copy.folder / "run.yaml", ["resume_from_checkpoint=true"]))
     assert found is not None
     assert (found.folder.name, found.step) == ("checkpoint-1", 1)
-    assert len(found.told) == 1
-    assert "checkpoint-2 is left out: " in found.told[0]
+    assert len(found.notes) == 1
+    assert "checkpoint-2 is left out: " in found.notes[0]
     damage(copy.out / "checkpoint-1")
     forbid_loading(monkeypatch)
     with pytest.raises(KTAMXError, match=r"no checkpoint in .* is complete"):

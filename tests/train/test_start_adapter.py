@@ -103,11 +103,11 @@ def test_targets_are_checked_on_any_model(tiny_model: Path) -> None:
     from transformers import AutoConfig
 
     from kt_hf.discovery import skeleton
-    from kt_hf.train.config.settings import OwnKeys
+    from kt_hf.train.config.settings import RunKeys
 
     outline = skeleton(AutoConfig.from_pretrained(tiny_model))
     for targets in ("all", "all_attention", "q_proj,w1", "self_attn.q_proj", ["gate_proj", "up_proj"]):
-        check_targets(outline, OwnKeys(lora_target=targets))
+        check_targets(outline, RunKeys(lora_target=targets))
     for targets in ("", "q_prj", "proj", ["q_proj", "nix"]):
         with pytest.raises(KTAMXError, match=r"lora_target"):
-            check_targets(outline, OwnKeys(lora_target=targets))
+            check_targets(outline, RunKeys(lora_target=targets))

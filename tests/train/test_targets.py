@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kt_hf import KTConfig, apply_kt_moe
-from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.targets import lora_config, lora_targets
 from tests.support.models import FAMILIES
 
@@ -17,7 +17,7 @@ USERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 )
 def test_names_of_plain_attention_mean_what_latent_attention_has(family: str, query: set[str] | None) -> None:
     model = apply_kt_moe(FAMILIES[family](), KTConfig(kt_backend="torch"))
-    config, told = lora_config(model, OwnKeys(lora_target=USERS))
+    config, told = lora_config(model, RunKeys(lora_target=USERS))
     experts = {"gate_proj", "up_proj", "down_proj", "o_proj"}
     if query is None:
         assert set(config.target_modules) == set(USERS.split(","))
@@ -33,7 +33,7 @@ def test_an_unpatched_model_gets_lora_on_its_experts_by_stock_peft(family: str, 
     from peft import get_peft_model
 
     model = FAMILIES[family]()
-    config, told = lora_config(model, OwnKeys(lora_target=target, lora_rank=4, lora_dropout=0.1))
+    config, told = lora_config(model, RunKeys(lora_target=target, lora_rank=4, lora_dropout=0.1))
     assert any("stock PEFT has none for fused experts" in line for line in told)
     trained = [n for n, p in get_peft_model(model, config).named_parameters() if p.requires_grad]
     layers = {name.split(".mlp.")[0] for name in trained if ".mlp.experts." in name}

@@ -9,13 +9,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from kt_hf.errors import KTAMXConfigError
-from kt_hf.train.config.settings import OwnKeys
+from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.models import load_config, load_tokenizer
 from tests.support import tiny
 
 
 def load(folder: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    return load_tokenizer(OwnKeys(model_name_or_path=str(folder)), chat=False)
+    return load_tokenizer(RunKeys(model_name_or_path=str(folder)), chat=False)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_damaged_files(content: str, folder: Path) -> None:
 def test_a_damaged_config(content: str, folder: Path) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(KTAMXConfigError, match="model_name_or_path="):
-        load_config(OwnKeys(model_name_or_path=str(folder)))
+        load_config(RunKeys(model_name_or_path=str(folder)))
 
 
 def test_the_tiny_models_are_whole(folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_model_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "m").mkdir()
     file = tmp_path / "run.yaml"
     file.write_text(GOOD.replace("builtin:smollm2-moe", "~/m"))
-    assert read_arguments(file).own.model_name_or_path == str(tmp_path / "m")
+    assert read_arguments(file).run.model_name_or_path == str(tmp_path / "m")
 
 
 PARTS = [

@@ -14,7 +14,7 @@ from ..checkpoints import numbered, would_be_rotated
 from ..data.rows import mixing_problem
 from ..data.sources import dataset_dir_problem, dataset_problem
 from . import aliases as names
-from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, OwnKeys
+from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, RunKeys
 from .yaml_file import Problem, Setting, key_shown, shown
 
 # Key -> smallest value, and whether it is allowed itself.
@@ -56,7 +56,7 @@ class Checked:
     """Settings whose names and types are right, and where to report what else is wrong."""
 
     settings: dict[str, Setting]
-    own: OwnKeys
+    run: RunKeys
     kt: dict[str, Any]
     trainer: dict[str, Any]
     problems: list[Problem]
@@ -67,7 +67,7 @@ class Checked:
         """The value of a key of any kind; None when it was not given."""
         if key in self.kt or key in self.trainer:
             return self.kt.get(key, self.trainer.get(key))
-        return getattr(self.own, key, None) if key in self.settings else None
+        return getattr(self.run, key, None) if key in self.settings else None
 
     def problem(self, key: str, text: str) -> None:
         """Add a problem of the setting `key`, unless its text is none at all, which is the one problem then."""
@@ -87,7 +87,7 @@ def check_combinations(checked: Checked, purpose: str) -> None:
         _model(checked, purpose)
         _data(checked, purpose)
         _evaluation(checked)
-        if checked.own.use_kt:
+        if checked.run.use_kt:
             _with_kt(checked, purpose)
             _saved_experts(checked, purpose)
         if purpose == "train":
@@ -119,9 +119,9 @@ def _texts(value: Any) -> Iterator[str]:
 def _home(c: Checked) -> None:
     """`~` in paths, which libraries would take for a name on the hub. An unknown user's stays as it is."""
     for key in ("model_name_or_path", "adapter_name_or_path"):
-        path = getattr(c.own, key)
+        path = getattr(c.run, key)
         if path and path.startswith("~"):
-            c.own = dataclasses.replace(c.own, **{key: os.path.expanduser(path)})
+            c.run = dataclasses.replace(c.run, **{key: os.path.expanduser(path)})
     path = c.kt.get("kt_weight_path")
     if isinstance(path, str):
         c.kt["kt_weight_path"] = os.path.expanduser(path)
@@ -146,15 +146,15 @@ def _ranges(c: Checked) -> None:
 
 def _choices(c: Checked) -> None:
     for key, allowed in (("stage", STAGES), ("torch_dtype", DTYPES), ("finetuning_type", ("lora",))):
-        value = getattr(c.own, key)
+        value = getattr(c.run, key)
         if value not in allowed:
             c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}")
-    if c.own.template is not None and c.own.template not in names.TEMPLATES:
-        c.notices.append(f"template {c.own.template} is not known here: the tokenizer's own chat template decides.")
+    if c.run.template is not None and c.run.template not in names.TEMPLATES:
+        c.notices.append(f"template {c.run.template} is not known here: the tokenizer's own chat template decides.")
 
 
 def _model(c: Checked, purpose: str) -> None:
-    name, adapter = c.own.model_name_or_path, c.own.adapter_name_or_path
+    name, adapter = c.run.model_name_or_path, c.run.adapter_name_or_path
     if not name:
         c.problem(
             "model_name_or_path", "model_name_or_path is missing: a folder, a name on the hub, or " + BUILTIN_MODEL
@@ -165,7 +165,7 @@ def _model(c: Checked, purpose: str) -> None:
             c.problem("model_name_or_path", f"model_name_or_path={name!r}: the built-in model is {BUILTIN_MODEL}")
     elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
         c.problem("model_name_or_path", f"model_name_or_path={shown(name)}: there is no such folder")
-    if c.own.model_revision and (name.startswith("builtin:") or Path(name).is_dir()):
+    if c.run.model_revision and (name.startswith("builtin:") or Path(name).is_dir()):
         c.notices.append(f"model_revision has no effect: {name} is not of the hub.")
     if adapter and purpose == "train" and not Path(adapter).exists():
         c.problem(
@@ -179,34 +179,34 @@ def _model(c: Checked, purpose: str) -> None:
 
 
 def _data(c: Checked, purpose: str) -> None:
-    if purpose == "train" and not c.own.dataset:
+    if purpose == "train" and not c.run.dataset:
         c.problem("dataset", f"dataset is missing: a file, a folder, a name on the hub, or {BUILTIN_DATA}")
-    missing = dataset_dir_problem(c.own.dataset_dir) if purpose == "train" else None
+    missing = dataset_dir_problem(c.run.dataset_dir) if purpose == "train" else None
     if missing:
-        c.problem("dataset_dir", f"dataset_dir={c.own.dataset_dir!r}: {missing}")
+        c.problem("dataset_dir", f"dataset_dir={c.run.dataset_dir!r}: {missing}")
         return
     for key in ("dataset", "eval_dataset"):
-        for spec in getattr(c.own, key):
-            problem = dataset_problem(spec, c.own.dataset_dir) if purpose == "train" else None
+        for spec in getattr(c.run, key):
+            problem = dataset_problem(spec, c.run.dataset_dir) if purpose == "train" else None
             if problem:  # an estimate may be for another machine, which has the data
                 c.problem(key, f"{key}={spec!r}: {problem}")
-    mixing = mixing_problem(c.own)
+    mixing = mixing_problem(c.run)
     if mixing:
         c.problem(*mixing)
 
 
 def _evaluation(c: Checked) -> None:
-    has_data = bool(c.own.eval_dataset) or c.own.val_size > 0
+    has_data = bool(c.run.eval_dataset) or c.run.val_size > 0
     for key, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
         if c.trainer.get(key, off) != off and not has_data:
             c.problem(key, f"{key}={c.trainer[key]} needs data to evaluate on: set eval_dataset or val_size")
-    if c.own.eval_dataset and c.own.val_size > 0:
+    if c.run.eval_dataset and c.run.val_size > 0:
         c.problem("val_size", "val_size and eval_dataset are both given: keep one")
     if has_data and "eval_strategy" not in c.trainer and "eval_steps" in c.trainer:
         c.trainer["eval_strategy"] = "steps"
         c.notices.append("eval_steps is given: eval_strategy is steps.")
-    if c.own.val_size >= 1 and c.own.val_size != int(c.own.val_size):
-        c.problem("val_size", f"val_size={c.own.val_size}: a share below 1, or a whole number of examples")
+    if c.run.val_size >= 1 and c.run.val_size != int(c.run.val_size):
+        c.problem("val_size", f"val_size={c.run.val_size}: a share below 1, or a whole number of examples")
 
 
 def _with_kt(c: Checked, purpose: str) -> None:
@@ -221,8 +221,8 @@ def _with_kt(c: Checked, purpose: str) -> None:
         )
     _gpu_experts(c, purpose)
     rank = c.kt.get("kt_lora_rank")
-    if rank is not None and rank < c.own.lora_rank:
-        c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.own.lora_rank}: leave it out")
+    if rank is not None and rank < c.run.lora_rank:
+        c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.run.lora_rank}: leave it out")
     world = os.environ.get("WORLD_SIZE", "1")
     if world.isdigit() and int(world) > 1:
         c.problem(
@@ -283,7 +283,7 @@ def _gpu_experts(c: Checked, purpose: str) -> None:
 
 
 def _output(c: Checked) -> None:
-    resume, folder = c.own.resume_from_checkpoint, c.trainer.get("output_dir")
+    resume, folder = c.run.resume_from_checkpoint, c.trainer.get("output_dir")
     if not folder:
         c.problem("output_dir", "output_dir is missing: the folder for checkpoints and the adapter")
         return
@@ -303,7 +303,7 @@ def _output(c: Checked) -> None:
         c.problem("resume_from_checkpoint", f"resume_from_checkpoint={shown(resume)}: there is no such folder")
     elif resume is True and not checkpoints:
         c.problem("resume_from_checkpoint", f"resume_from_checkpoint=true: {folder} holds no checkpoint to go on from")
-    elif not resume and not c.own.overwrite_output_dir and (checkpoints or (path / "adapter_config.json").exists()):
+    elif not resume and not c.run.overwrite_output_dir and (checkpoints or (path / "adapter_config.json").exists()):
         c.problem(
             "output_dir",
             f"output_dir={shown(folder)} holds an earlier run: set resume_from_checkpoint: true to go on with it, "

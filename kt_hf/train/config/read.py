@@ -16,7 +16,7 @@ from ...errors import KTAMXConfigError
 from . import aliases as names
 from .checks import Checked, check_combinations
 from .convert import allows_none, convert
-from .settings import OwnKeys, TrainSettings
+from .settings import RunKeys, TrainSettings
 from .yaml_file import BadSettings, Problem, Setting, key_shown, read_settings, shown
 
 _KT_KEYS = [*(field.name for field in dataclasses.fields(KTConfig)), "kt_max_cache_depth"]
@@ -53,29 +53,29 @@ def check_settings(
     stage = settings["stage"].value if "stage" in settings else "sft"
     fields = trainer_fields("dpo" if stage == "dpo" else "sft")
     settings = _translate(settings, fields, problems, notices)
-    own_fields = typing.get_type_hints(OwnKeys)
-    own: dict[str, Any] = {}
+    run_fields = typing.get_type_hints(RunKeys)
+    run: dict[str, Any] = {}
     kt: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
     unknown = 0
     for key, setting in settings.items():
         if key in _KT_KEYS:
             _take_kt(key, setting, kt, problems)
-        elif key in own_fields:
-            _take(key, setting, own_fields[key], own, problems)
+        elif key in run_fields:
+            _take(key, setting, run_fields[key], run, problems)
         elif key in fields:
             _take(key, setting, fields[key], trainer, problems)
         else:
             unknown += 1
-            known = [*own_fields, *_KT_KEYS, *fields] if unknown <= _MOST_SUGGESTED else []
+            known = [*run_fields, *_KT_KEYS, *fields] if unknown <= _MOST_SUGGESTED else []
             problems.append(Problem(setting.where, _unknown(key, stage, known)))
-    checked = Checked(settings, OwnKeys(**own), kt, trainer, problems, notices)
+    checked = Checked(settings, RunKeys(**run), kt, trainer, problems, notices)
     check_combinations(checked, purpose)
     if not problems:
         _ask_trl(checked)
     if problems:
         raise BadSettings(source, sorted(problems, key=_position))
-    return TrainSettings(source, checked.own, KTConfig(**kt), trainer, tuple(notices), given=frozenset(settings))
+    return TrainSettings(source, checked.run, KTConfig(**kt), trainer, tuple(notices), given=frozenset(settings))
 
 
 @functools.cache
@@ -97,16 +97,16 @@ def trainer_config(stage: str) -> Any:
     return trl.DPOConfig if stage == "dpo" else trl.SFTConfig
 
 
-def on_this_machine(trainer: dict[str, Any], own: OwnKeys) -> dict[str, Any]:
+def on_this_machine(trainer: dict[str, Any], keys: RunKeys) -> dict[str, Any]:
     """The keyword arguments of TRL's configuration, with what follows from the machine where the file is silent."""
     import torch
 
     cuda = torch.cuda.is_available() and not trainer.get("use_cpu")
     result = {"use_cpu": not cuda, "dataloader_pin_memory": cuda} | trainer
     if not trainer.get("fp16") and trainer.get("bf16") is None:
-        result["bf16"] = own.torch_dtype != "float32"
+        result["bf16"] = keys.torch_dtype != "float32"
     whole_epochs = trainer.get("max_steps", -1) < 1 and trainer.get("num_train_epochs", 3) >= 1
-    if own.stage == "dpo" and own.use_kt and whole_epochs and not trainer.get("sync_ref_model"):
+    if keys.stage == "dpo" and keys.use_kt and whole_epochs and not trainer.get("sync_ref_model"):
         # The reference's forward spoils the policy's, which each step would compute once more.
         result.setdefault("precompute_ref_log_probs", True)
     return result
@@ -219,7 +219,7 @@ def _ask_trl(checked: Checked) -> None:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            trainer_config(checked.own.stage)(**on_this_machine(checked.trainer, checked.own))
+            trainer_config(checked.run.stage)(**on_this_machine(checked.trainer, checked.run))
     except Exception as error:  # whatever it raises, the message is about a setting
         text = " ".join(str(error).split()) or type(error).__name__
         named = [key for key in checked.trainer if re.search(rf"\b{key}\b", text)]

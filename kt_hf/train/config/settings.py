@@ -22,7 +22,7 @@ MIX_STRATEGIES = {
 
 
 @dataclass(frozen=True)
-class OwnKeys:
+class RunKeys:
     """The keys that are not TRL's: name, type and default. `convert` checks their types as it does TRL's."""
 
     model_name_or_path: str = ""
@@ -63,7 +63,7 @@ class TrainSettings:
 
     Attributes:
         source: The file it was read from.
-        own: Our own keys.
+        run: The keys that are neither TRL's nor `kt_*`: model, LoRA, data.
         kt: The `kt_*` keys.
         trainer: Keyword arguments of TRL's `SFTConfig` or `DPOConfig`, as far as they were given.
         notices: What the user should know of how the file was understood: translated, ignored, replaced.
@@ -72,7 +72,7 @@ class TrainSettings:
     """
 
     source: str
-    own: OwnKeys
+    run: RunKeys
     kt: KTConfig
     trainer: dict[str, Any]
     notices: tuple[str, ...] = ()
@@ -81,6 +81,7 @@ class TrainSettings:
 
     @property
     def output_dir(self) -> str:
+        """The folder that the run writes to; TRL's default where the file names none."""
         return str(self.trainer.get("output_dir") or "trainer_output")
 
     @property

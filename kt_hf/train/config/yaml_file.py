@@ -49,6 +49,7 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
+        """The problem with its line, as it is printed."""
         return f"{self.where}: {self.text}" if self.where else self.text
 
 
@@ -56,6 +57,7 @@ class BadSettings(KTAMXConfigError):
     """All that is wrong with a configuration. `problems` has them one by one."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        """Make the message: the file `source` and the first of its problems, a line each."""
         self.source, self.problems = source, list(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         lines = [f"  {problem}" for problem in self.problems[:_MOST_PROBLEMS]]

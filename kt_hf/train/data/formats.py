@@ -36,6 +36,7 @@ class Columns:
     """
 
     def __init__(self, row: Row, used: set[str]) -> None:
+        """Read `row`; the names of the columns that are read are added to `used`."""
         self.row, self.used = row, used
 
     def get(self, column: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import KTAMXConfigError
-from ..config.settings import MIX_STRATEGIES, OwnKeys, TrainSettings
+from ..config.settings import MIX_STRATEGIES, RunKeys, TrainSettings
 from .formats import FORMATS, Format, recognize
 from .messages import BadRow
 from .sources import Source, read_source
@@ -26,23 +26,25 @@ class Rows:
 
     Attributes:
         rows: The rows.
-        told: What to tell the user about them.
+        notes: What to tell the user about them.
         places: Where each row stands, such as `data.jsonl line 3`; empty if nobody needs to know.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
     @property
     def conversational(self) -> bool:
+        """Whether any of the rows is a conversation, so that a chat template is needed."""
         return any(messages_column(row) for row in self.rows)
 
     def pick(self, order: Sequence[int]) -> Rows:
-        """The rows of these indices, in their order; `told` stays where it is."""
+        """The rows of these indices, in their order; `notes` stay where they are."""
         return Rows([self.rows[i] for i in order], [], [self.places[i] for i in order] if self.places else [])
 
     def place(self, index: int) -> str:
+        """Where a row stands in its file, for messages."""
         return self.places[index] if self.places else f"row {index + 1}"
 
 
@@ -80,7 +82,7 @@ def load_rows(
 def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: str | None, text_column: str) -> Rows:
     sources = read_source(spec, purpose, stage, most, dataset_dir)
     result, bad = Rows(), list[tuple[str, str]]()
-    used, there, by_format = set[str](), set[str](), dict[str, list[int]]()
+    used, filled, by_format = set[str](), set[str](), dict[str, list[int]]()
     for source in sources:
         bad += source.bad
         if text_column != _TEXT_COLUMN:
@@ -89,7 +91,7 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
         count = by_format.setdefault(form.name, [0, 0]) if form else [0, 0]
         for place, row in source.rows:
             assert form is not None
-            there |= {column for column in row.keys() - there if row[column] is not None and row[column] != ""}
+            filled |= {column for column in row.keys() - filled if row[column] is not None and row[column] != ""}
             try:
                 result.rows.append(form.row(row, used))
                 result.places.append(place)
@@ -102,9 +104,9 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
         f"{rows} rows, format {name}" + (f" in {files} files" if len(by_format) > 1 else "")
         for name, (rows, files) in by_format.items()
     )
-    result.told.append(f"{spec}: {shown}{_left_out(bad)}")
-    if there - used:
-        result.told.append(f"{spec}: nothing uses the columns {_named(there - used)}")
+    result.notes.append(f"{spec}: {shown}{_left_out(bad)}")
+    if filled - used:
+        result.notes.append(f"{spec}: nothing uses the columns {_named(filled - used)}")
     return result
 
 
@@ -126,9 +128,9 @@ def _format_of(source: Source, spec: str, stage: str) -> Format | None:
     columns, name = source.columns(), "" if source.name == spec else f" ({source.name})"
     form = recognize(columns, stage)
     if form is None:
-        wanted = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
+        known = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
         shown = _named(columns)
-        raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {wanted}.")
+        raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {known}.")
     if form.stage != stage:
         raise KTAMXConfigError(
             f"dataset {spec}{name} is {form.name}, which is data for stage: {form.stage}, and this is stage: {stage}."
@@ -140,7 +142,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     result = Rows()
     for part in parts:
         result.rows += part.rows
-        result.told += part.told
+        result.notes += part.notes
         result.places += part.places
     return result
 
@@ -195,32 +197,32 @@ def split_off(total: int, val_size: float, seed: int) -> tuple[list[int], list[i
     return sorted(order[count:]), sorted(order[:count])
 
 
-def mixing_problem(own: OwnKeys) -> tuple[str, str] | None:
+def mixing_problem(keys: RunKeys) -> tuple[str, str] | None:
     """(key, why) if `mix_strategy` and `interleave_probs` cannot be used, else None."""
-    if own.mix_strategy not in MIX_STRATEGIES:
-        return "mix_strategy", f"mix_strategy={own.mix_strategy!r}: it must be {' or '.join(MIX_STRATEGIES)}"
-    if own.interleave_probs is None:
+    if keys.mix_strategy not in MIX_STRATEGIES:
+        return "mix_strategy", f"mix_strategy={keys.mix_strategy!r}: it must be {' or '.join(MIX_STRATEGIES)}"
+    if keys.interleave_probs is None:
         return None
-    if own.mix_strategy == "concat":
+    if keys.mix_strategy == "concat":
         return "interleave_probs", "interleave_probs is for mix_strategy: interleave_under or interleave_over"
     try:
-        shares = _shares(own) or []
+        shares = _shares(keys) or []
     except (TypeError, ValueError):
-        return "interleave_probs", f"interleave_probs={own.interleave_probs!r}: it must be numbers"
-    if len(shares) != len(own.dataset):
-        return "interleave_probs", f"interleave_probs has {len(shares)} numbers for {len(own.dataset)} data sets"
+        return "interleave_probs", f"interleave_probs={keys.interleave_probs!r}: it must be numbers"
+    if len(shares) != len(keys.dataset):
+        return "interleave_probs", f"interleave_probs has {len(shares)} numbers for {len(keys.dataset)} data sets"
     if not all(0 < share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        return "interleave_probs", f"interleave_probs={own.interleave_probs!r}: shares above 0 that add up to 1"
+        return "interleave_probs", f"interleave_probs={keys.interleave_probs!r}: shares above 0 that add up to 1"
     return None
 
 
-def _shares(own: OwnKeys) -> list[float] | None:
-    return None if own.interleave_probs is None else [float(share) for share in own.interleave_probs]
+def _shares(keys: RunKeys) -> list[float] | None:
+    return None if keys.interleave_probs is None else [float(share) for share in keys.interleave_probs]
 
 
-def _mixed(parts: Sequence[Rows], own: OwnKeys, seed: int) -> Rows:
+def _mixed(parts: Sequence[Rows], keys: RunKeys, seed: int) -> Rows:
     """Several data sets one after the other, or drawn from in turn: by shares, where some are given."""
-    joined, how = _joined(parts), MIX_STRATEGIES[own.mix_strategy]
+    joined, how = _joined(parts), MIX_STRATEGIES[keys.mix_strategy]
     if how is None or len(parts) < 2:
         return joined
     import datasets
@@ -230,11 +232,11 @@ def _mixed(parts: Sequence[Rows], own: OwnKeys, seed: int) -> Rows:
         datasets.Dataset.from_dict({"row": list(range(start, start + len(part.rows)))})
         for start, part in zip(starts, parts, strict=True)
     ]
-    order = datasets.interleave_datasets(indices, _shares(own), seed=seed, stopping_strategy=how)["row"]
+    order = datasets.interleave_datasets(indices, _shares(keys), seed=seed, stopping_strategy=how)["row"]
     mixed = joined.pick(list(order))
-    mixed.told = [
-        *joined.told,
-        f"mix_strategy {own.mix_strategy}: {len(mixed.rows)} rows of {len(joined.rows)} by turns",
+    mixed.notes = [
+        *joined.notes,
+        f"mix_strategy {keys.mix_strategy}: {len(mixed.rows)} rows of {len(joined.rows)} by turns",
     ]
     return mixed
 
@@ -245,38 +247,38 @@ def training_and_evaluation(settings: TrainSettings) -> tuple[Rows, Rows | None]
     Raises:
         KTAMXConfigError: They cannot be had, or not be used.
     """
-    own, seed = settings.own, settings.trainer.get("seed", 42)
+    keys, seed = settings.run, settings.trainer.get("seed", 42)
     column = settings.trainer.get("dataset_text_field") or _TEXT_COLUMN
 
     def load(specs: Sequence[str], purpose: str) -> list[Rows]:
-        return [_load(spec, purpose, own.stage, own.max_samples, own.dataset_dir, column) for spec in specs]
+        return [_load(spec, purpose, keys.stage, keys.max_samples, keys.dataset_dir, column) for spec in specs]
 
-    train = _one_form(_mixed(load(own.dataset, "train"), own, seed), own.stage)
+    train = _one_form(_mixed(load(keys.dataset, "train"), keys, seed), keys.stage)
     evaluation = None
-    if own.eval_dataset:
-        evaluation = _one_form(_joined(load(own.eval_dataset, "eval")), own.stage)
-    elif own.val_size:
-        order, held_out = split_off(len(train.rows), own.val_size, seed)
-        told = train.told
+    if keys.eval_dataset:
+        evaluation = _one_form(_joined(load(keys.eval_dataset, "eval")), keys.stage)
+    elif keys.val_size:
+        order, held_out = split_off(len(train.rows), keys.val_size, seed)
+        notes = train.notes
         train, evaluation = train.pick(order), train.pick(held_out)
-        train.told, evaluation.told = told, [f"{len(held_out)} rows held out by val_size"]
+        train.notes, evaluation.notes = notes, [f"{len(held_out)} rows held out by val_size"]
     for rows in (train, evaluation):
         if rows is not None:
-            _set_defaults(rows, own)
+            _set_defaults(rows, keys)
     return train, evaluation
 
 
-def _set_defaults(rows: Rows, own: OwnKeys) -> None:
+def _set_defaults(rows: Rows, keys: RunKeys) -> None:
     """What a configuration says of every conversation: `default_system` and `enable_thinking`, where a row does not."""
-    given = [key for key in ("default_system", "enable_thinking") if getattr(own, key) is not None]
+    given = [key for key in ("default_system", "enable_thinking") if getattr(keys, key) is not None]
     if given and not rows.conversational:
-        rows.told.append(f"{' and '.join(given)}: no effect, for the data are not conversations")
+        rows.notes.append(f"{' and '.join(given)}: no effect, for the data are not conversations")
     for row in rows.rows if given else ():
         column = messages_column(row)
         if column is None:
             continue
-        if own.default_system and row[column][0]["role"] not in ("system", "developer"):
-            row[column] = [{"role": "system", "content": own.default_system}, *row[column]]
-        if own.enable_thinking is not None:
-            settings = {"enable_thinking": own.enable_thinking}
+        if keys.default_system and row[column][0]["role"] not in ("system", "developer"):
+            row[column] = [{"role": "system", "content": keys.default_system}, *row[column]]
+        if keys.enable_thinking is not None:
+            settings = {"enable_thinking": keys.enable_thinking}
             row["chat_template_kwargs"] = settings | row.get("chat_template_kwargs", {})

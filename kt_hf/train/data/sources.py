@@ -34,16 +34,17 @@ class Source:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
     def columns(self) -> set[str]:
+        """The columns of all rows together."""
         return {key for _, row in self.rows for key in row}
 
 
 def dataset_dir_problem(dataset_dir: str | None) -> str | None:
     """Why `dataset_dir` cannot be a folder of data sets, or None."""
     try:
-        there = dataset_dir is None or Path(dataset_dir).expanduser().is_dir()
+        exists = dataset_dir is None or Path(dataset_dir).expanduser().is_dir()
     except (OSError, RuntimeError) as error:  # a name too long, a ~user who is not there
         return f"it cannot be looked at: {error}"
-    return None if there else "there is no such folder"
+    return None if exists else "there is no such folder"
 
 
 def dataset_problem(spec: Any, dataset_dir: str | None = None) -> str | None:
@@ -156,9 +157,9 @@ def _hub(spec: str, entry: Entry | None, purpose: str) -> Iterator[Any]:
     offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, bool(unreachable)
     try:  # where it is out of reach, the library would try it for half a minute
         loaded = datasets.load_dataset(name, **options)
-        wanted = ("train",) if purpose == "train" else ("validation", "test", "eval")
-        wanted = (entry.split,) if entry and entry.split else wanted
-        splits = [split for split in wanted if split in loaded] or list(loaded)[: 1 if len(loaded) == 1 else 0]
+        names = ("train",) if purpose == "train" else ("validation", "test", "eval")
+        names = (entry.split,) if entry and entry.split else names
+        splits = [split for split in names if split in loaded] or list(loaded)[: 1 if len(loaded) == 1 else 0]
         if splits:
             yield from loaded[splits[0]]
             return

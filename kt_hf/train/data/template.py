@@ -55,14 +55,14 @@ class ChatTemplate:
         return list(processed["input_ids"])
 
     def answers(
-        self, row: Row, messages: Sequence[Message], wanted: Sequence[int], most: int | None = None
+        self, row: Row, messages: Sequence[Message], indices: Sequence[int], most: int | None = None
     ) -> tuple[list[int], list[bool], int]:
         """(token ids, which of them belong to answers, how many answers cannot be told from the rest).
 
         Args:
             row: Of which `messages` are, for its tools and settings.
             messages: A conversation.
-            wanted: Indices of the answers to find.
+            indices: Indices of the answers to find.
             most: Tokens that will be kept of the beginning; answers behind the first that lies beyond are not looked
                 for.
 
@@ -71,7 +71,7 @@ class ChatTemplate:
         """
         every = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked is None:
-            return self._by_prefix(row, messages, wanted, "", most)
+            return self._by_prefix(row, messages, indices, "", most)
         processed = self.tokenizer.apply_chat_template(
             self.plain(messages, self.marked), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
             **self.arguments(row, self.marked),
@@ -79,13 +79,13 @@ class ChatTemplate:
         ids, inside = list(processed["input_ids"]), [bool(bit) for bit in processed["assistant_masks"]]
         if not any(inside):
             raise BadRow("the chat template marks no answer in it")
-        if list(wanted) == every:
+        if list(indices) == every:
             return ids, inside, 0
-        _, turns, lost = self._by_prefix(row, messages, wanted, self.marked, most)
+        _, turns, lost = self._by_prefix(row, messages, indices, self.marked, most)
         return ids, [one and other for one, other in zip(inside, turns, strict=True)], lost
 
     def _by_prefix(
-        self, row: Row, messages: Sequence[Message], wanted: Sequence[int], template: str, most: int | None
+        self, row: Row, messages: Sequence[Message], indices: Sequence[int], template: str, most: int | None
     ) -> tuple[list[int], list[bool], int]:
         """As `answers`, by comparing the conversation with its own beginnings.
 
@@ -98,10 +98,10 @@ class ChatTemplate:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
         ids = list(encoded["input_ids"])
         if not fast:  # it does not say where its tokens stand in the text
-            return ids, [False] * len(ids), len(wanted)
+            return ids, [False] * len(ids), len(indices)
         first, last = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
         trained, lost = np.zeros(len(ids), dtype=bool), 0
-        for index in wanted:
+        for index in indices:
             place = self._place(row, messages, index, template, text, (ids, first))
             if place is None:
                 lost += 1
@@ -165,9 +165,9 @@ def fitted(template: ChatTemplate, rows: Sequence[Row]) -> tuple[ChatTemplate, s
             calls[name] = str
         elif texts and json_twice(_rendered(template, texts, name), conversation(texts)):
             calls[name] = dict
-    told = "the arguments of tool calls are given to the chat template as "
-    told += "JSON text: it refuses objects" if calls.get("") is str else "objects: it writes text as JSON once more"
-    return replace(template, calls=calls), told if "" in calls else None
+    note = "the arguments of tool calls are given to the chat template as "
+    note += "JSON text: it refuses objects" if calls.get("") is str else "objects: it writes text as JSON once more"
+    return replace(template, calls=calls), note if "" in calls else None
 
 
 def _rendered(template: ChatTemplate, row: Row, name: str) -> str:

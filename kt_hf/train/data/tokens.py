@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import KTAMXConfigError
-from ..config.settings import OwnKeys
+from ..config.settings import RunKeys
 from .formats import Row
 from .messages import BadRow
 from .rows import Rows, judge, messages_column
@@ -73,20 +73,20 @@ class Prepared:
 
     Attributes:
         dataset: For SFT `input_ids` and `labels`; for DPO the rows, which TRL tokenizes once more.
-        told: What to tell the user.
+        notes: What to tell the user.
         sequences: Token ids of the first rows, an array each.
     """
 
     dataset: Any
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     sequences: list[Any] = field(default_factory=list)
 
 
-def reading(own: OwnKeys, options: dict[str, Any], tokenizer: Any, vocabulary: int) -> Reading:
+def reading(keys: RunKeys, options: dict[str, Any], tokenizer: Any, vocabulary: int) -> Reading:
     """How the rows of a run are to be read.
 
     Args:
-        own: Our own keys.
+        keys: The run's keys that are not TRL's.
         options: Keyword arguments of TRL's configuration.
         tokenizer: The model's; not changed.
         vocabulary: How many embeddings the model has.
@@ -105,7 +105,7 @@ def reading(own: OwnKeys, options: dict[str, Any], tokenizer: Any, vocabulary: i
         cut=not packed,
         train_on_all=options.get("completion_only_loss") is False,
         whole_conversations=options.get("assistant_only_loss") is False,
-        last_answer=own.mask_history,
+        last_answer=keys.mask_history,
         processes=options.get("dataset_num_proc"),
     )
 
@@ -161,10 +161,10 @@ def prepare(rows: Rows, how: Reading, stage: str, purpose: str) -> Prepared:
     bad = [(rows.place(i), result["problem"]) for i, result in enumerate(results) if result["problem"]]
     judge(name, bad, len(results))
     good = [i for i, result in enumerate(results) if not result["problem"]]
-    prepared = Prepared(None, [*([fit] if fit else []), *_told(results, bad, how, name)])
+    prepared = Prepared(None, [*([fit] if fit else []), *_notes(results, bad, how, name)])
     if chats:
         unused = left_out(how.template, chats)
-        prepared.told += [f"the chat template does not use {', '.join(unused)} in {name}"] if unused else []
+        prepared.notes += [f"the chat template does not use {', '.join(unused)} in {name}"] if unused else []
     prepared.sequences = [results[i]["input_ids"] for i in good[:64]]
     if stage == "sft":
         features = Features({column: List(Value("int64")) for column in ("input_ids", "labels")})
@@ -187,22 +187,22 @@ def _as_rendered(row: Row, template: ChatTemplate) -> Row:
     return row | shown
 
 
-def _told(results: Sequence[dict[str, Any]], bad: Sequence[tuple[str, str]], how: Reading, name: str) -> list[str]:
-    told, of_all = [], f"of {len(results)} rows"
+def _notes(results: Sequence[dict[str, Any]], bad: Sequence[tuple[str, str]], how: Reading, name: str) -> list[str]:
+    notes, of_all = [], f"of {len(results)} rows"
     if bad:
         shown = "; ".join(f"{place}: {reason}" for place, reason in bad[:_SHOWN])
-        told.append(f"{name}: {len(bad)} {of_all} are left out ({shown})")
+        notes.append(f"{name}: {len(bad)} {of_all} are left out ({shown})")
     longer = sum(bool(result["cut"]) for result in results)
     if longer:
         what = "the beginning" if how.keep_end else "the end"
-        told.append(f"{name}: {longer} {of_all} are longer than max_length={how.max_length} tokens and lose {what}")
+        notes.append(f"{name}: {longer} {of_all} are longer than max_length={how.max_length} tokens and lose {what}")
     lost = sum(result["lost"] > 0 for result in results)
     if lost:
-        told.append(
+        notes.append(
             f"{name}: in {lost} conversations with several answers only the last of each is trained, or those after a "
             "change: the chat template renders earlier ones otherwise once another turn follows"
         )
-    return told
+    return notes
 
 
 def _each(
@@ -274,17 +274,19 @@ def _labelled(row: Row, how: Reading) -> tuple[list[int], list[int], int]:
         ids = how.template.tokens(row, messages)
         return ids, ids, 0
     first = len(messages) - len(row["completion"]) if "completion" in row else 0
-    wanted = [
+    indices = [
         i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and m.get("train", True)
     ]  # fmt: skip
-    wanted = [i for i in wanted if i == len(messages) - 1] if how.last_answer else wanted
-    if wanted == [len(messages) - 1]:
+    indices = [i for i in indices if i == len(messages) - 1] if how.last_answer else indices
+    if indices == [len(messages) - 1]:
         return _last_answer(row, how)
-    ids, trained, lost = how.template.answers(row, messages, wanted, how.beginning)
-    if lost == len(wanted) and wanted[-1] == len(messages) - 1:  # a tokenizer that does not say where its tokens stand
+    ids, trained, lost = how.template.answers(row, messages, indices, how.beginning)
+    if (
+        lost == len(indices) and indices[-1] == len(messages) - 1
+    ):  # a tokenizer that does not say where its tokens stand
         ids, labels, _ = _last_answer(row, how)
         return ids, labels, lost - 1
-    if lost == len(wanted):
+    if lost == len(indices):
         raise BadRow(
             "the chat template renders its answers otherwise once another turn follows, so none can be trained"
         )
