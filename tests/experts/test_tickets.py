@@ -248,7 +248,11 @@ def test_a_recompute_of_any_size_is_recognized(tokens: int, offset: int) -> None
         held[offset:] = values.flatten()
         return held[offset:].view(values.shape)
 
-    x, ids, weights = torch.randn(tokens, 3).bfloat16(), torch.zeros(tokens, 1, dtype=torch.int64), torch.rand(tokens, 1)
+    x, ids, weights = (
+        torch.randn(tokens, 3).bfloat16(),
+        torch.zeros(tokens, 1, dtype=torch.int64),
+        torch.rand(tokens, 1),
+    )
     kept = Retained(placed(x), ids, placed(weights), x.clone())
     assert kept.fits(x.clone(), ids.clone(), weights.clone())
     assert not kept.fits(x.clone(), ids.clone(), weights + 1)
