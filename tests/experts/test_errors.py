@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 
-from kt_hf import KTAMXBackwardError, KTAMXForwardError
+from kt_hf import KTAMXBackwardError, KTAMXError, KTAMXForwardError
 from kt_hf.backends.finite_checks import all_finite, is_finite
 from tests.support.cases import Case
 from tests.support.helpers import MIXTRAL, count_calls
@@ -123,3 +124,10 @@ def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, size: int
             assert not is_finite(bad), (place, value)
             assert not all_finite(bad), (place, value)
             assert not all_finite(good.float(), bad), (place, value)
+
+
+def test_a_projection_cannot_be_pickled(case: Case) -> None:
+    """By itself neither: its weights are in the backend."""
+    layer, *_ = layer_with(case)
+    with pytest.raises(KTAMXError, match=r"cannot be pickled.*save_pretrained"):
+        pickle.dumps(layer.gate_proj)

@@ -59,12 +59,17 @@ def transposed(x: LayerInputs, experts: int) -> LayerInputs:
     return LayerInputs(*map(_transposed, x))
 
 
+def one_column(x: LayerInputs, experts: int) -> LayerInputs:
+    """A router that sends every token to fewer experts than the model says."""
+    return x._replace(ids=x.ids[:, :1], weights=x.weights[:, :1])
+
+
 def gradient_of_a_sum(x: LayerInputs, experts: int) -> LayerInputs:
     """out.sum() sends back a tensor of stride 0."""
     return x._replace(grad_output=torch.ones((), dtype=x.grad_output.dtype).expand_as(x.hidden))
 
 
-VARIANTS = (out_of_range, repeated, one_expert_takes_all, strided, transposed, gradient_of_a_sum)
+VARIANTS = (out_of_range, repeated, one_expert_takes_all, strided, transposed, one_column, gradient_of_a_sum)
 
 
 def check(family: Family, case: Case, x: LayerInputs, rounding: float = 0.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kt_hf import KTAMXBackwardError, KTExperts
+from kt_hf.experts.tickets import Retained
 from tests.support.cases import Case
 from tests.support.helpers import MIXTRAL
 from tests.support.layers import LayerInputs, forward, forward_backward, gradients, make_inputs, random_lora, set_lora
@@ -222,3 +223,36 @@ def test_accumulated_gradients_keep_their_memory(case: Case, views: bool) -> Non
         wanted = {name: total[name] for name in layer.lora_params}
         assert_all_close({name: p.grad for name, p in layer.lora_params.items()}, wanted, case.grad)
     assert all((view == copy).all() for pairs in kept for view, copy in pairs)
+
+
+def test_a_backward_lets_go_of_its_forward(case: Case) -> None:
+    """Saved tensors and LoRA values are given back by the last backward, not when the graph is collected."""
+    layer, *_ = layer_with(case)
+    x = inputs(case)
+    output, leaves = forward(layer, x)
+    (ticket,) = layer._runner._live.values()
+    torch.autograd.grad(output, list(leaves.values()), x.grad_output, retain_graph=True)
+    assert ticket.values is not None
+    torch.autograd.grad(output, list(leaves.values()), x.grad_output)
+    assert ticket.values is None
+    assert ticket.saved is None
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_recompute_of_any_size_is_recognized(tokens: int, offset: int) -> None:
+    """Also where the values do not fill 64-bit words, or do not begin at one."""
+
+    def placed(values: Tensor) -> Tensor:
+        held = values.new_zeros(values.numel() + offset)
+        held[offset:] = values.flatten()
+        return held[offset:].view(values.shape)
+
+    x, ids, weights = (
+        torch.randn(tokens, 3).bfloat16(),
+        torch.zeros(tokens, 1, dtype=torch.int64),
+        torch.rand(tokens, 1),
+    )
+    kept = Retained(placed(x), ids, placed(weights), x.clone())
+    assert kept.fits(x.clone(), ids.clone(), weights.clone())
+    assert not kept.fits(x.clone(), ids.clone(), weights + 1)
