@@ -21,7 +21,7 @@ ADAPTER = "adapter_model.safetensors"
 START = """
 import os, resource, signal, subprocess, sys
 import kt_hf.__main__ as command
-left = [sys.argv.pop()]
+RESUME, left = "resume_from_checkpoint=true", [sys.argv.pop()]
 def save_begins(event, args):
     if event == "open" and left and str(args[0]).endswith("checkpoint-2/adapter_config.json") and "w" in str(args[1]):
         exec(left.pop())
@@ -41,12 +41,12 @@ class End(NamedTuple):
 
 ENDS = {
     "killed": End("os.kill(os.getpid(), signal.SIGKILL)", -9, "", 1),
-    "SIGTERM": End("os.kill(os.getpid(), signal.SIGTERM)", 143, "Stopped after step 2 of 3", 2),
+    "SIGTERM": End("os.kill(os.getpid(), signal.SIGTERM)", 143, "Stopped after step 3 of 4", 3),
     "full disk": End(
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))", 1, "optimizer.pt could not be written", 1
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", 1, "optimizer.pt could not be written", 1
     ),
     "started twice": End(
-        "print(subprocess.run([sys.executable, '-m', 'kt_hf.cli', 'train', 'run.yaml'], stderr=2), flush=True);"
+        "print(subprocess.run([sys.executable, '-m', 'kt_hf.cli', 'train', 'run.yaml', RESUME], stderr=2), flush=True);"
         "os.kill(os.getpid(), signal.SIGKILL)", -9, "another run is writing there", 1,
     ),
 }  # fmt: skip
@@ -54,9 +54,9 @@ ENDS = {
 
 @pytest.fixture(scope="module")
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The adapter of three steps."""
+    """The adapter of four steps."""
     folder = tmp_path_factory.mktemp("whole")
-    runs = runs_in(folder, tiny_model, max_steps=3)
+    runs = runs_in(folder, tiny_model, max_steps=4)
     assert kt_hf("train", "run.yaml", cwd=folder).returncode == 0
     return load_file(runs.out / ADAPTER)
 
@@ -64,7 +64,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_the_next_run_goes_on(name: str, whole: dict[str, torch.Tensor], tiny_model: Path, tmp_path: Path) -> None:
-    end, runs = ENDS[name], runs_in(tmp_path, tiny_model, max_steps=3)
+    end, runs = ENDS[name], runs_in(tmp_path, tiny_model, max_steps=4)
     ended = subprocess.run(
         [sys.executable, "-u", "-c", START, "train", "run.yaml", end.what],
         cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300,
@@ -79,7 +79,7 @@ def test_the_next_run_goes_on(name: str, whole: dict[str, torch.Tensor], tiny_mo
     resumed = kt_hf("train", "run.yaml", "resume_from_checkpoint=true", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"checkpoint-{end.step}, after step {end.step}" in resumed.stdout
-    assert json.loads((runs.out / "kt_hf_summary.json").read_text())["steps"] == 3
+    assert json.loads((runs.out / "kt_hf_summary.json").read_text())["steps"] == 4
     ours = load_file(runs.out / ADAPTER)
     assert set(ours) == set(whole)
     assert all(torch.equal(ours[key], value) for key, value in whole.items())
