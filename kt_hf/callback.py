@@ -208,8 +208,7 @@ def checkpoint_bytes(args: TrainingArguments, model: Any, optimizer: Any) -> int
 
 
 def _check_space(args: TrainingArguments, model: Any, optimizer: Any) -> None:
-    """Refuse to begin a checkpoint that the disk has no room for (KTAMXDiskFullError): the Trainer would leave a part
-    of it."""
+    """Refuse to begin a checkpoint that the disk has no room for (KTAMXDiskFullError), which would be left in part."""
     check_space(
         Path(args.output_dir or "."),
         checkpoint_bytes(args, model, optimizer),
