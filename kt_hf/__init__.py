@@ -13,6 +13,7 @@ from ._versions import check_versions
 from .errors import (
     KTAMXBackwardError,
     KTAMXConfigError,
+    KTAMXDiskFullError,
     KTAMXError,
     KTAMXForwardError,
     KTAMXModelNotSupportedError,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KTAMXBackwardError",
     "KTAMXConfigError",
+    "KTAMXDiskFullError",
     "KTAMXError",
     "KTAMXForwardError",
     "KTAMXModelNotSupportedError",

@@ -199,14 +199,19 @@ class KTMoECallback(TrainerCallback):
             layer.update_lora_pointers()
 
 
-def _check_space(args: TrainingArguments, model: Any, optimizer: Any) -> None:
-    """Refuse to begin a checkpoint that the disk has no room for (KTAMXError): the Trainer would leave a part of it."""
+def checkpoint_bytes(args: TrainingArguments, model: Any, optimizer: Any) -> int:
+    """About what a checkpoint takes on the disk: the adapters and the optimizer's state."""
     states = {} if args.save_only_model else getattr(optimizer, "state", {})
     values = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
     adapters = sum(adapter_bytes(model, name) for name in getattr(model, "peft_config", None) or {})
+    return adapters + sum(value.numel() * value.element_size() for value in values)
+
+
+def _check_space(args: TrainingArguments, model: Any, optimizer: Any) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for (KTAMXDiskFullError), which would be left in part."""
     check_space(
         Path(args.output_dir or "."),
-        adapters + sum(value.numel() * value.element_size() for value in values),
+        checkpoint_bytes(args, model, optimizer),
         "Free some and resume: the checkpoints that are there are whole",
     )
 

@@ -23,3 +23,7 @@ class KTAMXForwardError(KTAMXError, RuntimeError):
 
 class KTAMXBackwardError(KTAMXError, RuntimeError):
     """The backward of an expert layer could not be done, or gave something that is not finite."""
+
+
+class KTAMXDiskFullError(KTAMXError, OSError):
+    """A disk or quota has no room for what is to be written, or ran out of it; what was whole before is whole still."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import KTAMXError
+from ..errors import KTAMXDiskFullError, KTAMXError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The texts that libraries that write tensors turn those errors into: safetensors keeps the number, torch.save says
@@ -34,11 +34,13 @@ def check_space(path: Path, needed: int, fix: str = "Free some, or write elsewhe
         fix: What the user can do about it, a sentence without its full stop.
 
     Raises:
-        KTAMXError: The disk has fewer bytes free.
+        KTAMXDiskFullError: The disk has fewer bytes free.
     """
     free = free_bytes(path)
     if needed + _ROOM > free:
-        raise KTAMXError(f"{path}: the disk has {size_of(free)} free, and {size_of(needed)} are to be written. {fix}.")
+        raise KTAMXDiskFullError(
+            f"{path}: the disk has {size_of(free)} free, and {size_of(needed)} are to be written. {fix}."
+        )
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -53,10 +55,10 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def disk_full(path: Path, size: int | None = None) -> KTAMXError:
+def disk_full(path: Path, size: int | None = None) -> KTAMXDiskFullError:
     """The error to raise where writing `path` has filled the disk; `size` in bytes, if it is known."""
     of_size = f" of {size_of(size)}" if size is not None else ""
-    return KTAMXError(
+    return KTAMXDiskFullError(
         f"{path}{of_size} could not be written: the disk is full ({size_of(free_bytes(path.parent))} free), or a quota "
         "is used up. What was whole on it before is whole still."
     )
@@ -71,7 +73,7 @@ def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
         size: Its size in bytes; None if it is not known.
 
     Raises:
-        KTAMXError: The disk is full.
+        KTAMXDiskFullError: The disk is full.
     """
     try:
         yield

@@ -109,18 +109,25 @@ class Field:
 
     def file_name(self) -> str:
         """The name of a file or folder in the folder of this file, without any path."""
-        name = self.text()
-        if not name or "/" in name or "\\" in name or "\0" in name or name in (".", "..") or len(name.encode()) > 255:
+        name = self._name()
+        if not name or "/" in name or "\\" in name or name in (".", "..") or len(name.encode()) > 255:
             self.refuse("is no file name: a file names only what is in its own folder")
         return name
 
     def path_below(self) -> str:
         """A path relative to the folder of this file, and not leading out of it."""
-        name = self.text()
+        name = self._name()
         parts = name.split("/")
         long = any(len(part.encode()) > 255 for part in parts) or len(name) > 1024
-        if long or "\0" in name or "\\" in name or set(parts) & {"", ".", ".."}:
+        if long or "\\" in name or set(parts) & {"", ".", ".."}:
             self.refuse("is no path below the folder of the file")
+        return name
+
+    def _name(self) -> str:
+        """A text that can be printed, for every message about a file has its name in it."""
+        name = self.text()
+        if not name.isprintable():
+            self.refuse("is no name of a file: it holds characters that cannot be printed")
         return name
 
 

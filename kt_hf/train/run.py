@@ -23,6 +23,7 @@ from .data.rows import training_and_evaluation
 from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .dry_run import try_out
 from .expert_profile import ProfileRun
+from .full_disk import full_disks
 from .lock import OutputLock
 from .memory import PROGRAM, Estimate, estimate, in_words
 from .model_sizes import model_sizes
@@ -135,7 +136,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         if removed:
             console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
     try:
-        with stop.listening(trainer):
+        with stop.listening(trainer), full_disks(trainer):
             trainer.train(resume_from_checkpoint=str(ready.resume.folder) if ready.resume else None)
             state = trainer.state
             if stop.number is not None and state.global_step < state.max_steps:
@@ -146,7 +147,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     finally:
         progress.close()
         counter.close()
-    summary = _finish(settings, trainer, progress)
+    with full_disks(trainer):
+        summary = _finish(settings, trainer, progress)
     show_result(console, settings, summary, ready.expert_rank or keys.lora_rank)
     if stop.number is not None:
         raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)

@@ -291,6 +291,18 @@ def test_no_path_of_an_index_leaves_the_folder(shard: str, folder: Path, tmp_pat
     assert written(tmp_path) == before
 
 
+@pytest.mark.parametrize("shard", ["\x1b[2J.safetensors", "a\nb.safetensors", "\u202eerom.safetensors", "a\0b"])
+def test_a_file_name_that_cannot_be_printed_is_refused(shard: str, folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][shard] = manifest["files"].pop(CONFIG)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for use in (lambda: TensorFiles(folder), lambda: verify_adapter(folder)):
+        with pytest.raises(KTAMXError, match="cannot be printed") as caught:
+            use()
+        assert str(caught.value).isprintable()
+
+
 def test_a_number_in_a_name_takes_no_memory(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     content = tensors("per-expert")
