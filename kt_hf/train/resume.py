@@ -62,7 +62,7 @@ _QUIET = {
     *("dataset_num_proc", "dataloader_num_workers"),
 }
 # Optimizers whose states are of one form.
-_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
             f"{key}={_value(new, key)}: {resume.folder} was trained with {_value(old, key)}, and a run cannot change "
             f"it.{more} {anew}"
         )
-    if "optim" in changed and not {old.get("optim", "adamw_torch"), new.get("optim", "adamw_torch")} <= _ADAMW:
+    if "optim" in changed and any(each.get("optim", "adamw_torch") not in _ADAMW for each in (old, new)):
         raise KTAMXConfigError(
             f"optim={_value(new, 'optim')}: the state of the optimizer in {resume.folder} is that of "
             f"{_value(old, 'optim')}. {anew}"

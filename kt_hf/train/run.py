@@ -101,6 +101,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
         eval_data = prepare(eval_rows, how, own.stage, "eval") if eval_rows else None
     _tell(console, [told for data in (train_data, eval_data) if data for told in data.told])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
+    _check_batch(options, len(train_data.dataset))
     try_out(settings, options, tokenizer, train_data.dataset.select([0]))
     if not memory.fits:
         advice = "; ".join(memory.advice)
@@ -214,6 +215,16 @@ def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
     if processes:  # a process costs more than a thousand short rows
         options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, rows // 1000) or None
     return options
+
+
+def _check_batch(options: dict[str, Any], rows: int) -> None:
+    """Nothing would be trained where no batch is full and only full ones are taken."""
+    batch = options.get("per_device_train_batch_size", 8)
+    if options.get("dataloader_drop_last") and rows < batch:
+        raise KTAMXConfigError(
+            f"dataloader_drop_last=True drops what is less than a batch, and {rows} rows are less than "
+            f"per_device_train_batch_size={batch}: nothing would be trained. Leave it out, or make the batch smaller."
+        )
 
 
 def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
