@@ -52,6 +52,13 @@ def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
             raise KTAMXError(
                 f"{adapter.where}: {key} is {there.get(key, 'missing')}, in the model {wanted_keys.get(key, 'not')}."
             )
+    # PEFT looks each of them up.
+    lacking = sorted(saved_whole_names(model, name).keys() - {key for key, _ in adapter.tensors()})
+    if lacking:
+        raise KTAMXError(
+            f"{adapter.where}: {lacking[0]} is missing ({len(lacking)} in all), which the model trains as a whole "
+            "(modules_to_save, trainable_token_indices). Leave that out, or start from an adapter that has it."
+        )
 
 
 def _check_others_fit(adapter: Adapter, model: Any) -> None:

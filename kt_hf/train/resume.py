@@ -221,6 +221,19 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     ]
 
 
+def check_left(resume: Resume, max_steps: int) -> None:
+    """Refuse to go on with a run that has done its steps: the Trainer would make one more.
+
+    Raises:
+        KTAMXConfigError: None of `max_steps` (-1 for whole epochs) is left.
+    """
+    if 0 < max_steps <= resume.step:
+        raise KTAMXConfigError(
+            f"max_steps={max_steps}: {resume.folder} has done {resume.step}, so nothing is left. Give a larger "
+            "max_steps, or use the adapter that is there."
+        )
+
+
 def check_rows(resume: Resume, now: dict[str, Any]) -> None:
     """Compare the rows of a checkpoint with those it is to go on with.
 

@@ -31,7 +31,7 @@ from .optimizer import use_loraplus
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
-from .resume import KeepRecord, Resume, check_rows, check_settings, find_checkpoint, record, with_rows
+from .resume import KeepRecord, Resume, check_left, check_rows, check_settings, find_checkpoint, record, with_rows
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
@@ -79,6 +79,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     resume, content = find_checkpoint(settings), record(settings)
     if resume:
         changes = check_settings(resume, content)
+        check_left(resume, settings.trainer.get("max_steps", -1))
         _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
     train_rows, eval_rows = training_and_evaluation(settings)
     content = with_rows(content, train_rows.rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import KTAMXError
-from ..checkpoints import numbered, would_be_rotated
+from ..checkpoints import files_in_the_way, numbered, would_be_rotated
 from ..data.rows import mixing_problem
 from ..data.sources import dataset_dir_problem, dataset_problem
 from . import aliases as names
@@ -313,6 +313,13 @@ def _output(c: Checked) -> None:
             "output_dir",
             f"output_dir={shown(folder)} has the folder {shown(others[0].name)}, which is no checkpoint of a run, but "
             "save_total_limit would remove it as one. Rename or move it",
+        )
+    in_the_way = files_in_the_way(path) if path.is_dir() else []
+    if in_the_way:
+        c.problem(
+            "output_dir",
+            f"output_dir={shown(folder)} has {shown(in_the_way[0].name)}, which is no folder: a checkpoint of that "
+            "name could not be saved. Rename or move it",
         )
     if isinstance(resume, str) and not Path(os.path.expanduser(resume)).is_dir():
         c.problem("resume_from_checkpoint", f"resume_from_checkpoint={shown(resume)}: there is no such folder")
