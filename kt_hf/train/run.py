@@ -79,12 +79,12 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     resume, content = find_checkpoint(settings), record(settings)
     if resume:
         changes = check_settings(resume, content)
-        check_left(resume, settings.trainer.get("max_steps", -1))
         _tell(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.told, *changes])
     train_rows, eval_rows = training_and_evaluation(settings)
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
+        check_left(resume, settings.trainer.get("max_steps", -1))
     config, told = load_config(own)
     tokenizer, more = load_tokenizer(own, chat=train_rows.conversational)
     _tell(console, told + more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_it_is_refused(
     forbid_loading(monkeypatch)
     runs = runs_in(tmp_path, tiny_model)
     with pytest.raises(KTAMXError, match=message) as caught:
-        runs.again(*(override.split() if "{" not in override else [override]))
+        runs.again(*re.split(r" (?=\w+=)", override))
     assert "\n  File" not in str(caught.value)
     assert not runs.out.exists()
 
