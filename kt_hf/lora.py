@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -125,7 +125,7 @@ def _check_numbers(rank: Any, alpha: Any, dropout: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

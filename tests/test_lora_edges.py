@@ -257,3 +257,59 @@ def test_experts_of_ligers_class_are_taken_for_what_they_are() -> None:
             old, layer.mlp.experts = layer.mlp.experts, kind()
             layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj = old.gate_up_proj, old.down_proj
     assert torch.allclose(apply_kt_moe(model, TORCH)(ids).logits, expected, atol=1e-5)
+
+
+# Doors of files and of PEFT's settings
+
+NO_PATHS = [None, 5, b"a", ["a"], {}, "", "a\0b", 1.5]
+
+
+@pytest.mark.parametrize("given", NO_PATHS, ids=repr)
+def test_what_is_no_path_is_told_by_every_door(given: Any, tmp_path: Path) -> None:
+    from kt_hf import read_placement, verify_adapter
+    from kt_hf.adapters import check_checkpoint, convert, last_complete, load_adapter, open_adapter
+    from kt_hf.quantized import open_saved
+
+    model = patched()
+    doors: list[Any] = [
+        lambda: verify_adapter(given), lambda: check_checkpoint(given), lambda: last_complete(given),
+        lambda: read_placement(given), lambda: open_saved(given), lambda: load_adapter(model, given),
+        lambda: open_adapter(given).__enter__(), lambda: convert(given, tmp_path / "out", to="peft"),
+        lambda: convert(tmp_path, given, to="peft"),
+    ]  # fmt: skip
+    if given is not None and not isinstance(given, dict):
+        doors += [lambda: apply_kt_moe(QWEN3(), TORCH, placement=given)]
+    for door in doors:
+        with pytest.raises(KTAMXConfigError, match="is no path: give one"):
+            door()
+
+
+@pytest.mark.parametrize("counts", [{"a": torch.ones(4)}, {0: "x"}, {0: torch.ones(2, 2)}, {None: [1]}, {-1: [1]}])
+def test_counts_that_are_none_are_told(counts: Any) -> None:
+    with pytest.raises(KTAMXConfigError, match=r"placement: .* is no layer's number with a count"):
+        apply_kt_moe(QWEN3(), TORCH, placement=counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", True), ("r", 2**40), ("r", "8"), ("lora_alpha", "16"), ("lora_alpha", None), ("lora_alpha", 0),
+        ("lora_alpha", -1), ("lora_alpha", math.nan), ("lora_alpha", 10**400), ("lora_dropout", "x"),
+        ("lora_dropout", -0.1), ("lora_dropout", 2), ("bias", "x"), ("modules_to_save", 5), ("exclude_modules", 5),
+        ("rank_pattern", {"q_proj": "x"}), ("rank_pattern", 5), ("rank_pattern", {"(": 4}), ("rank_pattern", {"a": -1}),
+        ("alpha_pattern", {"q_proj": math.inf}), ("layers_to_transform", "x"), ("use_rslora", "x"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_values_of_a_lora_config_are_checked_before_a_layer_is_touched(name: str, value: Any) -> None:
+    model = patched()
+    config = LoraConfig(r=4, target_modules=["q_proj", "gate_proj"])
+    setattr(config, name, value)
+    with pytest.raises(KTAMXConfigError, match=rf"^LoraConfig: {name}"):
+        get_peft_model(model, config)
+    assert not any("lora_" in key for key, _ in model.named_parameters())
+
+
+def test_a_number_beyond_floats_is_no_alpha() -> None:
+    with pytest.raises(KTAMXConfigError, match=r"lora_alpha=1000.* is not a finite number"):
+        kt_lora_config(patched(), lora_alpha=10**400)

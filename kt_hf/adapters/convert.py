@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.tensor_files import stored_tensors
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.disk import check_space
-from ..system.files import Lazy, new_folder, write_json, write_safetensors
+from ..system.files import Lazy, as_path, new_folder, write_json, write_safetensors
 from ..system.json_fields import read_json
 from . import fused, kt, merge, peft, per_expert
 from .adapter import ADAPTER, CONFIG, Adapter
@@ -38,7 +38,7 @@ def open_adapter(path: str | Path, config: str | Path | None = None, unfinished:
         KTAMXError: A file is missing, damaged, changed since its manifest was written, or its tensors do not go
             together. KTAMXConfigError where the file is of a kind that is not read.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise KTAMXError(f"{path} does not exist.")
@@ -53,7 +53,7 @@ def open_adapter(path: str | Path, config: str | Path | None = None, unfinished:
         manifest = None if unfinished else read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest)
-    settings = read_config(Path(config) if config else folder / CONFIG)
+    settings = read_config(as_path(config, "config") if config else folder / CONFIG)
     fused_file = folder / fused.FILE if path.is_dir() else path
     is_fused = fused_file.name == fused.FILE and fused_file.exists()
     main = folder / ADAPTER if path.is_dir() or is_fused else path
@@ -145,14 +145,14 @@ def convert(
             loader would take it for something else.
         KTAMXError: The adapter is damaged, or holds what the format cannot say.
     """
-    output = Path(output)
+    input, output = as_path(input, "input"), as_path(output, "output")
     target = _target(output, to)
     _check_output(output, target)
     if target == "merged" and base is None:
         raise KTAMXConfigError("to='merged' needs base, the folder of the base model.")
     with open_adapter(input, config) as adapter:
         if target == "merged":
-            merge.merge(adapter, Path(str(base)), output)
+            merge.merge(adapter, as_path(base, "base"), output)
             return output
         # Gate and up as one are of twice their rank, half of B zeros; sglang has zeros for missing projections.
         size = (2 if target in ("peft", "sglang") else 1) * sum(tensor.size for _, tensor in adapter.tensors())

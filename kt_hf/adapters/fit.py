@@ -53,6 +53,13 @@ def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
                 f"{adapter.where}: {key} is {shapes.get(key, 'missing')}, in the model "
                 f"{expected_shapes.get(key, 'not')}."
             )
+    # PEFT looks each of them up.
+    lacking = sorted(saved_whole_names(model, name).keys() - {key for key, _ in adapter.tensors()})
+    if lacking:
+        raise KTAMXError(
+            f"{adapter.where}: {lacking[0]} is missing ({len(lacking)} in all), which the model trains as a whole "
+            "(modules_to_save, trainable_token_indices). Leave that out, or start from an adapter that has it."
+        )
 
 
 def _check_others_fit(adapter: Adapter, model: Any) -> None:

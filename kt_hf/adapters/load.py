@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import kt_layers
+from ..system.files import as_path
 from . import kt
 from .adapter import PREFIX, Adapter, rank_alpha, scale
 from .convert import open_adapter, write_folder
@@ -42,11 +43,12 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
 
     if not kt_layers(model):
         raise KTAMXConfigError("load_adapter needs a patched model: call apply_kt_moe(model) before.")
-    if Path(path).is_dir():
+    path = as_path(path, "path")
+    if path.is_dir():
         verify_adapter(path)
     with open_adapter(path) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
         adapter.check(finite=True)
-        folder = Path(path)
+        folder = path
         if adapter.format != "kt" or not folder.is_dir():
             folder = Path(temporary) / "adapter"
             folder.mkdir()
@@ -69,7 +71,8 @@ def start_from(model: Any, path: str | Path) -> None:
             adapter is damaged.
     """
     name = model.active_adapters[0] if isinstance(model.active_adapters, list) else model.active_adapters()[0]
-    if Path(path).is_dir():
+    path = as_path(path, "path")
+    if path.is_dir():
         verify_adapter(path)
     with open_adapter(path) as adapter:
         adapter.check(finite=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
+from ..system.files import as_path
 from ..system.json_fields import read_json
 from .convert import open_adapter
 from .fit import check_fits
@@ -17,7 +18,7 @@ from .manifest import check_base, check_training
 from .manifest_file import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})$")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})$")
 _STATE = "trainer_state.json"
 # What a Trainer needs to go on as if it had not stopped.
 _TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -38,7 +39,7 @@ def verify_adapter(folder: str | Path, model: Any = None) -> bool:
     Raises:
         KTAMXError: What differs, in which file.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     if not folder.is_dir():
         raise KTAMXError(f"{folder} is no folder. Give the one that holds the adapter.")
     manifest = read_manifest(folder)
@@ -67,7 +68,7 @@ def check_checkpoint(folder: str | Path, also: Callable[[], None] | None = None)
     Raises:
         KTAMXError: What is missing or differs; and the last complete checkpoint beside it, if there is one.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     root = folder if _CHECKPOINT.search(folder.name) else folder.parent
     try:
         verify_adapter(folder)
@@ -131,7 +132,9 @@ def last_complete(output_dir: str | Path, below: Path | None = None) -> Path | N
 def _checkpoints(output_dir: str | Path) -> list[Path]:
     """A run's checkpoints, the latest first."""
     folders = [
-        path for path in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.search(path.name) and path.is_dir()
+        path
+        for path in as_path(output_dir, "output_dir").glob("checkpoint-*")
+        if _CHECKPOINT.search(path.name) and path.is_dir()
     ]
     return sorted(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
 

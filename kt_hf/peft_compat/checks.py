@@ -14,16 +14,19 @@ import copy
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftType
 from torch import nn
 
+from ..adapters.config_file import as_saved, check_config
 from ..adapters.peft_names import of_pattern
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import KTExperts, kt_layers
 from ..experts.projections import NO_MERGE, ExpertProjection, refuse_variants
 from ..shapes import ALIASES
+from ..system.json_fields import Field
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     if not kt_layers(model):
         return
     config = tuner.peft_config[adapter_name]
+    if config.peft_type == PeftType.LORA:
+        check_values(config)
     _check_copies(model, config)
     if config.peft_type == PeftType.LORA:
         _translate_targets(model, config)
@@ -56,6 +61,20 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (KTExperts, ExpertProjection)) and check(targeted, name):
             _check_target(name, module, config)
+
+
+def check_values(config: LoraConfig) -> None:
+    """Types and bounds of the settings, as they are checked when the adapter is read again.
+
+    Raises:
+        KTAMXConfigError: Naming setting and value.
+    """
+    try:
+        check_config(Field(Path(type(config).__name__), "", as_saved(config)))
+    except KTAMXError as error:
+        raise KTAMXConfigError(str(error)) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise KTAMXConfigError(f"{type(config).__name__} has a value that cannot be saved: {error}.") from None
 
 
 def _with_targets(tuner: Any, model: nn.Module, config: Any) -> Any:

@@ -15,11 +15,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError, KTAMXError
+from ..system.files import as_path
 from ..system.json_fields import Field, read_json
 from .tiers import Tiers
 
@@ -95,8 +97,9 @@ def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) ->
     if given is None or isinstance(given, Placement):
         return given
     if isinstance(given, Mapping):
+        _check_counts(given)
         return Placement.by_use(given)
-    placement = read_placement(given)
+    placement = read_placement(as_path(given, "placement"))
     if placement is None:
         raise KTAMXConfigError(
             f"placement={str(given)!r}: there is no {PLACEMENT}. Give the folder of an adapter that was trained with "
@@ -105,13 +108,26 @@ def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) ->
     return placement
 
 
+def _check_counts(counts: Mapping[Any, Any]) -> None:
+    for layer, values in counts.items():
+        try:
+            good = int(layer) >= 0 and torch.as_tensor(values).dim() == 1
+        except (TypeError, ValueError, RuntimeError):
+            good = False
+        if not good:
+            raise KTAMXConfigError(
+                f"placement: {str(layer)[:40]!r} -> a {type(values).__name__} is no layer's number with a count for "
+                "each of its experts. Give what count_experts returns, or the folder of an adapter."
+            )
+
+
 def read_placement(folder: str | Path) -> Placement | None:
     """The placement saved in an adapter's folder; None if there is none.
 
     Raises:
         KTAMXConfigError: The file is damaged.
     """
-    path = Path(folder) / PLACEMENT
+    path = as_path(folder, "folder") / PLACEMENT
     if not path.exists() and not path.is_symlink():
         return None
     try:

@@ -16,7 +16,7 @@ from ..checkpoint.fingerprint import combined, fingerprint_of
 from ..discovery import FLOATING
 from ..errors import KTAMXConfigError, KTAMXError
 from ..shapes import ExpertShape
-from ..system.files import sha256
+from ..system.files import as_path, sha256
 from .manifest import MANIFEST, Fingerprint, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def open_saved(path: str | Path) -> PrequantizedExperts:
         KTAMXConfigError: There is no such folder, or it is none of saved experts, or another kt-kernel's.
         KTAMXError: A file is missing, truncated or does not belong there, naming it.
     """
-    path = Path(path)
+    path = as_path(path, "kt_weight_path")
     if not path.is_dir():
         raise KTAMXConfigError(f"kt_weight_path={path} is not a folder. `kt-hf quantize` writes one.")
     if not (path / MANIFEST).is_file():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KTAMXError
+from ..errors import KTAMXConfigError, KTAMXError
 from .disk import disk_errors
 
 # Names of the safetensors format, github.com/huggingface/safetensors; those this PyTorch does not know are left out.
@@ -29,6 +29,22 @@ _FORMAT = {
 DTYPES = {name: getattr(torch, dtype) for name, dtype in _FORMAT.items() if hasattr(torch, dtype)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+def as_path(value: Any, name: str) -> Path:
+    """A path that a caller gave as the argument `name`.
+
+    Raises:
+        KTAMXConfigError: It is none.
+    """
+    try:
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or b"\0" in os.fsencode(value):
+            raise ValueError
+        return Path(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+        shown = text if len(text) <= 80 else f"a {type(value).__name__}"
+        raise KTAMXConfigError(f"{name}={shown} is no path: give one as text or a pathlib.Path.") from None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 STATE = "trainer_state.json"
-_NAME = re.compile(r"checkpoint-(\d{1,18})")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")  # as the Trainer writes them
 # The Trainer's rotation takes every folder whose name begins so for a checkpoint.
 _ROTATED = re.compile(r"checkpoint-\d")
 # What tells that a folder was written by a training.
@@ -28,6 +28,11 @@ def numbered(output_dir: Path) -> list[Path]:
     """Folders `checkpoint-<number>`, whatever is in them, the latest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if is_numbered(path) and path.is_dir()]
     return sorted(folders, key=step_in_name, reverse=True)
+
+
+def files_in_the_way(output_dir: Path) -> list[Path]:
+    """Files and the like where the Trainer would make the folder of a checkpoint."""
+    return sorted(path for path in output_dir.glob("checkpoint-*") if is_numbered(path) and not path.is_dir())
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -54,6 +54,7 @@ def try_out(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, ro
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="kt-hf-try-") as folder:
             _report(settings, options)
+            _hub(options)
             _step(settings, options, tokenizer, rows, folder)
     except KTAMXError:
         raise
@@ -61,12 +62,21 @@ def try_out(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, ro
         raise
     except Exception as error:  # whatever a library raises, it is about a setting, the tokenizer or a row
         text = " ".join(str(error).split()) or type(error).__name__
-        keys = [key for key in named if re.search(rf"\b{re.escape(key)}\b", text)]
-        values = [key for key in named if isinstance(options[key], str) and options[key] and options[key] in text]
-        about = "".join(f"{key}={shown(options[key])}: " for key in (keys or values)[:1])
+        about = "".join(f"{key}={shown(options[key])}: " for key in _about_which(text, named, options)[:1])
         raise KTAMXConfigError(
             f"{about}{text[:600]} ({type(error).__name__}, when the settings were tried out on a tiny model)"
         ) from error
+
+
+def _about_which(text: str, named: list[str], options: dict[str, Any]) -> list[str]:
+    """Of the settings that were given, those that a library's message names; else those whose value it cites."""
+    keys = [key for key in named if re.search(rf"\b{re.escape(key).replace('_', '[_ ]')}\b", text)]
+    values = [
+        key
+        for key in named
+        if isinstance(options[key], str) and re.search(rf"(?<!\w){re.escape(options[key])}(?!\w)", text, re.IGNORECASE)
+    ]
+    return keys or values
 
 
 def _report(settings: TrainSettings, options: dict[str, Any]) -> None:
@@ -84,6 +94,24 @@ def _report(settings: TrainSettings, options: dict[str, Any]) -> None:
         except Exception as error:
             text = " ".join(str(error).split())
             raise KTAMXConfigError(f"report_to={name}: {text} Or leave it out (report_to: none).") from None
+
+
+def _hub(options: dict[str, Any]) -> None:
+    """Whether the hub knows who pushes, and takes the name; the Trainer would ask after the model is loaded."""
+    if not options.get("push_to_hub"):
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    name = options.get("hub_model_id")
+    try:
+        if name:
+            validate_repo_id(name)
+        HfApi(token=options.get("hub_token")).whoami()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        about = f"hub_model_id={shown(name)}" if isinstance(error, ValueError) else "push_to_hub=True"
+        raise KTAMXConfigError(f"{about} cannot be used: {text} Or leave push_to_hub out.") from None
 
 
 def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any, folder: str) -> None:
@@ -109,11 +137,11 @@ def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows
         callbacks=[_OneStep()],
     )
     trainer.train_dataset = trainer.train_dataset.select([0]).map(_shortened)
-    with _about("optim", options):
+    with _about(("optim_args", "optim_target_modules", "loraplus_lr_ratio", "optim"), options):
         if settings.run.loraplus_lr_ratio:
             use_loraplus(trainer, settings.run.loraplus_lr_ratio)
         trainer.create_optimizer()
-    with _about("lr_scheduler_type", options):
+    with _about(("lr_scheduler_kwargs", "lr_scheduler_type"), options):
         trainer.create_scheduler(args.max_steps, trainer.optimizer)
     trainer.train()
     if settings.run.eval_dataset or settings.run.val_size:
@@ -122,13 +150,14 @@ def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows
 
 
 @contextlib.contextmanager
-def _about(key: str, options: dict[str, Any]) -> Iterator[None]:
-    """What goes wrong in it is about this setting."""
+def _about(keys: tuple[str, ...], options: dict[str, Any]) -> Iterator[None]:
+    """What goes wrong in it is about these settings, as far as they are given."""
     try:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        raise KTAMXConfigError(f"{key}={shown(options.get(key))} cannot be used: {text}") from error
+        told = ", ".join(f"{key}={shown(options[key])}" for key in keys if options.get(key) is not None)
+        raise KTAMXConfigError(f"{told or keys[-1]} cannot be used: {text}") from error
 
 
 def _check_metric(metrics: dict[str, float], metric: str | None) -> None:

@@ -62,7 +62,7 @@ _QUIET = {
     *("dataset_num_proc", "dataloader_num_workers"),
 }
 # Optimizers whose states are of one form.
-_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
             f"{key}={_value(new, key)}: {resume.folder} was trained with {_value(old, key)}, and a run cannot change "
             f"it.{more} {anew}"
         )
-    if "optim" in changed and not {old.get("optim", "adamw_torch"), new.get("optim", "adamw_torch")} <= _ADAMW:
+    if "optim" in changed and any(each.get("optim", "adamw_torch") not in _ADAMW for each in (old, new)):
         raise KTAMXConfigError(
             f"optim={_value(new, 'optim')}: the state of the optimizer in {resume.folder} is that of "
             f"{_value(old, 'optim')}. {anew}"
@@ -222,6 +222,19 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
         for key in changed
         if key not in _QUIET
     ]
+
+
+def check_left(resume: Resume, max_steps: int) -> None:
+    """Refuse to go on with a run that has done its steps: the Trainer would make one more.
+
+    Raises:
+        KTAMXConfigError: None of `max_steps` (-1 for whole epochs) is left.
+    """
+    if 0 < max_steps <= resume.step:
+        raise KTAMXConfigError(
+            f"max_steps={max_steps}: {resume.folder} has done {resume.step}, so nothing is left. Give a larger "
+            "max_steps, or use the adapter that is there."
+        )
 
 
 def check_rows(resume: Resume, now: dict[str, Any]) -> None:

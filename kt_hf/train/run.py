@@ -32,7 +32,7 @@ from .optimizer import use_loraplus
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
-from .resume import KeepRecord, Resume, check_rows, check_settings, find_checkpoint, record, with_rows
+from .resume import KeepRecord, Resume, check_left, check_rows, check_settings, find_checkpoint, record, with_rows
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
@@ -85,6 +85,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
+        check_left(resume, settings.trainer.get("max_steps", -1))
     config, notes = load_config(keys)
     tokenizer, more = load_tokenizer(keys, chat=train_rows.conversational)
     _print_notes(console, notes + more)
@@ -102,6 +103,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
         eval_data = prepare(eval_rows, how, keys.stage, "eval") if eval_rows else None
     _print_notes(console, [note for data in (train_data, eval_data) if data for note in data.notes])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
+    _check_batch(options, len(train_data.dataset))
     try_out(settings, options, tokenizer, train_data.dataset.select([0]))
     if not memory.fits:
         advice = "; ".join(memory.advice)
@@ -216,6 +218,16 @@ def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
     if processes:  # a process costs more than a thousand short rows
         options["dataset_num_proc"] = min(processes, os.cpu_count() or 1, rows // 1000) or None
     return options
+
+
+def _check_batch(options: dict[str, Any], rows: int) -> None:
+    """Nothing would be trained where no batch is full and only full ones are taken."""
+    batch = options.get("per_device_train_batch_size", 8)
+    if options.get("dataloader_drop_last") and rows < batch:
+        raise KTAMXConfigError(
+            f"dataloader_drop_last=True drops what is less than a batch, and {rows} rows are less than "
+            f"per_device_train_batch_size={batch}: nothing would be trained. Leave it out, or make the batch smaller."
+        )
 
 
 def _what_is_left(settings: TrainSettings, trainer: Any) -> str:

@@ -62,8 +62,8 @@ LORA: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
     "mica": ({"init_lora_weights": "mica"}, "init_lora_weights='mica'"),
-    "rank 0": ({"rank_pattern": {"down_proj": 0}}, r"experts\.down_proj: LoRA rank 0 \(r, rank_pattern\)"),
-    "rank 2.5": ({"rank_pattern": {"up_proj": 2.5}}, r"experts\.up_proj: LoRA rank 2\.5"),
+    "rank 0": ({"rank_pattern": {"down_proj": 0}}, r"rank_pattern\.down_proj=0 is not a positive"),
+    "rank 2.5": ({"rank_pattern": {"up_proj": 2.5}}, r"rank_pattern\.up_proj=2\.5 is not a positive"),
     "layer_replication": ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication=.*leave it out"),
     "modules_to_save, block": (
         {"modules_to_save": ["mlp"]},

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,30 @@ def test_what_decides_what_is_trained_is_refused_by_name(
     with pytest.raises(KTAMXError, match=r"checkpoint-2.*adapter_name_or_path") as caught:
         copy.again("resume_from_checkpoint=true", override)
     assert str(caught.value).startswith(name)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_has_done_its_steps_makes_no_more(steps: int, copy: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_loading(monkeypatch)
+    with pytest.raises(KTAMXError, match=rf"max_steps={steps}: .*checkpoint-2 has done 2, so nothing is left"):
+        copy.again("resume_from_checkpoint=true", f"max_steps={steps}")
+
+
+@pytest.mark.parametrize("optim", [[], {}, 5])
+def test_a_record_of_a_strange_optimizer_is_told(optim: Any, copy: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_loading(monkeypatch)
+    file = copy.out / "checkpoint-2" / "kt_hf_run.json"
+    content = json.loads(file.read_text())
+    content["settings"]["optim"] = optim
+    file.write_text(json.dumps(content))
+    with pytest.raises(KTAMXError, match="optim"):
+        copy.again("resume_from_checkpoint=true", "max_steps=9")
+
+
+def test_what_the_checkpoint_lacks_of_modules_to_save_is_told(copy: Runs) -> None:
+    (copy.out / "checkpoint-2" / "kt_hf_run.json").unlink()
+    with pytest.raises(KTAMXError, match=r"lm_head.*is missing .*modules_to_save"):
+        copy.again("resume_from_checkpoint=true", "additional_target=lm_head", "max_steps=9")
 
 
 def test_another_model_and_other_rows_are_refused(copy: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +245,14 @@ def test_a_record_without_a_setting_had_its_default(copy: Runs) -> None:
     found = find_checkpoint(settings)
     assert found is not None
     assert check_settings(found, record(settings)) == []
+
+
+def test_names_that_no_trainer_writes_are_no_checkpoints(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("checkpoint-01", "checkpoint-\u0663"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "adapter_config.json").touch()
+    assert clear_earlier_run(tmp_path / "out") == 0
+    runs_in(tmp_path, tiny_model)
+    (tmp_path / "out" / "checkpoint-2").touch()
+    with pytest.raises(BadSettings, match=r"has 'checkpoint-2', which is no folder: a checkpoint of that name could"):
+        read_arguments(tmp_path / "run.yaml")

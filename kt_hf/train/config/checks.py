@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import KTAMXError
-from ..checkpoints import numbered, would_be_rotated
+from ..checkpoints import files_in_the_way, numbered, would_be_rotated
 from ..data.rows import mixing_problem
 from ..data.sources import dataset_dir_problem, dataset_problem
 from . import aliases as names
@@ -20,7 +20,8 @@ from .yaml_file import Problem, Setting, key_shown, shown
 # Key -> smallest value, and whether it is allowed itself.
 _FROM_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank"),
-    *("max_samples", "max_length", "dataset_num_proc", "save_total_limit"),
+    *("max_samples", "max_length", "dataset_num_proc", "save_total_limit", "eval_accumulation_steps"),
+    "dataloader_prefetch_factor",
 )
 _ABOVE_ZERO = (
     *("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps", "beta"),
@@ -29,6 +30,7 @@ _ABOVE_ZERO = (
 _FROM_ZERO = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "val_size", "lora_dropout", "seed", "data_seed"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"),
+    *("neftune_noise_alpha", "label_smoothing_factor", "label_smoothing"),
 )
 _LEAST = dict.fromkeys(_FROM_ONE, (1, True)) | dict.fromkeys(_ABOVE_ZERO, (0, False))
 _LEAST |= dict.fromkeys(_FROM_ZERO, (0, True))
@@ -38,7 +40,7 @@ _MOST = {
     "data_seed": 2**32 - 1, "per_device_train_batch_size": 2**20, "per_device_eval_batch_size": 2**20,
     "gradient_accumulation_steps": 2**20, "dataloader_num_workers": 1024, "lora_alpha": 1e6, "learning_rate": 1e3,
 }  # fmt: skip
-_BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
+_BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor", "label_smoothing")
 # Key -> why it cannot be used with experts on the CPU, and what to do.
 _NOT_WITH_KT = {
     "deepspeed": "DeepSpeed partitions a model that is whole here: leave it out, the experts are on the CPU already",
@@ -48,6 +50,7 @@ _NOT_WITH_KT = {
     "use_liger_kernel": "Liger replaces expert classes too: leave it out",
     "use_ipex": "leave it out",
 }
+_SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # any other word is random to transformers
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -140,8 +143,9 @@ def _ranges(c: Checked) -> None:
         value = c.get(key)
         if isinstance(value, (int, float)) and value >= 1:
             c.problem(key, f"{key}={value}: it must be less than 1")
-    if c.trainer.get("max_steps") == 0:
-        c.problem("max_steps", "max_steps=0: leave it out to train whole epochs, or give a number of steps")
+    steps = c.trainer.get("max_steps", -1)
+    if steps == 0 or steps < -1:
+        c.problem("max_steps", f"max_steps={steps}: leave it out to train whole epochs, or give a number of steps")
 
 
 def _choices(c: Checked) -> None:
@@ -149,6 +153,11 @@ def _choices(c: Checked) -> None:
         value = getattr(c.run, key)
         if value not in allowed:
             c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}")
+    sampling = c.trainer.get("train_sampling_strategy")
+    if sampling is not None and sampling not in _SAMPLING:
+        c.problem(
+            "train_sampling_strategy", f"train_sampling_strategy={shown(sampling)}: it must be {' or '.join(_SAMPLING)}"
+        )
     if c.run.template is not None and c.run.template not in names.TEMPLATES:
         c.notices.append(f"template {c.run.template} is not known here: the tokenizer's own chat template decides.")
 
@@ -200,6 +209,12 @@ def _evaluation(c: Checked) -> None:
     for key, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
         if c.trainer.get(key, off) != off and not has_data:
             c.problem(key, f"{key}={c.trainer[key]} needs data to evaluate on: set eval_dataset or val_size")
+    if c.trainer.get("save_strategy") == "best" and not (has_data and c.trainer.get("metric_for_best_model")):
+        c.problem(
+            "save_strategy",
+            "save_strategy=best needs data to evaluate on (eval_dataset or val_size) and metric_for_best_model, which "
+            "may be loss",
+        )
     if c.run.eval_dataset and c.run.val_size > 0:
         c.problem("val_size", "val_size and eval_dataset are both given: keep one")
     if has_data and "eval_strategy" not in c.trainer and "eval_steps" in c.trainer:
@@ -298,6 +313,13 @@ def _output(c: Checked) -> None:
             "output_dir",
             f"output_dir={shown(folder)} has the folder {shown(others[0].name)}, which is no checkpoint of a run, but "
             "save_total_limit would remove it as one. Rename or move it",
+        )
+    in_the_way = files_in_the_way(path) if path.is_dir() else []
+    if in_the_way:
+        c.problem(
+            "output_dir",
+            f"output_dir={shown(folder)} has {shown(in_the_way[0].name)}, which is no folder: a checkpoint of that "
+            "name could not be saved. Rename or move it",
         )
     if isinstance(resume, str) and not Path(os.path.expanduser(resume)).is_dir():
         c.problem("resume_from_checkpoint", f"resume_from_checkpoint={shown(resume)}: there is no such folder")

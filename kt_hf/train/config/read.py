@@ -137,6 +137,10 @@ def _translate(
             value = change(value)
         elif key in names.RENAMED:
             name = names.RENAMED[key]
+        if key == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
+            # As warmup_steps it would be that many steps.
+            problems.append(Problem(setting.where, f"{key}={shown(value)}: it must be a share from 0 to below 1"))
+            continue
         if name in _CHECKPOINTING and name not in fields:
             name = _CHECKPOINTING[name]
         if name in result:

@@ -218,7 +218,16 @@ def _check_size(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with whole numbers and decimal ones only: no octal, no base 60, no dates."""
+    """PyYAML's safe loader with whole numbers and decimal ones only: no octal, no base 60, no dates. A mapping in a
+    setting has each key once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"{shown(key)} is set twice in it")
+        return super().construct_mapping(node, deep=deep)
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name)
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] in ("bool", "null", "merge")]
