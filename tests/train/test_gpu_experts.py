@@ -42,7 +42,7 @@ def test_profile_then_the_checkpoints(tmp_path: Path, cpu_for_gpu: None, monkeyp
         assert [int(counts[e]) for e in order] == sorted(counts.tolist(), reverse=True)
         assert len(set(counts.tolist())) > 1, "the routers choose evenly: a weak test"
     first = read_placement(tmp_path / "out/checkpoint-1").order
-    trained(tmp_path, model, ROWS[::-1], *keys, "max_steps=2", "resume_from_checkpoint=true")
+    trained(tmp_path, model, ROWS, *keys, "max_steps=2", "resume_from_checkpoint=true")
     assert len(seen) == 1, "the resumed run counted again"
     assert read_placement(tmp_path / "out/checkpoint-2").order == first
 

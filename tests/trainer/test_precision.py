@@ -88,8 +88,8 @@ def test_a_model_of_each_dtype(case: Case) -> None:
 def test_autocast(autocast: torch.dtype, case: Case) -> None:
     """It reaches the model around the experts; these compute as ever, and give back what dtype they were given."""
     model, stock, seen = models(case)
-    # Other tokens than elsewhere: in two rounded dtypes no routing of these is near a tie, on any CPU.
-    ids = FAMILY.inputs(seed=5)
+    # Two rounded dtypes need other tokens, whose routing is near no tie on any CPU.
+    ids = FAMILY.inputs(seed=5 if (autocast, case.dtype) == (torch.bfloat16, torch.float16) else None)
     with torch.autocast("cpu", autocast):
         loss = loss_of(model, ids)
     loss.backward()

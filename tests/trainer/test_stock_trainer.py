@@ -50,17 +50,24 @@ def sources() -> dict[Path, ast.Module]:
     return {file: ast.parse(file.read_text()) for file in sorted(folder.rglob("*.py"))}
 
 
+OF_OUR_OWN_RUN = ("trainer.train_dataset", "trainer.eval_dataset", "trainer.optimizer", "trainer.evaluate")
+
+
 def test_trainer_signature() -> None:
-    """No Trainer subclass, nothing set on one, and a callback that takes whatever a later version adds."""
+    """No Trainer subclass, nothing set on a user's, and a callback that takes whatever a later version adds.
+
+    On trainers that `kt-hf train` makes itself, in kt_hf/train, these public attributes are set and no others.
+    """
     classes = [node for tree in sources().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     assert len(classes) > 10
     assert not [cls.name for cls in classes for base in cls.bases if ast.unparse(base).endswith("Trainer")]
     targets = [
         ast.unparse(target)
-        for tree in sources().values()
+        for file, tree in sources().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
+        if not (file.parent.name == "train" and ast.unparse(target) in OF_OUR_OWN_RUN)
     ]
     assert not [target for target in targets if target.lower().startswith(("trainer.", "sfttrainer.", "dpotrainer."))]
     own = {name: method for name, method in vars(KTMoECallback).items() if name.startswith("on_")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 logger = logging.getLogger(__name__)
 
@@ -13,14 +14,16 @@ class KeptMemory:
     def __init__(self) -> None:
         self.packed = 0
         self._warned = False
+        self._pid = 0
 
     def add(self, size: int) -> None:
         """Count a layer whose weights have been packed, `size` in bytes."""
         self.packed += size
+        self._pid = os.getpid()
 
     def warn_before_another_model(self) -> None:
         """Say what stays of the models before, once a process: a search over settings packs one model a trial."""
-        if self.packed and not self._warned:
+        if self.packed and not self._warned and self._pid == os.getpid():  # a fork has its parent's count
             self._warned = True
             logger.warning(
                 "kt_hf: another model is patched in this process. %.2f GiB of packed experts of those before stay in "
