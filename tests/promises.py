@@ -488,7 +488,7 @@ PAGES: dict[str, dict[str, Tests]] = {
             "checkpoint/test_broken.py::test_it_is_refused_by_name_before_anything_is_loaded",
         ),
         "`kt-hf train` falls back to those with a warning": (
-            "train/test_streamed_loading.py::test_experts_under_unknown_names_are_loaded_with_the_rest",
+            "train/test_streamed_loading.py::test_experts_under_unknown_names_are_refused",
         ),
     },
     "docs/quantized.md": {
