@@ -42,6 +42,9 @@ MODULES = tuple(_NAMES.split())
 # Where people know a module's contents from: the accelerator _heapq is accepted in heapq as well.
 SHOWN_AS = {"builtins": "", "posix": "os", "nt": "os", "posixpath": "os.path", "ntpath": "os.path"}
 
+# What PyTorch replaces when it is imported: the items shall not depend on what else a process imports.
+REPLACED = ("inspect.getfile",)
+
 MIN_CHARS, MAX_CHARS = 24, 240  # of a paragraph
 MAX_SIGNATURE = 72  # characters
 
@@ -159,6 +162,8 @@ def collect(modules: Sequence[ModuleType]) -> list[Item]:
         warnings.simplefilter("ignore", DeprecationWarning)  # typing.io and typing.re give one when looked at
         for module in modules:
             for name, obj, is_method in _documented(module):
+                if name in REPLACED:
+                    continue
                 paragraph = first_paragraph(obj.__doc__)
                 signature = short_signature(obj, drop_self=is_method) if paragraph else None
                 if paragraph and signature:
