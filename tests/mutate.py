@@ -243,7 +243,7 @@ def _tests(mutant: Mutant, copy: Path, broken: set[str], tests: list[str], answe
     result = FirstFailure(Path(mutant.file).stem, broken)
     options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=200", *(tests or [f"tests/{folder}"])]
     code = pytest.main(options, plugins=[result])
-    answer.send(result.name or ("" if code == 0 else f"pytest ended with {code}"))
+    answer.send(result.name or ("" if code == 0 else f"NOT RUN: pytest ended with {code}"))
     answer.close()
     os._exit(0)
 
