@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
 from kt_hf.cli.failures import plain_failures
-from kt_hf.errors import KTAMXDiskFullError
+from kt_hf.errors import KTAMXConfigError, KTAMXDiskFullError
 from kt_hf.system import disk
 from kt_hf.system.threads import torch_threads
 from tests.support.train_runs import Runs, runs_in
@@ -75,11 +75,16 @@ def test_the_next_run_goes_on(moment: str, whole: Runs, tiny_model: Path, tmp_pa
     assert re.search(r"(of|takes about) [\d,.]+ (bytes|MB)", str(caught.value))
     assert not (runs.out / "kt_hf_summary.json").exists()
 
-    summary = runs.again("resume_from_checkpoint=true")
-    step = 1 if file.startswith("checkpoint-2") else 2
-    assert f"Resuming from {runs.out}/checkpoint-{step}, after step {step}" in runs.printed
-    assert summary["steps"] == 2
-    ours, expected = load_file(runs.out / ADAPTER), load_file(whole.out / ADAPTER)
+    if file.startswith("checkpoint-2"):
+        summary = runs.again("resume_from_checkpoint=true")
+        assert f"Resuming from {runs.out}/checkpoint-1, after step 1" in runs.printed
+        assert summary["steps"] == 2
+        saved = runs.out
+    else:  # all steps are done, and saved in their checkpoint
+        with pytest.raises(KTAMXConfigError, match="checkpoint-2 has done 2, so nothing is left"):
+            runs.again("resume_from_checkpoint=true")
+        saved = runs.out / "checkpoint-2"
+    ours, expected = load_file(saved / ADAPTER), load_file(whole.out / ADAPTER)
     assert set(ours) == set(expected)
     assert all(torch.equal(ours[key], value) for key, value in expected.items())
 
