@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
-from .backends import ExpertWeights, PackedLayerFiles
-from .backends.kt_kernel.kept_memory import KEPT
+from .backends import KEPT, ExpertWeights, PackedLayerFiles
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index

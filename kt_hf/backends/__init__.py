@@ -3,6 +3,7 @@
 from ..shapes import LORA_NAMES, ExpertShape
 from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
 from .base import SavedForward as Saved  # Saved, QUANTISED, SavedLayer, pack and save_packed: the names of 0.1.0
+from .kt_kernel.kept_memory import KEPT
 from .kt_kernel.operators import OPERATORS, QUANTIZED, most_tokens, shape_problem
 from .kt_kernel.operators import QUANTIZED as QUANTISED
 from .kt_kernel.packed_files import PackedLayerFiles
@@ -22,6 +23,7 @@ from .torch_loop import TorchBackend
 __all__ = [
     "CALL_LOCK",
     "FEW_CORES",
+    "KEPT",
     "LORA_NAMES",
     "OPERATORS",
     "QUANTISED",
