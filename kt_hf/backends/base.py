@@ -99,7 +99,7 @@ class CountsRows(Protocol):
         """The rows of each expert in ids [T, K]: [E], int64, on the backend's device."""
 
     def forward_counted(
-        self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
+        self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int] | None
     ) -> tuple[Tensor, SavedForward | None]:
         """`forward` without a wait for the GPU: `counts` are the values of `row_counts(ids)`."""
 

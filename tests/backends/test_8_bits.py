@@ -321,3 +321,23 @@ def test_apply_kt_moe_has_none_of_8_bits() -> None:
     config = make_config("torch", kt_expert_placement=TIERS[1], kt_lora_rank=8)
     model = apply_kt_moe(V3(torch.bfloat16), config)
     assert {part.weights.down.dtype for part in streamed_parts(model)} == {torch.bfloat16}
+
+
+def test_eight_bits_on_the_gpu_need_no_copies() -> None:
+    """A layer moved there stays in 8 bits."""
+    experts, _, _ = scaled_layer()
+    streamer_ = Watched(2 * 3 * 64 * 32)
+    one = StreamedBackend(HostWeights.of_scaled(experts), ExpertShape(8, 2, 64, 32), streamer_)
+    x, ids = torch.randn(37, 64).bfloat16(), torch.randint(-1, 8, (37, 2))
+
+    def computed() -> list[Tensor]:
+        out, saved = one.forward(x, ids, torch.full((37, 2), 0.5), save=True)
+        assert saved is not None
+        gradients = one.backward(saved, x)
+        return [out, gradients.hidden_states, gradients.top_k_weights]
+
+    expected = computed()
+    one.weights.to_gpu(torch.device("cpu"))
+    streamer_.copied.clear()
+    assert all(torch.equal(a, b) for a, b in zip(computed(), expected, strict=True))
+    assert not streamer_.copied

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kt_hf import KTAMXConfigError
+from kt_hf import KTAMXConfigError, KTAMXError
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.streamed import StreamedBackend
@@ -242,3 +242,75 @@ def test_layers_of_other_sizes_share_the_buffers() -> None:
         x = torch.ones(3, 16, dtype=torch.bfloat16)
         first.forward(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), save=False)
         check(one, make_inputs(MIXTRAL, 9, torch.bfloat16), base_weights(MIXTRAL(torch.bfloat16))[0], None)
+
+
+@pytest.mark.parametrize("moves", ["before", "between", "back between"])
+@pytest.mark.parametrize("rank", [0, 12])
+def test_a_layer_on_the_gpu_computes_the_same_to_the_bit(moves: str, rank: int) -> None:
+    """Moved before a forward, or between it and its backward, either way."""
+    streamer = Watched(2 * ONE)
+    one = backend(streamer)
+    one.set_lora(tuple(random_lora(MIXTRAL, rank=rank).values()) if rank else ())
+    x = make_inputs(MIXTRAL, 37, torch.bfloat16)
+    x.ids[::4, 0] = -1
+    expected, expected_grads = results(one, x)
+    streamer.copied.clear()
+    if moves != "between":
+        one.weights.to_gpu(CPU)
+    out, saved = one.forward(x.hidden, x.ids, x.weights.float(), save=True)
+    (one.weights.to_gpu if moves == "between" else lambda _: one.weights.to_host() if moves != "before" else None)(CPU)
+    copied_forward = streamer.experts(one.weights)
+    assert saved is not None
+    found = one.backward(saved, x.grad_output)
+    grads = {"hidden": found.hidden_states, "weights": found.top_k_weights}
+    grads |= dict(zip(LORA_NAMES, found.lora, strict=bool(found.lora)))
+    assert torch.equal(out, expected)
+    assert all(torch.equal(grads[name], expected_grads[name]) for name in expected_grads)
+    assert bool(copied_forward) == (moves == "between")
+    assert bool(streamer.copied) == (moves == "back between")
+
+
+def test_copies_go_on_past_layers_on_the_gpu() -> None:
+    """The middle one of three layers is on the GPU: what is sent for ahead of it is the last one's, once it is moved."""
+    streamer = Watched(2 * ONE)
+    layers = [backend(streamer, i % 2) for i in range(3)]
+    x = make_inputs(MIXTRAL, 64, torch.bfloat16)
+    for round_ in range(4):
+        if round_ == 3:
+            layers[1].weights.to_gpu(CPU)
+        for i, one in enumerate(layers):
+            ahead = [c.weights for c in streamer._ahead]
+            saved_forward(one, x)
+            if round_ == 3 and i:
+                assert [w is layers[2].weights for w in ahead] == [True] * 3
+    assert [w is layers[0].weights for w in [c.weights for c in streamer._ahead]] == [True] * 3
+
+
+def test_buffers_left_are_filled_for_the_layers_after_the_next() -> None:
+    """Layers of one chunk, three buffers: three layers are on their way."""
+    streamer = Watched(E * ONE)
+    layers = [backend(streamer, i % 2) for i in range(4)]
+    x = make_inputs(MIXTRAL, 64, torch.bfloat16)
+    for _ in range(3):
+        for one in layers:
+            saved_forward(one, x)
+    ahead = [c.weights for c in streamer._ahead]
+    assert [w is one.weights for w, one in zip(ahead, layers[:3], strict=True)] == [True] * 3
+    streamer.copied.clear()
+    saved_forward(layers[0], x)
+    assert not streamer.experts(layers[0].weights)
+
+
+def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, or ordinary memory and the reason."""
+
+    def refuse(_: Tensor) -> bool:
+        raise KTAMXError("no more locked memory")
+
+    monkeypatch.setattr("kt_hf.backends.gpu.pinned_weights.lock_pages", refuse)
+    with pytest.raises(KTAMXError, match="no more locked memory"):
+        HostWeights.taken_over(layer_weights())
+    weights = HostWeights.taken_over(layer_weights(), must_lock=False)
+    assert weights.refusal == "no more locked memory"
+    one = StreamedBackend(weights, ExpertShape(E, K, H, I), Watched(2 * ONE))
+    check(one, make_inputs(MIXTRAL, 9, torch.bfloat16), base_weights(MIXTRAL(torch.bfloat16))[0], None)

@@ -22,22 +22,42 @@ from ..block_scaled import ScaledExperts, ScaledMatrices
 class HostWeights:
     """A layer's streamed experts in contiguous host memory, page-locked as long as this object lives.
 
+    A GPU may hold them too: then nothing has to be copied when they are used.
+
     Args:
         gate_up: [E, 2I, H] on the CPU, bf16, or 8-bit values if there are scales; taken over.
         down: [E, H, I], of the same dtype; taken over.
         scales: The scales of gate_up and of down, laid out as in `ScaledMatrices`; () for bf16.
         block: Rows and columns that share a scale.
+        must_lock: Whether it is an error if the system refuses to lock them; else they stay as they are.
+
+    Attributes:
+        refusal: Why the system did not lock them; None if it did. Copies of such memory go through the CUDA driver's
+            own small locked buffers, which is slower.
+        resident: The `tensors` in a GPU's memory; None if they are in host memory alone.
 
     Raises:
         KTAMXError: The system refuses to lock them.
     """
 
     def __init__(
-        self, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, ...] = (), block: tuple[int, int] = (1, 1)
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        scales: tuple[Tensor, ...] = (),
+        block: tuple[int, int] = (1, 1),
+        must_lock: bool = True,
     ) -> None:
         self.gate_up, self.down = gate_up, down
         self._scales, self._block = scales, block
-        self._lock()
+        self.refusal: str | None = None
+        self.resident: tuple[Tensor, ...] | None = None
+        try:
+            self._lock()
+        except KTAMXError as error:
+            if must_lock:
+                raise
+            self.refusal = str(error)
 
     def _lock(self) -> None:
         for tensor in self.tensors:
@@ -49,6 +69,30 @@ class HostWeights:
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors to copy to the GPU: gate_up, down, and the scales if any; the first dimension is the experts'."""
         return self.gate_up, self.down, *self._scales
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, in host memory or on a GPU."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def to_gpu(self, device: torch.device) -> None:
+        """Copy the tensors to a GPU's memory as well, without waiting for the copies.
+
+        Args:
+            device: The GPU. On the CPU (tests have no GPU) the copies are real ones too.
+
+        Raises:
+            torch.OutOfMemoryError: The GPU has no room; nothing is kept there then.
+        """
+        if self.resident is None:
+            targets = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in self.tensors]
+            for target, source in zip(targets, self.tensors, strict=True):
+                target.copy_(source, non_blocking=True)
+            self.resident = tuple(targets)
+
+    def to_host(self) -> None:
+        """Let the GPU's copy go: what was launched on the current stream still reads it."""
+        self.resident = None
 
     @property
     def scaled(self) -> bool:
@@ -72,16 +116,16 @@ class HostWeights:
         return weights[0], weights[1]
 
     @classmethod
-    def copied(cls, weights: ExpertWeights, experts: Sequence[int]) -> HostWeights:
+    def copied(cls, weights: ExpertWeights, experts: Sequence[int], must_lock: bool = True) -> HostWeights:
         """Some experts of a layer, copied to new memory in bf16."""
         copies = [own_pages((len(experts), *whole.shape[1:])) for whole in (weights.gate_up, weights.down)]
         for copy, whole in zip(copies, (weights.gate_up, weights.down), strict=True):
             for i, e in enumerate(experts):
                 copy[i].copy_(whole[e])
-        return cls(copies[0], copies[1])
+        return cls(copies[0], copies[1], must_lock=must_lock)
 
     @classmethod
-    def taken_over(cls, weights: ExpertWeights) -> HostWeights:
+    def taken_over(cls, weights: ExpertWeights, must_lock: bool = True) -> HostWeights:
         """All experts of a layer, in the memory where they are.
 
         They are copied only if that memory cannot be locked (a file's, or shared), or is not contiguous bf16 on a CPU.
@@ -92,16 +136,16 @@ class HostWeights:
                 return cls(*tensors)
             except KTAMXError:
                 pass
-        return cls.copied(weights, range(len(weights.gate_up)))
+        return cls.copied(weights, range(len(weights.gate_up)), must_lock)
 
     @classmethod
-    def of_scaled(cls, experts: ScaledExperts) -> HostWeights:
+    def of_scaled(cls, experts: ScaledExperts, must_lock: bool = True) -> HostWeights:
         """Experts of 8 bits: their values, which must be in memory of `own_pages`, are taken over, scales copied."""
         scales = []
         for matrices in (experts.gate_up, experts.down):
             copy = own_pages(tuple(matrices.scales.shape), torch.float32)
             scales.append(copy.copy_(matrices.scales))
-        return cls(experts.gate_up.values, experts.down.values, tuple(scales), experts.down.block)
+        return cls(experts.gate_up.values, experts.down.values, tuple(scales), experts.down.block, must_lock)
 
 
 def lock_pages(tensor: Tensor) -> bool:

@@ -51,23 +51,57 @@ class GroupedBackend(GroupedExperts):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Launch the products; the output [T, H] is bf16 on `device`, and with `save` the inputs are kept."""
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
-        y = grouped.outputs(x.index_select(0, rows.tokens), self.weights.gate_up, self.weights.down, lora, rows)
-        return self._sum_by_token(y, rows), _GroupedForward(rows, x, lora) if save else None
+        out = resident_output(x, self.weights.gate_up, self.weights.down, lora, rows)
+        return out, _GroupedForward(rows, x, lora) if save else None
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the products of a backward; all gradients are new tensors on `device`, those of LoRA in bf16."""
         assert isinstance(saved, _GroupedForward)
-        rows = saved.rows
-        x, d = (t.index_select(0, rows.tokens) for t in (saved.x, grad_output))
-        gradients = grouped.gradients(x, d, self.weights.gate_up, self.weights.down, saved.lora, rows)
-        by_row = gradients.weights.masked_fill_(~rows.valid[:, 0], 0)
-        grad_weights = torch.zeros_like(by_row).scatter_(0, rows.order, by_row).view(rows.T, rows.K)
-        lora = gradients.lora.projections() if gradients.lora else ()
-        return Gradients(self._sum_by_token(gradients.x, rows), grad_weights, lora)
+        gate_up, down = self.weights.gate_up, self.weights.down
+        return resident_gradients(saved.x, grad_output, gate_up, down, saved.lora, saved.rows)
 
-    def _sum_by_token(self, values: Tensor, rows: Rows) -> Tensor:
-        values.masked_fill_(~rows.valid, 0)
-        return rows.sum_by_token(torch.empty_like(values).index_copy_(0, rows.order, values))
+
+def resident_output(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows) -> Tensor:
+    """Compute a layer whose weights are on the GPU, without a wait.
+
+    Args:
+        x: Hidden states, [T, H] bf16.
+        gate_up: [E, 2I, H] bf16.
+        down: [E, H, I] bf16.
+        lora: LoRA of the experts; None without.
+        rows: The T*K rows, sorted by expert.
+
+    Returns:
+        [T, H] bf16.
+    """
+    y = grouped.outputs(x.index_select(0, rows.tokens), gate_up, down, lora, rows)
+    return _sum_by_token(y, rows)
+
+
+def resident_gradients(
+    x: Tensor, grad_output: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows
+) -> Gradients:
+    """The gradients of `resident_output`, as new tensors on the GPU, those of LoRA in bf16; without a wait.
+
+    Args:
+        x: Hidden states of the forward, [T, H] bf16.
+        grad_output: [T, H] bf16.
+        gate_up: [E, 2I, H] bf16.
+        down: [E, H, I] bf16.
+        lora: LoRA of the experts in that forward; None without.
+        rows: The T*K rows, sorted by expert.
+    """
+    x, d = (t.index_select(0, rows.tokens) for t in (x, grad_output))
+    gradients = grouped.gradients(x, d, gate_up, down, lora, rows)
+    by_row = gradients.weights.masked_fill_(~rows.valid[:, 0], 0)
+    grad_weights = torch.zeros_like(by_row).scatter_(0, rows.order, by_row).view(rows.T, rows.K)
+    of_lora = gradients.lora.projections() if gradients.lora else ()
+    return Gradients(_sum_by_token(gradients.x, rows), grad_weights, of_lora)
+
+
+def _sum_by_token(values: Tensor, rows: Rows) -> Tensor:
+    values.masked_fill_(~rows.valid, 0)
+    return rows.sum_by_token(torch.empty_like(values).index_copy_(0, rows.order, values))
 
 
 def fits(weights: ExpertWeights, shape: ExpertShape) -> bool:

@@ -20,13 +20,14 @@ from ..transfer import to_host
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora, Rows
 from .pinned_weights import HostWeights
+from .resident import resident_gradients, resident_output
 from .weight_stream import Loaded, Streamer
 
 
 @dataclass
 class _StreamedForward(SavedForward):
     rows: Rows
-    counts: list[int]
+    counts: list[int] | None  # None if nobody had to know
     x: Tensor  # [T, H]
     lora: Lora | None
 
@@ -50,6 +51,11 @@ class StreamedBackend(GroupedExperts):
         self.weights = weights
         self._streamer = streamer
 
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are on the GPU as they are multiplied: then nothing is copied, or waited for."""
+        return self.weights.resident is not None and not self.weights.scaled
+
     def can_backward(self, saved: SavedForward) -> bool:
         """Whether `saved` is of this backend: a saved forward stays good."""
         return isinstance(saved, _StreamedForward)
@@ -60,12 +66,14 @@ class StreamedBackend(GroupedExperts):
         return flat.new_zeros(self.shape.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
-        """Wait for the row counts, then compute as `forward_counted`."""
+        """Wait for the row counts, then compute as `forward_counted`; without a wait if the weights are resident."""
+        if self.resident:
+            return self.forward_counted(x, ids, weights, save, None)
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return self.forward_counted(x, ids, weights, save, counts.tolist())
 
     def forward_counted(
-        self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int]
+        self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int] | None
     ) -> tuple[Tensor, SavedForward | None]:
         """Launch the copies and products, without a wait.
 
@@ -74,28 +82,37 @@ class StreamedBackend(GroupedExperts):
             ids: [T, K] int64, -1 for no expert.
             weights: Routing weights [T, K], fp32.
             save: Whether to keep the inputs for a backward.
-            counts: The values of `row_counts(ids)`.
+            counts: The values of `row_counts(ids)`; None will do if the weights are resident.
 
         Returns:
             The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
         """
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
+        saved = _StreamedForward(rows, counts, x, lora) if save else None
+        if self.weights.resident is not None and self.resident:
+            self._streamer.passed(self.weights, [], backward=False)
+            return resident_output(x, *self.weights.resident, lora, rows), saved
+        assert counts is not None, "row counts are needed to stream"
         spread = x.new_zeros(rows.T * rows.K, x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
             chunk_lora = lora.part(chunk.experts) if lora else None
             y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, chunk_lora, part)
             spread.index_copy_(0, part.order, y)
             del chunk
-        return rows.sum_by_token(spread), _StreamedForward(rows, counts, x, lora) if save else None
+        return rows.sum_by_token(spread), saved
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the copies and products of a backward; all gradients are new tensors on `device`, LoRA's in bf16."""
         assert isinstance(saved, _StreamedForward)
         rows, lora = saved.rows, saved.lora
+        if self.weights.resident is not None and self.resident:
+            self._streamer.passed(self.weights, [], backward=True)
+            return resident_gradients(saved.x, grad_output, *self.weights.resident, lora, rows)
+        counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
         spread = grad_output.new_zeros(rows.T * rows.K, grad_output.shape[1])
         grad_weights = spread.new_zeros(rows.T * rows.K, dtype=torch.float32)
         whole = lora.zeros() if lora else None
-        for chunk, part in self._chunks(rows, saved.counts, backward=True):
+        for chunk, part in self._chunks(rows, counts, backward=True):
             chunk_lora = lora.part(chunk.experts) if lora else None
             x, d = (t.index_select(0, part.tokens) for t in (saved.x, grad_output))
             gradients = grouped.gradients(x, d, chunk.gate_up, chunk.down, chunk_lora, part)

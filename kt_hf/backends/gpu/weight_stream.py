@@ -4,10 +4,10 @@ Copies are launched on a CUDA stream for copies alone, as far ahead of the produ
 makes the products wait until a chunk has arrived, another makes the copies wait until a buffer is free. The host waits
 for neither.
 
-When a layer is done, the copies of the first chunks of the layer expected next begin, so that they travel while
-attention is computed. Expected is the step that came after the last two steps the time before. (Two, because after a
-layer's forward that checkpointing computes again comes its backward, and not the next layer's forward.) A wrong guess
-costs the time of its copies.
+When a layer is done, the copies of the first chunks of the layers expected next begin, so that they travel while
+attention is computed, and layers whose weights the GPU holds already. Expected is the step that came after the last two
+steps the time before. (Two, because after a layer's forward that checkpointing computes again comes its backward, and
+not the next layer's forward.) A wrong guess costs the time of its copies.
 
 Weights of 8 bits are copied in 8 bits: half the bytes. They are dequantized to bf16 on the GPU, into new memory, and
 their buffer is free at once.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,28 +114,33 @@ class Streamer:
             backward: The direction, by which the next step is guessed.
         """
         active = [e for e, count in enumerate(rows) if count]
-        step = _Step(id(weights), backward)
-        self._known[step] = weights, active
-        if self._last:
-            self._next[self._last] = step
-        self._last = (self._last[1] if self._last else None), step
-        if not self._copies:
+        self.passed(weights, active, backward)
+        if weights.resident is not None or not self._copies:
+            tensors = weights.resident or weights.tensors
             for experts, _ in self._split(weights, active):
-                yield Loaded(experts, *weights.products_of([tensor[experts] for tensor in weights.tensors]))
+                yield Loaded(experts, *weights.products_of([tensor[experts] for tensor in tensors]))
             return
         self._make_buffers(weights)
         yield from self._through_buffers(weights, active)
         self._send_ahead()
 
+    def passed(self, weights: HostWeights, active: list[int], backward: bool) -> None:
+        """Remember the order of steps, those of layers that need no copies among them.
+
+        Args:
+            weights: Of the layer that is computed now.
+            active: Its experts that have rows; [] if that is not known.
+            backward: The direction.
+        """
+        step = _Step(id(weights), backward)
+        self._known[step] = weights, active or self._known.get(step, (weights, active))[1]
+        if self._last:
+            self._next[self._last] = step
+        self._last = (self._last[1] if self._last else None), step
+
     def _through_buffers(self, weights: HostWeights, active: list[int]) -> Iterator[Loaded]:
         chunks = deque(self._split(weights, active))
-        sent: dict[int, _Coming] = {}  # chunks of this layer that were sent for ahead, by their first expert
-        for coming in self._ahead:
-            if coming.weights is weights and any(coming.experts == experts for experts, _ in chunks):
-                sent[coming.experts.start] = coming
-            else:
-                self._idle.append(coming.buffer)
-        self._ahead.clear()
+        sent = self._sent_for(weights, chunks)
         pending: deque[_Coming] = deque()
 
         def send_for_more() -> None:
@@ -149,7 +154,8 @@ class Streamer:
         try:
             while chunks or pending:
                 if not (pending or self._idle or chunks[0][0].start in sent):
-                    self._idle.append(sent.popitem()[1].buffer)  # sent for too early
+                    early = self._ahead.pop() if self._ahead else sent.popitem()[1]
+                    self._idle.append(early.buffer)
                 send_for_more()
                 loaded = self._arrived(pending[0])
                 if weights.scaled:  # the buffer is free before the products
@@ -164,18 +170,40 @@ class Streamer:
             for coming in (*pending, *sent.values()):
                 self._give_back(coming)
 
+    def _sent_for(self, weights: HostWeights, chunks: Iterable[tuple[slice, list[int]]]) -> dict[int, _Coming]:
+        """Chunks of this layer that were sent for ahead, by their first expert.
+
+        Those of other layers stay ahead if the guess was right so far; else their buffers are idle again.
+        """
+        wanted = [experts for experts, _ in chunks]
+        sent = {c.experts.start: c for c in self._ahead if c.weights is weights and c.experts in wanted}
+        others = [c for c in self._ahead if sent.get(c.experts.start) is not c]
+        self._ahead.clear()
+        for coming in others:
+            if sent and coming.weights is not weights:
+                self._ahead.append(coming)
+            else:
+                self._idle.append(coming.buffer)
+        return sent
+
     def _send_ahead(self) -> None:
-        """Begin to copy what is expected next."""
-        step = self._next.get(self._last) if self._last else None
-        if step is None:
-            return
-        weights, active = self._known[step]
-        for experts, numbers in self._split(weights, active):
-            if not self._idle:
-                break
-            coming = self._taken(weights, experts)
-            self._ahead.append(coming)
-            self._fill(coming, numbers)
+        """Begin to copy what is expected next, past layers that the GPU holds, as far as there are buffers."""
+        last, begun = self._last, {(id(coming.weights), coming.experts.start) for coming in self._ahead}
+        for _ in self._known:
+            step = self._next.get(last) if last else None
+            if step is None or not self._idle:
+                return
+            weights, active = self._known[step]
+            last = last and (last[1], step)
+            for experts, numbers in self._split(weights, active) if weights.resident is None else ():
+                if not self._idle:
+                    return
+                if (step.weights, experts.start) in begun:
+                    continue
+                begun.add((step.weights, experts.start))
+                coming = self._taken(weights, experts)
+                self._ahead.append(coming)
+                self._fill(coming, numbers)
 
     def _split(self, weights: HostWeights, active: list[int]) -> list[tuple[slice, list[int]]]:
         """(experts of a chunk, those of them that have rows), of chunks where any expert has rows.
