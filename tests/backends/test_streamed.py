@@ -271,7 +271,7 @@ def test_a_layer_on_the_gpu_computes_the_same_to_the_bit(moves: str, rank: int) 
 
 
 def test_copies_go_on_past_layers_on_the_gpu() -> None:
-    """The middle one of three layers is on the GPU: what is sent for ahead of it is the last one's, once it is moved."""
+    """The middle one of three layers is moved to the GPU: what is sent for ahead of it is the last one's."""
     streamer = Watched(2 * ONE)
     layers = [backend(streamer, i % 2) for i in range(3)]
     x = make_inputs(MIXTRAL, 64, torch.bfloat16)

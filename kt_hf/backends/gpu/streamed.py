@@ -90,8 +90,9 @@ class StreamedBackend(GroupedExperts):
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         saved = _StreamedForward(rows, counts, x, lora) if save else None
         if self.weights.resident is not None and self.resident:
+            gate_up, down = self.weights.resident
             self._streamer.passed(self.weights, [], backward=False)
-            return resident_output(x, *self.weights.resident, lora, rows), saved
+            return resident_output(x, gate_up, down, lora, rows), saved
         assert counts is not None, "row counts are needed to stream"
         spread = x.new_zeros(rows.T * rows.K, x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
@@ -106,8 +107,9 @@ class StreamedBackend(GroupedExperts):
         assert isinstance(saved, _StreamedForward)
         rows, lora = saved.rows, saved.lora
         if self.weights.resident is not None and self.resident:
+            gate_up, down = self.weights.resident
             self._streamer.passed(self.weights, [], backward=True)
-            return resident_gradients(saved.x, grad_output, *self.weights.resident, lora, rows)
+            return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows)
         counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
         spread = grad_output.new_zeros(rows.T * rows.K, grad_output.shape[1])
         grad_weights = spread.new_zeros(rows.T * rows.K, dtype=torch.float32)
