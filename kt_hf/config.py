@@ -38,11 +38,13 @@ class KTConfig:
             has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
         kt_num_gpu_experts: Experts of each layer that are computed on the GPU while the CPU computes the others: the
-            most used, if `apply_kt_moe` is given a placement. None means 0.
+            most used, if `apply_kt_moe` is given a placement. 0 computes all of them on the CPU. None is not set.
         kt_expert_placement: In place of `kt_num_gpu_experts`, how many experts of each layer have their weights in the
             GPU's memory, how many are copied to the GPU each time they are needed (the most used first, by the
-            placement), the CPU computing the others: `{"resident": 8, "streamed": 16}`; `cpu` or `gpu` (all of them);
-            or `auto`, which plans the numbers by the machine's measured rates. None leaves it to `kt_num_gpu_experts`.
+            placement), the CPU computing the others: `{"resident": 8, "streamed": 16}`; or how many whole layers are
+            in the GPU's memory, the others copied: `{"resident_layers": 12}`; `cpu` or `gpu` (all of them); or `auto`,
+            which begins with what is fast in the least memory, and moves layers to the GPU as the run leaves room.
+            None is `auto` where there is a GPU, unless `kt_num_gpu_experts`, `kt_backend` or `kt_weight_path` is set.
         kt_weight_path: Folder of expert weights that `kt-hf quantize` wrote, used in place of the model's own
             (AMXInt8, AMXInt4; `kt_lora_rank` must be given).
         kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, `cpu` or `gpu`.
@@ -62,7 +64,7 @@ class KTConfig:
     kt_backend: str = "auto"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = True
-    kt_num_gpu_experts: int | None = 0
+    kt_num_gpu_experts: int | None = None
     kt_expert_placement: str | Mapping[str, int] | None = field(default=None, hash=False)
     kt_weight_path: str | Path | None = None
     kt_moe_lora_device: str = "cpu"
@@ -95,8 +97,6 @@ class KTConfig:
             logger.warning(
                 "kt_max_cache_depth=%s is ignored: the operators keep one forward a layer.", kt_max_cache_depth
             )
-        if self.kt_num_gpu_experts is None:
-            object.__setattr__(self, "kt_num_gpu_experts", 0)
         _choice("kt_backend", self.kt_backend, BACKENDS)
         _choice("kt_moe_lora_device", self.kt_moe_lora_device, ("cpu", "gpu"))
         _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
@@ -172,15 +172,22 @@ def _placement(value: Any) -> None:
             f"{name}={value!r} is not one of {', '.join(PLACEMENTS)}, nor numbers of experts as in "
             f"{{resident: 8, streamed: 16}}.{hint}"
         )
-    unknown = [key for key in value if key not in ("resident", "streamed")]
+    unknown = [key for key in value if key not in ("resident", "streamed", "resident_layers")]
     if unknown or not value:
         problem = f"has {unknown[0]!r} in it" if unknown else "is empty"
-        raise KTAMXConfigError(f"{name}={value!r} {problem}: it takes resident and streamed, numbers of experts.")
+        raise KTAMXConfigError(
+            f"{name}={value!r} {problem}: it takes resident and streamed, numbers of experts, or resident_layers."
+        )
+    if "resident_layers" in value and len(value) > 1:
+        raise KTAMXConfigError(
+            f"{name}={value!r} has resident_layers and numbers of experts: the layers that are not resident are "
+            "streamed as a whole. Leave one out."
+        )
     for key, count in value.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise KTAMXConfigError(
                 f"{name}={value!r} has {key} that is not an integer of 0 or more: give a number of experts of each "
-                "layer, or leave it out."
+                "layer (of layers for resident_layers), or leave it out."
             )
 
 

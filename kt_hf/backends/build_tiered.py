@@ -29,6 +29,7 @@ def build_tiered(
     streamer: Streamer,
     dtype: torch.dtype,
     pack_cpu: Callable[[ExpertWeights, ExpertShape], ExpertsBackend],
+    must_lock: bool = True,
 ) -> ExpertsBackend:
     """Build a layer's backend whose experts `resident` and `streamed` are computed on a GPU, and the rest on the CPU.
 
@@ -42,6 +43,7 @@ def build_tiered(
         streamer: The model's streamer; its device is the GPU.
         dtype: The dtype of the weights on the GPU.
         pack_cpu: Builds the backend of the remaining experts around weights that it takes over.
+        must_lock: Whether it is an error if the system refuses to page-lock memory.
 
     Raises:
         KTAMXConfigError: Experts that cannot be streamed.
@@ -62,7 +64,7 @@ def build_tiered(
         copies.append((gpu_weights, weights.rows_of(resident)))
         parts.append((gpu_backend(gpu_weights, _part_shape(shape, resident)), resident))
     if streamed:
-        host_weights = _host_weights(weights, streamed)
+        host_weights = _host_weights(weights, streamed, must_lock)
         if weights.scaled is None:
             copies.append((host_weights, streamed))  # the scaled ones stay as they are
         parts.append((StreamedBackend(host_weights, _part_shape(shape, streamed), streamer), streamed))
@@ -106,11 +108,12 @@ def _part_shape(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
     return ExpertShape(len(experts), shape.top_k, shape.hidden_size, shape.intermediate_size)
 
 
-def _host_weights(weights: ExpertWeights, streamed: Sequence[int]) -> HostWeights:
+def _host_weights(weights: ExpertWeights, streamed: Sequence[int], must_lock: bool) -> HostWeights:
     if weights.scaled is not None:
-        return HostWeights.of_scaled(weights.scaled)
-    whole = len(streamed) == len(weights.gate_up)
-    return HostWeights.taken_over(weights) if whole else HostWeights.copied(weights, streamed)
+        return HostWeights.of_scaled(weights.scaled, must_lock)
+    if len(streamed) == len(weights.gate_up):
+        return HostWeights.taken_over(weights, must_lock)
+    return HostWeights.copied(weights, streamed, must_lock)
 
 
 def _rows(weights: ExpertWeights, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:

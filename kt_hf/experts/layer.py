@@ -17,6 +17,7 @@ from .function import ExpertsFunction
 from .lora_tensors import LoraTensors
 from .projections import NO_COPY, NO_PICKLE, ExpertProjection
 from .runner import ExpertsRunner
+from .tickets import in_backward
 
 
 class BackendFactory(Protocol):
@@ -43,6 +44,16 @@ class BackendFactory(Protocol):
     @property
     def lora_follows_gpu(self) -> bool:
         """Whether LoRA parameters move to a GPU with the model."""
+
+    def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
+        """A layer's forward begins, which is no recompute: the time to move weights.
+
+        Args:
+            layer_idx: Of the layer.
+            tokens: Of the forward.
+            gradients: Whether a backward may follow.
+            training: Whether the layer is in training mode.
+        """
 
     def build(
         self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int
@@ -234,6 +245,9 @@ class KTExperts(nn.Module):
         """
         self._check(hidden_states, top_k_index, top_k_weights)
         self.pack()
+        if not in_backward():
+            gradients = torch.is_grad_enabled() and hidden_states.requires_grad
+            self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
         lora = LoraTensors(self.projections, self.shape)
         key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:

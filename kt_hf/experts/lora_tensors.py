@@ -33,6 +33,11 @@ def _count_optimizer_step(*_: Any) -> None:
     _optimizer_epoch = next(_optimizer_steps)
 
 
+def optimizer_steps() -> int:
+    """Steps that optimizers of this process have taken since `watch_optimizers`."""
+    return _optimizer_epoch
+
+
 def watch_optimizers() -> None:
     """Count the steps of all optimizers, once a process: fused ones change tensors without raising their `_version`.
 

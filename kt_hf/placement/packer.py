@@ -19,8 +19,10 @@ from ..backends import (
 from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.grouped_mm import aligned
+from ..backends.gpu.streamed import StreamedBackend
 from ..backends.gpu.weight_stream import Streamer
 from ..config import KTConfig
+from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
@@ -28,7 +30,8 @@ from ..system.memory import available_memory, free_device_memory, return_freed_m
 from .calibration import measure_rates
 from .order import Placement
 from .planner import MemoryBudget, TierPlan, plan_tiers
-from .tiers import Tiers, check_tiers
+from .promotion import Promotion
+from .tiers import Tiers, check_tiers, spread
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LEN = 32_768
@@ -59,7 +62,7 @@ class Packer:
         threads: The operators' worker threads.
         cpu_bytes: Of all layers' expert weights in bf16; once they are placed, of those on the CPU.
         tiers: How many experts of each layer are resident on the GPU and streamed to it; None if `place` is to plan
-            that.
+            that, and layers are to be moved as the run leaves room.
         streamed: Whether weights are read as they are packed; else they are in memory already.
         saved: Packed weights on disk (`kt_weight_path`), checked to fit the model and the settings.
         gpu: The device of resident and streamed experts; None without one.
@@ -68,6 +71,7 @@ class Packer:
         placement: Which experts go to the GPU first; None for the first ones by number.
         planned: What was expected of the tiers, where they were planned.
         keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
+        promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
     """
@@ -88,11 +92,14 @@ class Packer:
         self.tiers, self.streamed, self.saved, self.gpu = tiers, streamed, saved, gpu
         self.placement: Placement | None = None
         self.planned: TierPlan | None = None
+        self.promotion: Promotion | None = None
         self.keep_8bit = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
         self._locked_bytes = 0  # of host memory that streamed experts take
+        self._resident_layers: frozenset[int] = frozenset()
+        self._warned_unlocked = False
         self._warned_dropout = False
         self._streamer: Streamer | None = None
         self._share: bool | None = None
@@ -154,14 +161,22 @@ class Packer:
         budget = budget or MemoryBudget()
         if self.tiers is None:
             self.tiers = self._planned(list(layers.values()), placement, budget)
+            if self.tiers.streamed:
+                self.promotion = Promotion(self.gpu_device, budget.vocabulary)
         tiers, self.keep_8bit = self.tiers, budget.keep_8bit
-        self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in layers.values())
-        self._locked_bytes = sum(expert_bytes(shape, self.keep_8bit) * tiers.streamed for shape in layers.values())
-        if not tiers.on_gpu:
+        indices = sorted(layers)
+        self._resident_layers = frozenset(indices[i] for i in spread(len(indices))[: tiers.resident_layers])
+        others = [shape for layer, shape in layers.items() if layer not in self._resident_layers]
+        self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in others)
+        self._locked_bytes = sum(
+            expert_bytes(shape, self.keep_8bit) * min(tiers.streamed, shape.num_experts) for shape in others
+        )
+        if not tiers.uses_gpu:
             return
         self.placement = placement
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
-        logger.info("kt_hf: %s (%s), by %s.", tiers, self.gpu_device, source)
+        split = tiers.resident or any(tiers.on_cpu(shape.num_experts) for shape in others)
+        logger.info("kt_hf: %s (%s)%s.", tiers, self.gpu_device, f", by {source}" if split else "")
 
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
@@ -173,19 +188,29 @@ class Packer:
         Raises:
             KTAMXConfigError: It is another model's.
         """
-        if placement is not None and (self.tiers is None or self.tiers.on_gpu):
+        if placement is not None and (self.tiers is None or self.tiers.uses_gpu):
             for layer, shape in layers.items():
                 placement.check(layer, shape.num_experts)
 
     def _planned(self, shapes: list[ExpertShape], placement: Placement | None, budget: MemoryBudget) -> Tiers:
-        """The tiers that take the least time by the machine's rates, which are measured now."""
-        shape, device = max(shapes, key=expert_bytes), self.gpu_device
-        shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
+        """Where experts begin: streamed to the GPU, or on the CPU as far as it is much faster by measured rates."""
+        device = self.gpu_device
+        reason = unsuitable(device, budget.dtype, shapes)
+        if reason is not None and self.config.kt_expert_placement is None:
+            logger.info("kt_hf: experts are computed on the CPU, though there is a GPU: %s.", reason)
+            return Tiers()
         tokens = budget.tokens or self.config.kt_max_len or _TOKENS
         free = free_device_memory(device)
-        streaming = all(aligned(other) for other in shapes) and (
-            self.backend != "torch" or budget.dtype in (None, torch.bfloat16)
-        )
+        streamed = all_streamed(shapes, self._host_room(budget), budget.keep_8bit)
+        bus = copy_rate(device)
+        if reason is None and not cpu_may_be_faster(shapes, tokens, bus, self.threads.workers, self.backend):
+            logger.info(
+                "kt_hf: experts are streamed to the GPU (%.0f GB/s), and stay there as the run leaves room.", bus / 1e9
+            )
+            return streamed
+        shape = max(shapes, key=expert_bytes)
+        shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
+        streaming = reason is None
         rates = measure_rates(shape, device, self.threads, self.backend, tokens)
         if self.config.kt_moe_lora_device == "gpu":
             budget = replace(budget, lora_rank=self.config.kt_lora_rank or _RANK)
@@ -233,21 +258,50 @@ class Packer:
             backend = on_cpu(weights, shape)
         elif weights.packed_as is not None:
             backend = weights.packed_as
-        elif self.tiers is None or not self.tiers.on_gpu:
+        elif self.tiers is None or not self.tiers.uses_gpu:
             backend = on_cpu(weights, shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
-            backend = build_tiered(weights, shape, resident, streamed, self.streamer, dtype, on_cpu)
+            must_lock = self.promotion is None  # under `auto` no refusal of the system is an error
+            backend = build_tiered(weights, shape, resident, streamed, self.streamer, dtype, on_cpu, must_lock)
+            self._note_streamed(backend, label, layer_idx)
         if self.on_build:
             self.on_build(backend)
         if self.backend != "torch":
             return_freed_memory()
         return backend
 
+    def _note_streamed(self, backend: ExpertsBackend, label: str, layer_idx: int) -> None:
+        """A layer that is streamed as a whole can be moved; memory that was not locked is logged once."""
+        if not isinstance(backend, StreamedBackend):
+            return
+        if self.promotion is not None:
+            self.promotion.add(layer_idx, backend)
+        if backend.weights.refusal and not self._warned_unlocked:
+            self._warned_unlocked = True
+            logger.warning(
+                "kt_hf: %s, and other layers perhaps, is streamed from memory that is not page-locked: this is slower. "
+                "%s", label, backend.weights.refusal,
+            )  # fmt: skip
+
+    def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
+        """A layer's forward begins: with the model's first layer, layers are moved to the GPU or back.
+
+        Args:
+            layer_idx: Of the layer.
+            tokens: Of the forward.
+            gradients: Whether a backward may follow.
+            training: Whether the layer is in training mode.
+        """
+        if self.promotion is not None:
+            self.promotion.begins(layer_idx, tokens, gradients, training, optimizer_steps())
+
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of a layer's resident and of its streamed experts."""
         order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))
+        if layer in self._resident_layers:
+            return order, ()
         tiers = self.tiers or Tiers()
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 

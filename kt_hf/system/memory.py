@@ -42,6 +42,34 @@ def free_device_memory(device: torch.device) -> int:
     return max(0, int(min(free + torch.cuda.memory_reserved(device) - used, allowed)))
 
 
+class DeviceMemory:
+    """What PyTorch's tensors take of a device's memory, in bytes. Of the CPU nothing is known: nothing seems to fit.
+
+    Args:
+        device: A GPU, or the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocated(self) -> int:
+        """Taken by tensors now."""
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def peak(self) -> int:
+        """The most since `reset_peak`."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def reset_peak(self) -> None:
+        """The peak is what is allocated now."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def limit(self) -> int:
+        """What could be allocated in all."""
+        return self.allocated() + free_device_memory(self._device) if self._device.type == "cuda" else 0
+
+
 def return_freed_memory() -> None:
     """Give freed heap memory back to the system, which the C library (glibc) would keep."""
     try:

@@ -1,0 +1,183 @@
+"""Whole layers of experts on their way to the GPU's memory and back, as the run leaves room for them.
+
+A run begins with every expert streamed from host memory. `Controller` learns what its passes take, and layers whose
+weights then stay on the GPU need no copies. The copy in host memory stays, so that memory can be given back at once.
+Results are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..backends.gpu.streamed import StreamedBackend
+from ..system.memory import DeviceMemory
+from .controller import Controller, Pass, Reading
+from .tiers import spread
+
+logger = logging.getLogger(__name__)
+GB = 10**9
+
+
+class Memory(Protocol):
+    """A device's memory, in bytes."""
+
+    def allocated(self) -> int:
+        """Taken by tensors now."""
+
+    def peak(self) -> int:
+        """The most since `reset_peak`."""
+
+    def reset_peak(self) -> None:
+        """The peak is what is allocated now."""
+
+    def limit(self) -> int:
+        """What could be allocated in all."""
+
+
+class Promotion:
+    """Moves the streamed layers of one model, at the begin of its passes.
+
+    Args:
+        device: The GPU.
+        vocabulary: Logits of a token.
+        memory: Of the device; None asks PyTorch.
+
+    Attributes:
+        fixed: Whether layers stay where they are from now on.
+        controller: What was learned, and how many layers are held; None before the first pass.
+    """
+
+    def __init__(self, device: torch.device, vocabulary: int = 0, memory: Memory | None = None) -> None:
+        self.fixed = False
+        self.controller: Controller | None = None
+        self._device, self._vocabulary = device, vocabulary
+        self._memory = memory or DeviceMemory(device)
+        self._layers: dict[int, StreamedBackend] = {}
+        self._order: list[StreamedBackend] = []
+        self._rank = 0
+        self._told = 0  # layers held, when it was last logged
+        _PROMOTIONS.add(self)
+        watch_first_steps()
+
+    def add(self, layer_idx: int, backend: StreamedBackend) -> None:
+        """A layer that may be moved.
+
+        Args:
+            layer_idx: Its index among the model's layers.
+            backend: Of the whole layer.
+        """
+        self._layers[layer_idx] = backend
+        self._order = []
+
+    @property
+    def held(self) -> list[int]:
+        """Indices of the layers whose weights are on the GPU, ascending."""
+        return sorted(i for i, layer in self._layers.items() if layer.weights.resident is not None)
+
+    def forget(self) -> None:
+        """Begin to learn anew: another optimizer, or another run."""
+        if self.controller is not None:
+            self.controller.forget()
+
+    def release(self) -> None:
+        """Give all memory back now."""
+        for layer in self._layers.values():
+            layer.weights.to_host()
+        if self.controller is not None:
+            self.controller.held = 0
+
+    def hold(self, count: int) -> None:
+        """Have the first `count` layers of the order on the GPU, and no others.
+
+        What does not fit after all is left in host memory: fewer layers are held then.
+
+        Args:
+            count: How many.
+        """
+        order = self._ordered()
+        for layer in order[count:]:
+            layer.weights.to_host()
+        for held, layer in enumerate(order[:count]):
+            try:
+                layer.weights.to_gpu(self._device)
+            except torch.OutOfMemoryError:
+                logger.info("kt_hf: the GPU has room for %d layers of experts, not for %d.", held, count)
+                count = held
+                break
+        if self.controller is not None:
+            self.controller.held = count
+
+    def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool, optimizer_steps: int) -> None:
+        """A layer's forward begins, and with the first layer a pass of the model.
+
+        Args:
+            layer_idx: Of the layer.
+            tokens: Of the forward.
+            gradients: Whether a backward may follow.
+            training: Whether the layer is in training mode.
+            optimizer_steps: Of any optimizer so far.
+        """
+        if self.fixed or not self._layers or layer_idx != min(self._layers):
+            return
+        order = self._ordered()
+        if self.controller is None:
+            self.controller = Controller([layer.weights.nbytes for layer in order], self._vocabulary)
+        if order[0].rank != self._rank:
+            self._rank = order[0].rank
+            self.controller.forget()
+        memory = self._memory
+        reading = Reading(memory.allocated(), memory.peak(), memory.limit(), optimizer_steps)
+        before = self.controller.held
+        count, fresh = self.controller.begins(Pass(gradients, training, tokens), reading)
+        if count != before:
+            self.hold(count)
+            self._tell(reading)
+        if fresh:
+            memory.reset_peak()
+
+    def _ordered(self) -> list[StreamedBackend]:
+        """The layers in the order in which they come to the GPU: those of any begin of it are spread evenly."""
+        if not self._order:
+            by_index = [self._layers[i] for i in sorted(self._layers)]
+            self._order = [by_index[i] for i in spread(len(by_index))]
+        return self._order
+
+    def _tell(self, reading: Reading) -> None:
+        """Log what changed: layers that come, and those that go for the first time."""
+        assert self.controller is not None
+        held, total = self.controller.held, len(self._layers)
+        size = sum(layer.weights.nbytes for layer in self._ordered()[:held])
+        level = logging.INFO if held > self._told or (held == 0 < self._told) else logging.DEBUG
+        self._told = max(held, self._told)
+        logger.log(
+            level,
+            "kt_hf: %d of %d layers of experts are on the GPU now (%.1f GB of %.1f), the others streamed to it.",
+            held, total, size / GB, reading.limit / GB,
+        )  # fmt: skip
+
+
+_PROMOTIONS: weakref.WeakSet[Promotion] = weakref.WeakSet()
+_stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def watch_first_steps() -> None:
+    """Before the first step of any optimizer, which makes its state, have layers give their memory back; set up once a
+    process.
+    """
+    if getattr(watch_first_steps, "handle", None) is None:
+        watch_first_steps.handle = register_optimizer_step_pre_hook(_before_step)  # type: ignore[attr-defined]
+
+
+def _before_step(optimizer: Any, *_: Any) -> None:
+    if optimizer in _stepped:
+        return
+    _stepped.add(optimizer)
+    for promotion in _PROMOTIONS:
+        if promotion.held and not promotion.fixed:
+            promotion.release()
+            promotion.forget()
