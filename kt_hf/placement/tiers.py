@@ -1,4 +1,8 @@
-"""How many experts of each layer are in which tier: resident on the GPU, streamed to it, or on the CPU."""
+"""How many experts of each layer are in which tier: resident on the GPU, streamed to it, or on the CPU.
+
+Where every expert has tokens, a few resident experts in each layer save no more than as many bytes of whole layers, and
+cost a second group of products in each. So some layers can be resident whole, between others.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +20,57 @@ class Tiers:
     """How many experts of each layer the GPU computes, the most used first; the CPU computes the others.
 
     Attributes:
-        resident: Experts whose weights are in the GPU's memory.
-        streamed: Experts whose weights are in host memory, and copied to the GPU each time they are needed.
+        resident: Experts whose weights are in the GPU's memory, of a layer that is not resident whole.
+        streamed: Experts whose weights are in host memory, and copied to the GPU each time they are needed, of such a
+            layer.
+        resident_layers: Layers all of whose experts are in the GPU's memory; `spread` says which.
     """
 
     resident: int = 0
     streamed: int = 0
+    resident_layers: int = 0
 
     @property
     def on_gpu(self) -> int:
-        """Experts of a layer that the GPU computes."""
+        """Experts that the GPU computes, of a layer that is not resident whole."""
         return self.resident + self.streamed
 
+    @property
+    def need_gpu(self) -> bool:
+        """Whether the GPU computes any expert."""
+        return bool(self.on_gpu or self.resident_layers)
+
     def on_cpu(self, experts: int) -> int:
-        """Experts that the CPU computes, of a layer that has `experts`."""
+        """Experts that the CPU computes, of a layer that has `experts` and is not resident whole."""
         return max(0, experts - self.on_gpu)
 
     def __str__(self) -> str:
-        return f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed to it"
+        if not self.resident_layers:
+            return f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed to it"
+        whole = f"{self.resident_layers} whole layer{'s' if self.resident_layers > 1 else ''} on the GPU"
+        return f"{whole}; of each other layer {self.resident} experts on the GPU, {self.streamed} streamed to it"
+
+
+def spread(count: int, layers: int) -> list[int]:
+    """Which layers are resident whole, in the order in which they become so: each in the middle of the widest gap.
+
+    Any number of the first ones is spread about evenly (no gap is more than about twice as wide as another), so layers can be
+    added and taken away one at a time, at the end, and a resident layer's compute lies between copies of others.
+
+    Args:
+        count: How many layers; more than there are counts as all.
+        layers: How many layers there are.
+
+    Returns:
+        Positions from 0 to `layers` - 1, `count` of them; `spread(n, layers)` begins as every shorter one.
+    """
+    gaps, order = [(0, layers)], list[int]()  # [first, last) of layers that are not resident, in a row
+    while len(order) < min(count, layers):
+        first, last = gaps.pop(max(range(len(gaps)), key=lambda i: (gaps[i][1] - gaps[i][0], -gaps[i][0])))
+        middle = (first + last) // 2
+        order.append(middle)
+        gaps += [(first, middle), (middle + 1, last)]
+    return order
 
 
 def field_of(config: KTConfig) -> str:
@@ -54,10 +91,13 @@ def asked_for(config: KTConfig, shapes: Sequence[ExpertShape], has_gpu: bool) ->
     placement = config.kt_expert_placement
     if placement is None:
         return Tiers(config.kt_num_gpu_experts or 0)
+    experts = max((shape.num_experts for shape in shapes), default=0)
+    if isinstance(placement, Mapping) and "resident_layers" in placement:
+        return Tiers(0, experts, placement["resident_layers"])
     if isinstance(placement, Mapping):
         return Tiers(placement.get("resident", 0), placement.get("streamed", 0))
     if placement == "gpu":
-        return Tiers(max(shape.num_experts for shape in shapes))
+        return Tiers(experts)
     return None if placement == "auto" and has_gpu and config.kt_weight_path is None else Tiers()
 
 
@@ -70,7 +110,7 @@ def order_matters(config: KTConfig, has_gpu: bool) -> bool:
     """
     placement = config.kt_expert_placement
     if isinstance(placement, Mapping):
-        return any(placement.values())
+        return bool(placement.get("resident") or placement.get("streamed"))
     return has_gpu if placement == "auto" else placement is None and bool(config.kt_num_gpu_experts)
 
 
@@ -87,9 +127,11 @@ def problem(
             sent to, or none.
         has_gpu: Whether there is a GPU for experts.
     """
-    if not tiers.on_gpu:
+    if not tiers.need_gpu:
         return None
     field = field_of(config)
+    if tiers.resident_layers > len(shapes):
+        return f"{field}: the model has {len(shapes)} layers of experts. Set resident_layers to {len(shapes)} or less."
     if config.kt_weight_path is not None:
         return f"{field} does not go together with kt_weight_path: saved experts are packed for the CPU. Leave one out."
     if not has_gpu:
@@ -102,7 +144,9 @@ def _layer_problem(tiers: Tiers, config: KTConfig, shape: ExpertShape, operators
     """Why one layer cannot have these numbers; None if it can."""
     field, what = field_of(config), "resident and streamed together" if tiers.streamed else "it"
     E, K, count = shape.num_experts, shape.top_k, tiers.on_gpu
-    if config.kt_expert_placement != "gpu" and count > E:
+    placement = config.kt_expert_placement
+    whole = placement == "gpu" or (isinstance(placement, Mapping) and "resident_layers" in placement)
+    if not whole and count > E:
         return f"{field}: a layer has {E} experts. Set {what} to {E} or less."
     if operators and E - K < count < E:
         return (
