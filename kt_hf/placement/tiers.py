@@ -54,8 +54,8 @@ class Tiers:
 def spread(count: int, layers: int) -> list[int]:
     """Which layers are resident whole, in the order in which they become so: each in the middle of the widest gap.
 
-    Any number of the first ones is spread about evenly (no gap is more than about twice as wide as another), so layers can be
-    added and taken away one at a time, at the end, and a resident layer's compute lies between copies of others.
+    Any number of the first ones is spread about evenly (no gap is more than about twice as wide as another): layers are
+    added and taken away one at a time, at the end, and the compute of one lies between copies of others.
 
     Args:
         count: How many layers; more than there are counts as all.

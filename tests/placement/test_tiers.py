@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kt_hf.config import KTConfig
@@ -18,7 +20,7 @@ def test_layers_are_spread_evenly_however_many_there_are(layers: int) -> None:
     for count in range(layers + 1):
         assert spread(count, layers) == order[:count], "a layer more, or a layer less, moves no other"
         edges = [-1, *sorted(order[:count]), layers]
-        gaps = [after - before - 1 for before, after in zip(edges, edges[1:], strict=False)]
+        gaps = [after - before - 1 for before, after in itertools.pairwise(edges)]
         assert max(gaps) <= 2 * min(gaps) + 2
     assert spread(layers + 5, layers) == order
 
