@@ -16,6 +16,7 @@ from ..quantized import for_run
 from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
+from .choice import hint
 from .packer import Packer
 from .planner import MemoryBudget
 from .tiers import Tiers, asked_for, check_tiers
@@ -86,6 +87,8 @@ def make_packer(
     gpu = experts_gpu.experts_device()
     tiers = chosen_tiers(cfg, list(shapes.values()), backend, gpu)
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
+    if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
+        logger.info("kt_hf: %s.", line)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",

@@ -60,7 +60,7 @@ def measure_rates(
     longest = min(max(tokens, _LEAST), _MOST, most_tokens(alone))  # the operators refuse more than memory holds
     lengths = min(_SHORT, longest), longest
     with CALL_LOCK, torch.no_grad():
-        pcie = _copy_rate(device, copy_bytes)
+        pcie = copy_rate(device, copy_bytes)
         packed = build_backend(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")
 
         def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[LinearCost, LinearCost]:
@@ -191,16 +191,20 @@ def timed_once(
     return middle - begin, time.perf_counter() - middle
 
 
-def _copy_rate(device: torch.device, size: int) -> float:
-    """Bytes a second from page-locked memory; 0 where memory cannot be locked."""
+def copy_rate(device: torch.device, size: int = _COPY_BYTES) -> float:
+    """Bytes a second to a GPU from page-locked memory; from ordinary memory where the system refuses to lock it.
+
+    Args:
+        device: The GPU.
+        size: Bytes that are copied, three times.
+    """
     source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
     target = torch.empty(size, dtype=torch.uint8, device=device)
     done: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
     try:
         locked = lock_pages(source)
-    except KTAMXError as error:
-        logger.warning("kt_hf: experts cannot be streamed, so none are planned to be: %s", error)
-        return 0.0
+    except KTAMXError:  # layers will meet with the same, which is logged then
+        locked = False
     best = float("inf")
     try:
         for _ in range(3):

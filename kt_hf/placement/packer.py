@@ -18,7 +18,6 @@ from ..backends import (
 )
 from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
-from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.streamed import StreamedBackend
 from ..backends.gpu.weight_stream import Streamer
 from ..config import KTConfig
@@ -27,7 +26,8 @@ from ..quantized import PrequantizedExperts
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
-from .calibration import measure_rates
+from .calibration import copy_rate, measure_rates
+from .choice import all_streamed, cpu_may_be_faster, is_worth_its_cpu, unsuitable
 from .order import Placement
 from .planner import MemoryBudget, TierPlan, plan_tiers
 from .promotion import Promotion
@@ -165,13 +165,13 @@ class Packer:
                 self.promotion = Promotion(self.gpu_device, budget.vocabulary)
         tiers, self.keep_8bit = self.tiers, budget.keep_8bit
         indices = sorted(layers)
-        self._resident_layers = frozenset(indices[i] for i in spread(len(indices))[: tiers.resident_layers])
+        self._resident_layers = frozenset(indices[i] for i in spread(tiers.resident_layers, len(indices)))
         others = [shape for layer, shape in layers.items() if layer not in self._resident_layers]
         self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in others)
         self._locked_bytes = sum(
             expert_bytes(shape, self.keep_8bit) * min(tiers.streamed, shape.num_experts) for shape in others
         )
-        if not tiers.uses_gpu:
+        if not tiers.need_gpu:
             return
         self.placement = placement
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
@@ -188,7 +188,7 @@ class Packer:
         Raises:
             KTAMXConfigError: It is another model's.
         """
-        if placement is not None and (self.tiers is None or self.tiers.uses_gpu):
+        if placement is not None and (self.tiers is None or self.tiers.need_gpu):
             for layer, shape in layers.items():
                 placement.check(layer, shape.num_experts)
 
@@ -201,7 +201,7 @@ class Packer:
             return Tiers()
         tokens = budget.tokens or self.config.kt_max_len or _TOKENS
         free = free_device_memory(device)
-        streamed = all_streamed(shapes, self._host_room(budget), budget.keep_8bit)
+        streamed = all_streamed(shapes, available_memory() if self.streamed else None, budget.keep_8bit)
         bus = copy_rate(device)
         if reason is None and not cpu_may_be_faster(shapes, tokens, bus, self.threads.workers, self.backend):
             logger.info(
@@ -217,6 +217,9 @@ class Packer:
         for_experts = budget.free_for_experts(free, tokens, shape)
         popularity = placement.share if placement else ()
         plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.keep_8bit)
+        if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens):
+            logger.info("kt_hf: experts are streamed to the GPU: a part on the CPU would bring too little.")
+            return streamed
         check_tiers(plan.tiers, self.config, shapes, self.backend != "torch")
         logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, plan)
         self.planned = plan
@@ -258,7 +261,7 @@ class Packer:
             backend = on_cpu(weights, shape)
         elif weights.packed_as is not None:
             backend = weights.packed_as
-        elif self.tiers is None or not self.tiers.uses_gpu:
+        elif self.tiers is None or not self.tiers.need_gpu:
             backend = on_cpu(weights, shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)

@@ -144,7 +144,7 @@ class Promotion:
         """The layers in the order in which they come to the GPU: those of any begin of it are spread evenly."""
         if not self._order:
             by_index = [self._layers[i] for i in sorted(self._layers)]
-            self._order = [by_index[i] for i in spread(len(by_index))]
+            self._order = [by_index[i] for i in spread(len(by_index), len(by_index))]
         return self._order
 
     def _tell(self, reading: Reading) -> None:
@@ -166,9 +166,7 @@ _stepped: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def watch_first_steps() -> None:
-    """Before the first step of any optimizer, which makes its state, have layers give their memory back; set up once a
-    process.
-    """
+    """Have layers give their memory back before the first step of any optimizer, which makes its state."""
     if getattr(watch_first_steps, "handle", None) is None:
         watch_first_steps.handle = register_optimizer_step_pre_hook(_before_step)  # type: ignore[attr-defined]
 

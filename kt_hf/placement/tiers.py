@@ -1,4 +1,8 @@
-"""How many experts of each layer are in which tier: resident on the GPU, streamed to it, or on the CPU."""
+"""How many experts of each layer are in which tier: resident on the GPU, streamed to it, or on the CPU.
+
+Where every expert has tokens, a few resident experts in each layer save no more than as many bytes of whole layers, and
+cost a second group of products in each. So some layers can be resident whole, between others.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,10 @@ class Tiers:
     """How many experts of each layer the GPU computes, the most used first; the CPU computes the others.
 
     Attributes:
-        resident: Experts whose weights are in the GPU's memory.
-        streamed: Experts whose weights are in host memory, and copied to the GPU each time they are needed.
-        resident_layers: Whole layers in the GPU's memory, spread evenly; the numbers of experts are the other layers'.
+        resident: Experts whose weights are in the GPU's memory, of a layer that is not resident whole.
+        streamed: Experts whose weights are in host memory, and copied to the GPU each time they are needed, of such a
+            layer.
+        resident_layers: Layers all of whose experts are in the GPU's memory; `spread` says which.
     """
 
     resident: int = 0
@@ -27,38 +32,45 @@ class Tiers:
 
     @property
     def on_gpu(self) -> int:
-        """Experts of a layer that the GPU computes, but for layers that are resident as a whole."""
+        """Experts that the GPU computes, of a layer that is not resident whole."""
         return self.resident + self.streamed
 
     @property
-    def uses_gpu(self) -> bool:
-        """Whether the GPU computes any experts."""
+    def need_gpu(self) -> bool:
+        """Whether the GPU computes any expert."""
         return bool(self.on_gpu or self.resident_layers)
 
     def on_cpu(self, experts: int) -> int:
-        """Experts that the CPU computes, of a layer that has `experts`."""
+        """Experts that the CPU computes, of a layer that has `experts` and is not resident whole."""
         return max(0, experts - self.on_gpu)
 
     def __str__(self) -> str:
-        experts = f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed to it"
         if not self.resident_layers:
-            return experts
-        return f"{self.resident_layers} layers on the GPU, of the others {experts.replace('of each layer ', '')}"
+            return f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed to it"
+        whole = f"{self.resident_layers} whole layer{'s' if self.resident_layers > 1 else ''} on the GPU"
+        return f"{whole}; of each other layer {self.resident} experts on the GPU, {self.streamed} streamed to it"
 
 
-def spread(layers: int) -> list[int]:
-    """An order of layers of which every begin is spread about evenly: 2 of 4 are 0 and 2, 4 of 8 every second.
+def spread(count: int, layers: int) -> list[int]:
+    """Which layers are resident whole, in the order in which they become so: each in the middle of the widest gap.
+
+    Any number of the first ones is spread about evenly (no gap is more than about twice as wide as another): layers are
+    added and taken away one at a time, at the end, and the compute of one lies between copies of others.
 
     Args:
-        layers: How many there are.
+        count: How many layers; more than there are counts as all.
+        layers: How many layers there are.
 
     Returns:
-        Each of 0 to layers - 1 once: the numbers with their binary digits turned round in order, those of a power of
-        two that is not smaller.
+        Positions from 0 to `layers` - 1, `count` of them; `spread(n, layers)` begins as every shorter one.
     """
-    bits = max(layers - 1, 0).bit_length()
-    turned = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
-    return [i for i in turned if i < layers]
+    gaps, order = [(0, layers)], list[int]()  # [first, last) of layers that are not resident, in a row
+    while len(order) < min(count, layers):
+        first, last = gaps.pop(max(range(len(gaps)), key=lambda i: (gaps[i][1] - gaps[i][0], -gaps[i][0])))
+        middle = (first + last) // 2
+        order.append(middle)
+        gaps += [(first, middle), (middle + 1, last)]
+    return order
 
 
 def field_of(config: KTConfig) -> str:
@@ -92,28 +104,27 @@ def asked_for(config: KTConfig, shapes: Sequence[ExpertShape], has_gpu: bool) ->
         has_gpu: Whether there is a GPU for experts.
     """
     placement = config.kt_expert_placement
-    most = max(shape.num_experts for shape in shapes)
     if is_auto(config):
         return None if has_gpu else Tiers()
-    if isinstance(placement, Mapping):
-        if (whole := placement.get("resident_layers")) is not None:
-            return Tiers(0, most, whole)
-        return Tiers(placement.get("resident", 0), placement.get("streamed", 0))
     if placement is None:
         return Tiers(config.kt_num_gpu_experts or 0)
-    return Tiers(most) if placement == "gpu" else Tiers()
+    experts = max((shape.num_experts for shape in shapes), default=0)
+    if isinstance(placement, Mapping) and "resident_layers" in placement:
+        return Tiers(0, experts, placement["resident_layers"])
+    if isinstance(placement, Mapping):
+        return Tiers(placement.get("resident", 0), placement.get("streamed", 0))
+    return Tiers(experts) if placement == "gpu" else Tiers()
 
 
-def order_matters(config: KTConfig, has_gpu: bool) -> bool:
-    """Whether it makes a difference which experts are used most: the GPU computes some of them, not all.
+def order_matters(config: KTConfig) -> bool:
+    """Whether it makes a difference which experts are used most: settings send some to the GPU, not all.
 
     Args:
         config: The settings.
-        has_gpu: Whether there is a GPU for experts.
     """
     placement = config.kt_expert_placement
     if isinstance(placement, Mapping):
-        return "resident_layers" not in placement and any(placement.values())
+        return bool(placement.get("resident") or placement.get("streamed"))
     return placement is None and bool(config.kt_num_gpu_experts)
 
 
@@ -130,16 +141,16 @@ def problem(
             sent to, or none.
         has_gpu: Whether there is a GPU for experts.
     """
-    if not tiers.uses_gpu:
+    if not tiers.need_gpu:
         return None
     field = field_of(config)
+    if tiers.resident_layers > len(shapes):
+        return f"{field}: the model has {len(shapes)} layers of experts. Set resident_layers to {len(shapes)} or less."
     if config.kt_weight_path is not None:
         return f"{field} does not go together with kt_weight_path: saved experts are packed for the CPU. Leave one out."
     if not has_gpu:
         nothing = "set it to 0" if config.kt_expert_placement is None else "set it to auto"
         return f"{field} needs a CUDA GPU, and there is none here: leave it out, or {nothing}."
-    if tiers.resident_layers > len(shapes):
-        return f"{field}: the model has {len(shapes)} layers of experts. Set resident_layers to {len(shapes)} or less."
     return next(filter(None, (_layer_problem(tiers, config, shape, operators) for shape in shapes)), None)
 
 
@@ -147,9 +158,9 @@ def _layer_problem(tiers: Tiers, config: KTConfig, shape: ExpertShape, operators
     """Why one layer cannot have these numbers; None if it can."""
     field, what = field_of(config), "resident and streamed together" if tiers.streamed else "it"
     E, K, count = shape.num_experts, shape.top_k, tiers.on_gpu
-    if config.kt_expert_placement == "gpu" or tiers.resident_layers or is_auto(config):  # all that a layer has
-        count = min(count, E)
-    if count > E:
+    placement = config.kt_expert_placement
+    whole = placement == "gpu" or is_auto(config) or (isinstance(placement, Mapping) and "resident_layers" in placement)
+    if not whole and count > E:
         return f"{field}: a layer has {E} experts. Set {what} to {E} or less."
     if operators and E - K < count < E:
         return (

@@ -155,13 +155,14 @@ def load_model(
         KTAMXError: Its experts cannot be computed, or its checkpoint is damaged.
     """
     from .. import apply_kt_moe, load_kt_model
-    from ..placement.tiers import order_matters
+    from ..placement.tiers import is_auto, order_matters
     from ..system import gpu
 
     name, rank = keys.model_name_or_path, keys.lora_rank if rank is None else rank
-    to_gpu = placing if kt is not None and order_matters(kt, gpu.experts_device() is not None) else None
-    placement = to_gpu.saved() if to_gpu else None
-    profile = to_gpu.profile if to_gpu and placement is None else None
+    planned = kt is not None and is_auto(kt) and gpu.experts_device() is not None
+    counted = kt is not None and order_matters(kt)
+    placement = placing.saved() if placing and (planned or counted) else None
+    profile = placing.profile if placing and counted and placement is None else None
     if profile and has_8_bits(config):
         logger.warning(
             "%s is of 8 bits: it is not loaded whole to count which experts are used most, and the first of each layer "

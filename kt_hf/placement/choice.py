@@ -1,0 +1,131 @@
+"""Where the experts of a run begin under `auto`: what needs no measurement, and what the log says of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..backends.gpu.grouped_mm import aligned
+from ..config import KTConfig
+from ..shapes import ExpertShape, expert_bytes
+from .planner import MachineRates, TierPlan, assumed_rates
+from .tiers import Tiers, is_auto
+
+_ASSUMED_WORKERS = 15  # of the machine whose rates are assumed
+# How much faster than assumed the CPU's operators may be: if streaming is faster even so, the CPU is not measured.
+_FASTER = 2.0
+# A part on the CPU cannot be given back, and is in the way of layers that come to the GPU: it has to bring this much.
+_WORTH = 0.7
+
+
+def unsuitable(device: torch.device, dtype: torch.dtype | None, shapes: Sequence[ExpertShape]) -> str | None:
+    """Why experts of a model are not sent to a GPU without being asked to; None if they may be.
+
+    Args:
+        device: The GPU.
+        dtype: The experts'; None for bf16.
+        shapes: Of the layers.
+    """
+    if dtype not in (None, torch.bfloat16):
+        return f"the model is {str(dtype).removeprefix('torch.')}, and experts are streamed in bfloat16"
+    if not all(map(aligned, shapes)):
+        return "hidden and intermediate sizes that are no multiples of 8 cannot be streamed"
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "it is an AMD GPU (ROCm), where streaming has not been tried"
+    if sys.platform != "linux":
+        return f"on {sys.platform} streaming has not been tried"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its compute capability is {major}.{minor}, and bfloat16 takes 8.0 (Ampere) or more"
+    return None
+
+
+def all_streamed(shapes: Sequence[ExpertShape], host_room: int | None, keep_8bit: bool = False) -> Tiers:
+    """All experts streamed, but for as many whole layers as host memory has no room for, which are resident.
+
+    Args:
+        shapes: Of the layers.
+        host_room: Bytes of host memory for experts; None if they are there already.
+        keep_8bit: Whether streamed experts stay in 8 bits.
+    """
+    sizes = [expert_bytes(shape, keep_8bit) * shape.num_experts for shape in shapes]
+    lacking = sum(sizes) - host_room if host_room is not None else 0
+    resident = min(len(sizes), -(-lacking // max(sizes))) if lacking > 0 else 0
+    return Tiers(0, max(shape.num_experts for shape in shapes), resident)
+
+
+def cpu_may_be_faster(
+    shapes: Sequence[ExpertShape], tokens: int, bytes_per_s: float, workers: int, backend: str
+) -> bool:
+    """Whether it is worth measuring the CPU: it might compute experts faster than the bus brings them.
+
+    Args:
+        shapes: Of the layers.
+        tokens: Of a forward in training.
+        bytes_per_s: From host memory to the GPU, measured.
+        workers: Threads of the CPU's operators.
+        backend: What computes experts on the CPU.
+    """
+    shape = max(shapes, key=expert_bytes)
+    streamed = _streamed_seconds(shape, len(shapes), tokens, bytes_per_s)
+    faster = _FASTER * max(1.0, workers / _ASSUMED_WORKERS) if backend != "torch" else 1.0
+    return _cpu_seconds(assumed_rates(shape), shape, len(shapes), tokens) / faster < streamed
+
+
+def is_worth_its_cpu(plan: TierPlan, rates: MachineRates, shape: ExpertShape, layers: int, tokens: int) -> bool:
+    """Whether a plan with a part on the CPU is that much faster than streaming everything.
+
+    Args:
+        plan: The plan.
+        rates: Measured.
+        shape: Of a layer.
+        layers: How many there are.
+        tokens: Of a forward in training.
+    """
+    return plan.cpu > 0 and plan.seconds < _WORTH * _streamed_seconds(shape, layers, tokens, rates.pcie_bytes_per_s)
+
+
+def hint(config: KTConfig, shapes: Sequence[ExpertShape], tokens: int) -> str | None:
+    """What `auto` is expected to bring where the CPU was asked for though there is a GPU; None if it brings nothing.
+
+    Args:
+        config: The settings.
+        shapes: Of the layers.
+        tokens: Of a forward in training.
+    """
+    asked = (
+        f"kt_expert_placement={config.kt_expert_placement!r}" if config.kt_expert_placement is not None
+        else f"kt_num_gpu_experts={config.kt_num_gpu_experts}" if config.kt_num_gpu_experts is not None
+        else f"kt_backend={config.kt_backend}"
+    )  # fmt: skip
+    shape, count = max(shapes, key=expert_bytes), len(shapes)
+    rates = assumed_rates(shape)
+    streamed = _streamed_seconds(shape, count, tokens, rates.pcie_bytes_per_s)
+    cpu = _cpu_seconds(rates, shape, count, tokens)
+    if is_auto(config) or config.kt_weight_path is not None or streamed >= cpu:
+        return None
+    return (
+        f"{asked} computes all experts on the CPU: about {cpu:.2g} s for {tokens} tokens on 16 AMX cores. Streamed to "
+        f"the GPU they take about {streamed:.2g} s over PCIe 5: kt_expert_placement: auto does that"
+    )
+
+
+def _streamed_seconds(shape: ExpertShape, layers: int, tokens: int, bytes_per_s: float) -> float:
+    """Seconds of a step in which all experts that have tokens are streamed forward and backward."""
+    return 2 * layers * _touched(shape, tokens) * expert_bytes(shape) / max(bytes_per_s, 1.0)
+
+
+def _cpu_seconds(rates: MachineRates, shape: ExpertShape, layers: int, tokens: int) -> float:
+    """Seconds of a step in which the CPU computes all experts."""
+    load = tokens, _touched(shape, tokens), tokens * shape.top_k
+    return layers * (rates.forward.seconds(*load) + rates.backward.seconds(*load))
+
+
+def _touched(shape: ExpertShape, tokens: int) -> float:
+    """Experts of a layer that have tokens, where tokens choose independently and no expert is more popular."""
+    return shape.num_experts * (1 - math.exp(-tokens * shape.top_k / shape.num_experts))
