@@ -20,6 +20,7 @@ from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
+from .placement.record import begin_run, write_run_placement
 from .shapes import PROJECTIONS
 from .system.disk import check_space
 from .system.parallel import refuse_parallel_trainer
@@ -94,6 +95,9 @@ class KTMoECallback(TrainerCallback):
         self.expert_load.begin(layers)
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None
+        if packer:
+            resumed = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" if state.global_step else None
+            begin_run(packer, resumed, fixed=args.full_determinism)
         most, before = layers[0].backend.torch_threads, torch.get_num_threads()
         if most is not None and most < before and next(model.parameters()).device.type == "cpu":
             # The rest of the model is on the CPU too: PyTorch leaves a core to the operators' idle workers.
@@ -179,6 +183,8 @@ class KTMoECallback(TrainerCallback):
         for file in [folder / ADAPTER, *folder.glob(f"*/{ADAPTER}")]:
             if file.exists():
                 verify_adapter(file.parent)
+        if (packer := packer_of(kwargs["model"])) and packer.promotion:
+            write_run_placement(folder, packer)
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

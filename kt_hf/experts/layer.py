@@ -245,13 +245,13 @@ class KTExperts(nn.Module):
         """
         self._check(hidden_states, top_k_index, top_k_weights)
         self.pack()
-        if not in_backward():
-            gradients = torch.is_grad_enabled() and hidden_states.requires_grad
-            self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
         lora = LoraTensors(self.projections, self.shape)
         key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:
             self._load(lora, key)
+        if not in_backward():
+            gradients = torch.is_grad_enabled() and hidden_states.requires_grad
+            self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
         parameters = lora.parameters
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
             return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *parameters)

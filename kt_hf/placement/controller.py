@@ -71,21 +71,21 @@ class Seen:
     """What passes of a kind took outside of the layers that stay; in bytes.
 
     Attributes:
+        since: Steps of optimizers before the first pass.
         tokens: Of the longest pass.
+        passes: How many were seen, the first ones aside: an optimizer makes its state in its first step.
         peak: The most that was allocated.
         most_before: The most that was allocated when such a pass began.
         least_before: The least.
-        passes: How many there were.
-        since: Steps of optimizers before the first.
         whole: Whether passes have been seen with all that follows them.
     """
 
-    tokens: int
-    peak: int
-    most_before: int
-    least_before: int
-    passes: int
     since: int
+    tokens: int = 0
+    passes: int = 0
+    peak: int = 0
+    most_before: int = 0
+    least_before: int = 0
     whole: bool = False
 
 
@@ -96,6 +96,7 @@ class _Open:
     now: Pass
     before: int
     held: int
+    optimizer_steps: int
 
 
 class Controller:
@@ -140,10 +141,10 @@ class Controller:
         same = self._open is not None and self._open.now.kind == now.kind and held == self.held
         fresh = not (same and seen is not None and seen.whole and now.tokens <= seen.tokens)
         if seen is None:
-            self.seen[now.kind] = Seen(now.tokens, before, before, before, 0, reading.optimizer_steps)
+            self.seen[now.kind] = Seen(reading.optimizer_steps)
         self.held = held
         if fresh or self._open is None:
-            self._open = _Open(now, before, held)
+            self._open = _Open(now, before, held, reading.optimizer_steps)
         else:  # the peak goes on over passes of a kind
             self._open.before = max(self._open.before, before)
         return held, fresh
@@ -153,15 +154,17 @@ class Controller:
         done = self._open
         if done is None:
             return
-        seen = self.seen[done.now.kind]
+        seen, evaluation = self.seen[done.now.kind], done.now.kind == "evaluation"
+        if not evaluation and done.optimizer_steps == seen.since:
+            return
         seen.tokens = max(seen.tokens, done.now.tokens)
         seen.peak = max(seen.peak, reading.peak - self._bytes[done.held])
         seen.most_before = max(seen.most_before, done.before)
-        seen.least_before = min(seen.least_before, done.before)
+        seen.least_before = min(seen.least_before, done.before) if seen.passes else done.before
         seen.passes += 1
-        # The first step of an optimizer makes its state, the second has it.
-        steps = reading.optimizer_steps - seen.since
-        seen.whole = seen.whole or (seen.passes >= 2 if done.now.kind == "evaluation" else steps >= 2)
+        # All passes between two steps of an optimizer have been seen, and what the second took.
+        stepped = reading.optimizer_steps - seen.since >= 2
+        seen.whole = seen.whole or (seen.passes >= 2 if evaluation else stepped)
 
     def _allowed(self, now: Pass, before: int, reading: Reading, seen: Seen | None) -> int:
         if seen is None or not seen.whole:

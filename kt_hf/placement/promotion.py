@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..backends.gpu.streamed import StreamedBackend
 from ..system.memory import DeviceMemory
-from .controller import Controller, Pass, Reading
+from .controller import Controller, Pass, Reading, Seen
 from .tiers import spread
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,17 @@ class Promotion:
         if self.controller is not None:
             self.controller.forget()
 
+    def restore(self, held: Sequence[int], seen: Mapping[str, Seen]) -> None:
+        """Go on as a checkpoint's run did: its layers on the GPU, as far as there is room, and what it had learned.
+
+        Args:
+            held: Indices of the layers whose weights were on the GPU.
+            seen: What passes took, by kind.
+        """
+        if self._layers:
+            self._begun().seen.update(seen)
+            self.hold(len(held))
+
     def release(self) -> None:
         """Give all memory back now."""
         for layer in self._layers.values():
@@ -124,21 +136,24 @@ class Promotion:
         """
         if self.fixed or not self._layers or layer_idx != min(self._layers):
             return
-        order = self._ordered()
-        if self.controller is None:
-            self.controller = Controller([layer.weights.nbytes for layer in order], self._vocabulary)
-        if order[0].rank != self._rank:
-            self._rank = order[0].rank
-            self.controller.forget()
+        controller, rank = self._begun(), self._layers[layer_idx].rank
+        if rank != self._rank and self._rank:  # another adapter
+            controller.forget()
+        self._rank = rank or self._rank
         memory = self._memory
         reading = Reading(memory.allocated(), memory.peak(), memory.limit(), optimizer_steps)
-        before = self.controller.held
-        count, fresh = self.controller.begins(Pass(gradients, training, tokens), reading)
+        before = controller.held
+        count, fresh = controller.begins(Pass(gradients, training, tokens), reading)
         if count != before:
             self.hold(count)
             self._tell(reading)
         if fresh:
             memory.reset_peak()
+
+    def _begun(self) -> Controller:
+        if self.controller is None:
+            self.controller = Controller([layer.weights.nbytes for layer in self._ordered()], self._vocabulary)
+        return self.controller
 
     def _ordered(self) -> list[StreamedBackend]:
         """The layers in the order in which they come to the GPU: those of any begin of it are spread evenly."""
@@ -175,6 +190,8 @@ def _before_step(optimizer: Any, *_: Any) -> None:
     if optimizer in _stepped:
         return
     _stepped.add(optimizer)
+    if optimizer.state:  # a checkpoint's: it is there already
+        return
     for promotion in _PROMOTIONS:
         if promotion.held and not promotion.fixed:
             promotion.release()

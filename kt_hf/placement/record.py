@@ -1,0 +1,114 @@
+"""What a checkpoint records of where its run computed experts, so that a resume begins with it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import KTAMXConfigError, KTAMXError
+from ..system.files import write_json
+from ..system.json_fields import Field, read_json
+from .controller import Seen
+from .packer import Packer
+from .tiers import Tiers
+
+logger = logging.getLogger(__name__)
+RUN_PLACEMENT = "kt_run_placement.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunPlacement:
+    """Where a run computed experts.
+
+    Attributes:
+        tiers: Experts by tier, as the run began.
+        held: Indices of the layers whose weights had come to the GPU since.
+        seen: What passes took, by kind; {} where layers stayed where they were.
+    """
+
+    tiers: Tiers
+    held: tuple[int, ...]
+    seen: dict[str, Seen]
+
+
+def write_run_placement(folder: Path, packer: Packer) -> None:
+    """Record in a checkpoint where its run computes experts.
+
+    Args:
+        folder: Of the checkpoint.
+        packer: What built the model's backends.
+
+    Raises:
+        KTAMXError: The disk is full.
+    """
+    promotion = packer.promotion
+    controller = promotion.controller if promotion else None
+    content = {
+        "writer": "kt_hf",
+        "format_version": _VERSION,
+        "tiers": asdict(packer.tiers or Tiers()),
+        "held_layers": promotion.held if promotion else [],
+        "seen": controller.as_json() if controller else {},
+    }
+    write_json(folder / RUN_PLACEMENT, content)
+
+
+def read_run_placement(folder: Path) -> RunPlacement | None:
+    """The record of a checkpoint; None if it has none, as those of kt_hf 0.1.
+
+    Raises:
+        KTAMXConfigError: The file is damaged.
+    """
+    path = folder / RUN_PLACEMENT
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        content = read_json(path).object()
+        if content["format_version"].value != _VERSION:
+            content["format_version"].refuse(f"is not {_VERSION}, which this kt_hf reads")
+        tiers = content["tiers"].object()
+        numbers = {name.name: tiers[name.name].integer(least=0) for name in fields(Tiers)}
+        held = tuple(layer.integer(least=0) for layer in content["held_layers"].entries())
+        seen = {kind: _seen(values) for kind, values in content["seen"].object().items()}
+        return RunPlacement(Tiers(**numbers), held, seen)
+    except KTAMXError as error:
+        raise KTAMXConfigError(f"{error} Delete the file: the run then begins with all experts streamed.") from error
+
+
+def _seen(values: Field) -> Seen:
+    """What passes of a kind took."""
+    given = values.object()
+    numbers: dict[str, Any] = {
+        name.name: given[name.name].flag() if name.name == "whole" else given[name.name].integer(least=0)
+        for name in fields(Seen)
+    }
+    return Seen(**numbers)
+
+
+def begin_run(packer: Packer, resumed: Path | None, fixed: bool) -> None:
+    """Prepare a model's placement for a run of a trainer: it learns anew, or goes on as a checkpoint's run did.
+
+    Args:
+        packer: What built the model's backends.
+        resumed: Folder of the checkpoint that the run goes on from; None for a new run.
+        fixed: Whether layers stay where they are from now on.
+
+    Raises:
+        KTAMXConfigError: The checkpoint's record is damaged.
+    """
+    promotion = packer.promotion
+    if promotion is None:
+        return
+    recorded = read_run_placement(resumed) if resumed else None
+    promotion.fixed = False
+    promotion.forget()
+    if recorded is not None and recorded.tiers == packer.tiers:
+        promotion.restore(list(recorded.held), recorded.seen)
+        if recorded.held:
+            held = promotion.held
+            as_ = "as in" if held == sorted(recorded.held) else f"{len(recorded.held)} were in"
+            logger.info("kt_hf: %d layers of experts are on the GPU, %s %s.", len(held), as_, resumed)
+    promotion.fixed = fixed
