@@ -1,9 +1,9 @@
-"""Which experts of a run go to the GPU first: those its data use most, or the resumed checkpoint's."""
+"""Where experts of a run are computed: as a resumed checkpoint's were, and those the data use most first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,33 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..config import KTConfig
 from ..errors import KTAMXConfigError
 from ..placement import Placement, count_experts, read_placement
+from ..placement.record import RUN_PLACEMENT
+from ..placement.tiers import is_auto
+from ..system import gpu
 from .config.settings import TrainSettings
 
 # Tokens of a profile: ratios of the popular experts settle within a few thousand.
 _TOKENS = 8_192
+
+
+def as_before(kt: KTConfig, folder: Path) -> tuple[KTConfig, list[str]]:
+    """The experts' settings of a run that goes on, with what is to be said: all on the CPU, if nothing else is asked.
+
+    Args:
+        kt: The settings.
+        folder: Of the checkpoint.
+    """
+    nothing_set = is_auto(kt) and kt.kt_expert_placement is None
+    if not nothing_set or gpu.experts_device() is None or (folder / RUN_PLACEMENT).exists():
+        return kt, []
+    note = (
+        f"{folder} was trained with all experts on the CPU, and they stay there. kt_expert_placement: auto streams them "
+        "to the GPU, with the rounding of another device."
+    )
+    return replace(kt, kt_expert_placement="cpu"), [note]
 
 
 @dataclass

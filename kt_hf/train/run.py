@@ -22,7 +22,7 @@ from .config.settings import TrainSettings
 from .data.rows import training_and_evaluation
 from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .dry_run import try_out
-from .expert_profile import ProfileRun
+from .expert_profile import ProfileRun, as_before
 from .full_disk import full_disks
 from .lock import OutputLock
 from .memory import PROGRAM, Estimate, estimate, in_words
@@ -117,6 +117,9 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         console.print("Loading the model")  # experts have a progress bar of their own
     placing = ProfileRun(settings, train_data.sequences, console, ready.resume.folder if ready.resume else None)
     kt = settings.kt if keys.use_kt else None
+    if kt and ready.resume:
+        kt, notes = as_before(kt, ready.resume.folder)
+        _print_notes(console, notes)
     model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
     if keys.adapter_name_or_path:

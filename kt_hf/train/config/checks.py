@@ -278,7 +278,8 @@ def _gpu_experts(c: Checked, purpose: str) -> None:
             "computes: leave one out",
         )
         return
-    if placement == "auto" and c.trainer.get("use_cpu"):
+    automatic = placement == "auto" or (placement is None and count is None and gpu.experts_device() is not None)
+    if automatic and c.trainer.get("use_cpu"):
         c.kt["kt_expert_placement"] = "cpu"
         return
     if placement is None:
