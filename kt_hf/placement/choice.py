@@ -16,7 +16,7 @@ from .tiers import Tiers, is_auto
 
 _ASSUMED_WORKERS = 15  # of the machine whose rates are assumed
 # How much faster than assumed the CPU's operators may be: if streaming is faster even so, the CPU is not measured.
-_FASTER = 2.0
+_FASTER = 1.5
 # A part on the CPU cannot be given back, and is in the way of layers that come to the GPU: it has to bring this much.
 _WORTH = 0.7
 

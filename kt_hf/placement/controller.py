@@ -6,19 +6,23 @@ step, an evaluation's metrics. What a pass takes outside of the layers that stay
 can be learned while all of them are streamed.
 
 A kind of pass that has not been seen, or not to its end (an optimizer makes its state in its first step), gets all the
-memory there is. A longer pass than any seen is expected to take more in proportion.
+memory there is. A longer pass than any seen is expected to take more in proportion. A layer that is computed at once
+takes more beside its weights than one that comes in chunks: until that has been seen, a bound of it is left free.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-# Of the memory that can be allocated: what a caching allocator loses to fragments, and libraries take beside it.
-RESERVE = 0.05
+# Of the memory that can be had: what libraries take beside the allocator, and what fragments differ by.
+RESERVE = 0.04
 # Layers come back only if there is this much room beyond the reserve, so that they do not come and go.
 _SLACK = 0.01
+_ANY = 2**62  # tokens, before the first pass
 _LONGER = 1.1  # what a longer pass takes, by proportion, and a tenth more
 _LOGITS_WIDTH = 14  # bytes of a logit and its loss (bf16, fp32 twice, a gradient): an evaluation may make all of them
 
@@ -55,8 +59,8 @@ class Reading:
 
     Attributes:
         allocated: By tensors now, layers that stay on the GPU among them.
-        peak: The most of it since the last reset.
-        limit: What could be allocated in all.
+        peak: The most that the allocator had taken since the last reset, fragments included.
+        limit: What it could take in all.
         optimizer_steps: Steps of any optimizer so far.
     """
 
@@ -67,26 +71,80 @@ class Reading:
 
 
 @dataclass
+class Most:
+    """The most that passes up to a length took.
+
+    Attributes:
+        tokens: Of the longest pass; 0 before the first.
+        size: Bytes.
+    """
+
+    tokens: int = 0
+    size: int = 0
+
+    def learn(self, tokens: int, size: int) -> None:
+        """A pass of so many tokens took so many bytes."""
+        self.tokens, self.size = max(self.tokens, tokens), max(self.size, size)
+
+    def expected(self, tokens: int) -> float:
+        """What a pass of so many tokens takes at most; of one that is longer than any, by proportion and a tenth more."""
+        if tokens <= self.tokens:
+            return self.size
+        return self.size * _LONGER * tokens / self.tokens if self.tokens else math.inf
+
+
+@dataclass
+class Taken:
+    """What passes took.
+
+    Attributes:
+        beyond: Of a pass, beyond what was allocated when it began.
+        cycle: At the peak of all passes from one step of the optimizer to the next, by the shortest of them. Where
+            batches are accumulated gradients are there when the later ones begin: this counts them once.
+    """
+
+    beyond: Most = field(default_factory=Most)
+    cycle: Most = field(default_factory=Most)
+
+
+@dataclass
 class Seen:
-    """What passes of a kind took outside of the layers that stay; in bytes.
+    """What is known of passes of a kind.
 
     Attributes:
         since: Steps of optimizers before the first pass.
-        tokens: Of the longest pass.
         passes: How many were seen, the first ones aside: an optimizer makes its state in its first step.
-        peak: The most that was allocated.
-        most_before: The most that was allocated when such a pass began.
-        least_before: The least.
+        before: The most that was allocated when such a pass began, outside of the layers that stay.
+        streamed: What they took with all layers streamed.
+        held: What they took with layers on the GPU, without the weights of these.
         whole: Whether passes have been seen with all that follows them.
     """
 
     since: int
-    tokens: int = 0
     passes: int = 0
-    peak: int = 0
-    most_before: int = 0
-    least_before: int = 0
+    before: int = 0
+    streamed: Taken = field(default_factory=Taken)
+    held: Taken = field(default_factory=Taken)
     whole: bool = False
+
+    def need(self, tokens: int, before: int, work: int) -> float:
+        """Bytes that a pass with layers on the GPU takes at its peak, without their weights.
+
+        Args:
+            tokens: Of the pass.
+            before: Bytes that are allocated when it begins.
+            work: A bound of what such a layer takes for a token.
+        """
+
+        def with_layers(streamed: Most, held: Most) -> float:
+            if not streamed.tokens:
+                return held.expected(tokens)
+            least = streamed.expected(tokens)
+            return max(least, min(held.expected(tokens), least + work * tokens))
+
+        beyond = max(before, self.before) + with_layers(self.streamed.beyond, self.held.beyond)
+        cycle = max(0, before - self.before) + with_layers(self.streamed.cycle, self.held.cycle)
+        return min(beyond, cycle)
 
 
 @dataclass
@@ -99,29 +157,46 @@ class _Open:
     optimizer_steps: int
 
 
+@dataclass
+class _Cycle:
+    """Passes since a step of the optimizer: the shortest one's tokens, and their peak.
+
+    Attributes:
+        held: Layers on the GPU in all of them; -1 before the first.
+        tokens: Of the shortest.
+        peak: Of all of them, without those layers; in bytes.
+    """
+
+    held: int
+    tokens: int
+    peak: int = 0
+
+
 class Controller:
     """Says how many layers may stay on the GPU while the next pass is computed.
 
     Args:
         layer_bytes: Of the weights of each layer, in the order in which they come to the GPU.
         vocabulary: Logits of a token.
+        work: Bytes of a token that a layer on the GPU takes at most while it is computed.
 
     Attributes:
         held: Layers that stay on the GPU now.
         seen: What was learned, by kind of pass.
     """
 
-    def __init__(self, layer_bytes: Sequence[int], vocabulary: int = 0) -> None:
+    def __init__(self, layer_bytes: Sequence[int], vocabulary: int = 0, work: int = 0) -> None:
         self._bytes = [0, *itertools.accumulate(layer_bytes)]
-        self._vocabulary = vocabulary
+        self._vocabulary, self._work = vocabulary, work
         self.held = 0
         self.seen: dict[str, Seen] = {}
         self._open: _Open | None = None
+        self._cycle: _Cycle | None = None
 
     def forget(self) -> None:
         """What was learned is true no more: another adapter, another optimizer. Layers go with the next pass."""
         self.seen.clear()
-        self._open = None
+        self._open = self._cycle = None
 
     def begins(self, now: Pass, reading: Reading) -> tuple[int, bool]:
         """A pass begins.
@@ -136,18 +211,19 @@ class Controller:
         """
         before = reading.allocated - self._bytes[self.held]
         self._learn(reading)
-        seen = self.seen.get(now.kind)
+        seen = self.seen.setdefault(now.kind, Seen(reading.optimizer_steps))
         held = self._allowed(now, before, reading, seen)
+        taken = seen.held if held else seen.streamed
+        known = seen.whole and now.tokens <= taken.beyond.tokens and (taken.cycle.tokens or now.kind == "evaluation")
         same = self._open is not None and self._open.now.kind == now.kind and held == self.held
-        fresh = not (same and seen is not None and seen.whole and now.tokens <= seen.tokens)
-        if seen is None:
-            self.seen[now.kind] = Seen(reading.optimizer_steps)
         self.held = held
-        if fresh or self._open is None:
-            self._open = _Open(now, before, held, reading.optimizer_steps)
-        else:  # the peak goes on over passes of a kind
-            self._open.before = max(self._open.before, before)
-        return held, fresh
+        if self._open is not None and same and known:  # the peak goes on over passes of a kind
+            self._open.before, self._cycle = max(self._open.before, before), None
+            return held, False
+        self._open = _Open(now, before, held, reading.optimizer_steps)
+        if self._cycle is not None and self._cycle.held != held:  # it begins, or is another's from here on
+            self._cycle = _Cycle(held, _ANY) if self._cycle.held < 0 else None
+        return held, True
 
     def _learn(self, reading: Reading) -> None:
         """What the pass took that has ended, and those of its kind before it, if layers were the same."""
@@ -155,40 +231,47 @@ class Controller:
         if done is None:
             return
         seen, evaluation = self.seen[done.now.kind], done.now.kind == "evaluation"
+        stepped = reading.optimizer_steps > done.optimizer_steps
         if not evaluation and done.optimizer_steps == seen.since:
+            self._cycle = _Cycle(-1, _ANY) if stepped else None
             return
-        seen.tokens = max(seen.tokens, done.now.tokens)
-        seen.peak = max(seen.peak, reading.peak - self._bytes[done.held])
-        seen.most_before = max(seen.most_before, done.before)
-        seen.least_before = min(seen.least_before, done.before) if seen.passes else done.before
+        taken, peak = seen.held if done.held else seen.streamed, reading.peak - self._bytes[done.held]
+        taken.beyond.learn(done.now.tokens, peak - done.before)
+        if not evaluation:
+            self._learn_cycle(done, peak, taken, stepped)
+        seen.before = max(seen.before, done.before)
         seen.passes += 1
         # All passes between two steps of an optimizer have been seen, and what the second took.
-        stepped = reading.optimizer_steps - seen.since >= 2
-        seen.whole = seen.whole or (seen.passes >= 2 if evaluation else stepped)
+        seen.whole = seen.whole or (seen.passes >= 2 if evaluation else reading.optimizer_steps - seen.since >= 2)
 
-    def _allowed(self, now: Pass, before: int, reading: Reading, seen: Seen | None) -> int:
-        if seen is None or not seen.whole:
+    def _learn_cycle(self, done: _Open, peak: int, taken: Taken, stepped: bool) -> None:
+        cycle = self._cycle
+        if cycle is not None and cycle.held == done.held:
+            cycle.tokens, cycle.peak = min(cycle.tokens, done.now.tokens), max(cycle.peak, peak)
+            if stepped:
+                taken.cycle.learn(cycle.tokens, cycle.peak)
+        if stepped:
+            self._cycle = _Cycle(-1, _ANY)
+
+    def _allowed(self, now: Pass, before: int, reading: Reading, seen: Seen) -> int:
+        if not seen.whole:
             return 0
-        room = int((1 - RESERVE) * reading.limit) - self.need(now, before, seen)
+        room = (1 - RESERVE) * reading.limit - self._need(now, before, seen)
         fitting = sum(size <= room for size in self._bytes[1:])
-        with_slack = sum(size <= room - int(_SLACK * reading.limit) for size in self._bytes[1:])
+        with_slack = sum(size <= room - _SLACK * reading.limit for size in self._bytes[1:])
         return fitting if fitting < self.held else max(self.held, with_slack)
 
-    def need(self, now: Pass, before: int, seen: Seen) -> int:
-        """Bytes that a pass is expected to take at its peak, outside of the layers that stay.
+    def _need(self, now: Pass, before: int, seen: Seen) -> float:
+        """Bytes that a pass takes at its peak, outside of the layers that stay.
 
-        Args:
-            now: The pass.
-            before: Bytes that are allocated when it begins, outside of these layers.
-            seen: What passes of its kind took.
+        It is reckoned for the longest pass seen, so that shorter ones move nothing.
         """
-        longer = now.tokens / max(seen.tokens, 1)
-        above = (seen.peak - seen.least_before) * (longer * _LONGER if longer > 1 else 1)
-        need = int(seen.least_before + above) + max(0, before - seen.most_before)
+        longest = max(now.tokens, seen.streamed.beyond.tokens, seen.held.beyond.tokens)
+        need = seen.need(longest, before, self._work)
         if now.kind == "evaluation":  # one that generates shows nothing of one that has a loss
             need = max(need, before + now.tokens * self._vocabulary * _LOGITS_WIDTH)
         return need
 
-    def as_json(self) -> dict[str, dict[str, int | bool]]:
+    def as_json(self) -> dict[str, Any]:
         """What was learned, for a checkpoint."""
         return {kind: asdict(seen) for kind, seen in self.seen.items()}

@@ -16,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..backends.gpu.streamed import StreamedBackend
+from ..shapes import ExpertShape
 from ..system.memory import DeviceMemory
 from .controller import Controller, Pass, Reading, Seen
 from .tiers import spread
@@ -31,13 +32,16 @@ class Memory(Protocol):
         """Taken by tensors now."""
 
     def peak(self) -> int:
-        """The most since `reset_peak`."""
+        """The most that the allocator had taken since `reset_peak`."""
 
     def reset_peak(self) -> None:
-        """The peak is what is allocated now."""
+        """The peak is what the allocator has taken now."""
+
+    def trim(self) -> None:
+        """Have the allocator give back what no tensor uses."""
 
     def limit(self) -> int:
-        """What could be allocated in all."""
+        """What the allocator could take in all."""
 
 
 class Promotion:
@@ -114,6 +118,7 @@ class Promotion:
         order = self._ordered()
         for layer in order[count:]:
             layer.weights.to_host()
+        self._memory.trim()  # so that layers do not lie in what passes have left, which then need more
         for held, layer in enumerate(order[:count]):
             try:
                 layer.weights.to_gpu(self._device)
@@ -148,11 +153,15 @@ class Promotion:
             self.hold(count)
             self._tell(reading)
         if fresh:
+            if count == 0:
+                memory.trim()
             memory.reset_peak()
 
     def _begun(self) -> Controller:
         if self.controller is None:
-            self.controller = Controller([layer.weights.nbytes for layer in self._ordered()], self._vocabulary)
+            order = self._ordered()
+            sizes = [layer.weights.nbytes for layer in order]
+            self.controller = Controller(sizes, self._vocabulary, max(work_bytes(layer.shape) for layer in order))
         return self.controller
 
     def _ordered(self) -> list[StreamedBackend]:
@@ -174,6 +183,18 @@ class Promotion:
             "kt_hf: %d of %d layers of experts are on the GPU now (%.1f GB of %.1f), the others streamed to it.",
             held, total, size / GB, reading.limit / GB,
         )  # fmt: skip
+
+
+def work_bytes(shape: ExpertShape) -> int:
+    """Bytes of a token that a layer on the GPU takes at most while its backward is computed.
+
+    Its K rows, in bf16: three of the hidden size (input, gradient, gradient of the input), nine of the intermediate
+    size (gate and up, their gradients, and what lies between), and as much again for copies.
+
+    Args:
+        shape: Of the layer.
+    """
+    return 2 * 2 * shape.top_k * (3 * shape.hidden_size + 9 * shape.intermediate_size)
 
 
 _PROMOTIONS: weakref.WeakSet[Promotion] = weakref.WeakSet()

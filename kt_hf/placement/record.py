@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
 from ..system.json_fields import Field, read_json
-from .controller import Seen
+from .controller import Most, Seen, Taken
 from .packer import Packer
 from .tiers import Tiers
 
@@ -81,11 +80,15 @@ def read_run_placement(folder: Path) -> RunPlacement | None:
 def _seen(values: Field) -> Seen:
     """What passes of a kind took."""
     given = values.object()
-    numbers: dict[str, Any] = {
-        name.name: given[name.name].flag() if name.name == "whole" else given[name.name].integer(least=0)
-        for name in fields(Seen)
-    }
-    return Seen(**numbers)
+    since, passes, before = (given[name].integer(least=0) for name in ("since", "passes", "before"))
+    streamed, held = (_taken(given[name]) for name in ("streamed", "held"))
+    return Seen(since, passes, before, streamed, held, given["whole"].flag())
+
+
+def _taken(values: Field) -> Taken:
+    given = values.object()
+    beyond, cycle = (given[name].object() for name in ("beyond", "cycle"))
+    return Taken(*(Most(most["tokens"].integer(least=0), most["size"].integer(least=0)) for most in (beyond, cycle)))
 
 
 def begin_run(packer: Packer, resumed: Path | None, fixed: bool) -> None:

@@ -43,7 +43,7 @@ def free_device_memory(device: torch.device) -> int:
 
 
 class DeviceMemory:
-    """What PyTorch's tensors take of a device's memory, in bytes. Of the CPU nothing is known: nothing seems to fit.
+    """What PyTorch takes of a device's memory, in bytes. Of the CPU nothing is known: nothing seems to fit.
 
     Args:
         device: A GPU, or the CPU.
@@ -57,16 +57,21 @@ class DeviceMemory:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def peak(self) -> int:
-        """The most since `reset_peak`."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        """The most that PyTorch's allocator had taken since `reset_peak`, fragments included."""
+        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else 0
 
     def reset_peak(self) -> None:
-        """The peak is what is allocated now."""
+        """The peak is what the allocator has taken now."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    def trim(self) -> None:
+        """Have the allocator give back what no tensor uses. Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def limit(self) -> int:
-        """What could be allocated in all."""
+        """What the allocator could take in all."""
         return self.allocated() + free_device_memory(self._device) if self._device.type == "cuda" else 0
 
 

@@ -22,7 +22,8 @@ class Device:
         static: Bytes of the model's rest and the LoRA.
         lora: Bytes of LoRA gradients; moments take twice as much, from the first step on.
         per_token: Bytes of activations and logits, by kind.
-        fragments: Share of the limit that the allocator loses.
+        fragments: What the allocator takes beside tensors of a pass, of as much as they take.
+        work: Bytes of a token that a layer on the GPU takes while it is computed.
         bus: Bytes a second.
         compute: Seconds of a token's pass, whatever is resident.
     """
@@ -35,6 +36,7 @@ class Device:
     fragments: float
     bus: float
     compute: float
+    work: int = 0
     held: int = 0
     moments: int = 0
     grads: int = 0
@@ -42,6 +44,11 @@ class Device:
     seconds: float = 0.0
     moves: list[int] = field(default_factory=list)
     steps: int = 0
+
+    @property
+    def work_bound(self) -> int:
+        """What is known of `work` before a layer has been computed."""
+        return 2 * self.work
 
     @property
     def allocated(self) -> int:
@@ -59,10 +66,10 @@ class Device:
             self.peak = self.allocated
         if kind == "training":
             self.grads = self.lora
-        needed = self.allocated + tokens * self.per_token[kind]
+        pass_ = tokens * (self.per_token[kind] + (self.work if self.held else 0))
+        needed = self.allocated + int((1 + self.fragments) * pass_)
         self.peak = max(self.peak, needed)
-        spare = self.limit * (1 - self.fragments)
-        assert needed <= spare or self.held == 0, f"{needed} of {spare} bytes with {self.held} layers held"
+        assert needed <= self.limit or self.held == 0, f"{needed} of {self.limit} bytes with {self.held} layers held"
         passes = 2 if kind == "training" else 1
         copied = passes * sum(self.layers[self.held :]) / (self.bus * speed)
         self.seconds += max(copied, passes * tokens * self.compute / speed)
@@ -76,8 +83,11 @@ class Device:
 
     def best(self, tokens: int) -> float:
         """Seconds of a step with as many layers as fit beside the reserve."""
-        room = (1 - RESERVE - 0.01) * self.limit - self.static - 3 * self.lora - tokens * self.per_token["training"]
+        room = (1 - RESERVE - 0.01) * self.limit - self.static - 3 * self.lora
+        room -= (1 + self.fragments) * tokens * (self.per_token["training"] + self.work)
         count, size = 0, 0
+        if self.layers[0] + tokens * self.work_bound > room + tokens * self.work:
+            return max(2 * sum(self.layers) / self.bus, 2 * tokens * self.compute)  # not even one may be tried
         while count < len(self.layers) and size + self.layers[count] <= room:
             size += self.layers[count]
             count += 1
@@ -92,9 +102,11 @@ def device(rng: random.Random) -> Device:
     tokens = 4096
     per_token = {kind: rng.randint(20, 2000) * 1024 for kind in ("training", "evaluation", "gradients")}
     need = static + 3 * lora + tokens * per_token["training"]
-    limit = int(need * 1.15 + rng.random() ** 2 * 1.2 * sum(layers))
+    limit = int(need * 1.3 + rng.random() ** 2 * 1.2 * sum(layers))
     bus = 25e9 * 4 ** rng.uniform(-1, 1)
-    return Device(limit, layers, static, lora, per_token, 0.03, bus, rng.uniform(0, 2) * one / bus / 4096)
+    compute = rng.uniform(0, 2) * one / bus / 4096
+    work = rng.randint(0, 500) * 1024
+    return Device(limit, layers, static, lora, per_token, rng.uniform(0, 0.2), bus, compute, work)
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -103,7 +115,7 @@ def test_near_the_best_within_ten_steps(part: int) -> None:
     for seed in range(100 * part, 100 * part + 100):
         rng = random.Random(seed)
         card = device(rng)
-        controller = Controller(card.layers)
+        controller = Controller(card.layers, work=card.work_bound)
         accumulation = rng.choice([1, 1, 4])
         begin = 0.0
         for step in range(30):
@@ -114,7 +126,8 @@ def test_near_the_best_within_ten_steps(part: int) -> None:
             card.step()
         taken = (card.seconds - begin) / 20 / accumulation
         assert taken <= 1.1 / 0.8 * card.best(4096) + 1e-9, f"seed {seed}"
-        assert len(card.moves) <= 1, f"seed {seed}: layers came once, and stayed"
+        assert len(card.moves) <= 3, f"seed {seed}: {card.moves}"
+        assert min(card.moves, default=1) > 0, f"seed {seed}: layers came, and stayed"
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -122,7 +135,7 @@ def test_never_over_the_memory(seed: int) -> None:
     """Batches of any length, evaluations that take more than training, another adapter, another optimizer."""
     rng = random.Random(seed)
     card = device(rng)
-    controller = Controller(card.layers, vocabulary=rng.choice([0, 32_000]))
+    controller = Controller(card.layers, rng.choice([0, 32_000]), card.work_bound)
     card.per_token["evaluation"] *= rng.choice([1, 3])
     longest = 4096
     for step in range(60):

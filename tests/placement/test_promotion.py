@@ -45,6 +45,9 @@ class Scripted:
     def reset_peak(self) -> None:
         Scripted.resets += 1
 
+    def trim(self) -> None:
+        pass
+
     def limit(self) -> int:
         return Scripted.limit_bytes
 
