@@ -87,7 +87,7 @@ class Most:
         self.tokens, self.size = max(self.tokens, tokens), max(self.size, size)
 
     def expected(self, tokens: int) -> float:
-        """What a pass of so many tokens takes at most; of one that is longer than any, by proportion and a tenth more."""
+        """What a pass of so many tokens takes at most; one longer than any, in proportion and a tenth more."""
         if tokens <= self.tokens:
             return self.size
         return self.size * _LONGER * tokens / self.tokens if self.tokens else math.inf
@@ -137,10 +137,8 @@ class Seen:
         """
 
         def with_layers(streamed: Most, held: Most) -> float:
-            if not streamed.tokens:
-                return held.expected(tokens)
-            least = streamed.expected(tokens)
-            return max(least, min(held.expected(tokens), least + work * tokens))
+            least = streamed.size if tokens <= streamed.tokens else 0
+            return max(least, min(held.expected(tokens), streamed.expected(tokens) + work * tokens))
 
         beyond = max(before, self.before) + with_layers(self.streamed.beyond, self.held.beyond)
         cycle = max(0, before - self.before) + with_layers(self.streamed.cycle, self.held.cycle)

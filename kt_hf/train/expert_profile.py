@@ -34,8 +34,8 @@ def as_before(kt: KTConfig, folder: Path) -> tuple[KTConfig, list[str]]:
     if not nothing_set or gpu.experts_device() is None or (folder / RUN_PLACEMENT).exists():
         return kt, []
     note = (
-        f"{folder} was trained with all experts on the CPU, and they stay there. kt_expert_placement: auto streams them "
-        "to the GPU, with the rounding of another device."
+        f"{folder} was trained with all experts on the CPU, and they stay there. kt_expert_placement: auto streams "
+        "them to the GPU, with the rounding of another device."
     )
     return replace(kt, kt_expert_placement="cpu"), [note]
 
