@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, build_backend, most_tokens
+from ..backends import CALL_LOCK, KEPT, ExpertsBackend, ExpertWeights, build_backend, most_tokens
 from ..backends.build_tiered import build_tiered
 from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.pinned_weights import lock_pages, unlock_pages
@@ -61,7 +61,9 @@ def measure_rates(
     lengths = min(_SHORT, longest), longest
     with CALL_LOCK, torch.no_grad():
         pcie = copy_rate(device, copy_bytes)
+        kept = KEPT.packed
         packed = build_backend(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")
+        KEPT.packed = kept  # a measurement is no model, of which a later one is warned
 
         def lines(resident: range, streamed: range, packed: ExpertsBackend = packed) -> tuple[LinearCost, LinearCost]:
             weights, streamer = _weights(layer), Streamer(device)
