@@ -8,6 +8,7 @@ Results are the same to the bit.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -65,7 +66,8 @@ class Promotion:
         self._layers: dict[int, StreamedBackend] = {}
         self._order: list[StreamedBackend] = []
         self._rank = 0
-        self._told = 0  # layers held, when it was last logged
+        self._told = 0  # the most layers held so far, as the log says
+        self._steps = StepTimes()
         _PROMOTIONS.add(self)
         watch_first_steps()
 
@@ -145,6 +147,8 @@ class Promotion:
         if rank != self._rank and self._rank:  # another adapter
             controller.forget()
         self._rank = rank or self._rank
+        if training:
+            self._steps.begins(optimizer_steps, controller.held)
         memory = self._memory
         reading = Reading(memory.allocated(), memory.peak(), memory.limit(), optimizer_steps)
         before = controller.held
@@ -183,6 +187,34 @@ class Promotion:
             "kt_hf: %d of %d layers of experts are on the GPU now (%.1f GB of %.1f), the others streamed to it.",
             held, total, size / GB, reading.limit / GB,
         )  # fmt: skip
+
+
+class StepTimes:
+    """Seconds from one step of the optimizer to the next, and once in the log what layers on the GPU changed."""
+
+    def __init__(self) -> None:
+        self._streamed: float | None = None
+        self._began: tuple[int, int, float] | None = None  # steps of the optimizer, layers held, when
+        self._logged = False
+
+    def begins(self, optimizer_steps: int, held: int) -> None:
+        """A training pass begins.
+
+        Args:
+            optimizer_steps: Before it.
+            held: Layers that were on the GPU until now.
+        """
+        if self._logged or (self._began and self._began[0] == optimizer_steps):
+            return
+        now, before = time.perf_counter(), self._began
+        self._began = optimizer_steps, held, now
+        if before is None or before[:2] != (optimizer_steps - 1, held):
+            return
+        if held == 0:
+            self._streamed = now - before[2]
+        elif self._streamed is not None:
+            self._logged = True
+            logger.info("kt_hf: a step takes %.3g s with them, %.3g s before.", now - before[2], self._streamed)
 
 
 def work_bytes(shape: ExpertShape) -> int:

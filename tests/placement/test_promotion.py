@@ -94,13 +94,16 @@ def steps(patched: Any, count: int, optimizer: torch.optim.Optimizer | None = No
     return losses, optimizer
 
 
-def test_nothing_set_streams_and_moves_layers_without_a_trace_in_the_results() -> None:
+def test_nothing_set_streams_and_moves_layers_without_a_trace_in_the_results(caplog: pytest.LogCaptureFixture) -> None:
     auto, streamed = model(), model(kt_expert_placement={"streamed": E})
     assert all(isinstance(layer.backend, StreamedBackend) for layer in auto._kt_wrappers)
     losses, optimizer = steps(auto, 2)
     assert held(auto) == []
-    more, _ = steps(auto, 3, optimizer)
+    with caplog.at_level(logging.INFO, "kt_hf"):
+        more, _ = steps(auto, 3, optimizer)
     assert held(auto) == [0, 1], "after the second step of the optimizer"
+    assert "2 of 2 layers of experts are on the GPU now" in caplog.text
+    assert caplog.text.count("a step takes") == 1
     expected, other = steps(streamed, 2)
     expected += steps(streamed, 3, other)[0]
     assert all(torch.equal(a, b) for a, b in zip(losses + more, expected, strict=True))
