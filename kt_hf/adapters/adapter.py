@@ -101,7 +101,7 @@ class Adapter:
         return {name: module.lora for name, module in self.other_modules().items() if module.lora}
 
     def check(self, finite: bool = False) -> None:
-        """Everything that can be told from the adapter alone: what loading, exporting and saving refuse.
+        """Everything that can be checked by the adapter alone: what loading, exporting and saving refuse.
 
         Args:
             finite: Also read every tensor, and refuse one that is not finite.

@@ -142,7 +142,7 @@ def check_embeddings(adapter: Adapter, model: Any) -> None:
 
 
 def _vocabulary(base: Any) -> int | None:
-    """Size of the vocabulary of the base model as it was saved; None if it cannot be told without a network."""
+    """Size of the vocabulary of the base model as it was saved; None if it is not known without a network."""
     from transformers import AutoConfig
 
     try:

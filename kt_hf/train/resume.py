@@ -86,7 +86,7 @@ class Resume:
 def find_checkpoint(settings: TrainSettings) -> Resume | None:
     """The checkpoint to go on from, checked; None for a run that starts anew.
 
-    With `resume_from_checkpoint: true` it is the last complete one, and what is wrong with a later one is told.
+    With `resume_from_checkpoint: true` it is the last complete one, and a note says what is wrong with a later one.
 
     Raises:
         KTAMXError: The folder that was named is no checkpoint, or not complete.
