@@ -10,7 +10,9 @@ their "file:line".
 Code this machine cannot run belongs into `--skip`: nothing could fail there. The table names what was
 skipped. Branches for a CUDA tensor are left out always.
 
-Takes ten minutes to an hour. Tests run in forks of a process that has imported the libraries already.
+Each folder's tests run first on the tree as it is: one that fails so would kill every mutant, and nothing is measured
+(`--broken` names tests to leave out). With the mutants ten minutes to an hour. Tests run in forks of a process that has
+imported the libraries already.
 """
 
 from __future__ import annotations
@@ -203,6 +205,11 @@ class FirstFailure:
             self.name = f"NOT RUN: {report.nodeid} cannot be imported"
 
 
+def control(file: str) -> Mutant:
+    """A mutant of a file that changes nothing."""
+    return Mutant(file, 0, "", "control", 0, 0, "", "")
+
+
 def run(mutant: Mutant, limit: float, broken: set[str], tests: list[str]) -> str:
     """The test that fails with the mutant, "" if none does."""
     with tempfile.TemporaryDirectory(prefix="mutant_") as folder:
@@ -272,6 +279,11 @@ def main() -> None:
         return
     for name in LIBRARIES:
         importlib.import_module(name)
+
+    for folder, file in {m.file.split("/")[1]: m.file for m in mutants}.items():
+        killer = run(control(file), given.limit, broken, given.tests)
+        if killer:
+            parser.exit(1, f"The tests of {folder} do not pass without a mutant, so nothing is measured: {killer}\n")
 
     def row(mutant: Mutant) -> bool:
         killer = run(mutant, given.limit, broken, given.tests)

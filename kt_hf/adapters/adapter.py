@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ..errors import KTAMXError
+from ..peft_compat.internals import PREFIX, of_pattern, targets
 from ..shapes import PROJECTIONS
 from ..system.files import Lazy
 from .other_tensors import EMBEDDING, LINEAR, OtherModule, sort_tensors
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What changes the mathematics of a LoRA layer, and experts do not have.
 _VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "fan_in_fan_out")
@@ -101,7 +101,7 @@ class Adapter:
         return {name: module.lora for name, module in self.other_modules().items() if module.lora}
 
     def check(self, finite: bool = False) -> None:
-        """Everything that can be told from the adapter alone: what loading, exporting and saving refuse.
+        """Everything that can be checked by the adapter alone: what loading, exporting and saving refuse.
 
         Args:
             finite: Also read every tensor, and refuse one that is not finite.
@@ -164,8 +164,6 @@ class Adapter:
             KTAMXError: Settings that do not go together.
         """
         from peft import LoraConfig
-
-        from .peft_names import targets
 
         target_modules = self.config.get("target_modules")
         if not target_modules:
@@ -240,8 +238,6 @@ def alpha_for(config: Mapping[str, Any], rank: int, scaling: float) -> float:
 
 def rank_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """r and lora_alpha of a module, by the config's patterns, as PEFT decides."""
-    from .peft_names import of_pattern
-
     rank = of_pattern(config.get("rank_pattern"), module, config["r"])
     return int(rank), of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
 

@@ -131,10 +131,10 @@ def convert(
     """Write an adapter in another format. Exact: tensors keep their dtype and, but for their layout, their values.
 
     Args:
-        input: Folder or safetensors file of an adapter: kt, peft, per-expert or fused; which, is told by its keys.
+        input: Folder or safetensors file of an adapter: kt, peft, per-expert or fused, recognized by its keys.
         output: A new folder; or a file, `….pt` for sglang and `fused_expert_lora.safetensors` for fused.
         to: `kt`, `peft`, `per-expert`, `fused`, `sglang` or `merged`. Without it the output's extension decides.
-        base: Folder of the base model; needed for merged, and told apart by it are Mixtral's names (per-expert).
+        base: Folder of the base model; needed for merged, and to recognize Mixtral's names (per-expert).
         config: adapter_config.json of the input, where it is not beside it.
 
     Returns:

@@ -228,7 +228,7 @@ def _refuse_without_config(
     names: BaseNames,
     base: Path,
 ) -> None:
-    """Without a configuration it cannot be told whether embeddings are tied."""
+    """Without a configuration it is unknown whether embeddings are tied."""
     unsure = [name for name, module in modules.items() if "lora_embedding_A" in module.lora or module.tokens]
     unsure += [name for name, module in modules.items() if module.whole and name.endswith(("embed_tokens", "lm_head"))]
     if unsure:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ..errors import KTAMXError
 from ..experts.layer import kt_layers
-from .adapter import PREFIX, Adapter, token_rows
-
-_INSIDE_PEFT = re.compile(r"\.(original_module|modules_to_save|token_adapter|base_layer|lora_\w+)(\.|$)")
+from ..peft_compat.internals import (
+    PREFIX,
+    base_model,
+    base_parameter,
+    plain_module_name,
+    saved_names,
+    saved_whole_names,
+    whole_modules,
+    whole_with_retrained_tokens,
+)
+from .adapter import Adapter, token_rows
 
 
 def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
@@ -74,7 +81,7 @@ def _check_others_fit(adapter: Adapter, model: Any) -> None:
             _check_parameter(adapter, model, module, "weight", shape, "retrained rows of ")
     names = tuple(adapter.config.get("modules_to_save") or ())
     held = {f"{module}.{parameter}" for module, tensors in modules.items() for parameter in tensors.whole}
-    for module, parameters in _saved_whole(model, names).items():
+    for module, parameters in whole_modules(model, names).items():
         missing = sorted({f"{module}.{parameter}" for parameter in parameters} - held)
         if missing:
             raise KTAMXError(
@@ -100,39 +107,6 @@ def _check_parameter(
     raise KTAMXError(f"{adapter.where}: {what}{module}.{parameter} is {shape}, in the model {now}: {fix}")
 
 
-def base_parameter(model: Any, module: str, parameter: str) -> Any:
-    """A parameter or buffer of the base model by its name there, whatever PEFT has wrapped around the module."""
-    inside = _unwrapped(model, module)
-    return None if inside is None else inside.state_dict().get(parameter)
-
-
-def _unwrapped(model: Any, module: str) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    try:
-        inside = base.get_submodule(module)
-    except AttributeError:
-        return None
-    while True:
-        children = dict(inside.named_children())
-        wrapped = [children[name] for name in ("original_module", "token_adapter", "base_layer") if name in children]
-        if not wrapped:
-            return inside
-        inside = wrapped[0]
-
-
-def _saved_whole(model: Any, names: tuple[str, ...]) -> dict[str, set[str]]:
-    """Modules that PEFT saves as a whole -> their parameters and buffers; of one in another, the outer one."""
-    if not names:
-        return {}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules: dict[str, set[str]] = {}
-    for name, _ in base.named_modules(remove_duplicate=False):
-        inner = any(name.startswith(f"{outer}.") for outer in modules)
-        if name.endswith(names) and not inner and not _INSIDE_PEFT.search(name):
-            modules[name] = set(_unwrapped(model, name).state_dict())
-    return modules
-
-
 def check_embeddings(adapter: Adapter, model: Any) -> None:
     """Refuse what PEFT does not save of resized embeddings, and what it cannot compute.
 
@@ -144,14 +118,13 @@ def check_embeddings(adapter: Adapter, model: Any) -> None:
         KTAMXError: The rows that were added to one of them would be lost; or retrained tokens of a tied head that is
             trained as a whole too.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in whole_with_retrained_tokens(model):
+        raise KTAMXError(
+            f"trainable_token_indices and modules_to_save are both of {name}, which is tied: PEFT cannot compute that. "
+            "Leave one of the two out."
+        )
+    base = base_model(model)
     names = {id(module): name for name, module in base.named_modules()}
-    for name, module in base.named_modules():
-        if name.endswith("token_adapter.base_layer") and "original_module" in dict(module.named_children()):
-            raise KTAMXError(
-                f"trainable_token_indices and modules_to_save are both of {name.partition('.token_adapter')[0]}, which "
-                "is tied: PEFT cannot compute that. Leave one of the two out."
-            )
     before = _vocabulary(adapter.config.get("base_model_name_or_path"))
     now = int(base.get_input_embeddings().weight.shape[0])
     text = base.config.get_text_config()
@@ -159,7 +132,7 @@ def check_embeddings(adapter: Adapter, model: Any) -> None:
         return
     whole = {name for name, module in adapter.other_modules().items() if "weight" in module.whole}
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-        name = re.sub(r"\.(token_adapter|base_layer|original_module)\b.*", "", names.get(id(module), ""))
+        name = plain_module_name(names.get(id(module), ""))
         if name and name not in whole:
             raise KTAMXError(
                 f"the vocabulary was resized from {before} to {now}, and with these settings PEFT does not save {name}"
@@ -169,7 +142,7 @@ def check_embeddings(adapter: Adapter, model: Any) -> None:
 
 
 def _vocabulary(base: Any) -> int | None:
-    """Size of the vocabulary of the base model as it was saved; None if it cannot be told without a network."""
+    """Size of the vocabulary of the base model as it was saved; None if it is not known without a network."""
     from transformers import AutoConfig
 
     try:
@@ -178,31 +151,3 @@ def _vocabulary(base: Any) -> int | None:
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-
-
-def saved_names(model: Any, adapter: str) -> dict[str, Any]:
-    """The LoRA parameters of one of a model's adapters, by the keys PEFT saves them under."""
-    parameters = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if ".lora_" in name and f".{adapter}." in f"{name}.":
-            head, _, tail = f"{name}.".rpartition(f".{adapter}.")
-            # transformers' own add_adapter has no PeftModel around the model.
-            start = "" if head.startswith("base_model.") else PREFIX
-            key = f"{start}{head}.{tail}".rstrip(".")
-            parameters[key.removesuffix(".weight") if "lora_magnitude" in head else key] = parameter
-    return parameters
-
-
-def saved_whole_names(model: Any, adapter: str) -> dict[str, Any]:
-    """What one of a model's adapters trains as a whole, and its retrained tokens, by the keys PEFT saves them under."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    values = model.state_dict(keep_vars=True)
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            for saved, attribute in module.adapter_state_dict_load_map(adapter).items():
-                tensors[f"{name if name.startswith('base_model.') else PREFIX + name}.{saved}"] = values[
-                    f"{name}.{attribute}"
-                ]
-    return tensors

@@ -13,11 +13,11 @@ from torch import nn
 
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import kt_layers
+from ..peft_compat.internals import PREFIX, base_parameter, saved_names, saved_whole_names
 from ..system.files import as_path
 from . import kt
-from .adapter import PREFIX, Adapter, rank_alpha, scale
+from .adapter import Adapter, rank_alpha, scale
 from .convert import open_adapter, write_folder
-from .fit import base_parameter, saved_names, saved_whole_names
 from .other_tensors import plain_name
 from .verify import verify_adapter
 

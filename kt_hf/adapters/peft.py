@@ -66,7 +66,7 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
     """Fill an adapter from the tensors of a stock PEFT file.
 
     Raises:
-        KTAMXError: A is there without B, a size is no multiple of the rank, or gate_up cannot be told from down.
+        KTAMXError: A is there without B, a size is no multiple of the rank, or gate_up looks like down.
     """
     pairs_by_place: dict[tuple[str, str], dict[str, Lazy]] = {}
     named = {name.rsplit(".", 1)[-1] for name in adapter.config.get("target_parameters") or []}

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ..errors import KTAMXConfigError, KTAMXNotAvailableError
+from ..errors import KTAMXConfigError
 from ..shapes import ExpertShape
 from ..system.cpu import ThreadPlan, affinity, cpu_features, physical_cores
 from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights
 from .gpu.resident import gpu_backend
 from .kt_kernel import installation
 from .kt_kernel.backend import KTKernelBackend
-from .kt_kernel.operators import OPERATORS, shape_problem
+from .kt_kernel.operators import check_shape, shape_problem
 from .kt_kernel.packed_files import PackedLayerFiles
 from .torch_loop import TorchBackend
 
@@ -53,35 +53,22 @@ def choose_backend(
     """
     if requested == "torch":
         return "torch", "asked for"
-    name = "AMXBF16" if requested == "auto" else requested
+    if requested != "auto":
+        available = installation.check_available(requested)
+        check_shape(shape, pools, requested)
+        return requested, available.reason
     available = installation.availability()
-    problem = shape_problem(shape, pools, name) if available.ok else None
-    if requested == "auto":
-        if not available.ok:
-            return "torch", available.reason
-        if problem:
-            return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
-        # By the machine, whatever OMP_NUM_THREADS says (torchrun sets it to 1). Not where a control group leaves two
-        # cores of many: PyTorch would start as many threads as there are.
-        two = workers == 1 and len(physical_cores(affinity())) == 2
-        if two and dtype in (None, torch.bfloat16) and not cpu_features().amx:
-            threads = torch.get_num_threads()
-            return "torch", FEW_CORES if threads > 1 else f"{FEW_CORES}; {_ONE_THREAD}"
-        return name, available.reason
     if not available.ok:
-        raise KTAMXNotAvailableError(
-            f"kt_backend={requested} cannot run: {available.reason}. kt_backend=torch runs on any machine "
-            "(kt_backend=auto picks by itself)."
-        )
-    if problem:
-        finer = [o.name for o in OPERATORS.values() if o.multiple < OPERATORS[name].multiple]
-        fitting = [f"kt_backend={o}" for o in finer if not shape_problem(shape, pools, o)]
-        raise KTAMXConfigError(
-            f"kt_backend={requested}: {problem}. "
-            + (f"{' and '.join(fitting)} can compute them; " if fitting else "")
-            + "kt_backend=torch takes any shape."
-        )
-    return requested, available.reason
+        return "torch", available.reason
+    if problem := shape_problem(shape, pools):
+        return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
+    # By the machine, whatever OMP_NUM_THREADS says (torchrun sets it to 1). Not where a control group leaves two
+    # cores of many: PyTorch would start as many threads as there are.
+    two = workers == 1 and len(physical_cores(affinity())) == 2
+    if two and dtype in (None, torch.bfloat16) and not cpu_features().amx:
+        threads = torch.get_num_threads()
+        return "torch", FEW_CORES if threads > 1 else f"{FEW_CORES}; {_ONE_THREAD}"
+    return "AMXBF16", available.reason
 
 
 def build_backend(

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files hold every weight of the model, told from their headers before anything is loaded.
+"""Whether a checkpoint's files hold every weight of the model, by their headers, before anything is loaded.
 
 transformers fills a weight that is missing with random values and says so in a report only. Here its own loader is run
 on tensors without memory (the meta device), with the names and shapes of the files' headers: what it would convert, tie

@@ -1,6 +1,6 @@
 """`ExpertCheckpoint`: the routed experts of a safetensors checkpoint, checked from the headers and read layer by layer.
 
-Three layouts are known, told by the tensors' names, whatever the family: one tensor an expert and projection
+Three layouts are known, recognized by the tensors' names, whatever the family: one tensor an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
 (`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in 8 bits with scales (`eight_bit`).
 """

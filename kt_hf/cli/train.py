@@ -22,7 +22,7 @@ def main(
     Example: kt-hf train configs/demo_smol.yaml learning_rate=5e-4
 
     The exit code is 0 when the adapter is saved, 1 when the run failed, 2 when a setting or the data is wrong (all that
-    is wrong is told at once, nothing is written), 130 after Ctrl-C, 143 after SIGTERM.
+    is wrong is reported at once, nothing is written), 130 after Ctrl-C, 143 after SIGTERM.
     """
     with plain_failures():
         from rich.console import Console

@@ -71,7 +71,7 @@ def run_demo(settings: DemoSettings, output_dir: Path, console: Console) -> dict
     Args:
         settings: Sizes of the run.
         output_dir: Where adapter, plot and summary go: a new folder, or one of the demo's.
-        console: Where the story is told.
+        console: Where progress and results are printed.
 
     Returns:
         The summary that is also written to the folder.
@@ -135,7 +135,7 @@ def _train(
     with stages("build_model", "Up-cycle SmolLM2-135M-Instruct and hand its experts to kt_hf"):
         settings = settings.with_dtype()
         model, tokenizer = build(settings)
-        lora = training.lora_config(model, settings)  # here, so that a wrong target is told at once
+        lora = training.lora_config(model, settings)  # before anything is trained: a wrong target is an error at once
         backend = _show_backend(console, model, settings)
 
     with stages("make_data", "Collect questions and answers from the standard library's docstrings"):

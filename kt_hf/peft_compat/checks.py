@@ -21,12 +21,12 @@ from peft import LoraConfig, PeftType
 from torch import nn
 
 from ..adapters.config_file import as_saved, check_config
-from ..adapters.peft_names import of_pattern
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import KTExperts, kt_layers
 from ..experts.projections import NO_MERGE, ExpertProjection, refuse_variants
 from ..shapes import ALIASES
 from ..system.json_fields import Field
+from .internals import of_pattern
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from ..adapters.adapter import ADAPTER, CONFIG
 from ..adapters.card import write_card
 from ..adapters.config_file import as_saved, check_config, read_config
 from ..adapters.convert import adapter_of, open_adapter
-from ..adapters.fit import check_embeddings, check_fits, saved_names
+from ..adapters.fit import check_embeddings, check_fits
 from ..adapters.manifest import begin, check_base, write_manifest
 from ..adapters.manifest_file import read_manifest
 from ..adapters.verify import check_checkpoint, verify_adapter
@@ -36,6 +36,7 @@ from ..shapes import PROJECTIONS
 from ..system.disk import check_space, disk_full, is_disk_full
 from ..system.files import Lazy
 from ..system.json_fields import Field
+from .internals import saved_names
 
 logger = logging.getLogger(__name__)
 _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXError
+from ..system.child import last_line
 from ..system.json_fields import Field
 from .manifest import Fingerprint, LayerEntry, read_layer
 
@@ -72,8 +73,7 @@ def in_new_process(job: Job) -> Iterator[tuple[str, LayerEntry]]:
                 process.kill()
                 raise
             if process.wait():
-                last = (errors.result().strip().splitlines() or ["no message"])[-1]
-                raise KTAMXError(f"Quantizing ended with status {process.returncode}: {last}")
+                raise KTAMXError(f"Quantizing ended with status {process.returncode}: {last_line(errors.result())}")
 
 
 def _answer(answer: dict[str, Any]) -> tuple[str, LayerEntry]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from ..placement.packer import Packer
 from ..placement.planner import MemoryBudget, TierPlan
 from ..placement.tiers import Tiers
 from ..shapes import ExpertShape
+from ..system.child import answer_of
 from ..system.threads import torch_threads
 from ..train.model_sizes import ModelSizes
 
@@ -104,11 +104,10 @@ def measure(asked: Asked) -> list[Row]:
     Raises:
         KTAMXError: The process failed; the message is its last line.
     """
-    command = [sys.executable, "-m", "kt_hf.tools.bench", json.dumps(asdict(asked))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise KTAMXError(f"The benchmark failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    try:
+        return [Row(**row) for row in answer_of("kt_hf.tools.bench", json.dumps(asdict(asked)))]
+    except KTAMXError as error:
+        raise KTAMXError(f"The benchmark {error}") from None
 
 
 def measure_here(asked: Asked) -> list[Row]:

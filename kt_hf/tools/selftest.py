@@ -9,12 +9,14 @@ python -m kt_hf.tools.selftest AMXBF16
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..errors import KTAMXError
+from ..system.child import answer_of
 
 E, K, H, I, T, R = 4, 2, 128, 128, 33, 4  # noqa: E741
 # Largest relative errors. (The backends' tests allow bf16 an error of 2 % in every gradient, on layers of real size.)
@@ -45,18 +47,10 @@ class SelfTest:
 
 def in_new_process(backend: str, seconds: float = 120) -> SelfTest:
     """Run the test of a backend in a new process; a crash or a hang of it is reported as the result's `problem`."""
-    command = [sys.executable, "-m", "kt_hf.tools.selftest", backend]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return SelfTest(backend, problem=f"no answer within {seconds:.0f} s")
-    if done.returncode < 0:
-        return SelfTest(backend, problem=f"ended by signal {-done.returncode}: the CPU or the package does not fit")
-    try:
-        return SelfTest(**json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError, TypeError):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return SelfTest(backend, problem=f"failed: {last}")
+        return SelfTest(**answer_of("kt_hf.tools.selftest", backend, seconds))
+    except (KTAMXError, TypeError) as error:
+        return SelfTest(backend, problem=str(error))
 
 
 def run(backend: str) -> SelfTest:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 STATE = "trainer_state.json"
+SUMMARY = "kt_hf_summary.json"  # written beside a run's adapter, at its very end
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")  # as the Trainer writes them
 # The Trainer's rotation takes every folder whose name begins so for a checkpoint.
 _ROTATED = re.compile(r"checkpoint-\d")

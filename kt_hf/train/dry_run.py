@@ -156,8 +156,8 @@ def _about(keys: tuple[str, ...], options: dict[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        told = ", ".join(f"{key}={shown(options[key])}" for key in keys if options.get(key) is not None)
-        raise KTAMXConfigError(f"{told or keys[-1]} cannot be used: {text}") from error
+        settings = ", ".join(f"{key}={shown(options[key])}" for key in keys if options.get(key) is not None)
+        raise KTAMXConfigError(f"{settings or keys[-1]} cannot be used: {text}") from error
 
 
 def _check_metric(metrics: dict[str, float], metric: str | None) -> None:

@@ -47,7 +47,7 @@ class ProfileRun:
     Attributes:
         settings: The run's.
         sequences: Token ids of its first rows.
-        console: Is told what is done.
+        console: Where progress is printed.
         resume: Folder of the checkpoint to resume from.
     """
 

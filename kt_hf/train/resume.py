@@ -6,6 +6,7 @@ is trained, and on which rows, may not change in the middle of a run; of the res
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,7 +22,7 @@ from transformers import TrainerCallback
 from ..adapters import check_checkpoint, last_complete
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
-from .checkpoints import STATE, checkpoints, is_numbered, numbered, step_in_name
+from .checkpoints import STATE, SUMMARY, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
 from .config.settings import RunKeys, TrainSettings
 from .stopping import checkpoint_of
@@ -73,17 +74,19 @@ class Resume:
         folder: The checkpoint's.
         step: Optimizer steps done.
         notes: What to tell the user.
+        steps_left: False where the run has done them all, and ended before its result was saved.
     """
 
     folder: Path
     step: int
     notes: tuple[str, ...] = ()
+    steps_left: bool = True
 
 
 def find_checkpoint(settings: TrainSettings) -> Resume | None:
     """The checkpoint to go on from, checked; None for a run that starts anew.
 
-    With `resume_from_checkpoint: true` it is the last complete one, and what is wrong with a later one is told.
+    With `resume_from_checkpoint: true` it is the last complete one, and a note says what is wrong with a later one.
 
     Raises:
         KTAMXError: The folder that was named is no checkpoint, or not complete.
@@ -224,17 +227,62 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_left(resume: Resume, max_steps: int) -> None:
-    """Refuse to go on with a run that has done its steps: the Trainer would make one more.
+def check_left(resume: Resume, settings: TrainSettings) -> Resume:
+    """Refuse to go on with a run that has done its steps and saved its result: the Trainer would make one step more.
+
+    Returns:
+        The checkpoint; without steps left where a full disk or a kill has come between the last one and the result.
 
     Raises:
-        KTAMXConfigError: None of `max_steps` (-1 for whole epochs) is left.
+        KTAMXConfigError: None of `max_steps` is left, naming the adapter that is the result.
     """
-    if 0 < max_steps <= resume.step:
-        raise KTAMXConfigError(
-            f"max_steps={max_steps}: {resume.folder} has done {resume.step}, so nothing is left. Give a larger "
-            "max_steps, or use the adapter that is there."
-        )
+    max_steps, output_dir = settings.trainer.get("max_steps", -1), Path(settings.output_dir).expanduser()
+    if not 0 < max_steps <= resume.step:  # -1: whole epochs, of which the Trainer makes no more
+        return resume
+    same_run = resume.folder.resolve().parent == output_dir.resolve() and max_steps == resume.step
+    best = _best_checkpoint(resume.folder) if settings.trainer.get("load_best_model_at_end") else None
+    if same_run and best is None and not _result_is_saved(output_dir, resume.step):
+        return dataclasses.replace(resume, steps_left=False)
+    raise KTAMXConfigError(
+        f"max_steps={max_steps}: {resume.folder} has done {resume.step}, so nothing is left. Give a larger "
+        f"max_steps, or use the adapter that is there{f' (the best one is in {best})' if best else ''}."
+    )
+
+
+def _best_checkpoint(folder: Path) -> str | None:
+    """The checkpoint with the best metric, by the Trainer's state in a later one."""
+    best = json.loads((folder / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    return best if isinstance(best, str) else None
+
+
+def _result_is_saved(output_dir: Path, step: int) -> bool:
+    """Whether a run has got as far as its summary, after this step; one that is damaged is not whole."""
+    try:
+        return bool(json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))["steps"] >= step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def train(trainer: Any, resume: Resume | None) -> None:
+    """Have a trainer train, from a checkpoint or anew.
+
+    Args:
+        trainer: The run's.
+        resume: None for a new run. Without steps left the checkpoint is loaded, and no more.
+    """
+    if resume is not None and not resume.steps_left:
+        trainer.add_callback(_TrainNoStep())
+    with contextlib.suppress(_Loaded):
+        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+
+
+class _Loaded(Exception):
+    """Leaves a Trainer that has loaded a checkpoint."""
+
+
+class _TrainNoStep(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise _Loaded
 
 
 def check_rows(resume: Resume, now: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from ..errors import KTAMXConfigError
 from ..system.text import printable
-from .checkpoints import clear_earlier_run
+from .checkpoints import SUMMARY, clear_earlier_run
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
 from .data.rows import training_and_evaluation
@@ -32,12 +32,20 @@ from .optimizer import use_loraplus
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
-from .resume import KeepRecord, Resume, check_left, check_rows, check_settings, find_checkpoint, record, with_rows
+from .resume import (
+    KeepRecord,
+    Resume,
+    check_left,
+    check_rows,
+    check_settings,
+    find_checkpoint,
+    record,
+    train,
+    with_rows,
+)
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
-
-SUMMARY = "kt_hf_summary.json"
 
 
 def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
-        check_left(resume, settings.trainer.get("max_steps", -1))
+        resume = check_left(resume, settings)
     config, notes = load_config(keys)
     tokenizer, more = load_tokenizer(keys, chat=train_rows.conversational)
     _print_notes(console, notes + more)
@@ -142,7 +150,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
             console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
     try:
         with stop.listening(trainer), full_disks(trainer):
-            trainer.train(resume_from_checkpoint=str(ready.resume.folder) if ready.resume else None)
+            train(trainer, ready.resume)
             state = trainer.state
             if stop.number is not None and state.global_step < state.max_steps:
                 raise Interrupted(_what_is_left(settings, trainer), stop.number)

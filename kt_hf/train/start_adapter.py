@@ -63,7 +63,7 @@ def _check_places(adapter: Adapter, outline: Any, path: str) -> None:
     try:
         shapes = {place.name: place.shape for place in find_experts(outline, weightless=True)}
     except KTAMXModelNotSupportedError:
-        return  # which is told when the model is patched, in more words
+        return  # patching the model says so, in more words
     for name, one in adapter.experts.items():
         shape = shapes.get(one.experts)
         into = None if shape is None else shape.intermediate_size if one.name == "down_proj" else shape.hidden_size

@@ -90,7 +90,7 @@ def lora_config(model: Any, keys: RunKeys) -> tuple[Any, list[str]]:
 
 def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], notes: list[str]) -> tuple[Any, list[str]]:
     """Stock PEFT reaches fused experts as parameters. Where it rewrites targets for a family, it takes gate_proj,
-    up_proj and down_proj for the experts' alone, and dense layers and shared experts go without: that is told.
+    up_proj and down_proj for the experts' alone, and dense layers and shared experts go without, which a note says.
     """
     from peft import LoraConfig
 

@@ -122,6 +122,10 @@ def test_what_finds_no_place_is_an_error(tmp_path: Path) -> None:
     save_file({**tensors, expert: tensors[expert][:7].clone()}, base / "model.safetensors")
     with pytest.raises(KTAMXError, match=r"experts\.3\.w2\.weight is \(7, 96\), but .* was made for \(64, 96\)"):
         convert(adapter, tmp_path / "merged", to="merged", base=base)
+    query = next(key for key in tensors if "layers.1.self_attn.q_proj" in key)
+    save_file({key: value for key, value in tensors.items() if key != query}, base / "model.safetensors")
+    with pytest.raises(KTAMXError, match=r"no weights for 1 modules.*layers\.1\.self_attn\.q_proj for one"):
+        convert(adapter, tmp_path / "merged", to="merged", base=base)
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".*"))
 

@@ -115,7 +115,8 @@ def test_every_setting(family: Family, name: str, vocabulary: str, tmp_path: Pat
     check_setting(family, name, vocabulary, tmp_path)
 
 
-FAST = [("embeddings", "tied"), ("embeddings", "untied, grown"), ("norms", "untied"), ("tokens", "tied, grown")]
+FAST = [("embeddings", "tied"), ("embeddings", "untied, grown"), ("norms", "untied"), ("tokens", "tied, grown"),
+        ("LoRA on embeddings", "tied, grown")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "vocabulary"), FAST, ids=[f"{s}, {v}" for s, v in FAST])

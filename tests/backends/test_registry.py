@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from kt_hf import KTAMXConfigError, KTAMXNotAvailableError, apply_kt_moe
-from kt_hf.backends import Availability, choose_backend
+from kt_hf.backends import Availability, ExpertWeights, choose_backend
 from kt_hf.backends import registry as backends
 from kt_hf.backends.kt_kernel import installation as kernel_module
+from kt_hf.backends.kt_kernel.backend import KTKernelBackend
+from kt_hf.backends.kt_kernel.operators import check_shape
 from kt_hf.shapes import ExpertShape
-from kt_hf.system.cpu import CpuFeatures
+from kt_hf.system.cpu import CpuFeatures, ThreadPlan
 from tests.support.cases import KERNEL_MARKS, make_config
 from tests.support.helpers import MIXTRAL
 from tests.support.machine import features
@@ -173,6 +175,18 @@ def test_auto_never_quantises() -> None:
     """Not even where INT8 could compute and bf16 could not be split."""
     assert choose_backend("auto", ExpertShape(8, 2, 128, 128))[0] == "AMXBF16"
     assert choose_backend("auto", SHAPE, 2)[0] == "torch"
+
+
+def test_a_layer_is_refused_in_the_words_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constructor, which gets the pointers, checks by itself."""
+    monkeypatch.setattr(kernel_module, "availability", lambda: Availability(False, "no such instructions"))
+    weights = ExpertWeights(torch.zeros(8, 192, 64).bfloat16(), torch.zeros(8, 64, 96).bfloat16())
+    with pytest.raises(KTAMXNotAvailableError, match=r"AMXBF16 cannot run: no such instructions.*runs on any machine"):
+        KTKernelBackend(weights, SHAPE, 0, ThreadPlan(((0, 1),)), 64, False, False, "layer 3")
+    with pytest.raises(KTAMXConfigError) as whole_model:
+        check_shape(ExpertShape(8, 2, 96, 64), 1, "AMXInt8")
+    with pytest.raises(KTAMXConfigError, match=re.escape(f"layer 3: {whole_model.value}")):
+        check_shape(ExpertShape(8, 2, 96, 64), 1, "AMXInt8", "layer 3")
 
 
 @pytest.mark.parametrize("name", ["AMXInt8", "AMXInt4"])

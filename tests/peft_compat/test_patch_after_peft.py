@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
 from kt_hf import apply_kt_moe
 from tests.support.cases import Case, make_config, transformers_adapters
@@ -16,6 +16,7 @@ from tests.support.models import FAMILIES, expert_modules
 from tests.support.patched import (
     fill_lora,
     gradients_of,
+    loaded_again,
     logits_of,
     lora_config,
     loss_of,
@@ -37,9 +38,7 @@ def test_after_an_attention_adapter(case: Case, tmp_path: Path) -> None:
     assert apply_kt_moe(model, make_config(case.backend)) is model
     assert set(trainable(model)) == names
     assert_close(logits_of(model, IDS), before, SAME_MODEL[case.dtype], "logits")
-    model.save_pretrained(tmp_path)
-    expected = logits_of(model, IDS)
-    assert torch.equal(logits_of(PeftModel.from_pretrained(patched_model(MIXTRAL, case), tmp_path), IDS), expected)
+    assert torch.equal(logits_of(loaded_again(model, MIXTRAL, case, tmp_path), IDS), logits_of(model, IDS))
     model.add_adapter("later", lora_config(MIXTRAL))
     model.set_adapter("later")
     assert len([name for name in trainable(model) if ".experts." in name]) == 12
@@ -84,8 +83,7 @@ def test_after_stock_peft_wrapped_the_fused_experts(name: str, filled: bool, cas
         layer = model._kt_wrappers[0]
         assert {p.r["default"] for p in layer.projections if p.r} == {RANK}, "a fresh adapter has the config's rank"
 
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(patched_model(family, case), tmp_path)
+    again = loaded_again(model, family, case, tmp_path)
     assert torch.equal(logits_of(again, ids), after)
     assert not again.peft_config["default"].target_parameters
 

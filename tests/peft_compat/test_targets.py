@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.helpers import MIXTRAL
 from tests.support.models import EXPERT_PROJECTIONS, FAMILIES, Family
 from tests.support.patched import (
+    adapted_model,
     fill_lora,
     gradients_of,
+    loaded_again,
     logits_of,
     lora_config,
     loss_of,
-    patched_model,
     trainable,
 )
 
@@ -26,9 +27,7 @@ IDS = MIXTRAL.inputs()
 
 
 def adapted(family: Family, case: Case, **settings: Any) -> PeftModel:
-    model = get_peft_model(patched_model(family, case), lora_config(family, **settings))
-    fill_lora(model, seed=1)
-    return model
+    return adapted_model(family, case, seed=1, lora=settings)
 
 
 def expert_names(model: torch.nn.Module, adapter: str = "default") -> set[str]:
@@ -54,8 +53,7 @@ def test_all_linear_reaches_the_experts(family: Family, tmp_path: Path) -> None:
     assert len(expert_names(model)) == 3 * len(family.moe_layers)
     assert plain <= named
     assert {name.rpartition(".")[2] for name in named - plain} <= {"shared_expert_gate"}
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(patched_model(family, TORCH_FP32), tmp_path)
+    again = loaded_again(model, family, TORCH_FP32, tmp_path)
     assert torch.equal(logits_of(again, family.inputs()), logits_of(model, family.inputs()))
 
 
@@ -70,7 +68,7 @@ def test_all_linear_is_what_the_names_give(case: Case) -> None:
 def test_all_linear_as_the_second_adapter(case: Case) -> None:
     """Where adapters wrap the layers already, on attention or on experts."""
     for first in (["q_proj"], ["down_proj"]):
-        model = get_peft_model(patched_model(MIXTRAL, case), lora_config(MIXTRAL, target_modules=first))
+        model = adapted_model(MIXTRAL, case, lora={"target_modules": first})
         model.add_adapter("all", lora_config(MIXTRAL, target_modules="all-linear"))
         fill_lora(model, seed=1)
         model.set_adapter("all")
@@ -105,8 +103,7 @@ def test_selections(name: str, tmp_path: Path) -> None:
     model = adapted(MIXTRAL, TORCH_FP32, **settings)
     assert expert_names(model) == expected
     assert all(grad.any() for key, grad in gradients_of(model, loss_of(model, IDS)).items() if ".lora_B." in key)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(patched_model(MIXTRAL, TORCH_FP32), tmp_path)
+    again = loaded_again(model, MIXTRAL, TORCH_FP32, tmp_path)
     assert expert_names(again) == expected
     assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
 
@@ -127,8 +124,7 @@ def test_the_router_by_its_name(case: Case, tmp_path: Path) -> None:
     grads = gradients_of(model, loss_of(model, IDS))
     assert len([name for name, grad in grads.items() if ".mlp.gate.lora_B" in name and grad.any()]) == 2
     assert expert_names(model) == ALL
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(patched_model(MIXTRAL, case), tmp_path)
+    again = loaded_again(model, MIXTRAL, case, tmp_path)
     assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
 
 
@@ -154,6 +150,5 @@ def test_what_trains_beside_the_experts(name: str, case: Case, tmp_path: Path) -
     loss_of(model, ids).backward()
     optimizer.step()
     assert [key for key, value in trainable(model).items() if torch.equal(value, before[key])] == []
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(patched_model(MIXTRAL, case), tmp_path)
+    again = loaded_again(model, MIXTRAL, case, tmp_path)
     torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +29,20 @@ def lora_config(family: Family, **overrides: Any) -> LoraConfig:
     return LoraConfig(**{**settings, **overrides})
 
 
-def adapted_model(family: Family, case: Case, seed: int | None = None, **config: Any) -> PeftModel:
-    """Patched, with an adapter on attention and every MLP; with a seed, both A and B are random."""
-    model = get_peft_model(patched_model(family, case, **config), lora_config(family))
+def adapted_model(
+    family: Family, case: Case, seed: int | None = None, lora: dict[str, Any] | None = None, **config: Any
+) -> PeftModel:
+    """Patched, with an adapter on attention and every MLP or as `lora` says; with a seed, both A and B are random."""
+    model = get_peft_model(patched_model(family, case, **config), lora_config(family, **(lora or {})))
     if seed is not None:
         fill_lora(model, seed)
     return model
+
+
+def loaded_again(model: PeftModel, family: Family, case: Case, folder: Path) -> PeftModel:
+    """The adapter saved into `folder`, and loaded into another patched model."""
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(patched_model(family, case), folder)
 
 
 def adapted_layers(family: Family, case: Case) -> list[tuple[nn.Module, BaseWeights]]:

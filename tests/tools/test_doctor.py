@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kt_hf.backends import TorchBackend, kernel_availability
 from kt_hf.cli import app
+from kt_hf.system import child
 from kt_hf.tools import doctor, selftest
 from tests.support.cases import KERNEL_MARKS
 
@@ -96,10 +97,11 @@ def test_wrong_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "ended by signal 4"),
         ("raise SystemExit('out of order')", "failed: out of order"),
+        ("print('no JSON')", "failed: no message"),
         ("import time; time.sleep(60)", "no answer within 1 s"),
     ],
 )
 def test_a_crash_is_a_finding(code: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = selftest.subprocess.run
-    monkeypatch.setattr(selftest.subprocess, "run", lambda command, **k: run([command[0], "-c", code], **k))
+    run = child.subprocess.run
+    monkeypatch.setattr(child.subprocess, "run", lambda command, **k: run([command[0], "-c", code], **k))
     assert problem in str(selftest.in_new_process("torch", seconds=1 if "sleep" in code else 60).problem)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kt_hf.cli import app
@@ -182,6 +184,35 @@ def test_a_bad_setting_is_told(more: str, expected: list[str], tmp_path: Path, m
 @pytest.mark.parametrize(("text", "expected"), WHOLE, ids=[str(i) for i in range(len(WHOLE))])
 def test_a_bad_file_is_told(text: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(text, expected, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "more", "words"),
+    [
+        (False, True, "", "needs a package that is not installed: pip install liger-kernel"),
+        (False, True, "use_kt: false\n", "needs a package that is not installed"),
+        (True, False, "", "needs a CUDA GPU"),
+        (True, True, "use_cpu: true\n", "needs a CUDA GPU"),
+        (True, True, "", None),
+        (True, True, "use_kt: false\n", None),
+    ],
+)
+def test_ligers_kernels_need_their_package_and_a_gpu(
+    installed: bool, gpu: bool, more: str, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside experts on the CPU too, by LLaMA-Factory's name; the other layers get them."""
+    find = importlib.util.find_spec
+    spec = find("json") if installed else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: spec if name == "liger_kernel" else find(name, *a)
+    )
+    monkeypatch.setattr("kt_hf.system.gpu.experts_device", lambda: torch.device("cpu") if gpu else None)
+    file = write(tmp_path, f"{GOOD}enable_liger_kernel: true\n{more}")
+    if words is None:
+        assert read_arguments(file).trainer["use_liger_kernel"] is True
+        return
+    with pytest.raises(BadSettings, match=rf"use_liger_kernel=True {words}"):
+        read_arguments(file)
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

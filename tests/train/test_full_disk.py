@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def full_from(writer: tuple[Any, str], calls: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def logged(runs: Runs) -> list[tuple[int, float]]:
+    """Step and loss of every log of a run."""
+    history = json.loads((runs.out / "trainer_state.json").read_text())["log_history"]
+    return [(row["step"], row["loss"]) for row in history if "loss" in row]
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A run that nothing has happened to."""
@@ -75,18 +82,17 @@ def test_the_next_run_goes_on(moment: str, whole: Runs, tiny_model: Path, tmp_pa
     assert re.search(r"(of|takes about) [\d,.]+ (bytes|MB)", str(caught.value))
     assert not (runs.out / "kt_hf_summary.json").exists()
 
-    if file.startswith("checkpoint-2"):
-        summary = runs.again("resume_from_checkpoint=true")
-        assert f"Resuming from {runs.out}/checkpoint-1, after step 1" in runs.printed
-        assert summary["steps"] == 2
-        saved = runs.out
-    else:  # all steps are done, and saved in their checkpoint
-        with pytest.raises(KTAMXConfigError, match="checkpoint-2 has done 2, so nothing is left"):
-            runs.again("resume_from_checkpoint=true")
-        saved = runs.out / "checkpoint-2"
-    ours, expected = load_file(saved / ADAPTER), load_file(whole.out / ADAPTER)
+    summary = runs.again("resume_from_checkpoint=true")
+    step = 1 if file.startswith("checkpoint-2") else 2  # all are done: the result alone is missing
+    assert f"Resuming from {runs.out}/checkpoint-{step}, after step {step}" in runs.printed
+    assert summary["steps"] == 2
+    losses, expected_losses = (logged(run) for run in (runs, whole))
+    assert losses == expected_losses
+    ours, expected = load_file(runs.out / ADAPTER), load_file(whole.out / ADAPTER)
     assert set(ours) == set(expected)
     assert all(torch.equal(ours[key], value) for key, value in expected.items())
+    with pytest.raises(KTAMXConfigError, match="checkpoint-2 has done 2, so nothing is left"):
+        runs.again("resume_from_checkpoint=true")
 
 
 def test_without_experts_of_ours(tiny_model: Path, tmp_path: Path) -> None:

@@ -89,6 +89,19 @@ def test_a_run_that_has_done_its_steps_makes_no_more(steps: int, copy: Runs, mon
         copy.again("resume_from_checkpoint=true", f"max_steps={steps}")
 
 
+def test_a_run_whose_best_checkpoint_is_its_result_names_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the Trainer's own end would load it."""
+    evaluation = {"val_size": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    runs = runs_in(tmp_path, tiny_model, **evaluation)
+    runs.again()
+    (runs.out / "kt_hf_summary.json").unlink()
+    forbid_loading(monkeypatch)
+    with pytest.raises(KTAMXError, match=r"nothing is left.* \(the best one is in .*out/checkpoint-[12]\)"):
+        runs.again("resume_from_checkpoint=true")
+
+
 @pytest.mark.parametrize("optim", [[], {}, 5])
 def test_a_record_of_a_strange_optimizer_is_told(optim: Any, copy: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_loading(monkeypatch)

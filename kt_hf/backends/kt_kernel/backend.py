@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError, KTAMXNotAvailableError
+from ...errors import KTAMXBackwardError, KTAMXConfigError, KTAMXForwardError
 from ...shapes import LORA_NAMES, ExpertShape, expert_bytes
 from ...system.cpu import ThreadPlan
 from ..base import ExpertWeights, Gradients, SavedForward
@@ -28,10 +28,10 @@ from .engine import Cache, Engine
 from .gate_overflow import careful_backward
 from .idle_workers import CallGap
 from .input_checks import check_inputs, check_tensor, check_weights
-from .installation import availability
+from .installation import check_available
 from .kept_memory import KEPT
 from .native_code import native_output_to_log, never_destroy
-from .operators import OPERATORS, most_tokens, shape_problem
+from .operators import OPERATORS, check_shape, most_tokens
 from .packed_files import PackedLayerFiles, check_saved, folder_to_load, folder_to_save
 
 logger = logging.getLogger(__name__)
@@ -87,15 +87,11 @@ class KTKernelBackend:
         backend: str = "AMXBF16",
         save_to: Path | None = None,
     ) -> None:
-        available = availability()
-        if not available.ok:
-            raise KTAMXNotAvailableError(f"kt_backend={backend}: {available.reason}.")
+        check_available(backend)
         self.name, self._operators = backend, OPERATORS[backend]
         self._engine = Engine.get(plan)
         pools = len(self._engine.plan.pools)
-        problem = shape_problem(shape, pools, backend)
-        if problem:
-            raise KTAMXConfigError(f"{label}: kt_backend={backend}: {problem}; kt_backend=torch takes any shape.")
+        check_shape(shape, pools, backend, label)
         if save_to is not None and pools != len(plan.pools):
             raise KTAMXConfigError(
                 f"{label}: this process computes on {pools} pools of threads already, and the weights are to be saved "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
+from ...errors import KTAMXNotAvailableError
 from ...system.cpu import cpu_features
 from ..base import Availability
 from .native_code import native_output_to_log
@@ -35,3 +36,21 @@ def availability() -> Availability:
     if not needed:
         return Availability(False, f"kt-kernel's {variant} variant needs instructions this CPU lacks", details)
     return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
+
+
+def check_available(backend: str) -> Availability:
+    """What `availability` says where the operators run.
+
+    Args:
+        backend: The value of `kt_backend` that asks for them, for the message.
+
+    Raises:
+        KTAMXNotAvailableError: They do not run on this machine; saying why, and what does.
+    """
+    available = availability()
+    if not available.ok:
+        raise KTAMXNotAvailableError(
+            f"kt_backend={backend} cannot run: {available.reason}. kt_backend=torch runs on any machine "
+            "(kt_backend=auto picks by itself)."
+        )
+    return available

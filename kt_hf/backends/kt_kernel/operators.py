@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from ...errors import KTAMXConfigError
 from ...shapes import ExpertShape
 
 # What the operators reserve, in bytes for each token of their length, expert of a token, and element of H + I: 11.7 to
@@ -59,6 +60,31 @@ def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") 
     if not 1 <= shape.top_k <= shape.num_experts:
         return f"{shape.top_k} experts a token of {shape.num_experts} make no sense"
     return None
+
+
+def check_shape(shape: ExpertShape, pools: int, backend: str, label: str = "") -> None:
+    """Refuse experts that the operators of `backend` cannot compute.
+
+    Args:
+        shape: Sizes of a layer's experts.
+        pools: Number of pools of the operators' worker threads.
+        backend: The value of `kt_backend`.
+        label: The layer's name, for the message; empty where it is about the whole model.
+
+    Raises:
+        KTAMXConfigError: Naming the size, and the backends that can compute them.
+    """
+    problem = shape_problem(shape, pools, backend)
+    if problem is None:
+        return
+    finer = [o.name for o in OPERATORS.values() if o.multiple < OPERATORS[backend].multiple]
+    fitting = [f"kt_backend={name}" for name in finer if not shape_problem(shape, pools, name)]
+    raise KTAMXConfigError(
+        (f"{label}: " if label else "")
+        + f"kt_backend={backend}: {problem}. "
+        + (f"{' and '.join(fitting)} can compute them; " if fitting else "")
+        + "kt_backend=torch takes any shape."
+    )
 
 
 def most_tokens(shape: ExpertShape) -> int:

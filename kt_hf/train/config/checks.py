@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,6 @@ _NOT_WITH_KT = {
     "fsdp": "FSDP shards over processes, and experts on the CPU are held by one: leave it out",
     "parallelism_config": "experts on the CPU are held by one process: leave it out",
     "activation_offloading": "the experts' activations are on the CPU already; kt_expert_activations saves them",
-    "use_liger_kernel": "Liger replaces expert classes too: leave it out",
     "use_ipex": "leave it out",
 }
 _SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # any other word is random to transformers
@@ -94,6 +94,7 @@ def check_combinations(checked: Checked, purpose: str) -> None:
             _with_kt(checked, purpose)
             _saved_experts(checked, purpose)
         if purpose == "train":
+            _liger(checked)
             _output(checked)
     except OSError as error:  # a name that is too long, a folder that may not be read
         checked.problem("", f"{shown(error.filename)} cannot be looked at: {error.strerror}")
@@ -296,6 +297,21 @@ def _gpu_experts(c: Checked, purpose: str) -> None:
         why = "does not go together with kt_weight_path, whose experts are packed for the CPU"
     if why:
         c.problem(name, f"{name}={c.kt[name]!r}: it {why}; leave it out, or set it to {nothing}")
+
+
+def _liger(c: Checked) -> None:
+    """Liger's kernels go to the layers beside the experts, which keep their own. Its package is not installed along."""
+    from ...system import gpu
+
+    if not c.trainer.get("use_liger_kernel"):
+        return
+    why = None
+    if importlib.util.find_spec("liger_kernel") is None:
+        why = "needs a package that is not installed: pip install liger-kernel"
+    elif c.trainer.get("use_cpu") or gpu.experts_device() is None:
+        why = "needs a CUDA GPU, on which Liger's kernels run, and this run has none"
+    if why:
+        c.problem("use_liger_kernel", f"use_liger_kernel=True {why}. Or leave it out")
 
 
 def _output(c: Checked) -> None:

@@ -1,4 +1,4 @@
-"""From a YAML file to `TrainSettings`: names translated, types and combinations checked, every problem told at once."""
+"""From a YAML file to `TrainSettings`: names translated, all of it checked, all problems reported at once."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def on_this_machine(trainer: dict[str, Any], keys: RunKeys) -> dict[str, Any]:
 def _translate(
     settings: dict[str, Setting], fields: dict[str, Any], problems: list[Problem], notices: list[str]
 ) -> dict[str, Setting]:
-    """Settings under today's names; two that mean the same, removed ones and ignored ones are told."""
+    """Settings under today's names; two that mean the same, removed and ignored ones are reported."""
     result: dict[str, Setting] = {}
     called: dict[str, str] = {}
     for key, setting in settings.items():

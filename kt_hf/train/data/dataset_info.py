@@ -57,7 +57,7 @@ class Entry:
         """A row under our names.
 
         A column that `columns` does not name is not used, as in LLaMA-Factory: it is marked, so that it is taken for
-        nothing and told.
+        nothing and reported.
         """
         if self.columns:
             named = {ours: row[theirs] for ours, theirs in self.columns.items() if row.get(theirs) is not None}

@@ -1,4 +1,4 @@
-"""Rows of a data file: JSON, JSON lines, CSV, TSV or parquet. Whatever is wrong with one is told with file and row."""
+"""Rows of a data file: JSON, JSON lines, CSV, TSV or parquet. An error names file and row."""
 
 from __future__ import annotations
 

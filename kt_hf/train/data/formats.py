@@ -53,7 +53,7 @@ class Format:
     """A format of data.
 
     Attributes:
-        name: As users are told.
+        name: What messages call it.
         columns: Those it is known by, all of them needed.
         stage: What it can be trained with, `sft` or `dpo`.
         convert: Turns a row's columns into TRL's form; raises `BadRow`.

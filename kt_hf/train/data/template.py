@@ -57,7 +57,7 @@ class ChatTemplate:
     def answers(
         self, row: Row, messages: Sequence[Message], indices: Sequence[int], most: int | None = None
     ) -> tuple[list[int], list[bool], int]:
-        """(token ids, which of them belong to answers, how many answers cannot be told from the rest).
+        """(token ids, which of them belong to answers, how many answers cannot be distinguished from the rest).
 
         Args:
             row: Of which `messages` are, for its tools and settings.

@@ -1,4 +1,4 @@
-"""Rows as token ids, before a model is loaded: what cannot be trained on is told with its row, not by a trainer."""
+"""Rows as token ids, before a model is loaded: what cannot be trained on is reported with its row."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def prepare(rows: Rows, how: Reading, stage: str, purpose: str) -> Prepared:
         rows: In TRL's form.
         how: How they become tokens.
         stage: `sft` or `dpo`.
-        purpose: `train` or `eval`, for what is told.
+        purpose: `train` or `eval`, for messages.
 
     Raises:
         KTAMXConfigError: More than 1 % of the rows cannot be trained on: the chat template refuses them, they have
@@ -259,7 +259,7 @@ def _tokenized(row: Row, how: Reading) -> dict[str, Any]:
 
 
 def _labelled(row: Row, how: Reading) -> tuple[list[int], list[int], int]:
-    """(token ids, labels, answers that should be trained and cannot be told from the rest)."""
+    """(token ids, labels, answers that should be trained and cannot be distinguished from the rest)."""
     if "input_ids" in row:
         return row["input_ids"], row["labels"], 0
     if "text" in row:
