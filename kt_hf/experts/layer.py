@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -215,16 +215,20 @@ class KTExperts(nn.Module):
 
         Needed after values were written to `parameter.data`, which nothing else notices.
         """
+        update_lora([self])
+
+    def _begin_update(self) -> None:
         self.pack()
         self._explicit_updates += 1
         if self.device.type == "cuda":
             for parameter in self.lora_params.values():
                 pin(parameter)
         lora = LoraTensors(self.projections, self.shape)
-        self._load(lora, lora.key(self._explicit_updates))
+        self._begin_load(lora, lora.key(self._explicit_updates))
 
-    def _load(self, lora: LoraTensors, key: Hashable) -> None:
-        self._runner.load_lora(key, lambda: lora.stacked(self.device))
+    def _begin_load(self, lora: LoraTensors, key: Hashable) -> None:
+        from_host = any(not parameter.is_cuda for parameter in lora.parameters)
+        self._runner.begin_load(key, lambda: lora.stacked(self.device), from_host)
 
     # torch.compile must not look inside: it would hand pointers of its own buffers to the operators, which crashes. The
     # graph breaks here.
@@ -248,13 +252,15 @@ class KTExperts(nn.Module):
         lora = LoraTensors(self.projections, self.shape)
         key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:
-            self._load(lora, key)
+            self._begin_load(lora, key)
+            self._runner.finish_load()
         if not in_backward():
             gradients = torch.is_grad_enabled() and hidden_states.requires_grad
             self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
         parameters = lora.parameters
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
-            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *parameters)
+            inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
+            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
         return out.to(hidden_states.dtype)
 
@@ -305,6 +311,25 @@ class KTExperts(nn.Module):
 def kt_layers(model: nn.Module) -> list[KTExperts]:
     """All `KTExperts` of a model (or a wrapper of one), in layer order."""
     return [module for module in model.modules() if isinstance(module, KTExperts)]
+
+
+def update_lora(layers: Sequence[KTExperts]) -> None:
+    """Copy the LoRA parameters of layers to their backends, whether or not they look changed.
+
+    The parameters may be written to when it returns: where they are copied to a GPU from host memory, that is waited
+    for once, after all layers' copies have begun.
+
+    Args:
+        layers: Of one model or several; those that are not packed yet are packed.
+    """
+    begun: list[KTExperts] = []
+    try:
+        for layer in layers:
+            begun.append(layer)
+            layer._begin_update()
+    finally:
+        for layer in begun:
+            layer._runner.finish_load()
 
 
 class LoraParamsView(Mapping[int, dict[str, nn.Parameter]]):
