@@ -19,7 +19,6 @@ from tests.support.helpers import MIXTRAL
 from tests.support.layers import forward_backward, make_inputs
 from tests.support.patched import adapted_model
 
-
 GARBAGE = 1e30
 
 
