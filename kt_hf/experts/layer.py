@@ -41,9 +41,8 @@ class BackendFactory(Protocol):
     def retain(self) -> bool:
         """Whether a first forward is kept for a recompute in backward."""
 
-    @property
-    def lora_follows_gpu(self) -> bool:
-        """Whether LoRA parameters move to a GPU with the model."""
+    def lora_on_gpu(self, rank: int) -> bool:
+        """Whether LoRA parameters move to a GPU with the model, decided once, by the rank of the first adapter."""
 
     def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
         """A layer's forward begins, which is no recompute: the time to move weights.
@@ -155,10 +154,9 @@ class KTExperts(nn.Module):
                 params[f"{name}_lora_a"], params[f"{name}_lora_b"] = projection.tensors(adapter)
         return params
 
-    @property
-    def lora_follows_gpu(self) -> bool:
-        """Whether the LoRA parameters move to a GPU with the model (`kt_moe_lora_device="gpu"`)."""
-        return self.factory.lora_follows_gpu
+    def lora_on_gpu(self, rank: int) -> bool:
+        """Whether the LoRA parameters, of an adapter of this rank, move to a GPU with the model."""
+        return self.factory.lora_on_gpu(rank)
 
     @property
     def device(self) -> torch.device:
@@ -314,14 +312,7 @@ def kt_layers(model: nn.Module) -> list[KTExperts]:
 
 
 def update_lora(layers: Sequence[KTExperts]) -> None:
-    """Copy the LoRA parameters of layers to their backends, whether or not they look changed.
-
-    The parameters may be written to when it returns: where they are copied to a GPU from host memory, that is waited
-    for once, after all layers' copies have begun.
-
-    Args:
-        layers: Of one model or several; those that are not packed yet are packed.
-    """
+    """`update_lora_pointers` of several layers, with one wait for all, after which parameters may be written to."""
     begun: list[KTExperts] = []
     try:
         for layer in layers:
