@@ -20,7 +20,7 @@ class State(TrainerCallback):
     """Looks at the optimizer's state as the first step begins."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.fused: set[bool] = set()
         self.states: list[dict[str, Tensor]] = []
         self.devices: list[str] = []
 
@@ -29,6 +29,7 @@ class State(TrainerCallback):
             return
         optimizer = kwargs["optimizer"]
         for group in optimizer.param_groups:
+            self.fused.add(bool(group["fused"]))
             for parameter in group["params"]:
                 values = optimizer.state[parameter]
                 self.states.append({key: value.detach().cpu().clone() for key, value in values.items()})
@@ -39,9 +40,14 @@ class State(TrainerCallback):
 
 
 def resumed_like_uninterrupted(
-    before: Callable[[], nn.Module], after: Callable[[], nn.Module], kinds: tuple[str, str], folder: Path, **run: Any
+    before: Callable[[], nn.Module],
+    after: Callable[[], nn.Module],
+    kinds: tuple[str, str],
+    folder: Path,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **run: Any,
 ) -> State:
-    """Train six steps; then the last three again from the checkpoint, with another model and optimizer.
+    """Train six steps; then the last three again from the checkpoint, with another model, optimizer, and callbacks.
 
     The resumed run begins with the very moments that were saved, on the devices of its parameters, and its losses are
     those of the uninterrupted one.
@@ -52,8 +58,8 @@ def resumed_like_uninterrupted(
         optimizer = torch.optim.AdamW(trained, lr=1e-3, **KINDS[kind])
         overrides = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3, **run}
         trainer = trainer_for(model, folder, optimizers=(optimizer, None), **overrides)
-        if checkpoint:
-            trainer.add_callback(seen)
+        for callback in (*callbacks, seen) if checkpoint else ():
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         losses.append(result(trainer).losses[-3:])
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02
