@@ -8,6 +8,7 @@ faster there and halves what crosses the bus.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,8 @@ def _begin(copies: Sequence[tuple[Tensor, Tensor]], beside: bool) -> torch.cuda.
     stream = _stream_beside(device) if beside else current
     if beside:
         stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # the host allocator notes a copy's stream by what is current
+    # The host allocator notes a copy's stream by what is current.
+    with torch.cuda.stream(stream) if beside else contextlib.nullcontext():
         for target, source in copies:
             target.copy_(source, non_blocking=True)
             if beside:
