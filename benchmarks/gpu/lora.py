@@ -12,7 +12,8 @@ expert (207 M parameters on the experts), tokens spread evenly over the experts.
 
 `step` is the median of steps without a synchronization between their parts. The parts are of other steps, with one
 after each: forward, backward, clip (of the norm, as a Trainer does), optimizer, zero (gradients let go), refresh (of
-what the GPU computes with). `arrivals` is how long the thread that called backward waited for gradients beside the GPU's.
+what the GPU computes with). `arrivals` is how long the thread that called backward waited for gradients, beside the one
+of the GPU.
 `foreach` is the optimizer's seconds for the same parameters with foreach in place of fused.
 """
 
