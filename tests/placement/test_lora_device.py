@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from kt_hf.placement import packer as packing
 from kt_hf.placement.lora_device import choose_lora_device
 from kt_hf.placement.packer import Packer
 from kt_hf.placement.planner import MemoryBudget
+from kt_hf.placement.record import write_run_placement
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import ExpertShape, expert_bytes
 from kt_hf.system.cpu import ThreadPlan
+from kt_hf.train.expert_profile import as_before
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import lora_config
 
@@ -133,3 +136,33 @@ def test_the_adapter_of_a_model(cpu_for_gpu: None, placement: Any, follows: bool
     holders = [module for module in model.modules() if isinstance(module, ExpertLora)]
     assert len(holders) == 2 * 6 * len(model._kt_wrappers)
     assert {holder.follow_to_gpu for holder in holders} == {follows}
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "then"),
+    [(1000, "auto", "auto"), (1, "auto", "cpu"), (1000, "cpu", "cpu")],
+    ids=["was on the GPU", "did not fit", "was asked for"],
+)
+def test_a_run_that_goes_on_leaves_lora_on_the_cpu(
+    free: float, asked: str, then: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where it would fit now. On the GPU it is again if it fits; and what is asked for is done."""
+    one = packer(monkeypatch, STREAMED, free, kt_moe_lora_device=asked)
+    one.lora_on_gpu(16)
+    write_run_placement(tmp_path, one)
+    kt, notes = as_before(KTConfig(), tmp_path)
+    assert kt == KTConfig(kt_moe_lora_device=then)
+    assert len(notes) == (then == "cpu")
+    assert as_before(KTConfig(kt_moe_lora_device="gpu"), tmp_path) == (KTConfig(kt_moe_lora_device="gpu"), [])
+
+
+def test_a_run_without_lora_on_experts_says_nothing_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_run_placement(tmp_path, packer(monkeypatch, STREAMED, 1))
+    assert as_before(KTConfig(), tmp_path) == (KTConfig(), [])
+
+
+def test_experts_and_lora_on_the_cpu_stay_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = packer(monkeypatch, Tiers(), 1000)
+    one.lora_on_gpu(16)
+    write_run_placement(tmp_path, one)
+    assert as_before(KTConfig(), tmp_path) == (KTConfig(), [])
