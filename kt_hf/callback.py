@@ -15,7 +15,7 @@ from .adapters.adapter import ADAPTER
 from .backends import CALL_LOCK
 from .backends.buffer_pool import BUFFER_POOL
 from .errors import KTAMXConfigError
-from .experts.layer import KTExperts, kt_layers
+from .experts.layer import KTExperts, kt_layers, update_lora
 from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
@@ -91,7 +91,7 @@ class KTMoECallback(TrainerCallback):
         check_trained(model)
         if self.adapter is not None and state.global_step == 0:
             start_from(model, self.adapter)
-        self._refresh(layers)
+        update_lora(layers)
         self.expert_load.begin(layers)
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None
@@ -119,7 +119,7 @@ class KTMoECallback(TrainerCallback):
             KTAMXError: The disk has no room for the checkpoint that is due.
         """
         layers = kt_layers(kwargs["model"])
-        self._refresh(layers)
+        update_lora(layers)
         if self._times:
             self._times.step_end(layers, args.gradient_accumulation_steps)
         if control.should_save:
@@ -151,7 +151,7 @@ class KTMoECallback(TrainerCallback):
     ) -> None:
         """Refresh the operators' copies, and give back buffers and PyTorch's threads."""
         layers = kt_layers(kwargs["model"])
-        self._refresh(layers)
+        update_lora(layers)
         with CALL_LOCK:
             BUFFER_POOL.release()
         self._times = None
@@ -198,11 +198,6 @@ class KTMoECallback(TrainerCallback):
         """Put the checkpoint's manifest and card beside the adapter that is pushed to the hub."""
         if args.output_dir and state.is_world_process_zero:
             publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir))
-
-    @staticmethod
-    def _refresh(layers: list[KTExperts]) -> None:
-        for layer in layers:
-            layer.update_lora_pointers()
 
 
 def checkpoint_bytes(args: TrainingArguments, model: Any, optimizer: Any) -> int:

@@ -15,6 +15,7 @@ from .errors import KTAMXConfigError
 logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("auto", "cpu", "gpu")
+LORA_DEVICES = ("auto", "cpu", "gpu")
 BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "torch")
 
 # Keys of older integrations, with what took their place.
@@ -47,7 +48,10 @@ class KTConfig:
             None is `auto` where there is a GPU, unless `kt_num_gpu_experts`, `kt_backend` or `kt_weight_path` is set.
         kt_weight_path: Folder of expert weights that `kt-hf quantize` wrote, used in place of the model's own
             (AMXInt8, AMXInt4; `kt_lora_rank` must be given).
-        kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, `cpu` or `gpu`.
+        kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, with their gradients and the
+            optimizer's state: `cpu`; `gpu`, if the model is on one (16 bytes of its memory a parameter); or `auto`,
+            which takes the GPU where that computes all experts, resident or streamed, and its memory suffices beside
+            everything else, and the CPU otherwise. Decided when the first adapter is made, and not changed after that.
         kt_expert_activations: Under gradient checkpointing, `retain` keeps what the first forward computed, so that
             the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again.
         kt_share_backward_weights: Keep one buffer of backward weights for all layers (half the memory, slower
@@ -67,7 +71,7 @@ class KTConfig:
     kt_num_gpu_experts: int | None = None
     kt_expert_placement: str | Mapping[str, int] | None = field(default=None, hash=False)
     kt_weight_path: str | Path | None = None
-    kt_moe_lora_device: str = "cpu"
+    kt_moe_lora_device: str = "auto"
     kt_expert_activations: str = "retain"
     kt_share_backward_weights: bool | None = None
     kt_max_len: int | None = None
@@ -98,7 +102,7 @@ class KTConfig:
                 "kt_max_cache_depth=%s is ignored: the operators keep one forward a layer.", kt_max_cache_depth
             )
         _choice("kt_backend", self.kt_backend, BACKENDS)
-        _choice("kt_moe_lora_device", self.kt_moe_lora_device, ("cpu", "gpu"))
+        _choice("kt_moe_lora_device", self.kt_moe_lora_device, LORA_DEVICES)
         _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
         _integer("kt_num_threads", self.kt_num_threads, 1, "leave it out (None) to have it planned")
         _integer("kt_num_gpu_experts", self.kt_num_gpu_experts, 0, "use 0 to compute every expert on the CPU")

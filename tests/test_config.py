@@ -20,7 +20,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "kt_num_gpu_experts": (0, 2),
     "kt_expert_placement": (None, "auto", "cpu", "gpu", {"resident": 8, "streamed": 16}, {"streamed": 3}),
     "kt_weight_path": (None, "weights", Path("weights")),
-    "kt_moe_lora_device": ("cpu", "gpu"),
+    "kt_moe_lora_device": ("auto", "cpu", "gpu"),
     "kt_expert_activations": ("retain", "recompute"),
     "kt_share_backward_weights": (None, True, False),
     "kt_max_len": (None, 1, 100_000),

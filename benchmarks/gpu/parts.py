@@ -24,6 +24,7 @@ from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.experts import function as autograd
 from kt_hf.experts import layer as experts
 from kt_hf.experts import runner
+from kt_hf.experts.layer import update_lora
 from kt_hf.placement import calibration as rates
 
 PARTS = ("operator forward", "operator backward", "wait", "copy in", "copy out", "optimizer", "refresh", "other")
@@ -109,7 +110,7 @@ class Steps:
         trained = [p for p in model.parameters() if p.requires_grad] + getattr(model, "more_parameters", [])
         self.optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
         layers = getattr(model, "_kt_wrappers", [])
-        self.refresh = getattr(model, "refresh", lambda: [layer.update_lora_pointers() for layer in layers])
+        self.refresh = getattr(model, "refresh", lambda: update_lora(layers))
 
     def one(self, parts: Parts | None) -> tuple[float, float, dict[str, float]]:
         """Seconds, the loss, and seconds by part."""

@@ -8,6 +8,8 @@ faster there and halves what crosses the bus.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -83,40 +85,71 @@ class Arriving:
     @property
     def arrived(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._event is None or self._event.query()
+        event = self._event
+        return event is None or event.query()
+
+    @property
+    def coming(self) -> tuple[Tensor, ...]:
+        """The tensors, which may not be read before `wait`."""
+        return self._tensors
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors, contiguous, once all of them have arrived."""
-        if self._event is not None:
-            self._event.synchronize()
+        """The tensors, contiguous, once all of them have arrived. Several threads may wait."""
+        event = self._event
+        if event is not None:
+            event.synchronize()
             self._event = None
         return self._tensors
 
 
-def to_host(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequence[Tensor] = ()) -> Arriving:
+def to_host(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], into: Sequence[Tensor] = (), beside: bool = False
+) -> Arriving:
     """Start copying tensors to the CPU, each in a new dtype: one wait for all, and none if no tensor is on a GPU.
 
     Args:
         tensors: Tensors of one GPU, some or all of them on the CPU already.
         dtypes: The dtype of each copy.
         into: Contiguous CPU tensors of these sizes and dtypes to copy to; () for new memory.
+        beside: Copy on a stream for such copies alone, while the current one goes on with what it is given next: for
+            large tensors that nobody waits for at once.
     """
     arrived: list[Tensor] = []
-    device: torch.device | None = None
+    copies: list[tuple[Tensor, Tensor]] = []
     for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
         source = tensor.detach()
         if not source.is_cuda:
             arrived.append(into[i].copy_(source) if into else source.to("cpu", dtype).contiguous())
             continue
-        device = source.device
         source = source.to(dtype).contiguous()
         target = into[i] if into else torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
-        arrived.append(target.copy_(source, non_blocking=True))
-    event = None
-    if device is not None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-    return Arriving(tuple(arrived), event)
+        arrived.append(target)
+        copies.append((target, source))
+    return Arriving(tuple(arrived), _begin(copies, beside) if copies else None)
+
+
+def _begin(copies: Sequence[tuple[Tensor, Tensor]], beside: bool) -> torch.cuda.Event:
+    """Begin to copy each target's source, of one GPU, to the CPU; the event is recorded after the last copy."""
+    device = copies[0][1].device
+    current = torch.cuda.current_stream(device)
+    stream = _stream_beside(device) if beside else current
+    if beside:
+        stream.wait_stream(current)
+    # The host allocator notes a copy's stream by what is current.
+    with torch.cuda.stream(stream) if beside else contextlib.nullcontext():
+        for target, source in copies:
+            target.copy_(source, non_blocking=True)
+            if beside:
+                source.record_stream(stream)
+        # A thread that waits beside others which compute should sleep.
+        event = torch.cuda.Event(blocking=beside)
+        event.record(stream)
+    return event
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -41,9 +41,8 @@ class BackendFactory(Protocol):
     def retain(self) -> bool:
         """Whether a first forward is kept for a recompute in backward."""
 
-    @property
-    def lora_follows_gpu(self) -> bool:
-        """Whether LoRA parameters move to a GPU with the model."""
+    def lora_on_gpu(self, rank: int) -> bool:
+        """Whether LoRA parameters move to a GPU with the model, decided once, by the rank of the first adapter."""
 
     def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
         """A layer's forward begins, which is no recompute: the time to move weights.
@@ -155,10 +154,9 @@ class KTExperts(nn.Module):
                 params[f"{name}_lora_a"], params[f"{name}_lora_b"] = projection.tensors(adapter)
         return params
 
-    @property
-    def lora_follows_gpu(self) -> bool:
-        """Whether the LoRA parameters move to a GPU with the model (`kt_moe_lora_device="gpu"`)."""
-        return self.factory.lora_follows_gpu
+    def lora_on_gpu(self, rank: int) -> bool:
+        """Whether the LoRA parameters, of an adapter of this rank, move to a GPU with the model."""
+        return self.factory.lora_on_gpu(rank)
 
     @property
     def device(self) -> torch.device:
@@ -215,16 +213,20 @@ class KTExperts(nn.Module):
 
         Needed after values were written to `parameter.data`, which nothing else notices.
         """
+        update_lora([self])
+
+    def _begin_update(self) -> None:
         self.pack()
         self._explicit_updates += 1
         if self.device.type == "cuda":
             for parameter in self.lora_params.values():
                 pin(parameter)
         lora = LoraTensors(self.projections, self.shape)
-        self._load(lora, lora.key(self._explicit_updates))
+        self._begin_load(lora, lora.key(self._explicit_updates))
 
-    def _load(self, lora: LoraTensors, key: Hashable) -> None:
-        self._runner.load_lora(key, lambda: lora.stacked(self.device))
+    def _begin_load(self, lora: LoraTensors, key: Hashable) -> None:
+        from_host = any(not parameter.is_cuda for parameter in lora.parameters)
+        self._runner.begin_load(key, lambda: lora.stacked(self.device), from_host)
 
     # torch.compile must not look inside: it would hand pointers of its own buffers to the operators, which crashes. The
     # graph breaks here.
@@ -248,13 +250,15 @@ class KTExperts(nn.Module):
         lora = LoraTensors(self.projections, self.shape)
         key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:
-            self._load(lora, key)
+            self._begin_load(lora, key)
+            self._runner.finish_load()
         if not in_backward():
             gradients = torch.is_grad_enabled() and hidden_states.requires_grad
             self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
         parameters = lora.parameters
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
-            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *parameters)
+            inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
+            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
         out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
         return out.to(hidden_states.dtype)
 
@@ -305,6 +309,18 @@ class KTExperts(nn.Module):
 def kt_layers(model: nn.Module) -> list[KTExperts]:
     """All `KTExperts` of a model (or a wrapper of one), in layer order."""
     return [module for module in model.modules() if isinstance(module, KTExperts)]
+
+
+def update_lora(layers: Sequence[KTExperts]) -> None:
+    """`update_lora_pointers` of several layers, with one wait for all, after which parameters may be written to."""
+    begun: list[KTExperts] = []
+    try:
+        for layer in layers:
+            begun.append(layer)
+            layer._begin_update()
+    finally:
+        for layer in begun:
+            layer._runner.finish_load()
 
 
 class LoraParamsView(Mapping[int, dict[str, nn.Parameter]]):

@@ -10,7 +10,7 @@ projections alone: they lie side by side along the rank, what is missing is zero
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..backends import Gradients
 from ..backends.buffer_pool import empty
-from ..backends.transfer import flat_lora, lora_b_part, split_lora, to_device
+from ..backends.transfer import Arriving, flat_lora, lora_b_part, split_lora, to_device
 from ..shapes import ExpertShape
+from .lora_delivery import Delivery, delivered
 from .projections import ExpertProjection
 
 _optimizer_steps = itertools.count(1)
@@ -86,6 +87,7 @@ class LoraTensors:
     def __init__(self, projections: Sequence[ExpertProjection], shape: ExpertShape) -> None:
         self.shape = shape
         self.parts: list[LoraPart] = []
+        self._delivery: Delivery | None = None
         for index, projection in enumerate(projections):
             offset = 0
             for adapter in projection.computed_adapters:
@@ -98,6 +100,35 @@ class LoraTensors:
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each part in turn: the order of `gradients`."""
         return [tensor for part in self.parts for tensor in (part.a, part.b)]
+
+    def inputs(self, from_gpu: bool) -> list[Tensor]:
+        """`parameters` as the inputs that autograd sees of a forward.
+
+        Args:
+            from_gpu: Whether a GPU may compute their gradients. Those of parameters on the CPU are then only on their
+                way when the layer's backward ends (`deliver`).
+        """
+        parameters = self.parameters
+        if not from_gpu or any(parameter.device.type != "cpu" for parameter in parameters):
+            return list(parameters)
+        self._delivery = Delivery()
+        return delivered(parameters, self._delivery)
+
+    def deliver(self, arriving: Arriving, error: Callable[[], Exception]) -> list[Tensor]:
+        """Gradients of `parameters` that are being copied to the CPU, for autograd to take.
+
+        Not to be read: they have arrived when autograd passes them on to the parameters.
+
+        Args:
+            arriving: The gradients, and last a bool tensor [] that says whether they are finite.
+            error: Makes the exception to raise if they are not.
+        """
+        if self._delivery is not None:
+            return self._delivery.begin(arriving, error)
+        *gradients, passed = arriving.wait()
+        if not passed:
+            raise error()
+        return gradients
 
     @property
     def rank(self) -> int:

@@ -43,9 +43,12 @@ class ProjectionOwner(Protocol):
     label: str
     lora_dtype: torch.dtype
 
-    @property
-    def lora_follows_gpu(self) -> bool:
-        """Whether LoRA parameters move to a GPU with the model."""
+    def lora_on_gpu(self, rank: int) -> bool:
+        """Whether LoRA parameters move to a GPU with the model.
+
+        Args:
+            rank: Of the adapter whose tensors are made.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +92,7 @@ class ExpertLora(nn.Module):
 
     A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`,
     `.cuda()` and the like leave the tensor where and what it is: it is the master of what the backend holds (on the
-    CPU, or with `kt_moe_lora_device=gpu` on the GPU once the model is moved there).
+    CPU, or on the GPU once the model is moved there: `kt_moe_lora_device`).
 
     Args:
         weight: The values.
@@ -180,7 +183,7 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Identity()
-        dtype, gpu = owner.lora_dtype, owner.lora_follows_gpu
+        dtype, gpu = owner.lora_dtype, owner.lora_on_gpu(r)
         shape_a, shape_b = (self.num_experts, r, self.in_features), (self.num_experts, self.out_features, r)
         self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype, device="cpu"), gpu)
         self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype, device="cpu"), gpu)
@@ -207,10 +210,15 @@ class ExpertProjection(nn.Module, LoraLayer):
             owner.check_rank(rank, where)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT calls this after it has replaced the tensors, by some of the GPU's perhaps: back to where they live."""
+        """PEFT calls this after it has replaced the tensors, by some of another device perhaps: to where they live."""
+        owner = self._owner()
         for holder in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
-            if not holder.follow_to_gpu and not holder.weight.is_meta:
+            if holder.weight.is_meta:
+                continue
+            if not holder.follow_to_gpu:
                 holder.weight.data = holder.weight.data.cpu()
+            elif owner is not None:
+                holder.to(owner.device)
 
     @property
     def computed_adapters(self) -> list[str]:

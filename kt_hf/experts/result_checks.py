@@ -129,11 +129,12 @@ def lora_gradients(
         on_gpu: Whether the backend's inputs and results are on a GPU.
 
     Returns:
-        In the order of `lora.parameters`, in fp32 or the parameters' dtype.
+        In the order of `lora.parameters`, in fp32 or the parameters' dtype. Those that go from a GPU to the CPU may be
+        on their way (`LoraTensors.deliver`).
 
     Raises:
-        KTAMXBackwardError: A gradient is not finite, though that of the hidden states is, and it is on the CPU; else
-            `checks` raises it.
+        KTAMXBackwardError: A gradient is not finite, though that of the hidden states is, and it is on the CPU. For one
+            on its way there autograd raises it before the parameter gets it, for one on a GPU `checks` does later.
     """
     device = lora.parameters[0].device
     if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
@@ -141,7 +142,7 @@ def lora_gradients(
     flat = flat_lora(gradients.lora)
     computed: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
     error = functools.partial(gradient_error, label, "an expert LoRA tensor")
-    if computed[0].is_cuda:
+    if _on_gpu(computed[0]):
         passed = all_finite(*computed)
         if on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
             passed = passed | ~all_finite(gradients.hidden_states)
@@ -149,14 +150,16 @@ def lora_gradients(
         if device.type != "cpu":
             checks.add(error, passed)
             return scaled
-        *arrived, passed = to_host([*scaled, passed], [*(tensor.dtype for tensor in scaled), torch.bool]).wait()
-        if not passed:
-            raise error()
-        return arrived
+        dtypes = [parameter.dtype for parameter in lora.parameters]  # nothing can be converted on the way
+        return lora.deliver(to_host([*scaled, passed], [*dtypes, torch.bool], beside=True), error)
     for tensor in computed:  # before they are widened: half the memory to look through
         if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
             raise error()
     return lora.gradients(gradients)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda  # a function, for tests that have no GPU to put another in its place
 
 
 def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:

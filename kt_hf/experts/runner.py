@@ -55,6 +55,7 @@ class ExpertsRunner:
         self.retain = retain
         self.checks = checks
         self._values = LoraValues(None)
+        self._loaded: torch.cuda.Event | None = None  # recorded after copies from host memory that `begin_load` began
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
         self.tokens = 0
@@ -77,18 +78,27 @@ class ExpertsRunner:
         """The key of the LoRA values the backend holds."""
         return self._values.key
 
-    def load_lora(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]]) -> None:
+    def begin_load(self, key: Hashable, tensors: Callable[[], tuple[Tensor, ...]], from_host: bool = True) -> None:
         """Make the backend hold other LoRA values.
 
         Args:
             key: What `lora_key` is from now on.
             tensors: Gives the six LoRA tensors, scalings in B; or () for no LoRA.
+            from_host: Whether they are made of tensors in host memory, which must stay as they are until `finish_load`:
+                copies of them to a GPU may be under way.
         """
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle(wait=True)
             self._swap(LoraValues(key), tensors())
-            if self.on_gpu:  # the parameters may be written to from now on, and copies of them be under way
-                torch.cuda.current_stream(self.backend.device).synchronize()
+            if self.on_gpu and from_host:
+                self._loaded = torch.cuda.Event()
+                self._loaded.record(torch.cuda.current_stream(self.backend.device))
+
+    def finish_load(self) -> None:
+        """Wait for the copies that `begin_load` has begun."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.synchronize()
 
     def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
         if len(self._values.tickets):

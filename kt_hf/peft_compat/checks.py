@@ -22,7 +22,7 @@ from torch import nn
 
 from ..adapters.config_file import as_saved, check_config
 from ..errors import KTAMXConfigError, KTAMXError
-from ..experts.layer import KTExperts, kt_layers
+from ..experts.layer import KTExperts, kt_layers, update_lora
 from ..experts.projections import NO_MERGE, ExpertProjection, refuse_variants
 from ..shapes import ALIASES
 from ..system.json_fields import Field
@@ -270,6 +270,5 @@ def refuse_merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs:
 def refresh_after(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Replaces `hotswap_adapter_from_state_dict`: the new values are copied to the backends."""
     result = original(model, *args, **kwargs)  # writes to `.data`, which nothing else would notice
-    for layer in kt_layers(model):
-        layer.update_lora_pointers()
+    update_lora(kt_layers(model))
     return result

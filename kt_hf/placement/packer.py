@@ -28,6 +28,7 @@ from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
 from .calibration import copy_rate, measure_rates
 from .choice import all_streamed, cpu_may_be_faster, is_worth_its_cpu, unsuitable
+from .lora_device import LoraPlace
 from .order import Placement
 from .planner import MemoryBudget, TierPlan, plan_tiers
 from .promotion import Promotion
@@ -70,6 +71,7 @@ class Packer:
     Attributes:
         placement: Which experts go to the GPU first; None for the first ones by number.
         planned: What was expected of the tiers, where they were planned.
+        lora: Where the experts' LoRA is.
         keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
@@ -93,6 +95,7 @@ class Packer:
         self.placement: Placement | None = None
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
+        self.lora = LoraPlace(config.kt_moe_lora_device)
         self.keep_8bit = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
@@ -119,10 +122,9 @@ class Packer:
         """Whether a first forward is kept for a recompute in backward."""
         return self.config.kt_expert_activations == "retain"
 
-    @property
-    def lora_follows_gpu(self) -> bool:
-        """Whether LoRA parameters move to a GPU with the model."""
-        return self.config.kt_moe_lora_device == "gpu"
+    def lora_on_gpu(self, rank: int) -> bool:
+        """Whether LoRA parameters, of an adapter of this rank if it is the first, move to a GPU with the model."""
+        return self.lora.on_gpu(rank)
 
     def warn_dropout(self, dropout: float) -> None:
         """Say once that experts train without LoRA dropout."""
@@ -174,6 +176,8 @@ class Packer:
         if not tiers.need_gpu:
             return
         self.placement = placement
+        tokens = budget.tokens or self.config.kt_max_len or _TOKENS
+        self.lora.learn(list(layers.values()), tiers, budget, tokens, free_device_memory(self.gpu_device))
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         split = tiers.resident or any(tiers.on_cpu(shape.num_experts) for shape in others)
         logger.info("kt_hf: %s (%s)%s.", tiers, self.gpu_device, f", by {source}" if split else "")

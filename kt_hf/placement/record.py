@@ -26,11 +26,13 @@ class RunPlacement:
         tiers: Experts by tier, as the run began.
         held: Indices of the layers whose weights had come to the GPU since.
         seen: What passes took, by kind; {} where layers stayed where they were.
+        lora_on_gpu: Whether the experts' LoRA was on the GPU; None if they had none.
     """
 
     tiers: Tiers
     held: tuple[int, ...]
     seen: dict[str, Seen]
+    lora_on_gpu: bool | None = None
 
 
 def write_run_placement(folder: Path, packer: Packer) -> None:
@@ -51,6 +53,7 @@ def write_run_placement(folder: Path, packer: Packer) -> None:
         "tiers": asdict(packer.tiers or Tiers()),
         "held_layers": promotion.held if promotion else [],
         "seen": controller.as_json() if controller else {},
+        "lora_on_gpu": packer.lora.chosen.on_gpu if packer.lora.chosen else None,
     }
     write_json(folder / RUN_PLACEMENT, content)
 
@@ -72,7 +75,8 @@ def read_run_placement(folder: Path) -> RunPlacement | None:
         numbers = {name.name: tiers[name.name].integer(least=0) for name in fields(Tiers)}
         held = tuple(layer.integer(least=0) for layer in content["held_layers"].entries())
         seen = {kind: _seen(values) for kind, values in content["seen"].object().items()}
-        return RunPlacement(Tiers(**numbers), held, seen)
+        lora = content.get("lora_on_gpu")
+        return RunPlacement(Tiers(**numbers), held, seen, lora.flag() if lora else None)
     except KTAMXError as error:
         raise KTAMXConfigError(f"{error} Delete the file: the run then begins with all experts streamed.") from error
 

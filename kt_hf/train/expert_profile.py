@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import KTConfig
 from ..errors import KTAMXConfigError
 from ..placement import Placement, count_experts, read_placement
-from ..placement.record import RUN_PLACEMENT
+from ..placement.record import read_run_placement
 from ..placement.tiers import is_auto
 from ..system import gpu
 from .config.settings import TrainSettings
@@ -24,14 +24,23 @@ _TOKENS = 8_192
 
 
 def as_before(kt: KTConfig, folder: Path) -> tuple[KTConfig, list[str]]:
-    """The experts' settings of a run that goes on, with what is to be said: all on the CPU, if nothing else is asked.
+    """The experts' settings of a run that goes on, with what is to be said: as before, if nothing else is asked.
+
+    All experts stay on the CPU where they were, and LoRA that was there beside experts on the GPU.
 
     Args:
         kt: The settings.
         folder: Of the checkpoint.
+
+    Raises:
+        KTAMXConfigError: The checkpoint's record is damaged.
     """
+    recorded = read_run_placement(folder)
+    if recorded and recorded.tiers.need_gpu and recorded.lora_on_gpu is False and kt.kt_moe_lora_device == "auto":
+        note = f"The experts' LoRA stays on the CPU, as in {folder}. kt_moe_lora_device: gpu moves it, moments and all."
+        return replace(kt, kt_moe_lora_device="cpu"), [note]
     nothing_set = is_auto(kt) and kt.kt_expert_placement is None
-    if not nothing_set or gpu.experts_device() is None or (folder / RUN_PLACEMENT).exists():
+    if not nothing_set or gpu.experts_device() is None or recorded is not None:
         return kt, []
     note = (
         f"{folder} was trained with all experts on the CPU, and they stay there. kt_expert_placement: auto streams "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from ..adapters import check_checkpoint, last_complete
@@ -179,15 +180,37 @@ class KeepRecord(TrainerCallback):
         self.content = content
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the settings' own intervals of logging, evaluation and saving in place of the checkpoint's."""
+        """Put the settings' own intervals and kind of optimizer in place of the checkpoint's."""
         # A resumed Trainer would go on with the checkpoint's logging_steps, eval_steps and save_steps.
         state.compute_steps(args, state.max_steps)
+        if kwargs.get("optimizer") is not None:
+            use_own_kind(kwargs["optimizer"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the record into the checkpoint that was just saved."""
         folder = checkpoint_of(args, state)
         if state.is_world_process_zero and folder.is_dir():
             write_json(folder / RECORD, json.loads(json.dumps(self.content, default=str)))
+
+
+def use_own_kind(optimizer: Any) -> None:
+    """Have an optimizer compute as it was made to (fused, foreach or neither), not as the state that was loaded was.
+
+    Loading moves the moments to the devices of their parameters, and takes over the saved groups with these flags.
+
+    Args:
+        optimizer: PyTorch's, or accelerate's around it; one that has no such flags is left alone.
+    """
+    flags = {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
+    for group in optimizer.param_groups:
+        if flags.items() <= group.items():
+            continue
+        group.update(flags)
+        for parameter in group["params"]:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if isinstance(step, torch.Tensor):  # fused ones count on the parameter's device, in fp32
+                there = parameter.device if flags.get("fused") or group.get("capturable") else "cpu"
+                optimizer.state[parameter]["step"] = step.to(there, torch.float32)
 
 
 def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:

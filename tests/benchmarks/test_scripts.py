@@ -97,6 +97,20 @@ def test_the_gpu_benchmarks_run_without_one(command: str, tmp_path: Path) -> Non
     assert rows[0].keys() == dict.fromkeys(read_header(BENCHMARKS / f"gpu_{name}.csv")).keys()
 
 
+@pytest.mark.slow
+def test_the_cost_of_lora_is_measured_in_every_case(tmp_path: Path) -> None:
+    tiny = [f"--{name}={value}" for name, value in (("layers", 2), ("batch", 1), ("sequence", 32), ("steps", 1))]
+    line = [sys.executable, BENCHMARKS / "gpu", "lora", "--device", "cpu", "--shape", "tiny", *tiny]
+    done = subprocess.run([*line, "--csv", tmp_path / "rows.csv"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(tmp_path / "rows.csv")
+    assert [row["case"] for row in rows] == ["gpu", "cpu", "waiting"]
+    for row in rows:
+        parts = sum(float(row[part]) for part in ("forward", "backward", "clip", "optimizer", "zero", "refresh"))
+        assert 0 < parts < 10
+        assert int(row["experts_touched"]) > 100
+
+
 def read(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         return list(csv.DictReader(lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kt_hf.errors import KTAMXError
 from kt_hf.train.checkpoints import checkpoints, clear_earlier_run, would_be_rotated
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.config.yaml_file import BadSettings
+from tests.support.resumed import KINDS
 from tests.support.train_runs import Runs, forbid_loading, runs_in
 
 
@@ -269,3 +271,37 @@ def test_names_that_no_trainer_writes_are_no_checkpoints(tiny_model: Path, tmp_p
     (tmp_path / "out" / "checkpoint-2").touch()
     with pytest.raises(BadSettings, match=r"has 'checkpoint-2', which is no folder: a checkpoint of that name could"):
         read_arguments(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("after", KINDS)
+@pytest.mark.parametrize("before", KINDS)
+def test_the_optimizer_computes_as_this_run_says(before: str, after: str) -> None:
+    """And not as that of the checkpoint did, whose state it goes on with: `optim` takes effect."""
+    import torch
+
+    from kt_hf.train.resume import use_own_kind
+
+    def optimizer(kind: str) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
+        parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1, **KINDS[kind])
+
+    def steps(parameter: torch.nn.Parameter, one: torch.optim.Optimizer) -> None:
+        for number in range(3):
+            parameter.grad = torch.tensor([0.1, 0.2, -0.3]) * (number + 1)
+            one.step()
+
+    parameter, one = optimizer(before)
+    steps(parameter, one)
+    other, two = optimizer(after)
+    other.data.copy_(parameter.data)
+    two.load_state_dict(deepcopy(one.state_dict()))
+    use_own_kind(two)
+    flags = {name: two.param_groups[0][name] for name in ("fused", "foreach")}
+    assert flags == {name: two.defaults[name] for name in flags}
+    assert two.state[other]["step"] == 3
+    steps(parameter, one)
+    steps(other, two)
+    assert torch.allclose(other, parameter, atol=1e-6)
+    assert two.state[other]["step"] == 6
+    use_own_kind(torch.optim.SGD([parameter], lr=0.1))
+    use_own_kind(torch.optim.Adafactor([parameter], lr=0.1))
