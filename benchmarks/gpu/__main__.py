@@ -3,6 +3,7 @@
     train   training steps, experts on the CPU, on the GPU or on both; stock and the peer beside them
     tiers   the planner's choice against a sweep over all ways to split a layer's experts
     fp8     experts streamed in FP8 against the same in bf16
+    products one layer: fused kernels on and off, the grouped product of kt_hf beside PyTorch
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
 """
@@ -16,11 +17,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # harness.py and its neighbours
 
 import fp8
+import products
 import tiers
 import train
 from common import prepare
 
-COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8}
+COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "products": products}
 
 
 def main() -> None:
