@@ -30,6 +30,7 @@ from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.resident import GroupedBackend
 from kt_hf.backends.gpu.rows import Rows
 from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.gpu.warm_up import warm_up
 from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.shapes import ExpertShape
 
@@ -247,6 +248,11 @@ def run(given: argparse.Namespace, device: torch.device) -> None:
     for name, shape in (TINY if tiny else SHAPES).items():
         if {"layers", "waits"} & set(given.only):
             backends = made(shape, given.rank, device)
+            for way in ways[1:]:
+                with computed(way):
+                    started = time.perf_counter()
+                    warm_up(shape, device, given.rank)
+                    show({"layer": name, "way": way, "compiled in s": time.perf_counter() - started})
             for tokens in lengths if "layers" in given.only else ():
                 for row in layer_rows(shape, tokens, backends, ways, clock):
                     show({"layer": name} | row)

@@ -264,6 +264,19 @@ def test_an_unknown_gate_is_refused() -> None:
             module.gated(torch.ones(1, 16).bfloat16().to(DEVICE), None, torch.ones(1).int().to(DEVICE), "no_such")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 12])
+def test_warming_up_computes_tiles_of_all_heights(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_hf.backends.gpu import grouped_product
+    from kt_hf.backends.gpu.warm_up import warm_up
+
+    choose(monkeypatch, "own")
+    heights, original = set(), grouped_product.product
+    monkeypatch.setattr(grouped_product, "product", lambda x, w, ends, cut: (heights.add(cut[2]), original(x, w, ends, cut))[1])  # fmt: skip # noqa: E501
+    warm_up(ExpertShape(64, K, 16, 8), DEVICE, rank)
+    assert heights == {height for large, height in grouped_product.PRODUCT}
+
+
 def test_rows_that_come_in_pieces_are_summed_as_at_once(way: str) -> None:
     """To the bit, with NaN in the rows of no expert."""
     ids, weights = routed("many").to(DEVICE), torch.rand(TOKENS, K).to(DEVICE)
