@@ -248,7 +248,7 @@ def run(given: argparse.Namespace, device: torch.device) -> None:
     for name, shape in (TINY if tiny else SHAPES).items():
         if {"layers", "waits"} & set(given.only):
             backends = made(shape, given.rank, device)
-            for way in ways[1:]:
+            for way in ways[1:] if device.type == "cuda" else ():
                 with computed(way):
                     started = time.perf_counter()
                     warm_up(shape, device, given.rank)
