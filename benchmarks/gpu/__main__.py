@@ -4,6 +4,7 @@
     tiers   the planner's choice against a sweep over all ways to split a layer's experts
     fp8     experts streamed in FP8 against the same in bf16
     lora    what LoRA of streamed experts costs on the CPU, by part of a step
+    products one layer: fused kernels on and off, the grouped product of kt_hf beside PyTorch
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
 """
@@ -18,11 +19,12 @@ sys.path.append(str(Path(__file__).parents[1]))  # harness.py and its neighbours
 
 import fp8
 import lora
+import products
 import tiers
 import train
 from common import prepare
 
-COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "lora": lora}
+COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "lora": lora, "products": products}
 
 
 def main() -> None:

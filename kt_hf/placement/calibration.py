@@ -16,6 +16,7 @@ from ..backends.build_tiered import build_tiered
 from ..backends.gpu.grouped_mm import aligned
 from ..backends.gpu.pinned_weights import lock_pages, unlock_pages
 from ..backends.gpu.resident import gpu_backend
+from ..backends.gpu.warm_up import warm_up
 from ..backends.gpu.weight_stream import Streamer
 from ..errors import KTAMXError
 from ..shapes import ExpertShape, expert_bytes
@@ -61,6 +62,7 @@ def measure_rates(
     lengths = min(_SHORT, longest), longest
     with CALL_LOCK, torch.no_grad():
         pcie = copy_rate(device, copy_bytes)
+        warm_up(shape, device, _RANK)
         kept = KEPT.packed
         packed = build_backend(backend, _weights(alone), alone, _RANK, plan, max(lengths), False, True, "a measurement")
         KEPT.packed = kept  # a measurement is no model, of which a later one is warned

@@ -111,6 +111,21 @@ def test_the_cost_of_lora_is_measured_in_every_case(tmp_path: Path) -> None:
         assert int(row["experts_touched"]) > 100
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_products_runs_without_a_gpu(tmp_path: Path) -> None:
+    """All of it, by Triton's interpreter."""
+    pytest.importorskip("triton")
+    line = [sys.executable, BENCHMARKS / "gpu", "products", "--device", "cpu", "--shape", "tiny", "--rounds", "1"]
+    more = ["--only", "layers", "waits", "kernels", "sweep", "--blocks", "64,32,2,4", "--csv", tmp_path / "rows.csv"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*line, *more], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kinds = {(row["place"], row["way"]) for row in read(tmp_path / "rows.csv")}
+    assert kinds == {(place, way) for place in ("resident", "streamed") for way in ("PyTorch", "fused", "own")}
+    assert "seen in a resident layer" in done.stdout
+    assert "forward_tflops" in done.stdout
+
+
 def read(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         return list(csv.DictReader(lines))

@@ -1,8 +1,7 @@
 """The mathematics of `backends/torch_loop.py` over rows sorted by expert, in bf16, by grouped matrix products alone.
 
-No function of this module waits for a GPU. All T*K rows are kept, sorted by expert, those of no expert at the end;
-`torch._grouped_mm` gets the row where each expert's rows end. It leaves the rows after the last end undefined (NaN,
-perhaps), and never reads them for another row or a weight's gradient: they are zeroed where rows are summed by token.
+No function of this module waits for a GPU. All T*K rows are kept (`rows.py`), and a grouped product gets the row where
+each expert's rows end: `torch._grouped_mm` where that is fast, else a kernel of this package (`kernels.py` decides).
 
 The LoRA of gate and up is one: A of gate above that of up, [E, 2r, H], B block-diagonal, [E, 2I, 2r]. Ranks are padded
 to multiples of 8, for `_grouped_mm` wants strides of 16 bytes.
@@ -10,73 +9,19 @@ to multiples of 8, for `_grouped_mm` wants strides of 16 bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu as _silu
 
 from ...errors import KTAMXConfigError
 from ...shapes import ExpertShape
 from ..transfer import to_device
+from . import kernels
+from .rows import Addends, Rows
 
 ALIGN = 8  # elements of 16 bits in 16 bytes
 DTYPE = torch.bfloat16
-
-
-@dataclass
-class Rows:
-    """The T*K rows (a token and one of its experts) sorted by expert, or S consecutive ones of them.
-
-    Attributes:
-        order: [S] int64: row i is row `order[i]` of the unsorted T*K.
-        tokens: [S] int64: row i is of token `tokens[i]`.
-        ends: [E] int32: the row after each expert's last.
-        valid: [S, 1] bool: whether the row is of an expert.
-        weights: [S, 1] fp32: the routing weights.
-        idle: [E, 1, 1] bool: the experts without rows.
-        T: Number of tokens.
-        K: Number of experts of a token.
-    """
-
-    order: Tensor
-    tokens: Tensor
-    ends: Tensor
-    valid: Tensor
-    weights: Tensor
-    idle: Tensor
-    T: int
-    K: int
-
-    @classmethod
-    def by_expert(cls, ids: Tensor, weights: Tensor, numbers: Tensor) -> Rows:
-        """Sort the rows of a batch.
-
-        Args:
-            ids: [T, K] int64, -1 for no expert.
-            weights: Routing weights, [T, K] fp32.
-            numbers: 0 to E - 1, int64, on the device of both.
-        """
-        T, K = ids.shape
-        flat, E = ids.reshape(-1), len(numbers)
-        key, order = flat.masked_fill(flat < 0, E).sort(stable=True)  # torch.where would wait for its scalar's copy
-        ends = torch.searchsorted(key, numbers, right=True, out_int32=True)
-        idle = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
-        by_row = weights.reshape(-1).index_select(0, order).unsqueeze(1)
-        tokens = order.div(K, rounding_mode="floor")
-        return cls(order, tokens, ends, (key < E).unsqueeze(1), by_row, idle[:, None, None], T, K)
-
-    def part(self, experts: slice, rows: slice) -> Rows:
-        """The rows `rows`, which must be exactly those of `experts`."""
-        return Rows(
-            self.order[rows], self.tokens[rows], self.ends[experts] - rows.start, self.valid[rows],
-            self.weights[rows], self.idle[experts], self.T, self.K,
-        )  # fmt: skip
-
-    def sum_by_token(self, spread: Tensor) -> Tensor:
-        """Sum over each token's experts, in fp32 and in a fixed order: [T*K, H], unsorted -> [T, H] in bf16."""
-        return spread.view(self.T, self.K, spread.shape[1]).sum(1, dtype=torch.float32).to(DTYPE)
 
 
 class Lora(NamedTuple):
@@ -141,35 +86,36 @@ class RowGradients(NamedTuple):
         lora: Gradients of the LoRA tensors, bf16; None without LoRA.
     """
 
-    x: Tensor
+    x: Addends
     weights: Tensor
     lora: Lora | None
 
 
-def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows) -> Tensor:
-    """Compute each row by its expert, times its routing weight.
+def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows) -> Addends:
+    """Compute each row by its expert; the routing weights are for whoever sums the rows.
 
     Args:
-        x: The rows' hidden states, [S, H] bf16.
+        x: The tokens' hidden states, [T, H] bf16.
         gate_up: [E, 2I, H] bf16.
         down: [E, H, I] bf16.
         lora: LoRA of these experts; None without.
-        rows: The rows' experts and weights.
+        rows: The rows' tokens, experts and weights.
 
     Returns:
-        [S, H] bf16; undefined where `rows.valid` is false.
+        [S, H] bf16; undefined for rows of no expert.
     """
-    gu, _ = _up(x, gate_up, lora, rows)
-    I = down.shape[2]  # noqa: E741
-    h = _silu(gu[:, :I]).mul_(gu[:, I:])
+    gu, _ = _up(rows.of_tokens(x), gate_up, lora, rows)
+    h = rows.gated(gu)
+    del gu
     y = _product(h, down.transpose(1, 2), rows)
-    if lora:
-        y.add_(_product(_product(h, lora.down_a.transpose(1, 2), rows), lora.down_b.transpose(1, 2), rows))
-    return y.mul_(rows.weights)
+    if lora is None:
+        return Addends(y, None)
+    inner = _product(h, lora.down_a.transpose(1, 2), rows)
+    return Addends(y, _product(inner, lora.down_b.transpose(1, 2), rows))
 
 
 def gradients(
-    x: Tensor, d: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows
+    x: Tensor, grad_output: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows
 ) -> RowGradients:  # fmt: skip
     """Gradients of each row's hidden state, of its routing weight and of the LoRA.
 
@@ -177,64 +123,55 @@ def gradients(
     cheaper than 6I + 2H bytes of GPU memory for each row of every layer.
 
     Args:
-        x: The rows' hidden states, [S, H] bf16.
-        d: The gradient of each row's weighted output, [S, H] bf16.
+        x: The tokens' hidden states, [T, H] bf16.
+        grad_output: The gradient of each token's output, [T, H] bf16.
         gate_up: [E, 2I, H] bf16.
         down: [E, H, I] bf16.
         lora: LoRA of these experts; None without.
-        rows: The rows' experts and weights.
+        rows: The rows' tokens, experts and weights.
 
     Returns:
-        The gradients; those of a row are undefined where `rows.valid` is false.
+        The gradients; those of rows of no expert are undefined.
     """
+    x, d = rows.of_tokens(x), rows.of_tokens(grad_output)
     gu, xa = _up(x, gate_up, lora, rows)
-    I = down.shape[2]  # noqa: E741
-    g, u = gu[:, :I], gu[:, I:]
-    s = torch.sigmoid(g)
-    silu = g * s
-    h = silu * u
+    if lora is None:
+        q = _product(d, down, rows)
+        by_row = rows.gate_gradients_(gu, Addends(q, None))
+        return RowGradients(Addends(_product(gu.base, gate_up, rows), None), by_row, None)
+    through = _product(d, lora.down_b, rows)
     q = _product(d, down, rows)
-    grad_down_a = grad_down_b = None
-    if lora:
-        through = _product(d, lora.down_b, rows)
-        q.add_(_product(through, lora.down_a, rows))
-        grad_down_a = _outer(through.mul_(rows.weights), h, rows)
-        inner = _product(h, lora.down_a.transpose(1, 2), rows)
-        grad_down_b = _outer(d, inner.mul_(rows.weights), rows)
-    by_row = (q.float() * h).sum(1)
-
-    q.mul_(rows.weights)
-    dgu = torch.empty_like(gu)
-    # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-    torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
-    torch.mul(q, silu, out=dgu[:, I:])
-    dx = _product(dgu, gate_up, rows)
-    grad_lora = None
-    if lora:
-        assert grad_down_a is not None
-        assert grad_down_b is not None
-        da = _product(dgu, lora.b, rows)
-        dx.add_(_product(da, lora.a, rows))
-        grad_lora = Lora(_outer(da, x, rows), _outer(dgu, xa, rows), grad_down_a, grad_down_b, lora.rank)
-    return RowGradients(dx, by_row, grad_lora)
+    by_row = rows.gate_gradients_(gu, Addends(q, _product(through, lora.down_a, rows)))
+    dgu, h = gu.base, q  # what their memory holds now: h with its routing weight, as both gradients want it
+    del gu, q
+    grad_down_a = _outer(through, h, rows)
+    grad_down_b = _outer(d, _product(h, lora.down_a.transpose(1, 2), rows), rows)
+    da = _product(dgu, lora.b, rows)
+    grad_lora = Lora(_outer(da, x, rows), _outer(dgu, xa, rows), grad_down_a, grad_down_b, lora.rank)
+    del x, d, h  # gigabytes, of long batches
+    return RowGradients(Addends(_product(dgu, gate_up, rows), _product(da, lora.a, rows)), by_row, grad_lora)
 
 
-def _up(x: Tensor, gate_up: Tensor, lora: Lora | None, rows: Rows) -> tuple[Tensor, Tensor]:
+def _up(x: Tensor, gate_up: Tensor, lora: Lora | None, rows: Rows) -> tuple[Addends, Tensor]:
     """Gate and up before the activation, [S, 2I], and x multiplied by both A, [S, 2p]."""
     gu = _product(x, gate_up.transpose(1, 2), rows)
     if lora is None:
-        return gu, x.new_empty(x.shape[0], 0)
+        return Addends(gu, None), x.new_empty(x.shape[0], 0)
     xa = _product(x, lora.a.transpose(1, 2), rows)
-    return gu.add_(_product(xa, lora.b.transpose(1, 2), rows)), xa
+    return Addends(gu, _product(xa, lora.b.transpose(1, 2), rows)), xa
 
 
 def _product(x: Tensor, w: Tensor, rows: Rows) -> Tensor:
-    """x[rows of e] @ w[e] for every expert: [S, in], [E, in, out] -> [S, out], undefined where `valid` is false."""
-    return torch._grouped_mm(x, w, offs=rows.ends)
+    """x[rows of e] @ w[e] for every expert: [S, in], [E, in, out] -> [S, out], undefined for rows of no expert."""
+    own = kernels.own_product(x.device)
+    return own.product(x, w, rows.ends, rows.tiles) if own else torch._grouped_mm(x, w, offs=rows.ends)
 
 
 def _outer(left: Tensor, right: Tensor, rows: Rows) -> Tensor:
     """left[rows of e].T @ right[rows of e] for every expert, [E, M, N]; zeros for experts without rows."""
+    own = kernels.own_product(left.device)
+    if own:
+        return own.outer(left, right, rows.ends)
     return torch._grouped_mm(left.t(), right, offs=rows.ends).masked_fill_(rows.idle, 0)
 
 
@@ -262,7 +199,7 @@ class GroupedExperts:
             )
         self.shape = shape
         self.device = device
-        self._numbers = torch.arange(shape.num_experts, device=device)
+        self._numbers = torch.arange(shape.num_experts, dtype=torch.int16, device=device)
         self._lora: Lora | None = None
 
     @property

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...errors import KTAMXConfigError
@@ -15,7 +14,8 @@ from ...shapes import ExpertShape
 from ..base import ExpertWeights, Gradients, SavedForward
 from ..torch_loop import TorchBackend
 from . import grouped_mm as grouped
-from .grouped_mm import GroupedExperts, Lora, Rows, aligned
+from .grouped_mm import GroupedExperts, Lora, aligned
+from .rows import Rows
 
 
 @dataclass
@@ -74,8 +74,7 @@ def resident_output(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None,
     Returns:
         [T, H] bf16.
     """
-    y = grouped.outputs(x.index_select(0, rows.tokens), gate_up, down, lora, rows)
-    return _sum_by_token(y, rows)
+    return rows.sum_by_token(grouped.outputs(x, gate_up, down, lora, rows), weighted=True)
 
 
 def resident_gradients(
@@ -91,17 +90,10 @@ def resident_gradients(
         lora: LoRA of the experts in that forward; None without.
         rows: The T*K rows, sorted by expert.
     """
-    x, d = (t.index_select(0, rows.tokens) for t in (x, grad_output))
-    gradients = grouped.gradients(x, d, gate_up, down, lora, rows)
-    by_row = gradients.weights.masked_fill_(~rows.valid[:, 0], 0)
-    grad_weights = torch.zeros_like(by_row).scatter_(0, rows.order, by_row).view(rows.T, rows.K)
+    gradients = grouped.gradients(x, grad_output, gate_up, down, lora, rows)
     of_lora = gradients.lora.projections() if gradients.lora else ()
-    return Gradients(_sum_by_token(gradients.x, rows), grad_weights, of_lora)
-
-
-def _sum_by_token(values: Tensor, rows: Rows) -> Tensor:
-    values.masked_fill_(~rows.valid, 0)
-    return rows.sum_by_token(torch.empty_like(values).index_copy_(0, rows.order, values))
+    grad_x = rows.sum_by_token(gradients.x, weighted=False)
+    return Gradients(grad_x, rows.by_choice(gradients.weights), of_lora)
 
 
 def fits(weights: ExpertWeights, shape: ExpertShape) -> bool:

@@ -18,9 +18,10 @@ from ...shapes import ExpertShape
 from ..base import Gradients, SavedForward
 from ..transfer import to_host
 from . import grouped_mm as grouped
-from .grouped_mm import GroupedExperts, Lora, Rows
+from .grouped_mm import GroupedExperts, Lora
 from .pinned_weights import HostWeights
 from .resident import resident_gradients, resident_output
+from .rows import Addends, Rows
 from .weight_stream import Loaded, Streamer
 
 
@@ -94,13 +95,12 @@ class StreamedBackend(GroupedExperts):
             self._streamer.passed(self.weights, [], backward=False)
             return resident_output(x, gate_up, down, lora, rows), saved
         assert counts is not None, "row counts are needed to stream"
-        spread = x.new_zeros(rows.T * rows.K, x.shape[1])
+        everything = x.new_empty(ids.numel(), x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
             chunk_lora = lora.part(chunk.experts) if lora else None
-            y = grouped.outputs(x.index_select(0, part.tokens), chunk.gate_up, chunk.down, chunk_lora, part)
-            spread.index_copy_(0, part.order, y)
+            part.keep(grouped.outputs(x, chunk.gate_up, chunk.down, chunk_lora, part), True, everything)
             del chunk
-        return rows.sum_by_token(spread), saved
+        return rows.sum_by_token(Addends(everything, None), weighted=False), saved
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the copies and products of a backward; all gradients are new tensors on `device`, LoRA's in bf16."""
@@ -111,21 +111,21 @@ class StreamedBackend(GroupedExperts):
             self._streamer.passed(self.weights, [], backward=True)
             return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows)
         counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
-        spread = grad_output.new_zeros(rows.T * rows.K, grad_output.shape[1])
-        grad_weights = spread.new_zeros(rows.T * rows.K, dtype=torch.float32)
+        everything = grad_output.new_empty(len(rows.tokens), grad_output.shape[1])
+        by_row = torch.empty_like(rows.weights)
         whole = lora.zeros() if lora else None
         for chunk, part in self._chunks(rows, counts, backward=True):
             chunk_lora = lora.part(chunk.experts) if lora else None
-            x, d = (t.index_select(0, part.tokens) for t in (saved.x, grad_output))
-            gradients = grouped.gradients(x, d, chunk.gate_up, chunk.down, chunk_lora, part)
-            spread.index_copy_(0, part.order, gradients.x)
-            grad_weights.index_copy_(0, part.order, gradients.weights)
+            gradients = grouped.gradients(saved.x, grad_output, chunk.gate_up, chunk.down, chunk_lora, part)
+            part.keep(gradients.x, False, everything)
+            by_row[part.span] = gradients.weights
             if whole and gradients.lora:
                 for target, piece in zip(whole.part(chunk.experts).tensors, gradients.lora.tensors, strict=True):
                     target.copy_(piece)
-            del chunk
+            del chunk, gradients
         lora_gradients = whole.projections() if whole else ()
-        return Gradients(rows.sum_by_token(spread), grad_weights.view(rows.T, rows.K), lora_gradients)
+        grad_x = rows.sum_by_token(Addends(everything, None), weighted=False)
+        return Gradients(grad_x, rows.by_choice(by_row), lora_gradients)
 
     def _chunks(self, rows: Rows, counts: list[int], backward: bool) -> Iterator[tuple[Loaded, Rows]]:
         """The weights and the rows of each chunk; let both go before the next is asked for."""

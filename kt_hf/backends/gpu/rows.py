@@ -1,0 +1,129 @@
+"""The T*K rows of a batch (a token and one of its experts), sorted by expert, those of no expert at the end.
+
+Nothing here waits for a GPU: how many rows an expert has is known there alone. Grouped products leave the rows after
+the last expert's end undefined (NaN, perhaps) and never read them for another row or a weight's gradient; they count as
+zero where rows are summed by token.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+
+class Addends(NamedTuple):
+    """The two parts of rows whose sum has not been computed yet.
+
+    Attributes:
+        base: What the frozen weights give, [S, H] bf16.
+        lora: What LoRA adds, [S, H] bf16; None without.
+    """
+
+    base: Tensor
+    lora: Tensor | None
+
+
+@dataclass
+class Rows:
+    """All rows sorted by expert, or S consecutive ones of them.
+
+    Attributes:
+        tokens: [S] integers: row i is of token `tokens[i]`.
+        ends: [E] int32: the row after each expert's last.
+        weights: [S] fp32: the routing weights.
+        place: [T*K] integers: the sorted row of each unsorted one, of all rows.
+        span: These rows among all.
+        K: Number of experts of a token.
+    """
+
+    tokens: Tensor
+    ends: Tensor
+    weights: Tensor
+    place: Tensor
+    span: slice
+    K: int
+
+    @classmethod
+    def by_expert(cls, ids: Tensor, weights: Tensor, numbers: Tensor) -> Rows:
+        """Sort the rows of a batch.
+
+        Args:
+            ids: [T, K] int64, -1 for no expert.
+            weights: Routing weights, [T, K] fp32.
+            numbers: 0 to E - 1, int16 or wider, on the device of both: few bits are sorted fast.
+        """
+        flat, K = ids.reshape(-1), ids.shape[1]
+        key = flat.masked_fill(flat < 0, len(numbers)).to(numbers.dtype)  # torch.where would wait for its scalar's copy
+        key, order = key.sort(stable=True)
+        ends = torch.searchsorted(key, numbers, right=True, out_int32=True)
+        operations = kernels.row_operations(ids.device)
+        tokens, by_row, place = operations.indexed(order, weights.reshape(-1), K)
+        return cls(tokens, ends, by_row, place, slice(0, len(order)), K)
+
+    def part(self, experts: slice, span: slice) -> Rows:
+        """The rows `span` of all of these, which must be exactly those of `experts`."""
+        return Rows(self.tokens[span], self.ends[experts] - span.start, self.weights[span], self.place, span, self.K)
+
+    @functools.cached_property
+    def idle(self) -> Tensor:
+        """The experts without rows: [E, 1, 1] bool."""
+        return (torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0)[:, None, None]
+
+    @functools.cached_property
+    def tiles(self) -> tuple[Tensor, Tensor, int]:
+        """As `grouped_product` cuts these rows, where that computes."""
+        product = kernels.own_product(self.ends.device)
+        assert product
+        return product.tiles(self.ends, len(self.tokens))
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """The rows of x [T, H]: [S, H]."""
+        return self._operations.gathered(x, self.tokens, self.ends)
+
+    def gated(self, gu: Addends) -> Tensor:
+        """The gated product of gate and up: [S, 2I] -> [S, I]; it may overwrite gu."""
+        return self._operations.gated(*gu, self.ends)
+
+    def gate_gradients_(self, gu: Addends, q: Addends) -> Tensor:
+        """The backward of `gated` and of the routing weights; see `fused_kernels.gate_gradients_`.
+
+        Args:
+            gu: Gate and up, [S, 2I]; `base` is overwritten by their gradients.
+            q: The gradient of `gated` before the routing weight, [S, I]; with LoRA, `base` is overwritten by `gated`
+                times the routing weight.
+
+        Returns:
+            Gradients of the routing weights, [S] fp32.
+        """
+        return self._operations.gate_gradients_(*gu, *q, self.weights, self.ends)
+
+    def keep(self, rows: Addends, weighted: bool, everything: Tensor) -> None:
+        """Write these rows, times their routing weights if `weighted`, to where they are among all rows [T*K, H]."""
+        self._operations.weighted(*rows, self.weights if weighted else None, everything[self.span])
+
+    def sum_by_token(self, rows: Addends, weighted: bool) -> Tensor:
+        """Sum over each token's experts, in fp32 and in a fixed order: all rows [T*K, H] -> [T, H] bf16.
+
+        Rows that `keep` wrote, piece by piece, give the same as all at once, to the bit.
+
+        Args:
+            rows: All rows; the memory may be overwritten.
+            weighted: Whether they are to be multiplied by their routing weights.
+        """
+        return self._operations.summed(*rows, self.weights if weighted else None, self.place, self.ends, self.K)
+
+    def by_choice(self, values: Tensor) -> Tensor:
+        """A value for each of all rows, [T*K] -> for each choice of a token, [T, K]; zero where it is no expert."""
+        values = values.index_select(0, self.place)
+        return values.masked_fill_(self.place >= self.ends[-1], 0).view(-1, self.K)
+
+    @property
+    def _operations(self) -> ModuleType:
+        return kernels.row_operations(self.ends.device)

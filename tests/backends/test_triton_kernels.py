@@ -1,0 +1,122 @@
+"""Triton's kernels without a GPU: computed by Triton's interpreter, and compiled for the GPUs that people have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = Path(__file__).with_name("kernel_cases.py")
+# Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, 5090.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_by_the_interpreter(which: str) -> None:
+    """`kernel_cases.py`, in a process of its own: Triton decides at its import whether it interprets."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, str(CASES)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def compiled(kernel: Any, sm: int, pointers: dict[str, str], numbers: dict[str, int], **constants: Any) -> Any:
+    """A kernel as it is launched: pointers at multiples of 16 bytes, numbers that are multiples of 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    fixed = {name: value for name, value in numbers.items() if value == 1}
+    types = {
+        name: pointers.get(name) or ("constexpr" if name in {**fixed, **constants} else "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in pointers or numbers.get(name, 1) % 16 == 0
+    }
+    source = ASTSource(kernel, types, {**fixed, **constants}, aligned)
+    return compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+ALL = [pytest.param(sm, marks=() if sm == 80 else pytest.mark.slow) for sm in SHARED]
+
+
+@pytest.mark.parametrize("height", [16, 64, 128])
+@pytest.mark.parametrize("sm", ALL)
+def test_the_product_compiles(sm: int, height: int) -> None:
+    """Both orders of weights, within the shared memory there is, by tensor cores and copies that do not block."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import grouped_product as module
+
+    blocks = module.PRODUCT[SHARED[sm] >= module.LARGE, height]
+    pointers = dict.fromkeys(("x", "w", "out"), "*bf16") | dict.fromkeys(("tile_expert", "tile_row", "ends"), "*i32")
+    for strides in ({"w_in": 1, "w_out": 2048}, {"w_in": 1536, "w_out": 1}):
+        done = compiled(
+            module._product, sm, pointers, {"K": 2048, "N": 1536, "w_expert": 2048 * 1536, **strides}, EVEN_K=True,
+            EVEN_N=True, HEIGHT=height, WIDTH=blocks.width, DEPTH=blocks.depth, num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )  # fmt: skip
+        assert done.metadata.shared <= SHARED[sm]
+        assert ("wgmma" if sm == 90 and height >= 64 else "mma.sync") in done.asm["ptx"]
+        assert "cp.async" in done.asm["ptx"]
+
+
+@pytest.mark.parametrize("sm", ALL)
+def test_the_products_of_lora_compile(sm: int) -> None:
+    """Rank 8, whose sizes are no multiples of a block's."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import grouped_product as module
+
+    large = SHARED[sm] >= module.LARGE
+    blocks, outer = module.PRODUCT[large, 64], module.OUTER[large]
+    pointers = dict.fromkeys(("x", "w", "out"), "*bf16") | dict.fromkeys(("tile_expert", "tile_row", "ends"), "*i32")
+    small = compiled(
+        module._product, sm, pointers, {"K": 8, "N": 2048, "w_expert": 8 * 2048, "w_in": 1, "w_out": 8}, EVEN_K=False,
+        EVEN_N=True, HEIGHT=64, WIDTH=blocks.width, DEPTH=16, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    pointers = dict.fromkeys(("left", "right", "out"), "*bf16") | {"ends": "*i32"}
+    done = compiled(
+        module._outer, sm, pointers, {"M": 8, "N": 2048}, EVEN=False, HEIGHT=16, WIDTH=outer.width, DEPTH=outer.depth,
+        num_warps=outer.warps, num_stages=outer.stages,
+    )  # fmt: skip
+    for one in (small, done):
+        assert one.metadata.shared <= SHARED[sm]
+        assert "mma" in one.asm["ptx"]
+
+
+@pytest.mark.parametrize("sm", ALL)
+def test_the_fused_kernels_compile(sm: int) -> None:
+    """Those of the large tensors read and write 16 bytes at a time."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import fused_kernels as module
+    from kt_hf.backends.gpu import grouped_product
+
+    rows = {"tokens": "*i32", "place": "*i32", "ends": "*i32", "weights": "*fp32", "by_row": "*fp32"}
+    values = dict.fromkeys(("x", "out", "gu", "lora", "h", "gu_lora", "q", "q_lora", "base"), "*bf16")
+    tile, gate = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}, {"GATE": "silu", "LORA": True}
+    for kernel, constants in (
+        (module._gather, tile), (module._gate, gate | tile), (module._gate_gradients, gate | tile),
+        (module._weight, {"LORA": True, "WEIGHTED": True} | tile),
+        (module._sum, {"K": 8, "LORA": True, "WEIGHTED": True, "COLUMNS": module._WIDE}),
+    ):  # fmt: skip
+        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **constants).asm["ptx"]
+        assert "ld.global.v4" in ptx or "ld.global.L1::evict_last.v4" in ptx, kernel
+        assert "st.global.v4" in ptx, kernel
+    compiled(module._indexed, sm, rows | {"order": "*i64"}, {"K": 8, "count": 16}, INDICES=module._INDICES)
+    compiled(
+        grouped_product._list_tiles, sm, dict.fromkeys(("ends", "tile_expert", "tile_row"), "*i32"), {}, HEIGHT=64,
+        EXPERTS=128, AT_ONCE=64,
+    )  # fmt: skip
