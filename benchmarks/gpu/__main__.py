@@ -3,6 +3,7 @@
     train   training steps, experts on the CPU, on the GPU or on both; stock and the peer beside them
     tiers   the planner's choice against a sweep over all ways to split a layer's experts
     fp8     experts streamed in FP8 against the same in bf16
+    placements  `auto` against other placements, stock and a peer, in parts
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
 """
@@ -13,14 +14,17 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # harness.py and its neighbours
+# This folder as well, for `python -m benchmarks.gpu`; harness.py and its neighbours.
+sys.path[:0] = [str(Path(__file__).parent)]
+sys.path.append(str(Path(__file__).parents[1]))
 
 import fp8
+import placements
 import tiers
 import train
 from common import prepare
 
-COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8}
+COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "placements": placements}
 
 
 def main() -> None:
@@ -38,6 +42,8 @@ def main() -> None:
         command.add_argument("--csv", type=Path, help="file to append rows to")
         module.add_arguments(command)
     given = parser.parse_args()
+    if getattr(given, "tiny", False):
+        given.device, given.shape, given.sequence = "cpu", "tiny", 32
     COMMANDS[given.command].run(given, prepare(given.device))
 
 
