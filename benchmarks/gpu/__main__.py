@@ -8,6 +8,7 @@
 Each can be tried without a GPU by `--device cpu --shape tiny`.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse

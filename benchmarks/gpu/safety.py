@@ -75,7 +75,8 @@ def describe(card: Card, trainer: Any, error: str | None) -> dict[str, Any]:
     peaks = [max((s.reserved_gb for s in part), default=0.0) for part in (steps[:half], steps[half:])]
     return {
         "error": error, "steps": len(steps), "held": [s.held for s in steps],
-        "reserved_gb": [round(s.reserved_gb, 2) for s in steps], "allocated_gb": [round(s.allocated_gb, 2) for s in steps],
+        "reserved_gb": [round(s.reserved_gb, 2) for s in steps],
+        "allocated_gb": [round(s.allocated_gb, 2) for s in steps],
         "reserved_first_half": peaks[0], "reserved_second_half": peaks[1], "host_gb": card.host_peak_gb(),
     }  # fmt: skip
 

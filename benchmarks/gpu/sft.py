@@ -137,7 +137,8 @@ def trainer_for(
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch, "max_steps": steps, "bf16": True,
         "per_device_eval_batch_size": 2 * batch, "gradient_checkpointing": True, "learning_rate": 1e-4, "seed": 0,
         "report_to": [], "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": card.tiny,
-        "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "lr_scheduler_type": "constant",
+        "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False,
+        "lr_scheduler_type": "constant",
     }  # fmt: skip
     torch.manual_seed(0)
     trainer = SFTTrainer(
