@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from kt_hf.experts.projections import ExpertLora
 
-CONFIG = Path(__file__).parents[2] / "tests/configs/models/deepseek-ai/DeepSeek-V2-Lite-Chat"
+CONFIG = Path(__file__).parents[2] / "kt_hf/builtin/model_configs/deepseek-ai/DeepSeek-V2-Lite-Chat.json"
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 512, "kv_lora_rank": 16,
         "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 16, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 16}  # fmt: skip

@@ -1,8 +1,8 @@
 """Part `safety`: what comes between the steps of a run, at caps where there is little room.
 
 A run of everything streamed has it first: evaluation every two steps with a batch twice as large, generation, rows
-longer than any before, and a second adapter. Where that runs out of no memory, `auto` must not either. Then its memory
-is watched over 60 steps.
+longer than any before, and a second adapter. Where that runs out of no memory, `auto` must not either. Its memory is
+watched over 24 steps, at the last cap over 60.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from models import make_config
 from sft import Tokens, promotion_of, trainer_for
 from transformers import TrainerCallback
 
-FAMILY, STEPS, SECOND = "qwen3_30b", 60, 6
+FAMILY, STEPS, FEWER, SECOND = "qwen3_30b", 60, 24, 5
 ROWS = {12: 1, 16: 2, 24: 4}  # of a training batch, by the cap in GB
-EVENTS = 12  # steps in which everything has come once
+EVENTS = 8  # steps in which everything has come once
 
 
 class Generates(TrainerCallback):
@@ -35,7 +35,7 @@ class Generates(TrainerCallback):
         model = kwargs["model"].eval()
         made = {k: v.to(model.device) for k, v in self._tokens.batch(2, 32, 0).items() if k != "labels"}
         with torch.no_grad():
-            model.generate(**made, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+            model.generate(**made, max_new_tokens=3, do_sample=False, use_cache=True, pad_token_id=0)
         model.train()
 
 
@@ -85,22 +85,24 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     config = make_config(FAMILY, given.shape, given.layers)
     folder = given.checkpoint / f"{FAMILY}-{given.shape}-{given.layers}"
     make_checkpoint(config, folder, card.device)
-    for cap in given.caps or [12.0, 16.0, 24.0]:
+    caps = given.caps or [12.0, 16.0, 24.0]
+    card.limit(caps[0])
+    card.clear()
+    model, adapt = load(folder, Cell(caps[0], 1), given.sequence, streamed=True), True
+    spread = model.spread
+    for cap in caps:
         card.limit(cap)
-        card.clear()
         batch = given.batch[0] if given.batch else ROWS.get(int(cap), 1)
-        model, adapt = load(folder, Cell(cap, 2 * batch), given.sequence, streamed=True), True
-        spread = model.spread
+        many = given.steps or (STEPS if cap == caps[-1] else FEWER)
         errors: dict[bool, list[str]] = {True: [], False: []}
         for streamed in (True, False):
-            steps = min(EVENTS, given.steps or EVENTS) if streamed else given.steps or STEPS
-            for adapter, count in (("default", steps), ("second", SECOND)):
+            for adapter, steps in (("default", min(EVENTS, many) if streamed else many), ("second", SECOND)):
                 card.clear()
                 if adapter == "second" and "second" not in model.peft_config:
                     model.add_adapter("second", model.peft_config["default"])
                 if not adapt:
                     model.set_adapter(adapter)
-                trainer, error = train(given, card, model, streamed, count, batch, adapt)
+                trainer, error = train(given, card, model, streamed, steps, batch, adapt)
                 model, adapt = trainer.model, False
                 case = f"{'streamed' if streamed else 'auto'}, {adapter} adapter"
                 rows.add(case=case, cap_gb=cap, batch=batch, layers=given.layers, **describe(card, trainer, error))
@@ -108,4 +110,3 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
                 model.zero_grad(set_to_none=True)
                 del trainer
         rows.add(case="verdict", cap_gb=cap, lost=bool(errors[False] and not errors[True]), touched=spread.describe())
-        del model
