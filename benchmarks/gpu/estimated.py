@@ -15,13 +15,13 @@ from sft import RANK
 
 from kt_hf.train.config.read import check_settings
 from kt_hf.train.config.yaml_file import Setting
-from kt_hf.train.memory import Estimate, estimate
+from kt_hf.train.memory import estimate
 from kt_hf.train.model_sizes import model_sizes
 
 WITHIN = 0.1
 
 
-def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder: Any, measured_on: bool) -> Estimate:
+def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder: Any, operators: bool) -> Any:
     """The estimate of a row, as of a configuration file of its settings.
 
     Args:
@@ -29,7 +29,7 @@ def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder
         given: Of the command line.
         row: Of a part's results.
         folder: Where the model's configuration is.
-        measured_on: Whether kt-kernel's operators were there.
+        operators: Whether kt-kernel's operators were there.
     """
     values: dict[str, Any] = {
         "model_name_or_path": str(folder), "lora_rank": RANK, "lora_target": "all", "torch_dtype": "bfloat16",
@@ -41,7 +41,7 @@ def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder
         values["kt_expert_placement"] = {"resident_layers": held} if held else {"streamed": experts_of(config)}
     settings = check_settings({k: Setting(v, "benchmark") for k, v in values.items()}, [], "benchmark", "estimate")
     free = int(row["cap_gb"] * GB)
-    return estimate(settings, model_sizes(config, settings.run), measured_on, True, 128 * GB, free)
+    return estimate(settings, model_sizes(config, settings.run), operators, True, 128 * GB, free)
 
 
 def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
