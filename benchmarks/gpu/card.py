@@ -75,6 +75,8 @@ class ScriptedMemory:
     def reset_peak(self) -> None:
         return
 
+    trim = reset_peak
+
     def limit(self) -> int:
         return int(self.cap * self._layer())
 

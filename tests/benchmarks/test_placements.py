@@ -74,7 +74,7 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
         assert rows
         assert not [row for row in rows if row.get("error") and part != "peer"]
         if part == "cells":
-            assert {row["held"] for row in rows if row["case"] == "auto"} == {1, 2}
+            assert [row["held"] for row in rows if row["case"] == "auto"][-1] == 2
             assert {row["case"] for row in rows} >= {"0 layers", "1 layers", "2 layers", "verdict"}
         if part == "losses":
             assert all(row["equals_auto"] for row in rows if row["case"].startswith(("streamed", "resident")))
