@@ -5,26 +5,31 @@
     fp8     experts streamed in FP8 against the same in bf16
     lora    what LoRA of streamed experts costs on the CPU, by part of a step
     products one layer: fused kernels on and off, the grouped product of kt_hf beside PyTorch
+    placements  `auto` against other placements, stock and a peer, in parts
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # harness.py and its neighbours
+# This folder as well, for `python -m benchmarks.gpu`; harness.py and its neighbours.
+sys.path[:0] = [str(Path(__file__).parent)]
+sys.path.append(str(Path(__file__).parents[1]))
 
 import fp8
 import lora
+import placements
 import products
 import tiers
 import train
 from common import prepare
 
-COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "lora": lora, "products": products}
+COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "lora": lora, "placements": placements, "products": products}
 
 
 def main() -> None:
@@ -42,6 +47,8 @@ def main() -> None:
         command.add_argument("--csv", type=Path, help="file to append rows to")
         module.add_arguments(command)
     given = parser.parse_args()
+    if getattr(given, "tiny", False):
+        given.device, given.shape, given.sequence = "cpu", "tiny", 32
     COMMANDS[given.command].run(given, prepare(given.device))
 
 

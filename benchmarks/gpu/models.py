@@ -16,18 +16,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from kt_hf.experts.projections import ExpertLora
 
-CONFIG = Path(__file__).parents[2] / "tests/configs/models/deepseek-ai/DeepSeek-V2-Lite-Chat"
+CONFIG = Path(__file__).parents[2] / "kt_hf/builtin/model_configs/deepseek-ai/DeepSeek-V2-Lite-Chat.json"
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 512, "kv_lora_rank": 16,
         "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 16, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 16}  # fmt: skip
 QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944, "num_experts": 64,
         "num_experts_per_tok": 6, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128,
         "vocab_size": 102400, "mlp_only_layers": [0], "norm_topk_prob": True}  # fmt: skip
+QWEN_30B = {"hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128,
+            "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "vocab_size": 151936, "mlp_only_layers": [], "norm_topk_prob": True}  # fmt: skip
 
 
 def make_config(family: str, shape: str, layers: int) -> Any:
-    if family == "qwen3_moe":
-        sizes = {name: TINY.get(name, value) for name, value in QWEN.items()} if shape == "tiny" else QWEN
+    """`qwen3_30b` has the sizes of Qwen3-30B-A3B's layers, `qwen3_moe` those of DeepSeek-V2-Lite's."""
+    if family in ("qwen3_moe", "qwen3_30b"):
+        real = QWEN if family == "qwen3_moe" else QWEN_30B
+        sizes = {name: TINY.get(name, value) for name, value in real.items()} if shape == "tiny" else real
         config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"])
     else:
         config = AutoConfig.from_pretrained(CONFIG)
@@ -120,6 +125,12 @@ def start_again(model: Any, lora_device: str, device: torch.device) -> None:
         if isinstance(module, ExpertLora):
             module.follow_to_gpu = lora_device == "gpu"
             module.weight.data = module.weight.data.to(device if module.follow_to_gpu else "cpu")
+    same_lora(model)
+
+
+@torch.no_grad()
+def same_lora(model: Any) -> None:
+    """The LoRA values of a fresh run, equal in all runs, where the parameters are."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         parameter.grad = None

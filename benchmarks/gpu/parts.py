@@ -19,13 +19,14 @@ from torch import Tensor
 from kt_hf.backends import tiered as split
 from kt_hf.backends import transfer
 from kt_hf.backends.gpu import grouped_mm as grouped
-from kt_hf.backends.gpu import streamed
+from kt_hf.backends.gpu import pinned_weights, streamed
 from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.experts import function as autograd
 from kt_hf.experts import layer as experts
 from kt_hf.experts import runner
 from kt_hf.experts.layer import update_lora
 from kt_hf.placement import calibration as rates
+from kt_hf.placement import packer
 
 PARTS = ("operator forward", "operator backward", "wait", "copy in", "copy out", "optimizer", "refresh", "other")
 COUNTED = ("operator forward", "operator backward", "wait", "optimizer", "refresh")
@@ -139,16 +140,28 @@ class Steps:
 
 @contextlib.contextmanager
 def slower_bus(times: int) -> Iterator[None]:
-    """Copies of streamed weights take so many times as long, also where the planner measures them: 2 is PCIe 4."""
-    copy, rate = streamer.Streamer._copy, rates._copy_rate
+    """Copies of expert weights take so many times as long, also where the planner measures them: 2 is PCIe 4."""
+    copy, to_gpu, rate = streamer.Streamer._copy, pinned_weights.HostWeights.to_gpu, packer.copy_rate
 
     def repeated(self: Any, source: Tensor, target: Tensor) -> None:
         for _ in range(times):
             copy(self, source, target)
 
+    def moved(self: Any, device: torch.device) -> None:
+        fresh = self.resident is None
+        to_gpu(self, device)
+        for _ in range(times - 1 if fresh else 0):
+            for source, target in zip(self.tensors, self.resident, strict=True):
+                target.copy_(source, non_blocking=True)
+
+    def slower_rate(*args: Any) -> float:
+        return rate(*args) / times
+
     streamer.Streamer._copy = repeated  # type: ignore[method-assign]
-    rates._copy_rate = lambda *args: rate(*args) / times
+    pinned_weights.HostWeights.to_gpu = moved  # type: ignore[method-assign]
+    rates.copy_rate = packer.copy_rate = slower_rate
     try:
         yield
     finally:
-        streamer.Streamer._copy, rates._copy_rate = copy, rate  # type: ignore[method-assign]
+        streamer.Streamer._copy, pinned_weights.HostWeights.to_gpu = copy, to_gpu  # type: ignore[method-assign]
+        rates.copy_rate = packer.copy_rate = rate

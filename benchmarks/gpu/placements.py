@@ -1,0 +1,57 @@
+"""Where experts are by themselves (`auto`) against everywhere they could be: parts that each can run alone.
+
+    python -m benchmarks.gpu placements --part cells --out results        # auto against the best placement, by cap
+    python -m benchmarks.gpu placements --part full --out results         # 48 layers on 24 GB
+    python -m benchmarks.gpu placements --part resident --out results     # everything on the GPU against stock
+    python -m benchmarks.gpu placements --part safety --out results       # what comes between steps, memory by step
+    python -m benchmarks.gpu placements --part losses --out results       # losses of each placement
+    python -m benchmarks.gpu placements --part peer --out results         # experts4bit-qlora beside it
+    python -m benchmarks.gpu placements --part estimate --out results     # estimated against measured memory
+    python -m benchmarks.gpu placements --part cells --tiny --out results # try the script without a GPU
+
+Stock SFTTrainer trains Qwen3-30B-A3B's layers (random weights, routing spread as a trained model spreads it) with LoRA
+of rank 16 on attention and every expert, in bf16 with gradient checkpointing. PyTorch's memory is capped. A part writes
+`PART.jsonl` to --out, a row as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from card import Card, Rows
+
+PARTS = {
+    "cells": "cells", "full": "full", "resident": "full", "safety": "safety", "losses": "losses",
+    "estimate": "estimated", "peer": "peers",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", choices=tuple(PARTS), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, PART.jsonl")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to try the script")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--cells", nargs="+", help="of part cells: GB/BATCH or GB/BATCH/BUS, copies made BUS times")
+    parser.add_argument("--family", nargs="+", choices=("qwen3_30b", "deepseek_v2"), help="of part cells")
+    parser.add_argument("--batch", type=int, nargs="+", help="rows of a batch; default: each part's")
+    parser.add_argument("--caps", type=float, nargs="+", help="GB that PyTorch may have; default: each part's")
+    parser.add_argument("--steps", type=int, help="of the optimizer, of parts safety and losses")
+    checkpoint = Path(tempfile.gettempdir()) / "placements-checkpoints"
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="folder for checkpoints, kept for reuse")
+
+
+def run(given: argparse.Namespace, device: torch.device) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    card = Card(device)
+    rows = Rows(given.out, given.part, card)
+    module: Any = importlib.import_module(PARTS[given.part])
+    run_part = module.run_resident if given.part == "resident" else module.run
+    run_part(given, card, rows)
