@@ -163,6 +163,12 @@ MEANT = {
     **dict.fromkeys(("backend",), "kt_backend"),
     **dict.fromkeys(("loraplus_ratio", "lora_plus_ratio"), "loraplus_lr_ratio"),
 }  # fmt: skip
+_FROM_PYTHON = "; TRL's own trainer for it takes a model patched by apply_kt_moe, from Python"
+# Values of other programs -> what to do instead, the end of a sentence.
+INSTEAD = {
+    "stage=pt": "; rows with a column `text` are trained as a whole by stage: sft",
+    **dict.fromkeys(("stage=kto", "stage=rm", "stage=ppo", "stage=grpo"), _FROM_PYTHON),
+}
 # LLaMA-Factory's templates, which people's files name. Only the fall-backs are used: tokenizers bring their own.
 FALLBACK_TEMPLATES = ("chatml", "alpaca")
 TEMPLATES = {

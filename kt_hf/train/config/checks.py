@@ -153,7 +153,8 @@ def _choices(c: Checked) -> None:
     for key, allowed in (("stage", STAGES), ("torch_dtype", DTYPES), ("finetuning_type", ("lora",))):
         value = getattr(c.run, key)
         if value not in allowed:
-            c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}")
+            instead = names.INSTEAD.get(f"{key}={value}", "")
+            c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}{instead}")
     sampling = c.trainer.get("train_sampling_strategy")
     if sampling is not None and sampling not in _SAMPLING:
         c.problem(
@@ -305,13 +306,10 @@ def _liger(c: Checked) -> None:
 
     if not c.trainer.get("use_liger_kernel"):
         return
-    why = None
     if importlib.util.find_spec("liger_kernel") is None:
-        why = "needs a package that is not installed: pip install liger-kernel"
+        c.problem("use_liger_kernel", "use_liger_kernel needs its package: pip install liger-kernel. Or leave it out")
     elif c.trainer.get("use_cpu") or gpu.experts_device() is None:
-        why = "needs a CUDA GPU, on which Liger's kernels run, and this run has none"
-    if why:
-        c.problem("use_liger_kernel", f"use_liger_kernel=True {why}. Or leave it out")
+        c.problem("use_liger_kernel", "use_liger_kernel needs a CUDA GPU, and this run has none: leave it out")
 
 
 def _output(c: Checked) -> None:
