@@ -399,7 +399,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "a real model, trained and checked in minutes": (
             "demo/test_demo.py::test_a_fast_run_passes_and_prints_nothing_but_its_story",
         ),
-        "all that is wrong is told at once, with line numbers": (
+        "all that is wrong is reported at once, with line numbers": (
             "train/test_arguments.py::test_a_bad_setting_is_told",
         ),
         "`use_kt: false` trains the same file": (
@@ -412,7 +412,7 @@ PAGES: dict[str, dict[str, Tests]] = {
             "train/test_arguments.py::test_an_earlier_run_is_not_written_over_by_accident",
             "train/test_run.py::test_earlier_checkpoints_are_cleared_only_when_asked",
         ),
-        "The format is told by the columns": ("train/test_data.py::test_a_format_is_recognised_by_its_columns",),
+        "The format is recognized by the columns": ("train/test_data.py::test_a_format_is_recognised_by_its_columns",),
         "and stop the run above 1 %": ("train/test_data.py::test_its_malformed_twin_is_refused_above_one_percent",),
         "The loss is on the answers": (
             "train/test_run.py::test_only_the_answer_is_trained",
