@@ -33,6 +33,8 @@ def make_config(family: str, shape: str, layers: int) -> Any:
     if family in ("qwen3_moe", "qwen3_30b"):
         real = QWEN if family == "qwen3_moe" else QWEN_30B
         sizes = {name: TINY.get(name, value) for name, value in real.items()} if shape == "tiny" else real
+        if shape == "tiny" and family == "qwen3_30b":
+            sizes = sizes | {"num_experts": 16, "num_experts_per_tok": 4}
         config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"])
     else:
         config = AutoConfig.from_pretrained(CONFIG)
