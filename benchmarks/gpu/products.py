@@ -180,7 +180,7 @@ def product_rows(shape: ExpertShape, tokens: int, rank: int, device: torch.devic
 
     E, S, H, I = shape.num_experts, tokens * shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
     rows = sorted_rows(shape, inputs(shape, tokens, device))
-    tiles, native = own.tiles(rows.ends, S), torch._grouped_mm
+    tiles, native = own.tiles(rows.ends, S, rows.per_expert), torch._grouped_mm
     for name, (into, out) in {
         "gate_up": (H, 2 * I),
         "down": (I, H),
@@ -208,7 +208,7 @@ def sweep_rows(shape: ExpertShape, tokens: int, blocks: list[str], device: torch
 
     E, S, H, I = shape.num_experts, tokens * shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
     ends, w = sorted_rows(shape, inputs(shape, tokens, device)).ends, drawn(E, 2 * I, H, device=device)
-    tiles, operations = own.tiles(ends, S), 4 * S * H * I
+    tiles, operations = own.tiles(ends, S, S / len(ends)), 4 * S * H * I
     pairs = (drawn(S, H, device=device), w.transpose(1, 2)), (drawn(S, 2 * I, device=device), w)
     key = own._large(device), tiles[2]
     kept = own.PRODUCT[key]

@@ -192,7 +192,8 @@ def test_every_row_is_in_one_tile(counts: list[int], spare: int) -> None:
 
     ends, total = cut(counts, spare)
     experts, first, height = (
-        t.tolist() if isinstance(t, Tensor) else t for t in grouped_product.tiles(ends, int(total))
+        t.tolist() if isinstance(t, Tensor) else t
+        for t in grouped_product.tiles(ends, int(total), int(total) / len(ends))
     )
     covered: list[int] = []
     for expert, row in zip(experts, first, strict=True):
@@ -215,7 +216,7 @@ def test_the_product(counts: list[int], into: int, out: int, transposed: bool) -
     w = drawn(n, out, into, seed=1).bfloat16().to(DEVICE).transpose(1, 2)
     w = w if transposed else w.contiguous()
     x[sum(counts) :] = float("nan")
-    y = grouped_product.product(x, w, ends, grouped_product.tiles(ends, int(total)))
+    y = grouped_product.product(x, w, ends, grouped_product.tiles(ends, int(total), int(total) / len(ends)))
     assert y.shape == (int(total), out)
     for e in range(n):
         rows = slice(int(ends[e - 1]) if e else 0, int(ends[e]))
@@ -260,7 +261,7 @@ def test_an_unknown_gate_is_refused() -> None:
     from kt_hf.backends.gpu import fused_kernels, torch_rows
 
     for module in (fused_kernels, torch_rows):
-        with pytest.raises(Exception, match=r"no_such|no such"):
+        with pytest.raises(Exception, match=r"no_such|no such|_gate"):  # Triton names the kernel
             module.gated(torch.ones(1, 16).bfloat16().to(DEVICE), None, torch.ones(1).int().to(DEVICE), "no_such")
 
 

@@ -53,9 +53,8 @@ OUTER_HEIGHT = 64  # rows of an outer product's tile, at most
 OUTER = {False: Blocks(128, 32, 3, 4), True: Blocks(128, 64, 3, 4)}
 
 
-def height_of(rows: int, experts: int) -> int:
+def height_of(average: float) -> int:
     """Rows of a tile, by how many an expert has on average."""
-    average = rows / max(1, experts)
     return 16 if average <= 16 else 64 if average <= 256 else 128
 
 
@@ -158,19 +157,20 @@ def _outer(
     tl.store(into, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def tiles(ends: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
+def tiles(ends: Tensor, rows: int, average: float) -> tuple[Tensor, Tensor, int]:
     """Cut rows into tiles of one expert each, for `product`.
 
     Args:
         ends: [E] int32, the row after each expert's last.
         rows: S, with the rows of no expert.
+        average: Rows of an expert, by which the height of tiles is chosen.
 
     Returns:
         The expert of each tile (-1: there is no such tile) and its first row, both int32, as many as there can be at
         most; and the rows of a tile.
     """
     E = len(ends)
-    height = height_of(rows, E)
+    height = height_of(average)
     count = rows // height + min(E, rows)  # each expert with rows has one tile, at most, that is not full
     table = torch.empty(2, count, dtype=torch.int32, device=ends.device)
     with torch.cuda.device_of(ends):

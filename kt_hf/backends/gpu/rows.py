@@ -41,6 +41,7 @@ class Rows:
         place: [T*K] integers: the sorted row of each unsorted one, of all rows.
         span: These rows among all.
         K: Number of experts of a token.
+        per_expert: Rows of an expert on average, among all rows.
     """
 
     tokens: Tensor
@@ -49,6 +50,7 @@ class Rows:
     place: Tensor
     span: slice
     K: int
+    per_expert: float
 
     @classmethod
     def by_expert(cls, ids: Tensor, weights: Tensor, numbers: Tensor) -> Rows:
@@ -65,11 +67,12 @@ class Rows:
         ends = torch.searchsorted(key, numbers, right=True, out_int32=True)
         operations = kernels.row_operations(ids.device)
         tokens, by_row, place = operations.indexed(order, weights.reshape(-1), K)
-        return cls(tokens, ends, by_row, place, slice(0, len(order)), K)
+        return cls(tokens, ends, by_row, place, slice(0, len(order)), K, len(order) / max(1, len(numbers)))
 
     def part(self, experts: slice, span: slice) -> Rows:
         """The rows `span` of all of these, which must be exactly those of `experts`."""
-        return Rows(self.tokens[span], self.ends[experts] - span.start, self.weights[span], self.place, span, self.K)
+        ends = self.ends[experts] - span.start
+        return Rows(self.tokens[span], ends, self.weights[span], self.place, span, self.K, self.per_expert)
 
     @functools.cached_property
     def idle(self) -> Tensor:
@@ -78,10 +81,13 @@ class Rows:
 
     @functools.cached_property
     def tiles(self) -> tuple[Tensor, Tensor, int]:
-        """As `grouped_product` cuts these rows, where that computes."""
+        """As `grouped_product` cuts these rows, where that computes.
+
+        By the average of all rows, so that a layer computes the same bits at once and in chunks.
+        """
         product = kernels.own_product(self.ends.device)
         assert product
-        return product.tiles(self.ends, len(self.tokens))
+        return product.tiles(self.ends, len(self.tokens), self.per_expert)
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """The rows of x [T, H]: [S, H]."""
