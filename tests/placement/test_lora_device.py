@@ -15,8 +15,8 @@ from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.experts.projections import ExpertLora
 from kt_hf.placement import packer as packing
 from kt_hf.placement.lora_device import choose_lora_device
+from kt_hf.placement.memory_model import MemoryBudget
 from kt_hf.placement.packer import Packer
-from kt_hf.placement.planner import MemoryBudget
 from kt_hf.placement.record import write_run_placement
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import ExpertShape, expert_bytes
