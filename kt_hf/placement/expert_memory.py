@@ -12,18 +12,19 @@ _UNEVEN = 1.5
 LEAST_CHUNK = 16 * 2**20  # smaller copies than this are slower (54 GB/s at 16 MB, 46.8 at 1 MB)
 
 
-def row_work(shape: ExpertShape, tokens: int) -> int:
+def row_work(shape: ExpertShape, tokens: int, fused: bool = True) -> int:
     """Bytes of the rows (a token at one expert) of a layer in backward, all of them at a time (`grouped_mm.gradients`).
 
-    The larger of two moments: the activation's derivative (inputs and gradients of the rows, 4 H; gate and up, their
-    gradients and seven products of width I, 22 I), and the gradient of the input with LoRA's share (8 H, 16 I).
+    They are most before the gate's derivative: inputs of the rows and gradients of their outputs (4 H), gate and up
+    and the gradient that comes from down (6 I), LoRA's share of these (6 I).
 
     Args:
         shape: Sizes of the layer.
         tokens: Of a forward.
+        fused: Whether the derivative is one kernel; PyTorch's operations take 14 I more.
     """
-    H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
-    return tokens * shape.top_k * max(4 * H + 22 * I, 8 * H + 16 * I)
+    width = 12 if fused else 26
+    return tokens * shape.top_k * (4 * shape.hidden_size + width * shape.intermediate_size)
 
 
 def streamed_work(shape: ExpertShape, tokens: int, chunk_bytes: int = CHUNK_BYTES, keep_8bit: bool = False) -> int:

@@ -94,7 +94,7 @@ def packer(monkeypatch: pytest.MonkeyPatch, tiers: Tiers, free: float, **config:
 
 def test_everything_that_is_on_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 GB of other weights, 13.3 of LoRA, 0.8 of buffers; hidden states, logits and their loss at 2,048 tokens."""
-    budget = MemoryBudget(2048, 2 * GB, 48, 100_000)
+    budget = MemoryBudget(2048, 2 * GB, 48, 100_000, computed_rank=16)
     beside = 100 * GB - budget.free_for_experts(int(100 * GB / 0.9), 2048, QWEN[0])
     need = (beside + 16 * PARAMETERS + BUFFERS * CHUNK_BYTES) / GB
     assert packer(monkeypatch, STREAMED, need + 0.1).lora_on_gpu(16)

@@ -39,7 +39,7 @@ VOCABULARY = 151_936
 class Peak(NamedTuple):
     """A peak of `torch.cuda.max_memory_allocated` on one H100, Qwen3-30B-A3B's layers, LoRA r=16 on all of them.
 
-    In 10^9 bytes, torch 2.11, transformers 5.17: 12 layers from a checkpoint in TRL's SFTTrainer, routing as random
+    In 10^9 bytes, torch 2.11, transformers 5.17, before kernels were fused (rows took up to twice as much): 12 layers from a checkpoint in TRL's SFTTrainer, routing as random
     weights have it; 48 layers in a loop that has the model compute its loss.
     """
 
@@ -131,7 +131,7 @@ def test_rows_in_backward_take_what_the_code_holds(hidden: int, intermediate: in
     x, grad = torch.zeros(tokens, hidden).bfloat16(), torch.zeros(tokens, hidden).bfloat16()
     with torch.no_grad(), Live() as live:
         resident_gradients(x, grad, gate_up, down, lora, rows)
-    assert live.peak == pytest.approx(row_work(shape, tokens) + lora_copy_bytes(shape, 8, 4), rel=0.1)
+    assert live.peak == pytest.approx(row_work(shape, tokens, fused=False) + lora_copy_bytes(shape, 8, 4), rel=0.1)
 
 
 def test_full_logits_take_what_the_loss_holds() -> None:
