@@ -39,8 +39,9 @@ VOCABULARY = 151_936
 class Peak(NamedTuple):
     """A peak of `torch.cuda.max_memory_allocated` on one H100, Qwen3-30B-A3B's layers, LoRA r=16 on all of them.
 
-    In 10^9 bytes, torch 2.11, transformers 5.17, before kernels were fused (rows took up to twice as much): 12 layers from a checkpoint in TRL's SFTTrainer, routing as random
-    weights have it; 48 layers in a loop that has the model compute its loss.
+    In 10^9 bytes, torch 2.11, transformers 5.17, before kernels were fused (rows took up to twice as much): 12 layers
+    from a checkpoint in TRL's SFTTrainer, routing as random weights have it; 48 layers in a loop that has the model
+    compute its loss.
     """
 
     gigabytes: float
