@@ -29,9 +29,9 @@ from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_inde
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
 from .placement.assembly import make_packer, memory_budget
+from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
 from .placement.packer import Packer
-from .placement.planner import MemoryBudget
 from .shapes import ExpertShape
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel

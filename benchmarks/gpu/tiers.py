@@ -25,9 +25,10 @@ from models import adapted, make_config, make_model, set_checkpointing, start_ag
 from parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 
 from kt_hf import KTConfig, apply_kt_moe
+from kt_hf.placement import memory_model, planner
 from kt_hf.placement import packer as packing
-from kt_hf.placement import planner
 from kt_hf.placement.planner import MachineRates, predicted
+from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import expert_bytes
 
 TierPlan = tuple[int, int]  # resident, streamed
@@ -69,19 +70,19 @@ def build(given: argparse.Namespace, where: Any, tokens: int, device: torch.devi
 def planned(given: argparse.Namespace, tokens: int, device: torch.device) -> Planned:
     """The choice for a GPU with room for so many resident experts, and no more."""
     found = Planned()
-    kept = planner.MemoryBudget.free_for_experts
+    kept = memory_model.MemoryBudget.free_for_experts
 
     def little(room: Any, free: int, tokens: int, shape: Any) -> int:
         layers = given.layers - 1  # the first has no experts
         some = given.resident * expert_bytes(shape) * layers + planner.BUFFERS * planner.CHUNK_BYTES
         return min(some, kept(room, free, tokens, shape))
 
-    planner.MemoryBudget.free_for_experts = little
+    memory_model.MemoryBudget.free_for_experts = little
     try:
         with found:
             build(given, "auto", tokens, device)
     finally:
-        planner.MemoryBudget.free_for_experts = kept
+        memory_model.MemoryBudget.free_for_experts = kept
     gc.collect()
     return found
 
@@ -121,11 +122,11 @@ def rows(given: argparse.Namespace, tokens: int, bus: int, device: torch.device,
         s: {p: statistics.median(found.get(p, 0.0) for _, found in runs) for p in PARTS} for s, runs in taken.items()
     }
     load = planner._Load.of(shape, tokens, ())
-    everything = predicted(rates, shape, layers, load, E, 0)
+    everything = predicted(rates, shape, layers, load, Tiers(E))
     rest = max(0.0, median[E, 0] - everything.seconds)
     made = []
     for (resident, streamed), seconds in median.items():
-        split, times = (resident, streamed), predicted(rates, shape, layers, load, resident, streamed)
+        split, times = (resident, streamed), predicted(rates, shape, layers, load, Tiers(resident, streamed))
         on_gpu = load.rows[resident + streamed]
         stream = times.stream_seconds / 2
         bound = rest

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import KTAMXConfigError
 from .failures import FAILED, plain_failures
 
 if TYPE_CHECKING:
@@ -24,13 +25,10 @@ def main(
     device: Annotated[
         str, typer.Option(help="Where all but the experts would be: cuda, cpu, or auto for what this machine has.")
     ] = "auto",
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Host memory of another machine, as 512GB; by default what is free here."),
+    host_gb: Annotated[
+        float | None, typer.Option(metavar="N", help="Host memory of another machine; by default what is free here.")
     ] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of its GPU, as 24GB; means --device cuda.")
-    ] = None,
+    gpu_gb: Annotated[float | None, typer.Option(metavar="N", help="Memory of its GPU; means --device cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Tell how much memory a run takes, before anything is loaded.
@@ -39,12 +37,12 @@ def main(
 
     Example: kt-hf estimate configs/qwen3_30b_a3b_sft.yaml per_device_train_batch_size=4
 
-    Sequences are taken to be as long as cutoff_len allows. Another machine (--memory, --gpu-memory) is taken to have a
-    CPU that kt-kernel's operators run on. The exit code is 0 when it fits this machine, or the one given, 1 when not, 2
-    when a setting is wrong.
+    Sequences are taken to be as long as cutoff_len allows. Another machine (--host-gb 512 --gpu-gb 24, of 2^30 bytes,
+    as memory is sold) is taken to have a CPU that kt-kernel's operators run on. The exit code is 0 when it fits this
+    machine, or the one given, 1 when not, 2 when a setting is wrong.
     """
     with plain_failures():
-        estimate = make(what, overrides or [], device, memory, gpu_memory)
+        estimate = make(what, overrides or [], device, host_gb, gpu_gb)
         if as_json:
             typer.echo(json.dumps(estimate.as_json(), indent=2))
         else:
@@ -54,7 +52,7 @@ def main(
 
 
 def make(
-    what: str, overrides: list[str], device: str = "auto", memory: str | None = None, gpu_memory: str | None = None
+    what: str, overrides: list[str], device: str = "auto", host_gb: float | None = None, gpu_gb: float | None = None
 ) -> Any:
     """The `Estimate` of a YAML file, or of a model with the default settings.
 
@@ -62,21 +60,17 @@ def make(
         what: A YAML file, or a model's name or folder.
         overrides: Settings as `key=value`, put over the file's.
         device: `cuda`, `cpu`, or `auto` for what this machine has.
-        memory: Host memory of another machine, as 512GB; None for what is free here.
-        gpu_memory: Memory of its GPU; None for what is free here, if the run is to be here.
+        host_gb: Host memory of another machine, in units of 2^30 bytes; None for what is free here.
+        gpu_gb: Memory of its GPU; None for what is free here, if the run is to be here.
 
     Raises:
         KTAMXError: Bad settings, no such model, or one without experts.
     """
-    from ..errors import KTAMXConfigError
-    from ..train.memory_size import bytes_of
-
     if device not in ("auto", "cuda", "cpu"):
         raise KTAMXConfigError(f"--device={device}: it must be auto, cuda or cpu.")
-    if gpu_memory is not None and device == "cpu":
-        raise KTAMXConfigError(f"--gpu-memory={gpu_memory} and --device=cpu: leave one of them out.")
-    host_given = bytes_of(memory, "--memory") if memory is not None else None
-    gpu_given = bytes_of(gpu_memory, "--gpu-memory") if gpu_memory is not None else None
+    if gpu_gb is not None and device == "cpu":
+        raise KTAMXConfigError(f"--gpu-gb={gpu_gb:g} and --device=cpu: leave one of them out.")
+    host_given, gpu_given = _bytes(host_gb, "--host-gb"), _bytes(gpu_gb, "--gpu-gb")
     settings = _settings(what, overrides)
     import torch
 
@@ -100,6 +94,12 @@ def make(
         host_free=available_memory() if host_given is None else host_given,
         gpu_free=torch.cuda.mem_get_info()[0] if has_gpu and gpu and not elsewhere else gpu_given,
     )
+
+
+def _bytes(gb: float | None, option: str) -> int | None:
+    if gb is not None and not 0 < gb < 2**30:
+        raise KTAMXConfigError(f"{option}={gb:g} is no size of memory: write {option} 512, or 1.5.")
+    return None if gb is None else int(gb * 2**30)
 
 
 def _settings(what: str, overrides: list[str]) -> TrainSettings:
@@ -130,16 +130,16 @@ def show(estimate: Any) -> None:
     console = Console(highlight=False)
     for title, parts, total, free in (
         ("Host memory", estimate.host, estimate.host_total, estimate.host_free),
-        ("GPU memory", estimate.gpu, estimate.gpu_total, estimate.gpu_free),
+        (f"GPU memory {estimate.moment}".strip(), estimate.gpu, estimate.gpu_total, estimate.gpu_free),
     ):
         if not parts:
             continue
         table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2))
         table.add_column()
         table.add_column(justify="right")
-        for name, size in parts.items():
+        for name, size in ((name, size) for name, size in parts.items() if size):
             table.add_row(name, f"{size / 2**30:.2f} GiB")
-        table.add_row("[bold]in all, at most[/bold]", f"[bold]{total / 2**30:.1f} GiB[/bold]")
+        table.add_row("[bold]in all, at the peak[/bold]", f"[bold]{total / 2**30:.1f} GiB[/bold]")
         if free is not None:
             table.add_row("there is", f"{free / 2**30:.1f} GiB")
         console.print(table)
@@ -157,5 +157,7 @@ def show(estimate: Any) -> None:
     if estimate.plan:
         assumed = "by assumed rates" if estimate.gpu_free is not None else "by assumed rates and on a GPU of 80 GB"
         console.print(f"kt_expert_placement auto, {assumed} (a run measures its machine's): {estimate.plan}.")
+        if estimate.plan.resident_layers and not estimate.plan.cpu:
+            console.print("A run begins with all streamed; layers stay on the GPU as its first steps leave room.")
     for line in estimate.advice:
         console.print(f"  - {line}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +21,8 @@ from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
 from .choice import hint
+from .memory_model import MemoryBudget, inner_bytes
 from .packer import Packer
-from .planner import MemoryBudget
 from .tiers import Tiers, asked_for, check_tiers
 
 logger = logging.getLogger(__name__)
@@ -99,8 +103,30 @@ def make_packer(
     return packer
 
 
+# What the run that loads a model knows of its steps, and a script that patches one does not tell.
+_STEP: ContextVar[Mapping[str, Any]] = ContextVar("step", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def training_as(budget: MemoryBudget) -> Iterator[None]:
+    """While this is open, models are placed for a run with this budget's loss, checkpointing and the like.
+
+    Args:
+        budget: That of the run; the model's sizes in it are not used.
+    """
+    names = ("loss", "checkpointing", "offloading", "retain", "accumulating", "other_lora")
+    token = _STEP.set({name: getattr(budget, name) for name in names})
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
 def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torch.dtype | None = None) -> MemoryBudget:
     """Everything but expert weights that must fit on the GPU beside a planned placement.
+
+    Nobody has told how the model will be trained, unless `training_as` has: it is taken to be a trainer that has the
+    model compute its loss from all logits, and checkpoints.
 
     Args:
         model: With its weights, or on the meta device.
@@ -112,6 +138,21 @@ def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torc
     rest = [p for name, p in model.named_parameters() if ".experts." not in name and not p.is_cuda]
     experts_dtype = dtype or next((p.dtype for name, p in model.named_parameters() if ".experts." in name), None)
     size = sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in rest)
-    return MemoryBudget(
-        tokens, size, getattr(text, "num_hidden_layers", 0), getattr(text, "vocab_size", 0), experts_dtype
-    )
+    layers = getattr(text, "num_hidden_layers", 0)
+    inner = inner_bytes(getattr(text, "hidden_size", 0), linear_widths(model), layers)
+    budget = MemoryBudget(tokens, size, layers, getattr(text, "vocab_size", 0), experts_dtype, inner_bytes=inner)
+    return replace(budget, **_STEP.get())
+
+
+def linear_widths(model: nn.Module) -> list[tuple[int, int]]:
+    """(inputs, outputs) of each linear layer in the model's layers but those of routed experts and adapters.
+
+    Args:
+        model: With its weights, or on the meta device.
+    """
+    layer, other = re.compile(r"\.layers\.\d+\."), re.compile(r"\.experts\.|\.lora_")
+    return [
+        (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and layer.search(name) and not other.search(name + ".")
+    ]

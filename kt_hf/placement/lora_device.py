@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..shapes import ExpertShape, expert_bytes
-from .planner import MemoryBudget, buffer_bytes
+from .expert_memory import buffer_bytes
+from .memory_model import MemoryBudget
 from .tiers import Tiers, spread
 
 logger = logging.getLogger(__name__)

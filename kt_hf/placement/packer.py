@@ -19,7 +19,7 @@ from ..backends import (
 from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.streamed import StreamedBackend
-from ..backends.gpu.weight_stream import Streamer
+from ..backends.gpu.weight_stream import CHUNK_BYTES, Streamer
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
@@ -29,8 +29,9 @@ from ..system.memory import available_memory, free_device_memory, return_freed_m
 from .calibration import copy_rate, measure_rates
 from .choice import all_streamed, cpu_may_be_faster, is_worth_its_cpu, unsuitable
 from .lora_device import LoraPlace
+from .memory_model import MemoryBudget, fitting_chunk
 from .order import Placement
-from .planner import MemoryBudget, TierPlan, plan_tiers
+from .planner import TierPlan, plan_tiers
 from .promotion import Promotion
 from .tiers import Tiers, check_tiers, spread
 
@@ -105,6 +106,7 @@ class Packer:
         self._warned_unlocked = False
         self._warned_dropout = False
         self._streamer: Streamer | None = None
+        self._chunk_bytes = CHUNK_BYTES
         self._share: bool | None = None
 
     @property
@@ -143,7 +145,7 @@ class Packer:
     def streamer(self) -> Streamer:
         """What brings streamed experts to the GPU, for all layers; the GPU is its device."""
         if self._streamer is None:
-            self._streamer = Streamer(self.gpu_device)
+            self._streamer = Streamer(self.gpu_device, self._chunk_bytes)
         return self._streamer
 
     def place(
@@ -176,8 +178,10 @@ class Packer:
         if not tiers.need_gpu:
             return
         self.placement = placement
-        tokens = budget.tokens or self.config.kt_max_len or _TOKENS
-        self.lora.learn(list(layers.values()), tiers, budget, tokens, free_device_memory(self.gpu_device))
+        tokens, free = budget.tokens or self.config.kt_max_len or _TOKENS, free_device_memory(self.gpu_device)
+        shapes, budget = list(layers.values()), self._with_lora(budget)
+        self._chunk_bytes = fitting_chunk(budget, max(shapes, key=expert_bytes), len(shapes), tokens, tiers, free)
+        self.lora.learn(shapes, tiers, budget, tokens, free)
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         split = tiers.resident or any(tiers.on_cpu(shape.num_experts) for shape in others)
         logger.info("kt_hf: %s (%s)%s.", tiers, self.gpu_device, f", by {source}" if split else "")
@@ -216,9 +220,7 @@ class Packer:
         shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
         streaming = reason is None
         rates = measure_rates(shape, device, self.threads, self.backend, tokens)
-        if self.config.kt_moe_lora_device == "gpu":
-            budget = replace(budget, lora_rank=self.config.kt_lora_rank or _RANK)
-        for_experts = budget.free_for_experts(free, tokens, shape)
+        for_experts = self._with_lora(budget).free_for_experts(free, tokens, shape)
         popularity = placement.share if placement else ()
         plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.keep_8bit)
         if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens):
@@ -228,6 +230,11 @@ class Packer:
         logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, plan)
         self.planned = plan
         return plan.tiers
+
+    def _with_lora(self, budget: MemoryBudget) -> MemoryBudget:
+        """The budget with the experts' LoRA, of the rank that is expected."""
+        rank = self.config.kt_lora_rank or _RANK
+        return replace(budget, computed_rank=rank, lora_rank=rank if self.config.kt_moe_lora_device == "gpu" else 0)
 
     def build(
         self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int = 0

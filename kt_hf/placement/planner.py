@@ -1,22 +1,25 @@
 """How many experts of each layer should be in which tier: the plan whose slowest tier is the fastest.
 
 The three tiers work at the same time: weights cross the bus, the GPU computes what has arrived, the operators compute
-the rest. So a layer takes as long as the slowest of them, forward and backward, and a step as long as its layers.
-Where the CPU has no part, weights have a start: as many as the buffers hold cross the bus while the GPU computes
-attention. (What the CPU computed comes back over the same bus, behind them.)
+the rest. Where the CPU has a part, a layer takes as long as the slowest of them, forward and backward, and a step as
+long as its layers. (What the CPU computed comes back over the same bus, behind the weights.)
+
+Where it has none, layers follow each other without a wait: as many weights as the buffers hold cross the bus while the
+GPU computes attention, and whole layers that it holds. So a step takes as long as the bus is busy, or the GPU.
+
+Choosing is a pure function of rates, sizes and memory; `calibration` measures the rates.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from ..shapes import ExpertShape, expert_bytes
+from .expert_memory import buffer_bytes, chunk_bytes, resident_bytes, resident_extra
 from .tiers import Tiers
 
 # Seconds of a layer besides its experts, forward and backward (with a checkpoint's recompute): what Python needs to
@@ -27,6 +30,8 @@ ATTENTION_SECONDS = 5e-3, 10e-3
 # A plan with experts on the CPU has to be a tenth faster than one without: what the tiers cost each other makes it up
 # to a fifth slower than it looks.
 _MARGIN = 0.9
+# Where more of a layer's experts than this have tokens, it matters little which: whole layers are resident then.
+_ALL = 0.95
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,15 @@ class TierPlan:
     """How many experts of each layer are in which tier, and how long a step's experts should take.
 
     Attributes:
-        resident: Experts of a layer in the GPU's memory.
-        streamed: Experts of a layer that are copied to the GPU each time.
-        cpu: Experts of a layer that the CPU computes.
-        seconds: Of all layers' experts in a step: of each layer and direction its slowest tier.
+        resident: Experts in the GPU's memory, of a layer that is not resident whole.
+        streamed: Experts of such a layer that are copied to the GPU each time.
+        cpu: Experts of such a layer that the CPU computes.
+        seconds: Of all layers' experts in a step, attention not counted.
         stream_seconds: That the bus is busy in a step.
         cpu_seconds: That the CPU computes experts in a step.
         gpu_seconds: That the GPU computes experts in a step.
+        resident_layers: Layers that are resident whole.
+        chunk_bytes: Of a chunk of streamed experts.
     """
 
     resident: int
@@ -105,58 +112,24 @@ class TierPlan:
     stream_seconds: float
     cpu_seconds: float
     gpu_seconds: float
+    resident_layers: int = 0
+    chunk_bytes: int = CHUNK_BYTES
 
     @property
     def tiers(self) -> Tiers:
         """The plan's numbers alone."""
-        return Tiers(self.resident, self.streamed)
+        return Tiers(self.resident, self.streamed, self.resident_layers)
 
     def __str__(self) -> str:
+        whole = self.resident_layers
+        where = f"{whole} whole layer{'s' if whole > 1 else ''} on the GPU; of each other layer " if whole else ""
+        each = "" if whole else " of each layer"
         return (
-            f"{self.resident} experts of each layer on the GPU, {self.streamed} streamed, {self.cpu} on the CPU: a "
+            f"{where}{self.resident} experts{each} on the GPU, {self.streamed} streamed, {self.cpu} on the CPU: a "
             f"step should take {self.seconds:.3g} s for its experts (GPU {self.gpu_seconds:.3g} and CPU "
             f"{self.cpu_seconds:.3g} at the same time; the bus {self.stream_seconds:.3g}, also while attention is "
             "computed)"
         )
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Everything but expert weights that must fit on the GPU.
-
-    Attributes:
-        tokens: Tokens of a forward in training; None if unknown.
-        rest_bytes: Bytes of the model's weights outside the experts, as far as they are not on the GPU yet.
-        layers: Decoder layers of the model, with experts or without.
-        vocabulary: Logits of a token.
-        dtype: The experts' dtype; None for bf16.
-        lora_rank: Rank of the experts' LoRA if its parameters and their optimizer are on the GPU, else 0.
-        keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
-    """
-
-    tokens: int | None = None
-    rest_bytes: int = 0
-    layers: int = 0
-    vocabulary: int = 0
-    dtype: torch.dtype | None = None
-    lora_rank: int = 0
-    keep_8bit: bool = False
-
-    def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
-        """Bytes that weights of experts may take on the GPU, with checkpointing.
-
-        What is left by the rest of the model, hidden states between layers, one layer's activations, logits and their
-        loss, LoRA on the GPU (fp32, its gradients and two moments), and a tenth of the free memory.
-
-        Args:
-            free: Bytes that are free on the GPU.
-            tokens: Of a forward.
-            shape: Sizes of a layer.
-        """
-        hidden = shape.hidden_size
-        activations = tokens * (2 * hidden * self.layers + 100 * hidden + 14 * self.vocabulary)
-        lora = self.layers * 16 * sum(a * b * c for a, b, c in shape.lora_shapes(self.lora_rank))
-        return max(0, int(0.9 * free) - self.rest_bytes - activations - lora)
 
 
 def plan_tiers(
@@ -169,9 +142,10 @@ def plan_tiers(
     streaming: bool = True,
     keep_8bit: bool = False,
 ) -> TierPlan:
-    """The plan whose experts take the least time in a step; of equals, the one with the fewest experts on the GPU.
+    """The plan whose experts take the least time in a step; of equals, that which takes the least GPU memory.
 
-    A plan without experts on the CPU is taken unless it is a tenth slower.
+    A plan without experts on the CPU is taken unless it is a tenth slower. Streaming is never given up for lack of
+    memory: its buffers may be as small as it takes.
 
     Args:
         rates: For experts of `shape`.
@@ -183,22 +157,37 @@ def plan_tiers(
         streaming: Whether experts can be streamed.
         keep_8bit: Whether streamed experts stay in 8 bits (their scales are not counted).
     """
-    streaming = streaming and rates.pcie_bytes_per_s > 0
     load = _Load.of(shape, tokens, popularity)
-    size, E = expert_bytes(shape), shape.num_experts
     plans: list[TierPlan] = []
-    for resident, streamed in itertools.product(range(E + 1), range(E + 1 if streaming else 1)):
-        cpu = E - resident - streamed
-        if cpu < 0 or 0 < cpu < shape.top_k:
-            continue
-        if resident * size * layers + buffer_bytes(shape, streamed, keep_8bit) > free_gpu_bytes and resident + streamed:
-            continue
-        plans.append(predicted(rates, shape, layers, load, resident, streamed, keep_8bit))
+    for tiers in _choices(shape, layers, load, streaming and rates.pcie_bytes_per_s > 0):
+        streamed = tiers.streamed if tiers.resident_layers < layers else 0
+        left = free_gpu_bytes - resident_bytes(shape, tiers, layers, keep_8bit)
+        if tiers.resident or tiers.resident_layers:
+            left -= resident_extra(shape, tokens, keep_8bit)
+            least = chunk_bytes(0, shape, streamed, keep_8bit)
+            if left < buffer_bytes(shape, streamed, keep_8bit, least):
+                continue
+        chunk = chunk_bytes(left, shape, streamed, keep_8bit)
+        plans.append(predicted(rates, shape, layers, load, tiers, keep_8bit, chunk))
 
-    def cost(plan: TierPlan) -> tuple[float, int, int]:
-        return plan.seconds * (_MARGIN if plan.cpu == 0 else 1), plan.resident + plan.streamed, plan.resident
+    def cost(plan: TierPlan) -> tuple[float, int, int, int]:
+        seconds = plan.seconds * (_MARGIN if plan.cpu == 0 else 1)
+        return seconds, plan.resident_layers, plan.resident + plan.streamed, plan.resident
 
     return min(plans, key=cost)  # all on the CPU is always among them
+
+
+def _choices(shape: ExpertShape, layers: int, load: _Load, streaming: bool) -> Iterator[Tiers]:
+    """The tiers that are worth a look: whole layers, and parts of layers if that may bring anything."""
+    E = shape.num_experts
+    if streaming:
+        yield from (Tiers(0, E, whole) for whole in range(layers))
+    few_have_tokens = load.touched[E] < _ALL * E
+    for resident in range(E + 1):
+        for streamed in range(E - resident + 1 if streaming else 1):
+            cpu = E - resident - streamed
+            if cpu >= shape.top_k or (cpu == 0 and (resident == E or (resident and few_have_tokens))):
+                yield Tiers(resident, streamed)
 
 
 @dataclass(frozen=True)
@@ -219,14 +208,30 @@ class _Load:
         return cls(tokens, [0.0, *itertools.accumulate(rows)], [0.0, *itertools.accumulate(touched)])
 
 
+def expected(
+    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, tiers: Tiers, keep_8bit: bool = False
+) -> TierPlan:
+    """What tiers that were chosen by other means should take, if no expert is more popular than another.
+
+    Args:
+        rates: For experts of `shape`.
+        shape: Sizes of a layer.
+        layers: How many layers have such experts.
+        tokens: Tokens of a step's forward.
+        tiers: How many experts of a layer are where, and how many layers are resident whole.
+        keep_8bit: Whether streamed experts stay in 8 bits.
+    """
+    return predicted(rates, shape, layers, _Load.of(shape, tokens, ()), tiers, keep_8bit)
+
+
 def predicted(
     rates: MachineRates,
     shape: ExpertShape,
     layers: int,
     load: _Load,
-    resident: int,
-    streamed: int,
+    tiers: Tiers,
     keep_8bit: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> TierPlan:
     """The plan of one choice of tiers: how long each tier should take.
 
@@ -235,14 +240,16 @@ def predicted(
         shape: Sizes of a layer.
         layers: How many layers have such experts.
         load: Tokens by expert.
-        resident: Experts of a layer in the GPU's memory.
-        streamed: Experts of a layer that are copied to the GPU each time.
+        tiers: How many experts of a layer are where, and how many layers are resident whole.
         keep_8bit: Whether streamed experts stay in 8 bits.
+        chunk_bytes: Of a chunk of streamed experts.
     """
-    on_gpu, E = resident + streamed, shape.num_experts
-    moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, keep_8bit)
-    stream = moved / rates.pcie_bytes_per_s if streamed else 0.0
-    ahead = _ahead_bytes(shape, streamed, keep_8bit) / rates.pcie_bytes_per_s if streamed and on_gpu == E else 0.0
+    E, resident, on_gpu, whole = shape.num_experts, tiers.resident, tiers.on_gpu, tiers.resident_layers
+    others, streamed = layers - whole, tiers.streamed if whole < layers else 0
+    stream = ahead = 0.0
+    if streamed:
+        moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, keep_8bit)
+        stream, ahead = (size / rates.pcie_bytes_per_s for size in (moved, BUFFERS * chunk_bytes))
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate, rest in (
@@ -250,30 +257,34 @@ def predicted(
         (rates.beside_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, ATTENTION_SECONDS[1]),
     ):
         cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
-        gpu = load.rows[on_gpu] / gpu_rate
-        total += max(stream - min(rest, ahead, stream), cpu, gpu)
-        cpu_total, gpu_total = cpu_total + cpu, gpu_total + gpu
+        gpu, of_whole = load.rows[on_gpu] / gpu_rate, load.rows[E] / gpu_rate
+        if on_gpu < E:
+            total += others * max(stream, cpu, gpu) + whole * of_whole
+        else:
+            bus = _bus_seconds(stream, ahead, rest, of_whole, others, whole) if streamed else 0.0
+            total += max(bus - layers * rest, layers * of_whole)
+        cpu_total, gpu_total = cpu_total + others * cpu, gpu_total + others * gpu + whole * of_whole
     return TierPlan(
-        resident, streamed, E - on_gpu, layers * total, 2 * layers * stream, layers * cpu_total, layers * gpu_total
+        resident, tiers.streamed, E - on_gpu, total, 2 * others * stream, cpu_total, gpu_total, whole, chunk_bytes
     )
 
 
-def buffer_bytes(shape: ExpertShape, streamed: int, keep_8bit: bool = False) -> int:
-    """Bytes of the GPU's buffers for streamed experts.
+def _bus_seconds(stream: float, ahead: float, rest: float, compute: float, streamed: int, whole: int) -> float:
+    """Seconds of all layers in one direction if the bus is what they wait for: it is busy, or the buffers are full.
+
+    They are while the GPU computes attention, and resident layers in a row, for longer than it takes to fill them.
 
     Args:
-        shape: Sizes of a layer.
-        streamed: Experts of a layer that are streamed.
-        keep_8bit: Whether they stay in 8 bits; the buffers then include two chunks in bf16.
+        stream: Seconds that the weights of a streamed layer take to cross the bus.
+        ahead: Seconds that the weights take which the buffers hold.
+        rest: Seconds of a layer besides its experts.
+        compute: Seconds of a resident layer's experts on the GPU.
+        streamed: How many layers are streamed.
+        whole: How many are resident, spread evenly between them.
     """
-    ahead = _ahead_bytes(shape, streamed, keep_8bit)
-    return ahead + 2 * ahead // BUFFERS if keep_8bit else ahead
-
-
-def _ahead_bytes(shape: ExpertShape, streamed: int, keep_8bit: bool) -> int:
-    """Bytes of weights that the buffers hold, read ahead of their use."""
-    size = expert_bytes(shape, keep_8bit)
-    return BUFFERS * max(size, min(CHUNK_BYTES, streamed * size)) if streamed else 0
+    runs = min(whole, streamed)  # of resident layers in a row
+    between = rest + whole / runs * (rest + compute) if runs else 0.0
+    return streamed * stream + (streamed - runs) * max(0.0, rest - ahead) + runs * max(0.0, between - ahead)
 
 
 def assumed_rates(shape: ExpertShape) -> MachineRates:

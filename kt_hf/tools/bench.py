@@ -22,8 +22,9 @@ from ..config import KTConfig
 from ..errors import KTAMXError
 from ..placement.assembly import make_packer
 from ..placement.calibration import timed_once
+from ..placement.memory_model import MemoryBudget
 from ..placement.packer import Packer
-from ..placement.planner import MemoryBudget, TierPlan
+from ..placement.planner import TierPlan
 from ..placement.tiers import Tiers
 from ..shapes import ExpertShape
 from ..system.child import answer_of
@@ -151,7 +152,10 @@ def _placed(asked: Asked, tokens: int) -> Packer:
     layers = dict.fromkeys(range(asked.sizes.expert_layers), asked.shape)
     packer = make_packer(config, {f"layer {i}": shape for i, shape in layers.items()}, torch.bfloat16)
     sizes = asked.sizes
-    budget = MemoryBudget(tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, keep_8bit=sizes.keep_8bit)
+    budget = MemoryBudget(
+        tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, keep_8bit=sizes.keep_8bit,
+        inner_bytes=sizes.inner_bytes, loss="chunked",
+    )  # fmt: skip
     packer.place(layers, None, budget)
     return packer
 

@@ -10,6 +10,8 @@ from ..checkpoint.eight_bit import has_8_bits
 from ..discovery import skeleton, top_k_of
 from ..errors import KTAMXModelNotSupportedError
 from ..lora import linear_targets
+from ..placement.assembly import linear_widths
+from ..placement.memory_model import inner_bytes
 from ..shapes import ALIASES
 from .config.settings import RunKeys
 from .targets import lora_targets
@@ -30,6 +32,7 @@ class ModelSizes:
         vocabulary: V.
         attention_width: Heads times head size, the larger of keys' and values'.
         kv_width: What a token leaves in the keys and values of a layer, in elements.
+        inner_bytes: What a token leaves for backward inside of a layer, outside its routed experts.
         keep_8bit: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
     """
 
@@ -46,6 +49,7 @@ class ModelSizes:
     vocabulary: int
     attention_width: int
     kv_width: int
+    inner_bytes: int = 0
     keep_8bit: bool = False
 
 
@@ -100,6 +104,7 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         vocabulary=text.vocab_size,
         attention_width=heads * head,
         kv_width=kv,
+        inner_bytes=inner_bytes(H, linear_widths(model), text.num_hidden_layers),
         keep_8bit=_of_8_bits(config, keys.torch_dtype),
     )
 

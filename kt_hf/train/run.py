@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
+from ..placement.assembly import training_as
 from ..system.text import printable
 from .checkpoints import SUMMARY, clear_earlier_run
 from .config.read import on_this_machine, trainer_config
@@ -25,7 +26,8 @@ from .dry_run import try_out
 from .expert_profile import ProfileRun, as_before
 from .full_disk import full_disks
 from .lock import OutputLock
-from .memory import PROGRAM, Estimate, estimate, in_words
+from .memory import estimate, in_words
+from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
 from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
 from .optimizer import use_loraplus
@@ -128,7 +130,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     if kt and ready.resume:
         kt, notes = as_before(kt, ready.resume.folder)
         _print_notes(console, notes)
-    model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
+    with training_as(ready.memory.budget):
+        model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
     if keys.adapter_name_or_path:
         model = put_adapter(model, keys)

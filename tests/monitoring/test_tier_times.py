@@ -39,6 +39,8 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture, placement: object, **
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "plan_tiers", lambda *_: TierPlan(2, 3, 3, 1.0, 0.1, 0.2, 0.3))
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
+        monkeypatch.setattr(packing, name, lambda *_: True)
 
 
 @pytest.mark.usefixtures("planned")
@@ -76,4 +78,6 @@ def test_everything_stays_on_the_cpu(
 ) -> None:
     monkeypatch.setattr(packing, "plan_tiers", lambda *_: TierPlan(0, 0, 8, 1.0, 0.0, 0.2, 0.0))
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
+        monkeypatch.setattr(packing, name, lambda *_: True)
     assert told(tmp_path, caplog, "auto") == []

@@ -15,8 +15,8 @@ from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.experts.projections import ExpertLora
 from kt_hf.placement import packer as packing
 from kt_hf.placement.lora_device import choose_lora_device
+from kt_hf.placement.memory_model import MemoryBudget
 from kt_hf.placement.packer import Packer
-from kt_hf.placement.planner import MemoryBudget
 from kt_hf.placement.record import write_run_placement
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import ExpertShape, expert_bytes
@@ -94,7 +94,7 @@ def packer(monkeypatch: pytest.MonkeyPatch, tiers: Tiers, free: float, **config:
 
 def test_everything_that_is_on_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 GB of other weights, 13.3 of LoRA, 0.8 of buffers; hidden states, logits and their loss at 2,048 tokens."""
-    budget = MemoryBudget(2048, 2 * GB, 48, 100_000)
+    budget = MemoryBudget(2048, 2 * GB, 48, 100_000, computed_rank=16)
     beside = 100 * GB - budget.free_for_experts(int(100 * GB / 0.9), 2048, QWEN[0])
     need = (beside + 16 * PARAMETERS + BUFFERS * CHUNK_BYTES) / GB
     assert packer(monkeypatch, STREAMED, need + 0.1).lora_on_gpu(16)

@@ -19,15 +19,17 @@ from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.placement import Placement
 from kt_hf.placement import packer as packing
 from kt_hf.placement.calibration import fitted, measure_rates
+from kt_hf.placement.expert_memory import LEAST_CHUNK, chunk_bytes, resident_extra
 from kt_hf.placement.planner import (
     ATTENTION_SECONDS,
     LinearCost,
     MachineRates,
-    MemoryBudget,
     TierPlan,
     assumed_rates,
+    expected,
     plan_tiers,
 )
+from kt_hf.placement.tiers import Tiers, spread
 from kt_hf.shapes import ExpertShape, expert_bytes
 from kt_hf.system.cpu import plan_threads
 from tests.support.cases import make_config
@@ -44,32 +46,50 @@ GENERAL = MachineRates(20e9, *QUIET, *BESIDE, 3e5, 1e5)
 
 def brute_force(
     rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, free: int, shares: list[float], width: int = 2
-) -> dict[tuple[int, int], float]:
-    """Seconds of every split that the rules allow, expert by expert; streamed weights have `width` bytes."""
+) -> dict[tuple[int, int, int], float]:
+    """Seconds of every choice (resident, streamed, whole layers) that the rules allow; streamed weights of `width`."""
     rows = [tokens * shape.top_k * share for share in shares]
     used = [1 - math.exp(-n) for n in rows]
     size = 3 * shape.hidden_size * shape.intermediate_size * 2
+    stored, E = size * width // 2, shape.num_experts
     found = {}
-    for r, s in itertools.product(range(shape.num_experts + 1), repeat=2):
-        cpu = list(range(r + s, shape.num_experts))
-        stored = size * width // 2
-        chunk = max(stored, min(CHUNK_BYTES, s * stored)) if s else 0
-        buffers = BUFFERS * chunk
-        wide = 2 * chunk if width == 1 else 0  # a chunk made bf16 for the products
-        room = r * size * layers + buffers + wide <= free or r + s == 0
-        if r + s > shape.num_experts or 0 < len(cpu) < shape.top_k or not room:
+    for r, s, whole in itertools.product(range(E + 1), range(E + 1), range(layers)):
+        cpu = list(range(r + s, E))
+        if r + s > E or 0 < len(cpu) < shape.top_k or (whole and (r or s < E)):
             continue
-        stream = sum(used[e] for e in range(r, r + s)) * size * width / 2 / rates.pcie_bytes_per_s
+        if not cpu and 0 < r < E and sum(used) >= 0.95 * E:  # whole layers are better
+            continue
+        chunks = (BUFFERS if width == 2 else BUFFERS + 2) if s else 0  # a chunk is made bf16 for the products
+        left = free - r * size * layers - whole * E * stored
+        least = max(stored, min(LEAST_CHUNK, s * stored))
+        if r or whole:
+            left -= resident_extra(shape, tokens, width == 1)
+            if left < chunks * least:
+                continue
+        chunk = max(least, min(CHUNK_BYTES, s * stored, left // chunks)) if s else 0
+        stream = sum(used[e] for e in range(r, r + s)) * stored / rates.pcie_bytes_per_s
+        ahead = BUFFERS * chunk / rates.pcie_bytes_per_s
         seconds = 0.0
         for line, gpu, attention in (
             (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, ATTENTION_SECONDS[0]),
             (rates.beside_backward if s else rates.backward, rates.gpu_backward_rows_per_s, ATTENTION_SECONDS[1]),
         ):
-            operators = line.fixed + line.per_token * tokens if cpu else 0.0
-            operators += sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu)
-            late = stream if cpu else max(0.0, stream - min(attention, buffers / rates.pcie_bytes_per_s))
-            seconds += max(late, operators, sum(rows[: r + s]) / gpu)
-        found[r, s] = seconds * layers
+            compute = sum(rows[: r + s]) / gpu
+            if cpu:
+                operators = line.fixed + line.per_token * tokens
+                operators += sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu)
+                seconds += layers * max(stream, operators, compute)
+                continue
+            busy = 0.0  # or held up, for the buffers are full
+            resident = [layer in spread(whole, layers) for layer in range(layers)]
+            for layer in range(layers if s else 0):
+                if not resident[layer]:
+                    before = whole / max(1, min(whole, layers - whole))
+                    after_whole = whole and sum(not x for x in resident[:layer]) < min(whole, layers - whole)
+                    gap = attention + (before * (attention + compute) if after_whole else 0)
+                    busy += stream + max(0.0, gap - ahead)
+            seconds += max(busy - layers * attention, layers * compute)
+        found[r, s, whole] = seconds
     return found
 
 
@@ -78,13 +98,14 @@ def test_it_is_the_best_there_is(seed: int) -> None:
     rng = random.Random(seed)
     shares = sorted((rng.random() ** rng.choice([0, 1, 6]) for _ in range(12)), reverse=True)
     shares = [share / sum(shares) for share in shares]
-    tokens, free = rng.choice([1, 30, 500, 20_000]), rng.choice([0, 10**6, 3 * 10**6, 10**9])
-    width = 1 + seed % 2
-    found = plan_tiers(GENERAL, SMALL, 2, tokens, free, shares, keep_8bit=width == 1)
-    every = brute_force(GENERAL, SMALL, 2, tokens, free, shares, width)
-    cost = {split: seconds * (0.9 if sum(split) == 12 else 1) for split, seconds in every.items()}
-    assert cost[found.resident, found.streamed] == pytest.approx(min(cost.values()), rel=1e-9)
-    assert every[found.resident, found.streamed] == pytest.approx(found.seconds, rel=1e-9)
+    tokens, free = rng.choice([1, 30, 500, 20_000]), rng.choice([0, 10**6, 10**7, 3 * 10**7, 10**9])
+    width, layers = 1 + seed % 2, rng.choice([2, 5])
+    found = plan_tiers(GENERAL, SMALL, layers, tokens, free, shares, keep_8bit=width == 1)
+    every = brute_force(GENERAL, SMALL, layers, tokens, free, shares, width)
+    chosen = found.resident, found.streamed, found.resident_layers
+    cost = {split: seconds * (0.9 if sum(split[:2]) == 12 else 1) for split, seconds in every.items()}
+    assert cost[chosen] == pytest.approx(min(cost.values()), rel=1e-9)
+    assert every[chosen] == pytest.approx(found.seconds, rel=1e-9)
     assert found.resident + found.streamed + found.cpu == 12
 
 
@@ -116,16 +137,17 @@ def test_rules_and_directions(tokens: int, pcie: int, free: int, gpu: int, share
 def test_the_operators_need_as_many_as_a_token_is_sent_to() -> None:
     """Memory for all experts but one: that one cannot be left to the CPU by itself."""
     fast = dataclasses.replace(GENERAL, gpu_forward_rows_per_s=1e9, gpu_backward_rows_per_s=1e9)
-    for left, expected in ((0, 0), (1, 3), (2, 3), (3, 3), (4, 4)):
+    for left, on_cpu in ((0, 0), (1, 3), (2, 3), (3, 3), (4, 4)):
         free = (12 - left) * expert_bytes(SMALL) * 2
-        assert plan_tiers(fast, SMALL, 2, 5000, free, streaming=False).cpu == expected
+        assert plan_tiers(fast, SMALL, 2, 5000, free, streaming=False).cpu == on_cpu
 
 
 def test_what_it_chooses() -> None:
     """Experts of DeepSeek-V2-Lite's size on an H200 with PCIe 5 and 16 AMX cores."""
     assert plan_tiers(RATES, LITE, 26, 8192, 100 * GB).cpu == 0, "a GPU with room for all takes all"
     nothing = plan_tiers(RATES, LITE, 26, 8192, 0)
-    assert (nothing.resident, nothing.streamed, nothing.cpu) == (0, 0, 64)
+    assert nothing.tiers == Tiers(0, 64), "streaming needs little memory, and the CPU takes no less"
+    assert nothing.chunk_bytes == expert_bytes(LITE)
     little = plan_tiers(RATES, LITE, 26, 8192, 2 * GB)
     assert little.streamed > 32, "at 8,192 tokens the bus is faster than the CPU"
     assert plan_tiers(RATES, LITE, 26, 64, 2 * GB).streamed < little.streamed
@@ -151,14 +173,46 @@ def test_experts_are_left_to_the_cpu_for_more_than_a_tenth(cpu_seconds: float, l
     assert (found.cpu > 0) == left
 
 
-def test_memory_for_experts() -> None:
-    room = MemoryBudget(2048, rest_bytes=3 * GB, layers=27, vocabulary=102_400)
-    left = room.free_for_experts(80 * GB, 2048, LITE)
-    assert 60 * GB < left < 69 * GB
-    assert room.free_for_experts(80 * GB, 16_384, LITE) < left
-    assert room.free_for_experts(2 * GB, 2048, LITE) == 0
-    lora = dataclasses.replace(room, lora_rank=8).free_for_experts(80 * GB, 2048, LITE)
-    assert left - lora == 27 * 64 * 8 * 3 * (2048 + 1408) * 16
+@pytest.mark.parametrize("free", [0, 10**8, 10**9])
+@pytest.mark.parametrize("tokens", [2048, 8192, 32_768])
+def test_no_cpu_where_streaming_is_faster(tokens: int, free: int) -> None:
+    """Qwen3-30B-A3B on PCIe 5 and 4, whatever memory is left: 16 AMX cores are slower."""
+    shape = ExpertShape(128, 8, 2048, 768)
+    for bus in (54e9, 27e9):
+        rates = dataclasses.replace(assumed_rates(shape), pcie_bytes_per_s=bus)
+        found = plan_tiers(rates, shape, 48, tokens, free)
+        streamed = expected(rates, shape, 48, tokens, Tiers(0, 128))
+        cpu = 48 * sum(line.seconds(tokens, 128, 8 * tokens) for line in (rates.forward, rates.backward))
+        assert streamed.seconds < cpu, "or the test is of nothing"
+        assert found.cpu == 0 or found.seconds < 0.9 * streamed.seconds
+        assert found.streamed > 0
+
+
+def test_whole_layers_come_with_memory() -> None:
+    """The bus is busy for the others; where it is not what takes longest, no more layers are sent to the GPU."""
+    shape = ExpertShape(128, 8, 2048, 768)
+    rates = assumed_rates(shape)
+    layer, found = 128 * expert_bytes(shape), []
+    for whole in range(0, 49, 8):
+        plan = plan_tiers(rates, shape, 48, 2048, (whole + 2) * layer)
+        assert plan.resident_layers <= whole + 2
+        assert (plan.resident, plan.cpu) == (0, 0) or plan.resident == 128
+        found.append(plan)
+    seconds = [plan.seconds for plan in found]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] < 0.6 * seconds[0]
+    assert f"{found[2].resident_layers} whole layers on the GPU; of each other layer 0 experts" in str(found[2])
+    many = plan_tiers(rates, shape, 48, 65_536, 20 * layer)
+    assert many.resident_layers == 0, "the GPU takes longer than the bus, with all layers streamed"
+
+
+def test_buffers_are_as_large_as_there_is_room() -> None:
+    for room, one, size in ((0, 9_437_184, 2**24), (2**27, 9_437_184, 2**27 // 3), (2**32, 9_437_184, CHUNK_BYTES)):
+        assert chunk_bytes(room, ExpertShape(128, 8, 2048, 768), 128) == size
+        assert size > one
+    assert chunk_bytes(0, LITE, 64) == expert_bytes(LITE), "an expert is larger than 16 MiB"
+    assert chunk_bytes(2**40, LITE, 2) == 2 * expert_bytes(LITE)
+    assert chunk_bytes(2**27, ExpertShape(128, 8, 2048, 768), 128, keep_8bit=True) == 2**27 // 5
 
 
 def test_fitting() -> None:
@@ -211,6 +265,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(packing, "plan_tiers", plan_seen)
     monkeypatch.setattr(packing, "measure_rates", lambda *_: RATES)
+    for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
+        monkeypatch.setattr(packing, name, lambda *_: True)
     return seen
 
 

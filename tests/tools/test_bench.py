@@ -171,6 +171,8 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
 
     original = packing.Packer.build
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
+        monkeypatch.setattr(packing, name, lambda *_: True)
     monkeypatch.setattr(packing, "plan_tiers", plan)
     monkeypatch.setattr(packing.Packer, "build", pack)
     rows = bench.measure_here(asked("torch", [4, 16, 64], "auto"))

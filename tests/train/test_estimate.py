@@ -12,7 +12,9 @@ import pytest
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
 from kt_hf.quantized import Manifest
 from kt_hf.train.config.settings import RunKeys, TrainSettings
-from kt_hf.train.memory import Estimate, estimate
+from kt_hf.train.hub import sizes_of
+from kt_hf.train.memory import estimate
+from kt_hf.train.memory_parts import Estimate
 from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
 from tests.support.tiny import ROOT
@@ -20,11 +22,17 @@ from tests.support.tiny import ROOT
 KEYS = RunKeys(model_name_or_path="builtin:smollm2-moe")
 
 
-def made(kt: dict[str, Any] | None = None, free: int | None = None, gpu: bool = False, **trainer: Any) -> Estimate:
+def made(
+    kt: dict[str, Any] | None = None,
+    free: int | None = None,
+    gpu: bool = False,
+    gpu_free: int | None = None,
+    **trainer: Any,
+) -> Estimate:
     keys = dataclasses.replace(KEYS, stage=trainer.pop("stage", "sft"), lora_rank=trainer.pop("lora_rank", 8))
     settings = TrainSettings("here", keys, KTConfig(**(kt or {})), trainer)
     sizes = model_sizes(load_config(keys)[0], keys)
-    return estimate(settings, sizes, kernel=True, gpu=gpu, host_free=free, gpu_free=None)
+    return estimate(settings, sizes, kernel=True, gpu=gpu, host_free=free, gpu_free=gpu_free)
 
 
 def test_settings_that_save_memory_do() -> None:
@@ -38,26 +46,80 @@ def test_settings_that_save_memory_do() -> None:
     assert made(activation_checkpointing=False).host_total > plain
 
 
+CPU = {"kt_num_gpu_experts": 0}
+
+
 def test_a_gpu_takes_all_but_the_experts() -> None:
-    with_gpu, without = made(gpu=True), made()
+    with_gpu, without = made(CPU, gpu=True), made()
     assert with_gpu.host_total < without.host_total
     assert with_gpu.host["experts packed"] == without.host["experts packed"]
-    assert "logits and loss" in with_gpu.gpu
+    assert with_gpu.gpu["attention, embeddings and the rest"] == without.host["attention, embeddings and the rest"]
+    assert "experts" not in with_gpu.gpu
     assert without.gpu == {}
 
 
 def test_experts_in_tiers_are_counted_there() -> None:
-    """In the memory of theirs, and auto as the plan by assumed rates has it, which is told."""
-    plain, split = made(gpu=True), made({"kt_expert_placement": {"resident": 2, "streamed": 4}}, gpu=True)
+    """In the memory of theirs, and auto as it begins and as the GPU has room, which is told."""
+    plain, split = made(CPU, gpu=True), made({"kt_expert_placement": {"resident": 2, "streamed": 4}}, gpu=True)
     assert split.gpu["experts"] * 2 == split.host["experts streamed"] == plain.host["experts packed"] // 2
     assert split.host["experts packed"] == plain.host["experts packed"] // 4
     assert "buffers of streamed experts" in split.gpu
     assert made({"kt_expert_placement": "gpu"}, gpu=True).host["experts packed"] == 0
+    whole = made({"kt_expert_placement": {"resident_layers": 10}}, gpu=True)
+    assert whole.gpu["experts"] * 2 == whole.host["experts streamed"] == plain.host["experts packed"] // 3 * 2
     assert made({"kt_expert_placement": "auto"}).plan is None, "without a GPU it is the CPU"
     planned = made({"kt_expert_placement": "auto"}, gpu=True)
     assert planned.plan is not None
-    assert planned.as_json()["assumed_plan"]["resident"] == planned.plan.resident
-    assert planned.gpu.get("experts", 0) == plain.host["experts packed"] * planned.plan.resident // 8
+    assert planned.as_json()["assumed_plan"]["resident_layers"] == planned.plan.resident_layers == 30
+    assert planned.gpu["experts"] == plain.host["experts packed"]
+    assert planned.host["experts streamed"] == plain.host["experts packed"], "a layer can be taken from the GPU again"
+
+
+def test_auto_takes_what_the_gpu_has() -> None:
+    """Layers stay as there is room; where host memory is short, they are on the GPU from the start."""
+    before = -1
+    for gigabytes in (1.5, 1.8, 2.1):
+        auto = made(free=2**36, gpu=True, gpu_free=int(gigabytes * 2**30), max_length=256)
+        assert auto.plan is not None
+        assert auto.plan.cpu == 0
+        assert auto.gpu_total < gigabytes * 2**30
+        assert auto.plan.resident_layers >= before
+        before = auto.plan.resident_layers
+    assert 0 < before < 30
+    short = made(free=3 * 2**30, gpu=True, gpu_free=6 * 2**30, max_length=256)
+    assert 0 < short.host["experts streamed"] < auto.host["experts streamed"]
+
+
+@pytest.mark.parametrize(("layers", "tokens", "lora", "gpu", "host"), [
+    (12, 2048, "gpu", 6.9, None), (12, 8192, "gpu", 8.6, None), (12, 16_384, "gpu", 11.4, None),
+    (12, 8192, "cpu", 6.0, None), (48, 2048, "gpu", None, 61), (48, 2048, "cpu", None, 75),
+])  # fmt: skip
+def test_peaks_measured_with_streamed_experts(
+    layers: int, tokens: int, lora: str, gpu: float | None, host: float | None
+) -> None:
+    """Qwen3-30B-A3B's layers on an H100 by SFTTrainer, LoRA r=16, in 10^9 bytes; host memory with 48 layers."""
+    keys = RunKeys(model_name_or_path="Qwen/Qwen3-30B-A3B", lora_rank=16)
+    config = sizes_of(keys.model_name_or_path)
+    config.num_hidden_layers = layers
+    kt = KTConfig(kt_expert_placement={"streamed": 128}, kt_moe_lora_device=lora)
+    trainer = {"per_device_train_batch_size": tokens // 2048, "max_length": 2048}
+    found = estimate(TrainSettings("here", keys, kt, trainer), model_sizes(config, keys), True, True, None, None)
+    if gpu:
+        assert (found.gpu_total - found.gpu["CUDA"]) / 1e9 == pytest.approx(gpu, rel=0.1)
+    if host:
+        assert found.host_total / 1e9 == pytest.approx(host, rel=0.1)
+
+
+def test_the_loss_is_the_stages() -> None:
+    """TRL's trainers compute it in chunks, but for label smoothing."""
+    plain = made(gpu=True).budget
+    assert plain.loss == made(gpu=True, stage="dpo").budget.loss == "chunked"
+    assert made(gpu=True, label_smoothing_factor=0.1).budget.loss == "full"
+    assert not plain.accumulating
+    assert made(gpu=True, gradient_accumulation_steps=2).budget.accumulating
+    moved = made(gpu=True, activation_offloading=True)
+    assert moved.host["activations, moved from the GPU"] > 0
+    assert "activations, moved from the GPU" not in made(gpu=True).host
 
 
 @pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 2), ("auto", 2), ("float16", 1), ("float32", 1)])
@@ -76,7 +138,7 @@ def test_streamed_experts_of_8_bits_are_half_as_large(dtype: str, times: int, ti
     plain, eight = found[None], found["fp8"]
     assert eight.host["experts streamed"] * times == plain.host["experts streamed"]
     buffers = [one.gpu["buffers of streamed experts"] for one in (eight, plain)]
-    assert buffers[0] * 3 == buffers[1] * (5 if times == 2 else 3), "three as they are copied, and one in bf16"
+    assert buffers[0] * 6 == buffers[1] * (5 if times == 2 else 6), "three as they are copied, and one in bf16"
     assert found["awq"].host == plain.host, "what loading refuses changes nothing"
 
 

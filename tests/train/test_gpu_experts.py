@@ -114,6 +114,8 @@ def test_three_tiers_and_a_resume_under_others(
     assert (content["resident"], content["streamed"]) == (1, 1)
     seen = []
     monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
+        monkeypatch.setattr(packing, name, lambda *_: True)
     monkeypatch.setattr(packing, "plan_tiers", lambda *a: (seen.append(a), TierPlan(0, 2, 2, 1, 1, 1, 1))[1])
     more = ("max_steps=2", "resume_from_checkpoint=true", "kt_expert_placement=auto")
     trained(tmp_path, model, ROWS, *more, "max_length=40", "per_device_train_batch_size=2", *keys)

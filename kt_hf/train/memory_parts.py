@@ -1,0 +1,337 @@
+"""What a run takes of host and of GPU memory, part by part.
+
+The GPU's parts are `placement.memory_model`'s, which the planner goes by as well. What is in host memory was fitted to
+measured peaks (benchmarks/memory.py compares it again). All sizes are bytes. With a GPU, experts are streamed to it
+from host memory, or computed there, and the rest moves; without one, all of it is in host memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..backends import OPERATORS
+from ..errors import KTAMXError
+from ..placement.choice import all_streamed, is_worth_its_cpu
+from ..placement.controller import RESERVE
+from ..placement.lora_device import choose_lora_device
+from ..placement.memory_model import MemoryBudget, fitting_chunk, gpu_memory, most_resident_layers
+from ..placement.packer import shares_backward
+from ..placement.planner import TierPlan, assumed_rates, expected, plan_tiers
+from ..placement.tiers import Tiers, asked_for
+from ..quantized.manifest import MANIFEST, read_manifest
+from ..shapes import ExpertShape
+from .config.settings import BUILTIN_MODEL, TrainSettings
+from .model_sizes import ModelSizes
+
+GIB = 2**30
+# Python, PyTorch, transformers, TRL and their libraries, with one optimizer step done.
+PROGRAM = int(1.0 * GIB)
+CUDA_CONTEXT = int(0.6 * GIB)
+CUDA_ON_HOST = int(1.5 * GIB)  # its libraries, and small pinned buffers
+ASSUMED_GPU = 80 * 10**9  # bytes, to plan for where there is none
+_CHUNKED_ON_CPU = 31  # bytes of a logit of TRL's chunked loss without Triton, in a tile of 4,096 x 32,768 of them
+_ROWS_PER_EXPERT = 20  # the operators pad each expert's rows
+_LAYERS_READ = 2.5  # in the model's dtype while experts are streamed and packed
+
+
+@dataclass
+class Estimate:
+    """Bytes by part, in host and in GPU memory, and what can be done about them."""
+
+    host: dict[str, int] = field(default_factory=dict)
+    gpu: dict[str, int] = field(default_factory=dict)
+    host_free: int | None = None
+    gpu_free: int | None = None
+    advice: list[str] = field(default_factory=list)
+    sizes: ModelSizes | None = None
+    tokens: int = 0
+    shared_backward: bool = False
+    host_total_otherwise: int | None = None  # with the other choice of kt_share_backward_weights, where it was free
+    plan: TierPlan | None = None  # kt_expert_placement=auto, by assumed rates
+    moment: str = ""  # of the GPU's peak
+    budget: MemoryBudget = field(default_factory=MemoryBudget)  # the model outside of its experts, and its steps
+
+    @property
+    def host_total(self) -> int:
+        """Bytes of host memory at the peak."""
+        return sum(self.host.values())
+
+    @property
+    def gpu_total(self) -> int:
+        """Bytes of GPU memory at the peak."""
+        return sum(self.gpu.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether both totals are within what is free; what is not known counts as enough."""
+        host = self.host_free is None or self.host_total <= self.host_free
+        return host and (self.gpu_free is None or self.gpu_total <= self.gpu_free)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: bytes, whole numbers."""
+        return {
+            "host": self.host, "host_total": self.host_total, "host_free": self.host_free,
+            "gpu": self.gpu, "gpu_total": self.gpu_total, "gpu_free": self.gpu_free, "gpu_peak": self.moment,
+            "fits": self.fits, "advice": self.advice, "tokens_per_batch": self.tokens,
+            "shared_backward_weights": self.shared_backward, "host_total_otherwise": self.host_total_otherwise,
+            "assumed_plan": dataclasses.asdict(self.plan) if self.plan else None,
+        }  # fmt: skip
+
+
+def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
+    """The model outside of its experts, and how the run trains it; where LoRA of the experts is remains open."""
+    smoothed = s.run.stage == "sft" and s.trainer.get("label_smoothing_factor")  # TRL takes all logits for it
+    return MemoryBudget(
+        tokens,
+        m.other_parameters * _width(s),
+        m.layers,
+        m.vocabulary,
+        keep_8bit=_streamed_width(s, m) == 1,
+        computed_rank=s.run.lora_rank if m.lora_experts else 0,
+        other_lora=m.lora_others,
+        inner_bytes=m.inner_bytes,
+        loss="full" if smoothed else "chunked",
+        checkpointing=s.checkpointing,
+        offloading=bool(s.trainer.get("activation_offloading")),
+        retain=s.kt.kt_expert_activations == "retain",
+        accumulating=s.trainer.get("gradient_accumulation_steps", 1) > 1,
+    )
+
+
+@dataclass
+class _Placed:
+    """Where experts are, and their LoRA.
+
+    Attributes:
+        tiers: Of the experts.
+        in_host_too: Layers of `tiers.resident_layers` whose weights are in host memory as well.
+        lora_on_gpu: Whether LoRA of the experts is on the GPU.
+    """
+
+    tiers: Tiers = dataclasses.field(default_factory=Tiers)
+    in_host_too: int = 0
+    lora_on_gpu: bool = False
+
+
+def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: int | None, memory: Estimate) -> _Placed:
+    """Where a run on a GPU has its experts; a plan by assumed rates is noted in `memory`."""
+    shape, layers, T, free = shape_of(m), m.expert_layers, memory.tokens, ASSUMED_GPU if gpu_free is None else gpu_free
+    budget, asked, lora = memory.budget, asked_for(s.kt, [shape_of(m)], has_gpu=True), s.kt.kt_moe_lora_device
+
+    def on_gpu(tiers: Tiers) -> bool:
+        left = budget.free_for_experts(free, T, shape)
+        return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, left, budget.keep_8bit).on_gpu
+
+    if asked is not None:
+        return _Placed(asked, 0, on_gpu(asked))
+    with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if lora == "gpu" else 0)
+    rates, room = assumed_rates(shape), with_lora.free_for_experts(free, T, shape)
+    plan = plan_tiers(rates, shape, layers, T, room, keep_8bit=budget.keep_8bit)
+    if is_worth_its_cpu(plan, rates, shape, layers, T):
+        memory.plan = plan
+        return _Placed(plan.tiers, 0, on_gpu(plan.tiers))
+    # All are streamed to begin with, and layers stay on the GPU as there is room.
+    host_room = None if host_free is None else host_free - PROGRAM - CUDA_ON_HOST
+    begin = all_streamed([shape] * layers, host_room, budget.keep_8bit)
+    placed = _Placed(begin, 0, on_gpu(begin))
+    with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if placed.lora_on_gpu else 0)
+    fitting = most_resident_layers(with_lora, shape, layers, T, free - CUDA_CONTEXT, RESERVE)
+    placed.in_host_too = max(0, fitting - begin.resident_layers)
+    placed.tiers = dataclasses.replace(begin, resident_layers=begin.resident_layers + placed.in_host_too)
+    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.keep_8bit)
+    return placed
+
+
+def parts_of(
+    s: TrainSettings, m: ModelSizes, kernel: bool, gpu: bool, host_free: int | None, gpu_free: int | None
+) -> Estimate:
+    """The parts of an `Estimate`; whether they fit, and what to do if not, is left open.
+
+    Args:
+        s: What is to be run.
+        m: Sizes of its model.
+        kernel: Whether kt-kernel's operators compute experts on the CPU, else PyTorch.
+        gpu: Whether all but the experts is on a GPU.
+        host_free: Memory the process may take; None leaves the question open, and backward weights unshared.
+        gpu_free: Likewise of the GPU; None plans for one of 80 GB.
+    """
+    T = _tokens(s)
+    memory = Estimate(sizes=m, tokens=T, budget=_budget(s, m, T))
+    memory.host["program"] = PROGRAM
+    if gpu and s.run.use_kt:
+        placed = _placed(s, m, host_free, gpu_free, memory)
+        budget = dataclasses.replace(memory.budget, lora_rank=s.run.lora_rank if placed.lora_on_gpu else 0)
+        budget = budget if m.lora_experts else dataclasses.replace(budget, lora_rank=0)
+        free = ASSUMED_GPU if gpu_free is None else gpu_free
+        chunk = fitting_chunk(budget, shape_of(m), m.expert_layers, T, placed.tiers, free - CUDA_CONTEXT)
+        peak = gpu_memory(budget, shape_of(m), m.expert_layers, T, placed.tiers, chunk)
+        memory.moment, memory.gpu = peak.moment, {"CUDA": CUDA_CONTEXT} | peak.parts
+        memory.host["CUDA"] = CUDA_ON_HOST
+        _experts_in_host(memory, s, m, kernel, host_free, placed)
+        if budget.offloading:
+            memory.host["activations, moved from the GPU"] = (
+                T * m.layers * (2 * m.hidden if budget.checkpointing else m.inner_bytes)
+            )
+        return memory
+    if s.run.use_kt:
+        _experts_in_host(memory, s, m, kernel, host_free, _Placed())
+    _outside_experts(memory.gpu if gpu else memory.host, s, m, T, gpu)
+    if gpu:
+        memory.gpu["CUDA"], memory.host["CUDA"] = CUDA_CONTEXT, CUDA_ON_HOST
+    _while_reading(memory.host, s, m)
+    return memory
+
+
+def _experts_in_host(
+    memory: Estimate, s: TrainSettings, m: ModelSizes, kernel: bool, host_free: int | None, placed: _Placed
+) -> None:
+    """The experts' weights in host memory, and what they take there in training."""
+    host, tiers, layers = memory.host, placed.tiers, m.expert_layers
+    one = m.expert_parameters // (layers * m.experts)
+    others = layers - tiers.resident_layers
+    streamed = (min(tiers.streamed, m.experts) * others + m.experts * placed.in_host_too) * one
+    on_cpu = tiers.on_cpu(m.experts) * others * one
+    if streamed:
+        host["experts streamed"] = streamed * _streamed_width(s, m)
+    if not kernel:
+        host["experts"] = on_cpu * _width(s)
+    else:
+        packed = int(on_cpu * OPERATORS[backend(s)].bytes_per_weight)
+        memory.shared_backward = _shares(s, packed, host_free, m.other_parameters * _width(s))
+        host["experts packed"] = packed
+        host["backward copies"] = packed // layers if memory.shared_backward else packed
+        larger = on_cpu * _width(s) - packed - host["backward copies"]
+        if not _streams(s) and larger > 0:  # as they were loaded, before the first is packed
+            host["experts before packing"] = larger
+    # The operators' copies (twice) and gradient, or the gradient as it comes from the GPU; then LoRA's master,
+    # gradient and two moments.
+    beside = (6 if kernel else 4) if on_cpu or not streamed else 2
+    parameters = m.lora_experts * (beside if not placed.lora_on_gpu or on_cpu else 0)
+    host["LoRA of experts and its optimizer"] = parameters + (0 if placed.lora_on_gpu else 16 * m.lora_experts)
+    if on_cpu:
+        work = expert_activations(s, m, memory.tokens, kernel)
+        host["activations of experts"] = work * tiers.on_cpu(m.experts) // m.experts
+
+
+def _outside_experts(other: dict[str, int], s: TrainSettings, m: ModelSizes, T: int, gpu: bool) -> None:
+    """The model but for its experts where all of it is in one memory; with them, where they are not kt_hf's."""
+    if not s.run.use_kt:
+        source = m.expert_parameters * _width(s)
+        other["experts"] = source
+        other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
+    other["attention, embeddings and the rest"] = m.other_parameters * _width(s)
+    other["LoRA of the rest and its optimizer"] = m.lora_others * 16
+    other["activations"] = _other_activations(s, m, T)
+    other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)
+    logits, chunked = T * m.vocabulary * 14, s.run.stage == "dpo" or not s.trainer.get("label_smoothing_factor")
+    tile = min(T, 4096) * min(m.vocabulary, 32_768) * (2 if gpu else _CHUNKED_ON_CPU)
+    other["logits and loss"] = tile + 8 * T * m.hidden if chunked else logits
+
+
+def _while_reading(host: dict[str, int], s: TrainSettings, m: ModelSizes) -> None:
+    """What training takes is not there yet while layers are read and packed: the larger of the two counts."""
+    if "experts packed" not in host or not _streams(s):
+        return
+    later = ("LoRA of experts and its optimizer", "activations of experts", "LoRA of the rest and its optimizer",
+             "activations", "keys and values", "logits and loss")  # fmt: skip
+    reading = int(_LAYERS_READ * m.expert_parameters * _width(s) / m.expert_layers)
+    more = reading - sum(host.get(part, 0) for part in later)
+    if more > 0:
+        host["reading and packing"] = more
+
+
+def shape_of(m: ModelSizes) -> ExpertShape:
+    """Sizes of a layer's experts.
+
+    Args:
+        m: Of the model.
+    """
+    return ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate)
+
+
+def _width(s: TrainSettings) -> int:
+    """Bytes of a weight of the model."""
+    return 4 if s.run.torch_dtype == "float32" else 2
+
+
+def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
+    """Bytes of a weight of a streamed expert."""
+    return 1 if m.keep_8bit and _streams(s) else 2
+
+
+def backend(s: TrainSettings) -> str:
+    """Which operators compute, if operators do.
+
+    Args:
+        s: What is to be run.
+    """
+    return s.kt.kt_backend if s.kt.kt_backend in OPERATORS else "AMXBF16"
+
+
+def _streams(s: TrainSettings) -> bool:
+    """Whether experts are read layer by layer; the built-in model is made whole."""
+    return not s.run.model_name_or_path.startswith(BUILTIN_MODEL)
+
+
+def _tokens(s: TrainSettings) -> int:
+    """Tokens of one forward at most."""
+    length = s.trainer.get("max_length", 1024) or 1024
+    batch = s.trainer.get("per_device_train_batch_size", 8)
+    return int(batch * length * (2 if s.run.stage == "dpo" else 1))
+
+
+def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bool:
+    """What `Packer` will decide when the rest of the model has been loaded."""
+    if saved_without_backward(s):
+        return True
+    if s.kt.kt_share_backward_weights is not None:
+        return s.kt.kt_share_backward_weights
+    return shares_backward(copy, None if host_free is None else host_free - PROGRAM - rest - copy)
+
+
+def saved_without_backward(s: TrainSettings) -> bool:
+    """Whether the run takes packed experts from disk that have no weights for backward.
+
+    Args:
+        s: What is to be run.
+    """
+    path = s.kt.kt_weight_path
+    try:
+        return path is not None and not read_manifest(Path(path) / MANIFEST).backward
+    except (OSError, KTAMXError):
+        return False  # on another machine, or refused when the run starts
+
+
+def expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) -> int:
+    """Bytes of host memory that layers keep for backward, and that the CPU works in (shared by all layers).
+
+    Args:
+        s: What is to be run.
+        m: Sizes of its model.
+        T: Tokens of a forward.
+        kernel: Whether kt-kernel's operators compute, else PyTorch.
+    """
+    if s.kt.kt_max_len:
+        T = min(T, s.kt.kt_max_len)
+    rows = T * m.top_k
+    kept_layers = m.expert_layers if s.kt.kt_expert_activations == "retain" or not s.checkpointing else 1
+    kept = rows * (3 * m.intermediate + m.hidden) * 2 + T * m.hidden * 2
+    if s.checkpointing and s.kt.kt_expert_activations == "retain":
+        kept += 2 * T * m.hidden * 2  # input and output, for the recompute
+    if not kernel:
+        work = rows * (4 * m.hidden + 6 * m.intermediate) * 2
+        return kept_layers * kept + work
+    padded = rows + _ROWS_PER_EXPERT * m.experts
+    work = padded * (8 * m.hidden + 12 * m.intermediate) * 2
+    work += m.lora_experts // m.expert_layers * 4 + rows * s.run.lora_rank * 240
+    return kept_layers * kept + work
+
+
+def _other_activations(s: TrainSettings, m: ModelSizes, T: int) -> int:
+    """Hidden states between layers, and inside of layers where nothing is computed again."""
+    inside = T * (12 * m.hidden + 6 * m.attention_width) * 2
+    between = T * m.hidden * 2 * m.layers
+    return between + inside * (1 if s.checkpointing else m.layers)
