@@ -142,7 +142,12 @@ def test_streamed_experts_are_as_the_checkpoint_has_them(model: str, built: list
     assert part.weights.gate_up.dtype == part.weights.down.dtype == torch.float8_e4m3fn
 
 
-def test_auto_is_planned_and_predicted(backend: str, model: str, built: list[Built]) -> None:
+def test_auto_is_planned_and_predicted(
+    backend: str, model: str, built: list[Built], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the CPU may be worth a part; else experts are streamed without a plan."""
+    for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
+        monkeypatch.setattr(packing, name, lambda *_: True)
     result = invoke(model, "--backend", backend, "--placement", "auto", "--tokens", "16", "--json")
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)["rows"]
