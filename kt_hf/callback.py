@@ -20,6 +20,7 @@ from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
+from .placement.assembly import settle_lora_device
 from .placement.record import begin_run, write_run_placement
 from .shapes import PROJECTIONS
 from .system.disk import check_space
@@ -188,7 +189,9 @@ class KTMoECallback(TrainerCallback):
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say what an interrupted run has left in the output folder."""
+        """Say what an interrupted run has left in the output folder, and settle the device of the experts' LoRA."""
+        if kwargs.get("model") is not None and kwargs.get("optimizer") is None:
+            settle_lora_device(kwargs["model"], **step_of(args))
         if args.output_dir:
             tell_interrupted(args.output_dir)
 
@@ -198,6 +201,24 @@ class KTMoECallback(TrainerCallback):
         """Put the checkpoint's manifest and card beside the adapter that is pushed to the hub."""
         if args.output_dir and state.is_world_process_zero:
             publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir))
+
+
+def step_of(args: TrainingArguments) -> dict[str, Any]:
+    """How a trainer with these arguments computes its steps: keyword arguments of `settle_lora_device`.
+
+    TRL's trainers compute the loss by tiles of logits (SFTTrainer's `nll` and DPOTrainer, since TRL 1.16), and DPO's
+    batches are of chosen and rejected answers.
+    """
+    dpo, sft = hasattr(args, "precompute_ref_log_probs"), getattr(args, "loss_type", None) == "nll"
+    length = getattr(args, "max_length", None)
+    tokens = args.per_device_train_batch_size * length * (2 if dpo else 1) if length else None
+    return {
+        "tokens": tokens,
+        "loss": "chunked" if dpo or (sft and not args.label_smoothing_factor) else "full",
+        "checkpointing": args.gradient_checkpointing,
+        "offloading": bool(getattr(args, "activation_offloading", False)),
+        "accumulating": args.gradient_accumulation_steps > 1,
+    }
 
 
 def checkpoint_bytes(args: TrainingArguments, model: Any, optimizer: Any) -> int:

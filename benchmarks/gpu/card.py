@@ -11,7 +11,7 @@ import torch
 from common import free_memory, machine
 from train import peaks, reset_peaks
 
-from kt_hf.placement import calibration, packer, promotion
+from kt_hf.placement import calibration, choice, promotion
 
 GB = 10**9
 
@@ -23,7 +23,7 @@ class Card:
         self.device, self.tiny, self.cap = device, device.type == "cpu", 0.0
         if self.tiny:
             promotion.DeviceMemory = ScriptedMemory  # type: ignore[misc, assignment]
-            calibration.copy_rate = packer.copy_rate = lambda *_: 1e12
+            calibration.copy_rate = choice.copy_rate = lambda *_: 1e12
 
     @property
     def total_gb(self) -> float:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from kt_hf import KTConfig, load_kt_model
 from kt_hf.discovery import by_layer, find_experts, skeleton
-from kt_hf.placement import packer, packer_of
+from kt_hf.placement import choice, packer_of
 from kt_hf.placement.assembly import make_packer, memory_budget
 from kt_hf.placement.tiers import Tiers
 
@@ -123,13 +123,13 @@ class Mover(TrainerCallback):
 
 def load(folder: Path, cell: Cell, sequence: int, streamed: bool = False) -> Any:
     """The model with nothing set; with `streamed` the CPU is not considered."""
-    kept = packer.cpu_may_be_faster
+    kept = choice.cpu_may_be_faster
     if streamed:
-        packer.cpu_may_be_faster = lambda *_: False
+        choice.cpu_may_be_faster = lambda *_: False
     try:
         model = load_kt_model(folder, KTConfig(kt_lora_rank=16), tokens_per_step=cell.batch * sequence)
     finally:
-        packer.cpu_may_be_faster = kept
+        choice.cpu_may_be_faster = kept
     model.config.use_cache = False
     model.spread = Spread(model)
     return model

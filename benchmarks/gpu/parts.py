@@ -26,7 +26,7 @@ from kt_hf.experts import layer as experts
 from kt_hf.experts import runner
 from kt_hf.experts.layer import update_lora
 from kt_hf.placement import calibration as rates
-from kt_hf.placement import packer
+from kt_hf.placement import choice
 
 PARTS = ("operator forward", "operator backward", "wait", "copy in", "copy out", "optimizer", "refresh", "other")
 COUNTED = ("operator forward", "operator backward", "wait", "optimizer", "refresh")
@@ -141,7 +141,7 @@ class Steps:
 @contextlib.contextmanager
 def slower_bus(times: int) -> Iterator[None]:
     """Copies of expert weights take so many times as long, also where the planner measures them: 2 is PCIe 4."""
-    copy, to_gpu, rate = streamer.Streamer._copy, pinned_weights.HostWeights.to_gpu, packer.copy_rate
+    copy, to_gpu, rate = streamer.Streamer._copy, pinned_weights.HostWeights.to_gpu, choice.copy_rate
 
     def repeated(self: Any, source: Tensor, target: Tensor) -> None:
         for _ in range(times):
@@ -159,9 +159,9 @@ def slower_bus(times: int) -> Iterator[None]:
 
     streamer.Streamer._copy = repeated  # type: ignore[method-assign]
     pinned_weights.HostWeights.to_gpu = moved  # type: ignore[method-assign]
-    rates.copy_rate = packer.copy_rate = slower_rate
+    rates.copy_rate = choice.copy_rate = slower_rate
     try:
         yield
     finally:
         streamer.Streamer._copy, pinned_weights.HostWeights.to_gpu = copy, to_gpu  # type: ignore[method-assign]
-        rates.copy_rate = packer.copy_rate = rate
+        rates.copy_rate = choice.copy_rate = rate

@@ -220,6 +220,13 @@ class ExpertProjection(nn.Module, LoraLayer):
             elif owner is not None:
                 holder.to(owner.device)
 
+    def follow_to_gpu(self, device: torch.device) -> None:
+        """Move all adapters' tensors to a GPU, and have them move with the model from now on."""
+        for holder in (*self.lora_A.values(), *self.lora_B.values()):
+            assert isinstance(holder, ExpertLora)
+            holder.follow_to_gpu = True
+            holder.to(device)
+
     @property
     def computed_adapters(self) -> list[str]:
         """Names of the active adapters that have LoRA on this projection; [] while adapters are disabled."""

@@ -144,6 +144,28 @@ def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torc
     return replace(budget, **_STEP.get())
 
 
+def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> None:
+    """Choose the device of the experts' LoRA again, now that a trainer says how steps are computed.
+
+    Only `auto` that has left it on the CPU is asked again: what seemed to lack room may have it, by the loss that is
+    really used. Before an optimizer is made for the parameters.
+
+    Args:
+        model: With adapters, and on the GPU as far as it goes there.
+        tokens: Of a forward in training; None if unknown.
+        **step: Fields of `MemoryBudget`: `loss`, `checkpointing`, `offloading`, `accumulating`.
+    """
+    packer, layers = packer_of(model), kt_layers(model)
+    ranks = [rank for layer in layers for projection in layer.projections for rank in projection.r.values()]
+    if packer is None or not ranks or not packer.lora.left_on_cpu:
+        return
+    config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
+    budget = replace(memory_budget(model, config, tokens or packer.tokens), **step)
+    if packer.lora_again([layer.shape for layer in layers], budget, max(ranks)):
+        for projection in (p for layer in layers for p in layer.projections):
+            projection.follow_to_gpu(packer.gpu_device)
+
+
 def linear_widths(model: nn.Module) -> list[tuple[int, int]]:
     """(inputs, outputs) of each linear layer in the model's layers but those of routed experts and adapters.
 

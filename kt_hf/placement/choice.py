@@ -2,23 +2,96 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..backends.gpu.grouped_mm import aligned
 from ..config import KTConfig
 from ..shapes import ExpertShape, expert_bytes
-from .planner import MachineRates, TierPlan, assumed_rates
-from .tiers import Tiers, is_auto
+from ..system.cpu import ThreadPlan
+from ..system.memory import free_device_memory
+from .calibration import copy_rate, measure_rates
+from .memory_model import MemoryBudget
+from .planner import MachineRates, TierPlan, assumed_rates, plan_tiers
+from .tiers import Tiers, check_tiers, is_auto
+
+logger = logging.getLogger(__name__)
 
 _ASSUMED_WORKERS = 15  # of the machine whose rates are assumed
 # How much faster than assumed the CPU's operators may be: if streaming is faster even so, the CPU is not measured.
 _FASTER = 1.5
 # A part on the CPU cannot be given back, and is in the way of layers that come to the GPU: it has to bring this much.
 _WORTH = 0.7
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What can compute experts.
+
+    Attributes:
+        device: The GPU.
+        threads: The CPU's operators' worker threads.
+        backend: What computes experts on the CPU.
+    """
+
+    device: torch.device
+    threads: ThreadPlan
+    backend: str
+
+
+def where_to_begin(
+    machine: Machine,
+    config: KTConfig,
+    shapes: Sequence[ExpertShape],
+    budget: MemoryBudget,
+    popularity: Sequence[float] = (),
+    host_room: int | None = None,
+) -> tuple[Tiers, TierPlan | None]:
+    """Where experts begin under `auto`: streamed to the GPU, or on the CPU as far as that is much faster by measuring.
+
+    Args:
+        machine: What computes.
+        config: The settings.
+        shapes: Of the model's layers.
+        budget: What must fit on the GPU beside experts; its tokens are known.
+        popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
+        host_room: Bytes of host memory for experts; None if they are there already.
+
+    Returns:
+        The tiers; and the plan they are of, where the CPU was measured and has a part.
+
+    Raises:
+        KTAMXConfigError: Tiers that the settings or the layers do not allow.
+    """
+    reason = unsuitable(machine.device, budget.dtype, shapes)
+    if reason is not None and config.kt_expert_placement is None:
+        logger.info("kt_hf: experts are computed on the CPU, though there is a GPU: %s.", reason)
+        return Tiers(), None
+    tokens, free = budget.tokens or 0, free_device_memory(machine.device)
+    streamed = all_streamed(shapes, host_room, budget.keep_8bit)
+    bus = copy_rate(machine.device)
+    if reason is None and not cpu_may_be_faster(shapes, tokens, bus, machine.threads.workers, machine.backend):
+        logger.info(
+            "kt_hf: experts are streamed to the GPU (%.0f GB/s), and stay there as the run leaves room.", bus / 1e9
+        )
+        return streamed, None
+    shape = max(shapes, key=expert_bytes)
+    shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
+    streaming = reason is None
+    rates = measure_rates(shape, machine.device, machine.threads, machine.backend, tokens)
+    for_experts = budget.free_for_experts(free, tokens, shape)
+    plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.keep_8bit)
+    if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens):
+        logger.info("kt_hf: experts are streamed to the GPU: a part on the CPU would bring too little.")
+        return streamed, None
+    check_tiers(plan.tiers, config, shapes, machine.backend != "torch")
+    logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, plan)
+    return plan.tiers, plan
 
 
 def unsuitable(device: torch.device, dtype: torch.dtype | None, shapes: Sequence[ExpertShape]) -> str | None:

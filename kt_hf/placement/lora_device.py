@@ -95,6 +95,12 @@ class LoraPlace:
         self._shapes, self._tiers, self._budget = list(shapes), tiers, budget
         self._free = budget.free_for_experts(free, tokens, max(shapes, key=expert_bytes))
 
+    @property
+    def left_on_cpu(self) -> bool:
+        """Whether `auto` has left it on the CPU for want of room on the GPU."""
+        chosen = self.chosen
+        return self.asked == "auto" and chosen is not None and chosen.free is not None and not chosen.on_gpu
+
     def on_gpu(self, rank: int) -> bool:
         """Whether LoRA is on the GPU; what `auto` chose is logged once.
 

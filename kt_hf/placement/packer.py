@@ -26,14 +26,13 @@ from ..quantized import PrequantizedExperts
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
-from .calibration import copy_rate, measure_rates
-from .choice import all_streamed, cpu_may_be_faster, is_worth_its_cpu, unsuitable
+from .choice import Machine, where_to_begin
 from .lora_device import LoraPlace
 from .memory_model import MemoryBudget, fitting_chunk
 from .order import Placement
-from .planner import TierPlan, plan_tiers
+from .planner import TierPlan
 from .promotion import Promotion
-from .tiers import Tiers, check_tiers, spread
+from .tiers import Tiers, spread
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LEN = 32_768
@@ -73,6 +72,7 @@ class Packer:
         placement: Which experts go to the GPU first; None for the first ones by number.
         planned: What was expected of the tiers, where they were planned.
         lora: Where the experts' LoRA is.
+        tokens: Of a forward in training, as far as is known.
         keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
@@ -97,7 +97,7 @@ class Packer:
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
-        self.keep_8bit = False
+        self.tokens, self.keep_8bit = _TOKENS, False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -164,7 +164,12 @@ class Packer:
         self.check_placement(layers, placement)
         budget = budget or MemoryBudget()
         if self.tiers is None:
-            self.tiers = self._planned(list(layers.values()), placement, budget)
+            shapes, popularity = list(layers.values()), placement.share if placement else ()
+            machine = Machine(self.gpu_device, self.threads, self.backend)
+            host_room = available_memory() if self.streamed else None
+            tokens = budget.tokens or self.config.kt_max_len or _TOKENS
+            budget_ = replace(self._with_lora(budget), tokens=tokens)
+            self.tiers, self.planned = where_to_begin(machine, self.config, shapes, budget_, popularity, host_room)
             if self.tiers.streamed:
                 self.promotion = Promotion(self.gpu_device, budget.vocabulary)
         tiers, self.keep_8bit = self.tiers, budget.keep_8bit
@@ -177,14 +182,20 @@ class Packer:
         )
         if not tiers.need_gpu:
             return
-        self.placement = placement
-        tokens, free = budget.tokens or self.config.kt_max_len or _TOKENS, free_device_memory(self.gpu_device)
-        shapes, budget = list(layers.values()), self._with_lora(budget)
-        self._chunk_bytes = fitting_chunk(budget, max(shapes, key=expert_bytes), len(shapes), tokens, tiers, free)
-        self.lora.learn(shapes, tiers, budget, tokens, free)
+        self.placement, self.tokens = placement, budget.tokens or self.config.kt_max_len or _TOKENS
+        shapes, budget, free = list(layers.values()), self._with_lora(budget), free_device_memory(self.gpu_device)
+        self._chunk_bytes = fitting_chunk(budget, max(shapes, key=expert_bytes), len(shapes), self.tokens, tiers, free)
+        self.lora.learn(shapes, tiers, budget, self.tokens, free)
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         split = tiers.resident or any(tiers.on_cpu(shape.num_experts) for shape in others)
         logger.info("kt_hf: %s (%s)%s.", tiers, self.gpu_device, f", by {source}" if split else "")
+
+    def lora_again(self, shapes: Sequence[ExpertShape], budget: MemoryBudget, rank: int) -> bool:
+        """Choose once more whether LoRA of this rank is on the GPU, by another budget; see `settle_lora_device`."""
+        budget, free = self._with_lora(budget), free_device_memory(self.gpu_device)
+        self.lora.learn(shapes, self.tiers or _NO_GPU, budget, budget.tokens or self.tokens, free)
+        self.lora.chosen = None
+        return self.lora.on_gpu(rank)
 
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
@@ -199,37 +210,6 @@ class Packer:
         if placement is not None and (self.tiers is None or self.tiers.need_gpu):
             for layer, shape in layers.items():
                 placement.check(layer, shape.num_experts)
-
-    def _planned(self, shapes: list[ExpertShape], placement: Placement | None, budget: MemoryBudget) -> Tiers:
-        """Where experts begin: streamed to the GPU, or on the CPU as far as it is much faster by measured rates."""
-        device = self.gpu_device
-        reason = unsuitable(device, budget.dtype, shapes)
-        if reason is not None and self.config.kt_expert_placement is None:
-            logger.info("kt_hf: experts are computed on the CPU, though there is a GPU: %s.", reason)
-            return Tiers()
-        tokens = budget.tokens or self.config.kt_max_len or _TOKENS
-        free = free_device_memory(device)
-        streamed = all_streamed(shapes, available_memory() if self.streamed else None, budget.keep_8bit)
-        bus = copy_rate(device)
-        if reason is None and not cpu_may_be_faster(shapes, tokens, bus, self.threads.workers, self.backend):
-            logger.info(
-                "kt_hf: experts are streamed to the GPU (%.0f GB/s), and stay there as the run leaves room.", bus / 1e9
-            )
-            return streamed
-        shape = max(shapes, key=expert_bytes)
-        shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
-        streaming = reason is None
-        rates = measure_rates(shape, device, self.threads, self.backend, tokens)
-        for_experts = self._with_lora(budget).free_for_experts(free, tokens, shape)
-        popularity = placement.share if placement else ()
-        plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.keep_8bit)
-        if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens):
-            logger.info("kt_hf: experts are streamed to the GPU: a part on the CPU would bring too little.")
-            return streamed
-        check_tiers(plan.tiers, self.config, shapes, self.backend != "torch")
-        logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, plan)
-        self.planned = plan
-        return plan.tiers
 
     def _with_lora(self, budget: MemoryBudget) -> MemoryBudget:
         """The budget with the experts' LoRA, of the rank that is expected."""

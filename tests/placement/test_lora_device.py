@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import TrainerControl, TrainerState
+from trl import SFTConfig
 
-from kt_hf import KTConfig, apply_kt_moe
+from kt_hf import KTConfig, KTMoECallback, apply_kt_moe
 from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
-from kt_hf.experts.projections import ExpertLora
+from kt_hf.experts.projections import ExpertLora, ExpertProjection
 from kt_hf.placement import packer as packing
+from kt_hf.placement import packer_of
 from kt_hf.placement.lora_device import choose_lora_device
-from kt_hf.placement.memory_model import MemoryBudget
+from kt_hf.placement.memory_model import MemoryBudget, gpu_memory
 from kt_hf.placement.packer import Packer
 from kt_hf.placement.record import write_run_placement
 from kt_hf.placement.tiers import Tiers
@@ -166,3 +169,29 @@ def test_experts_and_lora_on_the_cpu_stay_without_a_word(monkeypatch: pytest.Mon
     one.lora_on_gpu(16)
     write_run_placement(tmp_path, one)
     assert as_before(KTConfig(), tmp_path) == (KTConfig(), [])
+
+
+def test_a_trainer_says_how_it_computes_its_loss(
+    cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All logits have no room beside it, TRL's tiles have: it goes to the GPU before there is an optimizer."""
+    monkeypatch.setattr("kt_hf.placement.choice.copy_rate", lambda _: 1e12)
+    shape = ExpertShape(MIXTRAL.num_experts, MIXTRAL.top_k, MIXTRAL.hidden, MIXTRAL.intermediate)
+    base = MIXTRAL(torch.bfloat16)
+    base.config.vocab_size = 150_000  # nothing is computed
+    budget = MemoryBudget(tokens=4096, layers=2, vocabulary=150_000)
+    free = int(gpu_memory(budget, shape, 2, 4096, Tiers(0, MIXTRAL.num_experts)).total / 0.9)
+    for module in ("packer", "choice"):
+        monkeypatch.setattr(f"kt_hf.placement.{module}.free_device_memory", lambda _: free)
+    model = get_peft_model(apply_kt_moe(base, tokens_per_step=4096), lora_config(MIXTRAL))
+    packer = packer_of(model)
+    assert packer is not None
+    assert packer.lora.left_on_cpu
+    settings_ = {"per_device_train_batch_size": 4, "max_length": 1024, "loss_type": "nll"}
+    seen = []
+    monkeypatch.setattr(ExpertProjection, "follow_to_gpu", lambda self, device: seen.append(device))
+    for more, moved in (({"label_smoothing_factor": 0.1}, 0), ({}, 6)):
+        args = SFTConfig(str(tmp_path), use_cpu=True, report_to=[], bf16=False, **settings_ | more)
+        KTMoECallback().on_init_end(args, TrainerState(), TrainerControl(), model=model, optimizer=None)
+        assert len(seen) == moved
+        assert packer.lora.left_on_cpu == (not moved)

@@ -56,7 +56,7 @@ class Scripted:
 def roomy(monkeypatch: pytest.MonkeyPatch, cpu_for_gpu: None) -> None:
     """Room for all layers; and a CPU that is not worth measuring."""
     monkeypatch.setattr("kt_hf.placement.promotion.DeviceMemory", Scripted)
-    monkeypatch.setattr("kt_hf.placement.packer.copy_rate", lambda _: 1e12)
+    monkeypatch.setattr("kt_hf.placement.choice.copy_rate", lambda _: 1e12)
     monkeypatch.setattr(Scripted, "limit_bytes", 100 * LAYER)
 
 

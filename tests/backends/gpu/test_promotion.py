@@ -38,7 +38,7 @@ def trained(steps: int = 6, **config: Any) -> tuple[list[Tensor], Any]:
 def test_nothing_set_moves_layers_and_results_stay_to_the_bit(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kt_hf.placement.packer.cpu_may_be_faster", lambda *_: False)  # tiny models are
+    monkeypatch.setattr("kt_hf.placement.choice.cpu_may_be_faster", lambda *_: False)  # tiny models are
     with caplog.at_level(logging.INFO, "kt_hf"):
         losses, model = trained(kt_moe_lora_device=where)
     packer = packer_of(model)
