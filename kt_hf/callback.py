@@ -16,6 +16,7 @@ from .backends import CALL_LOCK
 from .backends.buffer_pool import BUFFER_POOL
 from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers, update_lora
+from .monitoring.accumulation import accumulation_advice
 from .monitoring.expert_load import LoadLog
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
@@ -53,6 +54,7 @@ class KTMoECallback(TrainerCallback):
         if adapter is not None and not isinstance(adapter, (str, Path)):
             raise KTAMXConfigError(f"adapter={adapter!r} is no path: give an adapter's folder or safetensors file.")
         self.adapter = adapter
+        self.advises = True  # on gradient accumulation, once
         self._warned_untrained = False
         self._threads: int | None = None
         self.expert_load = LoadLog()
@@ -94,6 +96,9 @@ class KTMoECallback(TrainerCallback):
             start_from(model, self.adapter)
         update_lora(layers)
         self.expert_load.begin(layers)
+        if self.advises and (advice := accumulation_advice(model, args)):
+            self.advises = False
+            logger.info("kt_hf: %s", advice)
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None
         if packer:

@@ -208,6 +208,10 @@ class KTExperts(nn.Module):
         runner.load.zero_()
         return tokens, load
 
+    def forget_recompute(self) -> None:
+        """Let go what a backward that failed, for want of memory perhaps, has left of the layer in memory."""
+        self._runner.forget_recompute()
+
     def update_lora_pointers(self) -> None:
         """Copy the LoRA parameters to the backend, whether or not they look changed.
 

@@ -146,6 +146,10 @@ class ExpertsRunner:
             self._latest = ticket if in_backward() else None
             return result, ticket
 
+    def forget_recompute(self) -> None:
+        """Let go what the latest recompute of checkpointing saved: its backward failed, and will not come."""
+        self._latest = None
+
     def backward(
         self,
         ticket: Ticket,

@@ -41,6 +41,7 @@ class ShowProgress(TrainerCallback):
         self.seconds = 0.0  # in training steps, without evaluation and saving
         self._started = self._shown_seconds = 0.0
         self._shown_tokens = 0
+        self._step_tokens = 0  # of whole steps, without one on trial or one that failed
         self._first_step = 0  # that this run does not do itself
         self._evaluated = 0  # batches of the evaluation that is under way
         self._evaluation_shown = 0.0
@@ -55,6 +56,8 @@ class ShowProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, on terminals alone."""
+        self.close()  # of a training that did not end, and begins once more
+        self.counter.tokens = self._step_tokens
         self._first_step = state.global_step
         if self._first_step:
             self.console.print(f"  going on after step {self._first_step} of {state.max_steps}")
@@ -73,6 +76,7 @@ class ShowProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the step's seconds, and move the bar."""
         self.seconds += time.perf_counter() - self._started
+        self._step_tokens = self.counter.tokens
         if self._bar:
             self._bar.update(self._task, completed=state.global_step, text=f"{self.tokens_per_second:.0f} tokens/s")
 

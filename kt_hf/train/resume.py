@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..system.files import write_json
 from .checkpoints import STATE, SUMMARY, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
 from .config.settings import RunKeys, TrainSettings
+from .folding_rules import Split, record_of, recorded
 from .stopping import checkpoint_of
 
 RECORD = "kt_hf_run.json"
@@ -190,7 +191,12 @@ class KeepRecord(TrainerCallback):
         """Write the record into the checkpoint that was just saved."""
         folder = checkpoint_of(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            write_json(folder / RECORD, json.loads(json.dumps(self.content, default=str)))
+            write_json(folder / RECORD, json.loads(json.dumps(self.content | record_of(args), default=str)))
+
+
+def recorded_split(folder: Path) -> Split | None:
+    """The batches that the run of a checkpoint trained with; None where its record does not say."""
+    return recorded(_read_record(folder))
 
 
 def use_own_kind(optimizer: Any) -> None:
@@ -286,17 +292,18 @@ def _result_is_saved(output_dir: Path, step: int) -> bool:
         return False
 
 
-def train(trainer: Any, resume: Resume | None) -> None:
+def train(trainer: Any, resume: Resume | None, begin: Callable[[Path | None], None]) -> None:
     """Have a trainer train, from a checkpoint or anew.
 
     Args:
         trainer: The run's.
         resume: None for a new run. Without steps left the checkpoint is loaded, and no more.
+        begin: Calls the trainer's `train`, with the folder of a checkpoint or None.
     """
     if resume is not None and not resume.steps_left:
         trainer.add_callback(_TrainNoStep())
     with contextlib.suppress(_Loaded):
-        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+        begin(resume.folder if resume else None)
 
 
 class _Loaded(Exception):

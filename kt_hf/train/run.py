@@ -24,6 +24,7 @@ from .data.rows import training_and_evaluation
 from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .dry_run import try_out
 from .expert_profile import ProfileRun, as_before
+from .folding import Folding
 from .full_disk import full_disks
 from .lock import OutputLock
 from .memory import estimate, in_words
@@ -42,6 +43,7 @@ from .resume import (
     check_settings,
     find_checkpoint,
     record,
+    recorded_split,
     train,
     with_rows,
 )
@@ -142,7 +144,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     stop, progress = StopOnSignal(console), ShowProgress(console, counter)
     with _working(console, "Packing the experts"):
         trainer = _make_trainer(settings, ready, model, peft_config)
-    for callback in (stop, progress, KeepRecord(ready.record)):
+    folding = Folding(trainer, lambda line: _print_notes(console, [line]), lambda: _loraplus(settings, trainer))
+    for callback in (folding, stop, progress, KeepRecord(ready.record)):
         trainer.add_callback(callback)
     rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
     show_start(console, settings, trainer, in_words(ready.memory), *rows)
@@ -151,9 +154,11 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         removed = clear_earlier_run(Path(trainer.args.output_dir))
         if removed:
             console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
+    checkpoint = ready.resume.folder if ready.resume else None
+    folding.decide(recorded_split(checkpoint) if checkpoint else None, resuming=checkpoint is not None)
     try:
         with stop.listening(trainer), full_disks(trainer):
-            train(trainer, ready.resume)
+            train(trainer, ready.resume, folding.train)
             state = trainer.state
             if stop.number is not None and state.global_step < state.max_steps:
                 raise Interrupted(_what_is_left(settings, trainer), stop.number)
@@ -209,6 +214,7 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
     callbacks = [KTMoECallback()] if settings.run.use_kt else []
     for callback in callbacks:  # which would look for checkpoints that are not complete; `find_checkpoint` has done it
         callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
+        callback.advises = False  # `Folding` does what it would advise
     kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
     trainer = kind(
         model,
@@ -219,10 +225,14 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         peft_config=peft_config,
         callbacks=callbacks,
     )
-    if settings.run.loraplus_lr_ratio:
-        use_loraplus(trainer, settings.run.loraplus_lr_ratio)
+    _loraplus(settings, trainer)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
+
+
+def _loraplus(settings: TrainSettings, trainer: Any) -> None:
+    if settings.run.loraplus_lr_ratio:
+        use_loraplus(trainer, settings.run.loraplus_lr_ratio)
 
 
 def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
