@@ -33,6 +33,7 @@ _LEFT_OUT: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "dataloader_persistent_workers": False,
     "dataloader_prefetch_factor": None, "dataset_num_proc": None, "torch_compile": False, "use_liger_kernel": False,
     "precompute_ref_log_probs": False, "auto_find_batch_size": False, "torch_empty_cache_steps": None,
+    "router_aux_loss_coef": None,  # the tiny model has no routers
 }  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def whole_batches(args: Any, written: Split, factor: int, rows: int, pairs: bool
     if args.dataloader_drop_last:
         return rows % larger == rows % batch
     last = rows % written.rows
-    return not pairs or (last % batch == 0 and (last % larger == 0 or last < larger))
+    return not pairs or all(last % size == 0 or last < size for size in (batch, larger))
 
 
 def row_lengths(trainer: Any) -> np.ndarray:
