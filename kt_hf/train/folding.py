@@ -131,6 +131,7 @@ class Folding(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Try the longest rows, once; keep what training starts from."""
+        state.train_batch_size = args.train_batch_size  # a resumed state has that of the checkpoint
         if self._on_trial:
             self._on_trial = False
             self._try(kwargs["train_dataloader"])
