@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import TrainingArguments
 
+from ..experts.layer import kt_layers
 from ..placement import packer_of
 
 
@@ -15,7 +16,9 @@ def streams_experts(model: nn.Module) -> bool:
         model: Any model, or a wrapper of one; False if it is not patched.
     """
     packer = packer_of(model)
-    return packer is not None and packer.tiers is not None and packer.tiers.streamed > 0
+    if packer is None or packer.tiers is None:
+        return False
+    return packer.tiers.streamed > 0 and packer.tiers.resident_layers < len(kt_layers(model))
 
 
 def accumulation_advice(model: nn.Module, args: TrainingArguments) -> str | None:

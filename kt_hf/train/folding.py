@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from ..adapters import check_checkpoint
 from ..errors import KTAMXError
 from ..monitoring.accumulation import streams_experts
+from ..placement import packer_of
 from .folding_rules import Split, draw_rows, over_pairs, padded_tokens, row_lengths, whole_batches, why_not
 from .start_values import StartValues
 from .stopping import checkpoint_of
@@ -227,12 +228,15 @@ class Folding(TrainerCallback):
             self._start.put_back(self._trainer.model)
 
     def _forget(self) -> None:
-        """Let go what a `train` that did not end has left: gradients, the optimizer, what was to be logged."""
+        """Let go what a `train` that did not end has left: gradients, the optimizer, layers on the GPU, sums to log."""
         trainer = self._trainer
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
         trainer.accelerator.free_memory()
         trainer._metrics["train"].clear()
         trainer._total_train_tokens = 0  # as for a process that resumes
+        packer = packer_of(trainer.model)
+        if packer and packer.promotion:
+            packer.promotion.release()
         forget_step(trainer.model)
         self._new_optimizer()
