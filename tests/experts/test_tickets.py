@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kt_hf import KTAMXBackwardError, KTExperts
-from kt_hf.experts.tickets import Retained
+from kt_hf.experts.tickets import Retained, in_backward
 from tests.support.cases import Case
 from tests.support.helpers import MIXTRAL
 from tests.support.layers import LayerInputs, forward, forward_backward, gradients, make_inputs, random_lora, set_lora
@@ -256,3 +260,37 @@ def test_a_recompute_of_any_size_is_recognized(tokens: int, offset: int) -> None
     kept = Retained(placed(x), ids, placed(weights), x.clone())
     assert kept.fits(x.clone(), ids.clone(), weights.clone())
     assert not kept.fits(x.clone(), ids.clone(), weights + 1)
+
+
+def test_what_a_failed_backward_keeps_can_be_forgotten(case: Case) -> None:
+    """A recompute is kept for its backward; where something fails before that, nobody will ask for it."""
+    layer, _, _ = layer_with(case)
+    layer._runner.retain = False
+    x, kept = inputs(case), []
+
+    def computed(hidden: Tensor) -> Tensor:
+        y = layer(hidden, x.ids, x.weights)
+        if in_backward():
+            kept.append(weakref.ref(layer._runner._latest))
+        return Failing.apply(y)
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            ctx.save_for_backward(y)
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            assert len(ctx.saved_tensors) == 1  # which makes the recompute
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    output = checkpoint(computed, x.hidden.detach().requires_grad_(), use_reentrant=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        output.backward(x.grad_output)
+    del output
+    gc.collect()
+    assert [one() is None for one in kept] == [False]
+    layer.forget_recompute()
+    gc.collect()
+    assert [one() is None for one in kept] == [True]
