@@ -6,6 +6,7 @@
     lora    what LoRA of streamed experts costs on the CPU, by part of a step
     products one layer: fused kernels on and off, the grouped product of kt_hf beside PyTorch
     placements  `auto` against other placements, stock and a peer, in parts
+    folding gradient accumulation folded into larger batches, where experts are streamed
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 sys.path.append(str(Path(__file__).parents[1]))
 
+import folding
 import fp8
 import lora
 import placements
@@ -29,7 +31,15 @@ import tiers
 import train
 from common import prepare
 
-COMMANDS = {"train": train, "tiers": tiers, "fp8": fp8, "lora": lora, "placements": placements, "products": products}
+COMMANDS = {
+    "train": train,
+    "tiers": tiers,
+    "fp8": fp8,
+    "lora": lora,
+    "placements": placements,
+    "products": products,
+    "folding": folding,
+}
 
 
 def main() -> None:
