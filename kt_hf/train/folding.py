@@ -233,7 +233,8 @@ class Folding(TrainerCallback):
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
         trainer.accelerator.free_memory()
-        trainer._metrics["train"].clear()
+        for values in trainer._metrics.values():
+            values.clear()
         trainer._total_train_tokens = 0  # as for a process that resumes
         packer = packer_of(trainer.model)
         if packer and packer.promotion:

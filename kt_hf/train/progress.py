@@ -56,6 +56,7 @@ class ShowProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, on terminals alone."""
+        self.evaluation_over()
         self.close()  # of a training that did not end, and begins once more
         self.counter.tokens = self._step_tokens
         self._first_step = state.global_step

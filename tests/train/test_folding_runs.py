@@ -440,3 +440,26 @@ def test_speed_counts_the_run_alone(cpu_for_gpu: None, tmp_path: Path, tiny_mode
     """Not the trial's tokens."""
     runs = runs_in(tmp_path, tiny_model, LONG, **STREAMED | {"max_length": 40})
     assert runs.again()["tokens"] == 3 * 4 * 40
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_does_not_fit_under_auto(
+    cpu_for_gpu: None, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = SFTTrainer.prediction_step
+
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.extend([self.state.global_step] * bool(kt_layers(self.model)))
+        if calls == [2, 4]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "prediction_step", limited)
+    saved = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "val_size": 4}
+    auto = {"kt_backend": "auto", "kt_expert_placement": "auto"}
+    result = run(tmp_path, tiny_model, **saved, **auto, max_steps=6)
+    assert "after step 4, in batches folded to 4 x 1" in result.printed
+    assert "checkpoint-2, with 2 x 2." in result.printed
+    assert [row["step"] for row in result.state["log_history"] if "eval_loss" in row] == [2, 4, 6]
+    assert result.state["train_batch_size"] == 2
