@@ -26,7 +26,7 @@ from ..system.files import write_json
 from .checkpoints import STATE, SUMMARY, checkpoints, is_numbered, numbered, step_in_name
 from .config.read import trainer_config
 from .config.settings import RunKeys, TrainSettings
-from .folding_rules import Split, record_of, recorded
+from .folding_rules import record_of
 from .stopping import checkpoint_of
 
 RECORD = "kt_hf_run.json"
@@ -194,11 +194,6 @@ class KeepRecord(TrainerCallback):
             write_json(folder / RECORD, json.loads(json.dumps(self.content | record_of(args), default=str)))
 
 
-def recorded_split(folder: Path) -> Split | None:
-    """The batches that the run of a checkpoint trained with; None where its record does not say."""
-    return recorded(_read_record(folder))
-
-
 def use_own_kind(optimizer: Any) -> None:
     """Have an optimizer compute as it was made to (fused, foreach or neither), not as the state that was loaded was.
 
@@ -228,7 +223,7 @@ def check_settings(resume: Resume, now: dict[str, Any]) -> list[str]:
     Raises:
         KTAMXConfigError: One differs that decides what is trained, naming it and both values.
     """
-    before = _read_record(resume.folder)
+    before = read_record(resume.folder)
     anew = _ANEW.format(folder=resume.folder)
     old, new = before["settings"], json.loads(json.dumps(now["settings"], default=str))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -321,7 +316,7 @@ def check_rows(resume: Resume, now: dict[str, Any]) -> None:
     Raises:
         KTAMXConfigError: They are not the same, or come in another order.
     """
-    before = _read_record(resume.folder)
+    before = read_record(resume.folder)
     if before.get("data") not in (None, now["data"]):
         raise KTAMXConfigError(
             f"dataset: its {now['rows']} rows are not the {before.get('rows')} that {resume.folder} was trained on, so "
@@ -333,7 +328,7 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
     return "the default" if settings.get(key) is None else repr(settings[key])[:80]
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """The record; what adapter_config.json tells for a checkpoint of another program, which has none."""
     path = folder / RECORD
     try:

@@ -25,6 +25,7 @@ from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .dry_run import try_out
 from .expert_profile import ProfileRun, as_before
 from .folding import Folding
+from .folding_rules import recorded
 from .full_disk import full_disks
 from .lock import OutputLock
 from .memory import estimate, in_words
@@ -42,8 +43,8 @@ from .resume import (
     check_rows,
     check_settings,
     find_checkpoint,
+    read_record,
     record,
-    recorded_split,
     train,
     with_rows,
 )
@@ -155,7 +156,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         if removed:
             console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
     checkpoint = ready.resume.folder if ready.resume else None
-    folding.decide(recorded_split(checkpoint) if checkpoint else None, resuming=checkpoint is not None)
+    folding.decide(recorded(read_record(checkpoint)) if checkpoint else None, resuming=checkpoint is not None)
     try:
         with stop.listening(trainer), full_disks(trainer):
             train(trainer, ready.resume, folding.train)
