@@ -144,11 +144,11 @@ def trainer_for(
     trainer = SFTTrainer(
         model, SFTConfig(**arguments | settings), data_collator=tokens, train_dataset=rows,
         eval_dataset=evaluation if evaluated else None, processing_class=_tokenizer(),
-        peft_config=lora(model, patched) if adapt else None,
+        peft_config=lora(model, patched) if adapt else None, callbacks=[KTMoECallback()] if patched else [],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.timer = Timer(card, trainer.model)
-    for callback in (*([KTMoECallback()] if patched else []), *callbacks, trainer.timer):
+    for callback in (*callbacks, trainer.timer):
         trainer.add_callback(callback)
     return trainer
 

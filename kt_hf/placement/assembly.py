@@ -160,7 +160,7 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     if packer is None or not ranks or not packer.lora.left_on_cpu:
         return
     config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
-    budget = replace(memory_budget(model, config, tokens or packer.tokens), **step)
+    budget = replace(memory_budget(model, config, max(tokens or 0, packer.tokens)), **step)
     if packer.lora_again([layer.shape for layer in layers], budget, max(ranks)):
         for projection in (p for layer in layers for p in layer.projections):
             projection.follow_to_gpu(packer.gpu_device)
