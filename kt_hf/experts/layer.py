@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -325,30 +325,3 @@ def update_lora(layers: Sequence[KTExperts]) -> None:
     finally:
         for layer in begun:
             layer._runner.finish_load()
-
-
-class LoraParamsView(Mapping[int, dict[str, nn.Parameter]]):
-    """`model._kt_moe_lora_params`: layer index -> name -> Parameter, following the adapters; {} before the first."""
-
-    def __init__(self, layers: list[KTExperts]) -> None:
-        self._layers = layers
-
-    def _current(self) -> dict[int, dict[str, nn.Parameter]]:
-        return {layer.layer_idx: params for layer in self._layers if (params := layer.lora_params)}
-
-    def __getitem__(self, layer: int) -> dict[str, nn.Parameter]:
-        return self._current()[layer]
-
-    def __iter__(self) -> Any:
-        return iter(self._current())
-
-    def __len__(self) -> int:
-        return len(self._current())
-
-    def __repr__(self) -> str:
-        return repr(self._current())
-
-    def __eq__(self, other: object) -> bool:
-        return self._current() == other
-
-    __hash__ = None  # type: ignore[assignment]
