@@ -35,7 +35,8 @@ def make_config(family: str, shape: str, layers: int) -> Any:
         sizes = {name: TINY.get(name, value) for name, value in real.items()} if shape == "tiny" else real
         if shape == "tiny" and family == "qwen3_30b":
             sizes = sizes | {"num_experts": 16, "num_experts_per_tok": 4}
-        config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"])
+        config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"],
+                                router_aux_loss_coef=0.0)  # fmt: skip  # TRL's auxiliary loss does not generate
     else:
         config = AutoConfig.from_pretrained(CONFIG)
         config.num_hidden_layers = layers

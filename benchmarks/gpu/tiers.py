@@ -25,8 +25,8 @@ from models import adapted, make_config, make_model, set_checkpointing, start_ag
 from parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 
 from kt_hf import KTConfig, apply_kt_moe
+from kt_hf.placement import choice as choosing
 from kt_hf.placement import memory_model, planner
-from kt_hf.placement import packer as packing
 from kt_hf.placement.planner import MachineRates, predicted
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import expert_bytes
@@ -35,7 +35,7 @@ TierPlan = tuple[int, int]  # resident, streamed
 
 
 class Planned:
-    """What the planner measured and chose last."""
+    """What the planner measured and chose last; it is asked where streaming everything would clearly win too."""
 
     rates: MachineRates
     shape: Any
@@ -43,18 +43,21 @@ class Planned:
     choice: Any
 
     def __enter__(self) -> Planned:
-        self._kept = packing.plan_tiers
+        self._kept = choosing.plan_tiers
+        self._asked = choosing.cpu_may_be_faster, choosing.is_worth_its_cpu
+        choosing.cpu_may_be_faster = choosing.is_worth_its_cpu = lambda *_: True
 
         def watched(rates: MachineRates, shape: Any, layers: int, tokens: int, room: int, *rest: Any) -> Any:
             self.rates, self.shape, self.room = rates, shape, room
             self.choice = self._kept(rates, shape, layers, tokens, room, *rest)
             return self.choice
 
-        packing.plan_tiers = watched
+        choosing.plan_tiers = watched
         return self
 
     def __exit__(self, *_: object) -> None:
-        packing.plan_tiers = self._kept
+        choosing.plan_tiers = self._kept
+        choosing.cpu_may_be_faster, choosing.is_worth_its_cpu = self._asked
 
 
 def build(given: argparse.Namespace, where: Any, tokens: int, device: torch.device) -> Any:

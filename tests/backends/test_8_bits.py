@@ -46,7 +46,7 @@ BACKENDS = ["torch", pytest.param("AMXBF16", marks=KERNEL_MARKS)]
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two experts, used where they are or copied through buffers as on a GPU."""
     size, original = 2 * 3 * V3.hidden * V3.intermediate * 2, streamer.Streamer
-    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, size, copies=request.param))
+    monkeypatch.setattr(packing, "Streamer", lambda device, *_: original(device, size, copies=request.param))
 
 
 def loaded(folder: Path, backend: str, tiers: dict[str, int], **more: Any) -> Any:

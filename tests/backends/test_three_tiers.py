@@ -43,7 +43,7 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Chunks of two experts, copied through buffers as on a GPU, or used where they are."""
     size, original = 2 * 3 * MIXTRAL.hidden * MIXTRAL.intermediate * 2, streamer.Streamer
     copies = getattr(request, "param", True)
-    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, size, copies=copies))
+    monkeypatch.setattr(packing, "Streamer", lambda device, *_: original(device, size, copies=copies))
 
 
 both_ways = pytest.mark.parametrize("small_chunks", [False, True], ids=["in place", "copied"], indirect=True)

@@ -12,7 +12,7 @@ import pytest
 from peft import get_peft_model
 
 from kt_hf import KTMoECallback, apply_kt_moe
-from kt_hf.placement import packer as packing
+from kt_hf.placement import choice
 from kt_hf.placement.planner import TierPlan
 from tests.support.cases import TORCH_BF16, make_config
 from tests.support.helpers import MIXTRAL
@@ -37,10 +37,10 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture, placement: object, **
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "plan_tiers", lambda *_: TierPlan(2, 3, 3, 1.0, 0.1, 0.2, 0.3))
-    monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    monkeypatch.setattr(choice, "plan_tiers", lambda *_: TierPlan(2, 3, 3, 1.0, 0.1, 0.2, 0.3))
+    monkeypatch.setattr(choice, "measure_rates", lambda *_: None)
     for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
-        monkeypatch.setattr(packing, name, lambda *_: True)
+        monkeypatch.setattr(choice, name, lambda *_: True)
 
 
 @pytest.mark.usefixtures("planned")
@@ -76,8 +76,8 @@ def test_the_callback_keeps_no_expert_alive(tmp_path: Path) -> None:
 def test_everything_stays_on_the_cpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "plan_tiers", lambda *_: TierPlan(0, 0, 8, 1.0, 0.0, 0.2, 0.0))
-    monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    monkeypatch.setattr(choice, "plan_tiers", lambda *_: TierPlan(0, 0, 8, 1.0, 0.0, 0.2, 0.0))
+    monkeypatch.setattr(choice, "measure_rates", lambda *_: None)
     for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
-        monkeypatch.setattr(packing, name, lambda *_: True)
+        monkeypatch.setattr(choice, name, lambda *_: True)
     assert told(tmp_path, caplog, "auto") == []

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from kt_hf import apply_kt_moe
 from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
-from kt_hf.placement import Placement
-from kt_hf.placement import packer as packing
+from kt_hf.placement import Placement, choice
 from kt_hf.placement.calibration import fitted, measure_rates
 from kt_hf.placement.expert_memory import LEAST_CHUNK, chunk_bytes, resident_extra
 from kt_hf.placement.planner import (
@@ -263,10 +262,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(args)
         return TierPlan(2, 3, 3, 1.0, 0.1, 0.2, 0.3)
 
-    monkeypatch.setattr(packing, "plan_tiers", plan_seen)
-    monkeypatch.setattr(packing, "measure_rates", lambda *_: RATES)
+    monkeypatch.setattr(choice, "plan_tiers", plan_seen)
+    monkeypatch.setattr(choice, "measure_rates", lambda *_: RATES)
     for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
-        monkeypatch.setattr(packing, name, lambda *_: True)
+        monkeypatch.setattr(choice, name, lambda *_: True)
     return seen
 
 

@@ -19,6 +19,7 @@ from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.tiered import TieredBackend
 from kt_hf.cli import app
 from kt_hf.errors import KTAMXError
+from kt_hf.placement import choice
 from kt_hf.placement import packer as packing
 from kt_hf.placement.planner import TierPlan
 from kt_hf.tools import bench
@@ -147,7 +148,7 @@ def test_auto_is_planned_and_predicted(
 ) -> None:
     """Where the CPU may be worth a part; else experts are streamed without a plan."""
     for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
-        monkeypatch.setattr(packing, name, lambda *_: True)
+        monkeypatch.setattr(choice, name, lambda *_: True)
     result = invoke(model, "--backend", backend, "--placement", "auto", "--tokens", "16", "--json")
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)["rows"]
@@ -175,10 +176,10 @@ def test_auto_goes_with_the_tokens(cpu_for_gpu: None, monkeypatch: pytest.Monkey
         return backend
 
     original = packing.Packer.build
-    monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    monkeypatch.setattr(choice, "measure_rates", lambda *_: None)
     for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
-        monkeypatch.setattr(packing, name, lambda *_: True)
-    monkeypatch.setattr(packing, "plan_tiers", plan)
+        monkeypatch.setattr(choice, name, lambda *_: True)
+    monkeypatch.setattr(choice, "plan_tiers", plan)
     monkeypatch.setattr(packing.Packer, "build", pack)
     rows = bench.measure_here(asked("torch", [4, 16, 64], "auto"))
     assert seen == [(LAYERS, 4), (LAYERS, 16), (LAYERS, 64)]

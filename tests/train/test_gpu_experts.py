@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kt_hf import KTAMXConfigError, count_experts, read_placement
-from kt_hf.placement import PLACEMENT
+from kt_hf.placement import PLACEMENT, choice
 from kt_hf.placement import packer as packing
 from kt_hf.placement.planner import TierPlan
 from kt_hf.train.config.read import read_arguments
@@ -113,10 +113,10 @@ def test_three_tiers_and_a_resume_under_others(
     content = json.loads((tmp_path / "out/checkpoint-1" / PLACEMENT).read_text())
     assert (content["resident"], content["streamed"]) == (1, 1)
     seen = []
-    monkeypatch.setattr(packing, "measure_rates", lambda *_: None)
+    monkeypatch.setattr(choice, "measure_rates", lambda *_: None)
     for name in ("cpu_may_be_faster", "is_worth_its_cpu"):
-        monkeypatch.setattr(packing, name, lambda *_: True)
-    monkeypatch.setattr(packing, "plan_tiers", lambda *a: (seen.append(a), TierPlan(0, 2, 2, 1, 1, 1, 1))[1])
+        monkeypatch.setattr(choice, name, lambda *_: True)
+    monkeypatch.setattr(choice, "plan_tiers", lambda *a: (seen.append(a), TierPlan(0, 2, 2, 1, 1, 1, 1))[1])
     more = ("max_steps=2", "resume_from_checkpoint=true", "kt_expert_placement=auto")
     trained(tmp_path, model, ROWS, *more, "max_length=40", "per_device_train_batch_size=2", *keys)
     assert seen[0][3] == 80

@@ -127,7 +127,7 @@ def test_load_kt_model(
 ) -> None:
     """An FP8 checkpoint trains as one of the same weights in bf16, checkpointing on, several steps."""
     original = streamer.Streamer
-    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, 2 * ONE))
+    monkeypatch.setattr(packing, "Streamer", lambda device, *_: original(device, 2 * ONE))
     found = {}
     for folder in both(tmp_path, (32, 16), "fp8"):
         config = make_config(backend, kt_expert_placement=tiers, kt_lora_rank=8, kt_moe_lora_device=where)

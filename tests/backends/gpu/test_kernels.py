@@ -10,7 +10,10 @@ if not torch.cuda.is_available():
 
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_product, kernels
+from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.resident import GroupedBackend
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.shapes import ExpertShape
 from tests.backends import kernel_cases
 from tests.backends.kernel_cases import *  # noqa: F403
@@ -56,6 +59,26 @@ def test_all_ways_agree_on_large_sizes(tokens: int, monkeypatch: pytest.MonkeyPa
         for i, (value, wanted) in enumerate(zip(found[way], found["PyTorch"], strict=True)):
             few = i == 2 and tokens == 1  # four sums of 704 terms that cancel: PyTorch rounds them to bf16 on the way
             assert relative_error(value.float(), wanted.float()) < (0.1 if few else 8e-3), (way, i)
+
+
+@pytest.mark.parametrize("tokens", [100, 4000])
+@pytest.mark.parametrize("way", ["PyTorch", "fused", "own"])
+def test_a_layer_at_once_and_in_chunks_is_the_same_to_the_bit(
+    way: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, way)
+    whole, x = backend(), inputs(tokens)
+    host = HostWeights.copied(ExpertWeights(whole.weights.gate_up.cpu(), whole.weights.down.cpu()), range(32))
+    one = StreamedBackend(host, SHAPE, Streamer(DEVICE, chunk_bytes=5 * 3 * 2 * 1024 * 704))
+    one.set_lora(tuple(drawn(*size, seed=7 + i, scale=0.03) for i, size in enumerate(SHAPE.lora_shapes(16))))
+    results = []
+    for layer in (whole, one):
+        out, saved = layer.forward(*x, save=True)
+        assert saved is not None
+        grads = layer.backward(saved, x[0])
+        results.append([out, grads.hidden_states, grads.top_k_weights, *grads.lora])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(a, b), i
 
 
 @pytest.mark.parametrize("way", ["fused", "own"])

@@ -39,7 +39,7 @@ SLEEP = 2_000_000  # cycles: about a millisecond
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     original = streamer.Streamer
-    monkeypatch.setattr(packing, "Streamer", lambda device: original(device, 2 * ONE))
+    monkeypatch.setattr(packing, "Streamer", lambda device, *_: original(device, 2 * ONE))
 
 
 @pytest.fixture
