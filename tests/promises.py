@@ -18,7 +18,7 @@ FAILURES: dict[str, Tests] = {
         "test_patch.py::test_no_hooks_of_a_device_map_are_left",
         "test_patch.py::test_offloaded_weights_are_refused",
     ),
-    "gpu-experts-none": ("test_patch.py::test_no_number_of_gpu_experts_is_none_of_them",),
+    "gpu-experts-none": ("test_patch.py::test_no_number_of_gpu_experts_is_not_set",),
     "threads-none": (
         "test_patch.py::test_threads_are_planned_or_clamped",
         "test_patch.py::test_no_threads_are_refused",

@@ -28,8 +28,10 @@ def accumulation_advice(model: nn.Module, args: TrainingArguments) -> str | None
         model: The trainer's.
         args: The trainer's.
     """
+    if not streams_experts(model):
+        return None
     steps, batch = args.gradient_accumulation_steps, args.per_device_train_batch_size
-    if steps < 2 or not streams_experts(model):
+    if steps < 2:
         return None
     return (
         f"gradient_accumulation_steps={steps} copies the streamed experts to the GPU {steps} times a step: "

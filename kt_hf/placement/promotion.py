@@ -67,6 +67,7 @@ class Promotion:
         self._order: list[StreamedBackend] = []
         self._rank = 0
         self._told = 0  # the most layers held so far, as the log says
+        self._told_back = False  # whether it says that all were given back
         self._steps = StepTimes()
         _PROMOTIONS.add(self)
         watch_first_steps()
@@ -180,8 +181,9 @@ class Promotion:
         assert self.controller is not None
         held, total = self.controller.held, len(self._layers)
         size = sum(layer.weights.nbytes for layer in self._ordered()[:held])
-        level = logging.INFO if held > self._told or (held == 0 < self._told) else logging.DEBUG
-        self._told = max(held, self._told)
+        news = held > self._told or (held == 0 and not self._told_back)
+        level = logging.INFO if news else logging.DEBUG
+        self._told, self._told_back = max(held, self._told), self._told_back or held == 0
         logger.log(
             level,
             "kt_hf: %d of %d layers of experts are on the GPU now (%.1f GB of %.1f), the others streamed to it.",

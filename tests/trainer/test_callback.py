@@ -52,7 +52,7 @@ def test_run_that_would_save_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def begin(model: nn.Module, callback: KTMoECallback | None = None, **arguments: Any) -> None:
-    args = SimpleNamespace(**{"n_gpu": 0, "world_size": 1, "output_dir": "out", **arguments})
+    args = SimpleNamespace(**{"n_gpu": 0, "world_size": 1, "output_dir": "out", "full_determinism": False, **arguments})
     (callback or KTMoECallback()).on_train_begin(args, TrainerState(), TrainerControl(), model=model)
 
 
