@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from ..backends import shape_problem
+from ..errors import KTAMXConfigError
 from .config.settings import TrainSettings
 from .memory_parts import GIB, Estimate, backend, expert_activations, parts_of, saved_without_backward, shape_of
 from .model_sizes import ModelSizes
+
+_FAR = 1.25
 
 
 def estimate(
@@ -26,8 +29,34 @@ def estimate(
     memory = parts_of(settings, sizes, kernel, gpu, host_free, gpu_free)
     memory.host_free, memory.gpu_free = host_free, gpu_free if gpu else None
     memory.host_total_otherwise = _otherwise(settings, sizes, kernel, gpu, gpu_free, memory)
-    memory.advice = [] if memory.fits else _advice(settings, memory, kernel)
+    fitting = None if memory.fits or not gpu else _fitting_batch(settings, sizes, kernel, gpu_free)
+    memory.advice = [] if memory.fits else _advice(settings, memory, kernel, fitting)
     return memory
+
+
+def check_gpu(memory: Estimate) -> None:
+    """Refuse a run for which the GPU is too small by far, wherever experts are.
+
+    Estimates are within a tenth of what was measured; a quarter more than there is runs out of memory.
+
+    Args:
+        memory: Of the run.
+
+    Raises:
+        KTAMXConfigError: Naming what is needed, what is there, and what would fit.
+    """
+    if memory.gpu_free is not None and memory.gpu_total > _FAR * memory.gpu_free:
+        raise KTAMXConfigError(f"The GPU is too small for this run ({in_words(memory)}): {'; '.join(memory.advice)}.")
+
+
+def _fitting_batch(s: TrainSettings, m: ModelSizes, kernel: bool, gpu_free: int | None) -> int | None:
+    """The first of a half of the batch, a quarter and so on that fits on the GPU; None if none does."""
+    batch = s.trainer.get("per_device_train_batch_size", 8)
+    while (batch := batch // 2) > 0:
+        smaller = dataclasses.replace(s, trainer={**s.trainer, "per_device_train_batch_size": batch})
+        if gpu_free is not None and parts_of(smaller, m, kernel, True, None, gpu_free).gpu_total <= gpu_free:
+            return batch
+    return None
 
 
 def _otherwise(
@@ -59,8 +88,11 @@ def _quantized_advice(s: TrainSettings, e: Estimate) -> str | None:
     return f"kt_backend: AMXInt8 saves {saved / GIB:.1f} GiB of host memory (experts quantised, a few percent of error)"
 
 
-def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
-    """Settings that would save memory where it is short, the most harmless first."""
+def _advice(s: TrainSettings, e: Estimate, kernel: bool, fitting: int | None) -> list[str]:
+    """Settings that would save memory where it is short, the most harmless first.
+
+    `fitting` is a smaller batch that the GPU has room for, None if it has for none or is not short.
+    """
     advice = []
     host_short = e.host_free is not None and e.host_total > e.host_free
     if host_short and kernel and s.run.use_kt:
@@ -78,7 +110,9 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool) -> list[str]:
     if not s.checkpointing:
         advice.append("gradient checkpointing (leave out disable_gradient_checkpointing) saves activations")
     batch = s.trainer.get("per_device_train_batch_size", 8)
-    if batch > 1:
+    if fitting is not None:
+        advice.insert(0, f"per_device_train_batch_size: {fitting} fits on the GPU")
+    elif batch > 1:
         advice.append(f"per_device_train_batch_size: 1, gradient_accumulation_steps: {batch} times as many")
     advice.append("a smaller cutoff_len saves activations and logits, a smaller lora_rank the optimizer")
     if host_short and s.run.use_kt and e.host_free is not None:

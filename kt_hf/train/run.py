@@ -28,7 +28,7 @@ from .folding import Folding
 from .folding_rules import recorded
 from .full_disk import full_disks
 from .lock import OutputLock
-from .memory import estimate, in_words
+from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
 from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
@@ -107,6 +107,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     check_targets(outline, keys)
     rank, notes = check_start(keys, outline)
     memory = _before_loading(settings, config, outline)
+    check_gpu(memory)
     _print_notes(console, notes + check_weights(keys, config))
     options = _trainer_options(settings, len(train_rows.rows))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)

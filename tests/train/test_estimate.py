@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
+from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, kt_lora_config
 from kt_hf.quantized import Manifest
 from kt_hf.train.config.settings import RunKeys, TrainSettings
 from kt_hf.train.hub import sizes_of
-from kt_hf.train.memory import estimate
+from kt_hf.train.memory import check_gpu, estimate
 from kt_hf.train.memory_parts import Estimate
 from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
@@ -222,3 +222,19 @@ def test_measured_peaks_are_within_15_percent() -> None:
     assert len(rows) >= 3
     for row in rows:
         assert abs(float(row["estimated_gib"]) / float(row["measured_gib"]) - 1) < 0.15, row
+
+
+def test_a_gpu_that_is_too_small_by_far_is_refused_with_the_batch_that_fits() -> None:
+    one, eight = (made(CPU, gpu=True, per_device_train_batch_size=batch).gpu_total for batch in (1, 8))
+    assert one < 0.7 * eight
+    free = int(1.05 * one)
+    short = made(CPU, gpu=True, gpu_free=free, per_device_train_batch_size=8)
+    fitting = int(short.advice[0].removeprefix("per_device_train_batch_size: ").split()[0])
+    assert fitting in (1, 2, 4)
+    assert made(CPU, gpu=True, gpu_free=free, per_device_train_batch_size=fitting).fits
+    assert not made(CPU, gpu=True, gpu_free=free, per_device_train_batch_size=2 * fitting).fits
+    with pytest.raises(KTAMXConfigError, match=rf"too small for this run.*train_batch_size: {fitting} fits"):
+        check_gpu(short)
+    check_gpu(made(CPU, gpu=True, gpu_free=int(0.9 * eight), per_device_train_batch_size=8))  # a note is enough
+    nothing = made(CPU, gpu=True, gpu_free=2**29, per_device_train_batch_size=8)
+    assert not any("fits on the GPU" in line for line in nothing.advice)
