@@ -101,9 +101,10 @@ class KTMoECallback(TrainerCallback):
             logger.info("kt_hf: %s", advice)
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None
-        if packer:
+        if packer and packer.promotion:
             resumed = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" if state.global_step else None
-            begin_run(packer, resumed, fixed=args.full_determinism)
+            elsewhere = args.use_cpu and packer.gpu_device.type != "cpu"  # the GPU is not this trainer's
+            begin_run(packer, resumed, _computed_as(args, model), fixed=args.full_determinism or elsewhere)
         most, before = layers[0].backend.torch_threads, torch.get_num_threads()
         if most is not None and most < before and next(model.parameters()).device.type == "cpu":
             # The rest of the model is on the CPU too: PyTorch leaves a core to the operators' idle workers.
@@ -155,8 +156,10 @@ class KTMoECallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refresh the operators' copies, and give back buffers and PyTorch's threads."""
+        """Refresh the operators' copies, and give back buffers, layers on the GPU and PyTorch's threads."""
         layers = kt_layers(kwargs["model"])
+        if (packer := packer_of(kwargs["model"])) and packer.promotion:
+            packer.promotion.release()
         update_lora(layers)
         with CALL_LOCK:
             BUFFER_POOL.release()
@@ -189,13 +192,14 @@ class KTMoECallback(TrainerCallback):
         for file in [folder / ADAPTER, *folder.glob(f"*/{ADAPTER}")]:
             if file.exists():
                 verify_adapter(file.parent)
-        if (packer := packer_of(kwargs["model"])) and packer.promotion:
-            write_run_placement(folder, packer)
+        packer = packer_of(kwargs["model"])
+        if packer and packer.tiers and packer.tiers.need_gpu:
+            write_run_placement(folder, packer, _computed_as(args, kwargs["model"]))
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say what an interrupted run has left in the output folder, and settle the device of the experts' LoRA."""
-        if kwargs.get("model") is not None and kwargs.get("optimizer") is None:
+        if kwargs.get("model") is not None and kwargs.get("optimizer") is None and not args.use_cpu:
             settle_lora_device(kwargs["model"], **step_of(args))
         if args.output_dir:
             tell_interrupted(args.output_dir)
@@ -224,6 +228,13 @@ def step_of(args: TrainingArguments) -> dict[str, Any]:
         "offloading": bool(getattr(args, "activation_offloading", False)),
         "accumulating": args.gradient_accumulation_steps > 1,
     }
+
+
+def _computed_as(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
+    """What decides how much memory a step takes, in plain values, for a checkpoint's record."""
+    config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
+    attention = str(getattr(config, "_attn_implementation", ""))
+    return {**step_of(args), "attention": attention, "liger": bool(args.use_liger_kernel)}
 
 
 def checkpoint_bytes(args: TrainingArguments, model: Any, optimizer: Any) -> int:

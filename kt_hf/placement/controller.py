@@ -6,8 +6,13 @@ step, an evaluation's metrics. What a pass takes outside of the layers that stay
 can be learned while all of them are streamed.
 
 A kind of pass that has not been seen, or not to its end (an optimizer makes its state in its first step), gets all the
-memory there is. A longer pass than any seen is expected to take more in proportion. A layer that is computed at once
-takes more beside its weights than one that comes in chunks: until that has been seen, a bound of it is left free.
+memory there is, and so does a longer pass than any seen: attention may take more than in proportion. A layer that is
+computed at once takes more beside its weights than one that comes in chunks: until that has been seen, a bound of it is
+left free.
+
+Of training the passes between two steps of an optimizer belong together: the backward of one may come behind the
+forward of another (DPO computes the policy, then the reference, then the policy's backward). A length counts as seen
+when the optimizer has stepped behind such a pass, and layers come to the GPU behind a step alone.
 """
 
 from __future__ import annotations
@@ -23,7 +28,6 @@ RESERVE = 0.04
 # Layers come back only if there is this much room beyond the reserve, so that they do not come and go.
 _SLACK = 0.01
 _ANY = 2**62  # tokens, before the first pass
-_LONGER = 1.1  # what a longer pass takes, by proportion, and a tenth more
 _LOGITS_WIDTH = 14  # bytes of a logit and its loss (bf16, fp32 twice, a gradient): an evaluation may make all of them
 
 
@@ -46,7 +50,7 @@ class Pass:
         """Passes of a kind take memory by their tokens.
 
         In training mode gradients make no difference: a forward that checkpointing computes again may have none, and
-        DPO's reference comes before the policy.
+        so has DPO's reference.
         """
         if self.training:
             return "training"
@@ -87,10 +91,8 @@ class Most:
         self.tokens, self.size = max(self.tokens, tokens), max(self.size, size)
 
     def expected(self, tokens: int) -> float:
-        """What a pass of so many tokens takes at most; one longer than any, in proportion and a tenth more."""
-        if tokens <= self.tokens:
-            return self.size
-        return self.size * _LONGER * tokens / self.tokens if self.tokens else math.inf
+        """What a pass of so many tokens takes at most; of one longer than any nothing is known."""
+        return self.size if tokens <= self.tokens else math.inf
 
 
 @dataclass
@@ -211,17 +213,27 @@ class Controller:
         self._learn(reading)
         seen = self.seen.setdefault(now.kind, Seen(reading.optimizer_steps))
         held = self._allowed(now, before, reading, seen)
+        last = self._open
+        if last and last.now.kind == now.kind != "evaluation" and last.optimizer_steps == reading.optimizer_steps:
+            held = min(held, self.held)
         taken = seen.held if held else seen.streamed
         known = seen.whole and now.tokens <= taken.beyond.tokens and (taken.cycle.tokens or now.kind == "evaluation")
-        same = self._open is not None and self._open.now.kind == now.kind and held == self.held
+        same = last is not None and last.now.kind == now.kind and held == self.held
         self.held = held
-        if self._open is not None and same and known:  # the peak goes on over passes of a kind
-            self._open.before, self._cycle = max(self._open.before, before), None
+        if last is not None and same and known:  # the peak goes on over passes of a kind
+            last.before, last.optimizer_steps = max(last.before, before), reading.optimizer_steps
+            self._cycle = None
             return held, False
         self._open = _Open(now, before, held, reading.optimizer_steps)
         if self._cycle is not None and self._cycle.held != held:  # it begins, or is another's from here on
             self._cycle = _Cycle(held, _ANY) if self._cycle.held < 0 else None
         return held, True
+
+    def moved(self, held: int) -> None:
+        """Fewer layers are held than were allowed: the device had no room after all."""
+        self.held = held
+        if self._open is not None:
+            self._open.held = held
 
     def _learn(self, reading: Reading) -> None:
         """What the pass took that has ended, and those of its kind before it, if layers were the same."""
@@ -234,7 +246,7 @@ class Controller:
             self._cycle = _Cycle(-1, _ANY) if stepped else None
             return
         taken, peak = seen.held if done.held else seen.streamed, reading.peak - self._bytes[done.held]
-        taken.beyond.learn(done.now.tokens, peak - done.before)
+        taken.beyond.learn(done.now.tokens if stepped or evaluation else 0, peak - done.before)
         if not evaluation:
             self._learn_cycle(done, peak, taken, stepped)
         seen.before = max(seen.before, done.before)

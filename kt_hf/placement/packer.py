@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..backends import (
+    CALL_LOCK,
     OPERATORS,
     ExpertsBackend,
     ExpertWeights,
@@ -136,10 +137,11 @@ class Packer:
 
     @property
     def gpu_device(self) -> torch.device:
-        """The device of experts on the GPU, where there are any."""
+        """The device of experts on the GPU, where there are any; once it is asked for it stays."""
         assert self.gpu is not None, "experts on the GPU are refused where there is none"
-        whole = self.gpu.type == "cuda" and self.gpu.index is None
-        return torch.device("cuda", torch.cuda.current_device()) if whole else self.gpu
+        if self.gpu.type == "cuda" and self.gpu.index is None:
+            self.gpu = torch.device("cuda", torch.cuda.current_device())
+        return self.gpu
 
     @property
     def streamer(self) -> Streamer:
@@ -289,7 +291,8 @@ class Packer:
             training: Whether the layer is in training mode.
         """
         if self.promotion is not None:
-            self.promotion.begins(layer_idx, tokens, gradients, training, optimizer_steps())
+            with CALL_LOCK:
+                self.promotion.begins(layer_idx, tokens, gradients, training, optimizer_steps())
 
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of a layer's resident and of its streamed experts."""

@@ -66,6 +66,7 @@ class Promotion:
         self._layers: dict[int, StreamedBackend] = {}
         self._order: list[StreamedBackend] = []
         self._rank = 0
+        self._most: int | None = None  # layers that the device had room for, where it had none for more
         self._told = 0  # the most layers held so far, as the log says
         self._told_back = False  # whether it says that all were given back
         self._steps = StepTimes()
@@ -80,7 +81,7 @@ class Promotion:
             backend: Of the whole layer.
         """
         self._layers[layer_idx] = backend
-        self._order = []
+        self._order, self.controller = [], None
 
     @property
     def held(self) -> list[int]:
@@ -89,6 +90,7 @@ class Promotion:
 
     def forget(self) -> None:
         """Begin to learn anew: another optimizer, or another run."""
+        self._most = None
         if self.controller is not None:
             self.controller.forget()
 
@@ -108,7 +110,7 @@ class Promotion:
         for layer in self._layers.values():
             layer.weights.to_host()
         if self.controller is not None:
-            self.controller.held = 0
+            self.controller.moved(0)
 
     def hold(self, count: int) -> None:
         """Have the first `count` layers of the order on the GPU, and no others.
@@ -126,11 +128,12 @@ class Promotion:
             try:
                 layer.weights.to_gpu(self._device)
             except torch.OutOfMemoryError:
-                logger.info("kt_hf: the GPU has room for %d layers of experts, not for %d.", held, count)
-                count = held
-                break
+                self._most = max(0, held - 1)  # and some room for what else is allocated
+                logger.info("kt_hf: the GPU has room for %d layers of experts, not for %d.", self._most, count)
+                self.hold(self._most)
+                return
         if self.controller is not None:
-            self.controller.held = count
+            self.controller.moved(count)
 
     def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool, optimizer_steps: int) -> None:
         """A layer's forward begins, and with the first layer a pass of the model.
@@ -144,8 +147,12 @@ class Promotion:
         """
         if self.fixed or not self._layers or layer_idx != min(self._layers):
             return
+        if not self._is_turn():
+            self.release()  # another model's passes take memory that this one's cannot tell from its own
+            self.forget()
+            return
         controller, rank = self._begun(), self._layers[layer_idx].rank
-        if rank != self._rank and self._rank:  # another adapter
+        if rank and self._rank and rank != self._rank:  # another adapter; without any it may be DPO's reference
             controller.forget()
         self._rank = rank or self._rank
         if training:
@@ -154,6 +161,9 @@ class Promotion:
         reading = Reading(memory.allocated(), memory.peak(), memory.limit(), optimizer_steps)
         before = controller.held
         count, fresh = controller.begins(Pass(gradients, training, tokens), reading)
+        if self._most is not None and count > self._most:
+            count = self._most
+            controller.moved(count)
         if count != before:
             self.hold(count)
             self._tell(reading)
@@ -161,6 +171,13 @@ class Promotion:
             if count == 0:
                 memory.trim()
             memory.reset_peak()
+
+    def _is_turn(self) -> bool:
+        """Whether the pass before on this device was this model's, or the first."""
+        before = _latest.get(self._device)
+        other = before() if before is not None else None
+        _latest[self._device] = weakref.ref(self)
+        return other is None or other is self
 
     def _begun(self) -> Controller:
         if self.controller is None:
@@ -232,6 +249,7 @@ def work_bytes(shape: ExpertShape) -> int:
 
 
 _PROMOTIONS: weakref.WeakSet[Promotion] = weakref.WeakSet()
+_latest: dict[torch.device, weakref.ref[Promotion]] = {}  # whose pass it was that began last
 _stepped: weakref.WeakSet[Any] = weakref.WeakSet()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
@@ -26,21 +28,24 @@ class RunPlacement:
         tiers: Experts by tier, as the run began.
         held: Indices of the layers whose weights had come to the GPU since.
         seen: What passes took, by kind; {} where layers stayed where they were.
+        step: How the run's trainer computed its steps, by which what passes took is true.
         lora_on_gpu: Whether the experts' LoRA was on the GPU; None if they had none.
     """
 
     tiers: Tiers
     held: tuple[int, ...]
     seen: dict[str, Seen]
+    step: dict[str, Any]
     lora_on_gpu: bool | None = None
 
 
-def write_run_placement(folder: Path, packer: Packer) -> None:
+def write_run_placement(folder: Path, packer: Packer, step: Mapping[str, Any]) -> None:
     """Record in a checkpoint where its run computes experts.
 
     Args:
         folder: Of the checkpoint.
         packer: What built the model's backends.
+        step: How the run's trainer computes its steps, in plain values.
 
     Raises:
         KTAMXError: The disk is full.
@@ -53,6 +58,7 @@ def write_run_placement(folder: Path, packer: Packer) -> None:
         "tiers": asdict(packer.tiers or Tiers()),
         "held_layers": promotion.held if promotion else [],
         "seen": controller.as_json() if controller else {},
+        "step": dict(step),
         "lora_on_gpu": packer.lora.chosen.on_gpu if packer.lora.chosen else None,
     }
     write_json(folder / RUN_PLACEMENT, content)
@@ -75,8 +81,9 @@ def read_run_placement(folder: Path) -> RunPlacement | None:
         numbers = {name.name: tiers[name.name].integer(least=0) for name in fields(Tiers)}
         held = tuple(layer.integer(least=0) for layer in content["held_layers"].entries())
         seen = {kind: _seen(values) for kind, values in content["seen"].object().items()}
-        lora = content.get("lora_on_gpu")
-        return RunPlacement(Tiers(**numbers), held, seen, lora.flag() if lora else None)
+        step, lora = content["step"].object(), content.get("lora_on_gpu")
+        plain = {name: field.value for name, field in step.items()}
+        return RunPlacement(Tiers(**numbers), held, seen, plain, lora.flag() if lora else None)
     except KTAMXError as error:
         raise KTAMXConfigError(f"{error} Delete the file: the run then begins with all experts streamed.") from error
 
@@ -95,13 +102,16 @@ def _taken(values: Field) -> Taken:
     return Taken(*(Most(most["tokens"].integer(least=0), most["size"].integer(least=0)) for most in (beyond, cycle)))
 
 
-def begin_run(packer: Packer, resumed: Path | None, fixed: bool) -> None:
+def begin_run(packer: Packer, resumed: Path | None, step: Mapping[str, Any], fixed: bool) -> None:
     """Prepare a model's placement for a run of a trainer: it learns anew, or goes on as a checkpoint's run did.
+
+    It goes on if steps are computed in the same way: what passes took is not true of others.
 
     Args:
         packer: What built the model's backends.
         resumed: Folder of the checkpoint that the run goes on from; None for a new run.
-        fixed: Whether layers stay where they are from now on.
+        step: How the trainer computes its steps, in plain values.
+        fixed: Whether all experts stay streamed from now on.
 
     Raises:
         KTAMXConfigError: The checkpoint's record is damaged.
@@ -110,12 +120,12 @@ def begin_run(packer: Packer, resumed: Path | None, fixed: bool) -> None:
     if promotion is None:
         return
     recorded = read_run_placement(resumed) if resumed else None
-    promotion.fixed = False
+    promotion.release()
     promotion.forget()
-    if recorded is not None and recorded.tiers == packer.tiers:
+    promotion.fixed = fixed
+    if recorded is not None and recorded.tiers == packer.tiers and recorded.step == step and not fixed:
         promotion.restore(list(recorded.held), recorded.seen)
         if recorded.held:
             held = promotion.held
             as_ = "as in" if held == sorted(recorded.held) else f"{len(recorded.held)} were in"
             logger.info("kt_hf: %d layers of experts are on the GPU, %s %s.", len(held), as_, resumed)
-    promotion.fixed = fixed

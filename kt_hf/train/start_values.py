@@ -26,7 +26,10 @@ class StartValues:
     def of(cls, model: nn.Module, folder: Path) -> StartValues | None:
         """Those of `model` now, in a file of `folder` that has no name and goes with the process; None if the disk has
         no room for them."""
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it outlives this call
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it outlives this call
+        except OSError:
+            return None
         try:
             for parameter in _trained(model):
                 file.write(_bytes(parameter.detach().cpu()))

@@ -173,10 +173,33 @@ def test_layers_come_after_the_second_step_of_the_optimizer() -> None:
     card.run(controller, "training", 1000)
     assert card.held == 6, "6 GB beside 5 GB, of 12 GB less the reserve"
     card.run(controller, "training", 2000)
-    assert card.held == 3, "twice the tokens: twice the activations, and the gradients, which nobody tells apart"
+    assert card.held == 0, "longer than any: nobody knows what it takes"
     card.step()
     card.run(controller, "training", 1000)
     assert card.held == 5, "what they took is known, and a pass as long may come again"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_reference_between_a_forward_and_its_backward(seed: int) -> None:
+    """DPO: the policy's forward, the reference's, the policy's backward, with rows of any length."""
+    rng = random.Random(seed)
+    card = device(rng)
+    card.limit *= 2
+    controller, most = Controller(card.layers, work=card.work_bound), 0
+    for step in range(40):
+        tokens, per_token = rng.randint(1000, 4096), card.per_token["training"]
+        forward, backward = tokens * per_token // 4, tokens * (per_token + card.work)
+        for begun, taken in ((0, forward), (forward, forward)):
+            reading = Reading(card.allocated + begun, card.peak, card.limit, card.steps)
+            card.held, fresh = controller.begins(Pass(not begun, True, tokens), reading)
+            card.peak = card.allocated + begun if fresh else card.peak
+            card.peak = max(card.peak, card.allocated + begun + taken)
+        card.grads = card.lora
+        card.peak = max(card.peak, card.allocated + backward)
+        assert card.peak <= card.limit or not card.held, f"step {step}: {card.held} layers"
+        most = max(most, card.held)
+        card.step()
+    assert most
 
 
 def test_what_has_not_been_seen_gets_all_the_memory() -> None:

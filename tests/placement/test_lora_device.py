@@ -152,7 +152,7 @@ def test_a_run_that_goes_on_leaves_lora_on_the_cpu(
     """Also where it would fit now. On the GPU it is again if it fits; and what is asked for is done."""
     one = packer(monkeypatch, STREAMED, free, kt_moe_lora_device=asked)
     one.lora_on_gpu(16)
-    write_run_placement(tmp_path, one)
+    write_run_placement(tmp_path, one, {})
     kt, notes = as_before(KTConfig(), tmp_path)
     assert kt == KTConfig(kt_moe_lora_device=then)
     assert len(notes) == (then == "cpu")
@@ -160,14 +160,14 @@ def test_a_run_that_goes_on_leaves_lora_on_the_cpu(
 
 
 def test_a_run_without_lora_on_experts_says_nothing_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_run_placement(tmp_path, packer(monkeypatch, STREAMED, 1))
+    write_run_placement(tmp_path, packer(monkeypatch, STREAMED, 1), {})
     assert as_before(KTConfig(), tmp_path) == (KTConfig(), [])
 
 
 def test_experts_and_lora_on_the_cpu_stay_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = packer(monkeypatch, Tiers(), 1000)
     one.lora_on_gpu(16)
-    write_run_placement(tmp_path, one)
+    write_run_placement(tmp_path, one, {})
     assert as_before(KTConfig(), tmp_path) == (KTConfig(), [])
 
 
@@ -191,7 +191,7 @@ def test_a_trainer_says_how_it_computes_its_loss(
     seen = []
     monkeypatch.setattr(ExpertProjection, "follow_to_gpu", lambda self, device: seen.append(device))
     for more, moved in (({"label_smoothing_factor": 0.1}, 0), ({}, 6)):
-        args = SFTConfig(str(tmp_path), use_cpu=True, report_to=[], bf16=False, **settings_ | more)
+        args = SFTConfig(str(tmp_path), report_to=[], bf16=False, **settings_ | more)
         KTMoECallback().on_init_end(args, TrainerState(), TrainerControl(), model=model, optimizer=None)
         assert len(seen) == moved
         assert packer.lora.left_on_cpu == (not moved)

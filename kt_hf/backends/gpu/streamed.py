@@ -55,7 +55,11 @@ class StreamedBackend(GroupedExperts):
     @property
     def resident(self) -> bool:
         """Whether the weights are on the GPU as they are multiplied: then nothing is copied, or waited for."""
-        return self.weights.resident is not None and not self.weights.scaled
+        return self._resident_now() is not None
+
+    def _resident_now(self) -> tuple[Tensor, ...] | None:
+        """The weights on the GPU as they are multiplied; None if they are not there."""
+        return None if self.weights.scaled else self.weights.resident
 
     def can_backward(self, saved: SavedForward) -> bool:
         """Whether `saved` is of this backend: a saved forward stays good."""
@@ -90,8 +94,8 @@ class StreamedBackend(GroupedExperts):
         """
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
         saved = _StreamedForward(rows, counts, x, lora) if save else None
-        if self.weights.resident is not None and self.resident:
-            gate_up, down = self.weights.resident
+        if (resident := self._resident_now()) is not None:
+            gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=False)
             return resident_output(x, gate_up, down, lora, rows), saved
         assert counts is not None, "row counts are needed to stream"
@@ -106,8 +110,8 @@ class StreamedBackend(GroupedExperts):
         """Launch the copies and products of a backward; all gradients are new tensors on `device`, LoRA's in bf16."""
         assert isinstance(saved, _StreamedForward)
         rows, lora = saved.rows, saved.lora
-        if self.weights.resident is not None and self.resident:
-            gate_up, down = self.weights.resident
+        if (resident := self._resident_now()) is not None:
+            gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=True)
             return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows)
         counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()

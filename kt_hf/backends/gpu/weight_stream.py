@@ -180,7 +180,7 @@ class Streamer:
         others = [c for c in self._ahead if sent.get(c.experts.start) is not c]
         self._ahead.clear()
         for coming in others:
-            if sent and coming.weights is not weights:
+            if sent and coming.weights is not weights and coming.weights.resident is None:
                 self._ahead.append(coming)
             else:
                 self._idle.append(coming.buffer)
