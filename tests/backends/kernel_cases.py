@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kt_hf import KTAMXConfigError
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_mm as grouped
 from kt_hf.backends.gpu import kernels
@@ -261,8 +262,11 @@ def test_an_unknown_gate_is_refused() -> None:
     from kt_hf.backends.gpu import fused_kernels, torch_rows
 
     for module in (fused_kernels, torch_rows):
-        with pytest.raises(Exception, match=r"no_such|no such|_gate"):  # Triton names the kernel
+        with pytest.raises(KTAMXConfigError, match=r"gate='no_such' .*silu"):
             module.gated(torch.ones(1, 16).bfloat16().to(DEVICE), None, torch.ones(1).int().to(DEVICE), "no_such")
+        rows, one = torch.ones(1, 16).bfloat16().to(DEVICE), torch.ones(1).to(DEVICE)
+        with pytest.raises(KTAMXConfigError, match=r"gate='no_such' .*silu"):
+            module.gate_gradients_(rows, None, rows[:, :8].contiguous(), None, one, one.int(), "no_such")
 
 
 @pytest.mark.slow

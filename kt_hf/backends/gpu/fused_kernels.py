@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .torch_rows import check_gate
+
 _ROWS, _COLUMNS = 4, 256  # of a tile: each of four warps has a row, each thread 16 bytes of it
 _WIDE = 1024  # columns of a tile of one row
 _INDICES = 512
@@ -218,7 +220,11 @@ def gated(gu: Tensor, lora: Tensor | None, ends: Tensor, gate: str = "silu") -> 
 
     Returns:
         [S, I] bf16; undefined for rows of no expert.
+
+    Raises:
+        KTAMXConfigError: There is no such gate.
     """
+    check_gate(gate)
     S, I = gu.shape[0], gu.shape[1] // 2  # noqa: E741
     h = gu.new_empty(S, I)
     grid = triton.cdiv(S, _ROWS), triton.cdiv(I, _COLUMNS)
@@ -245,7 +251,11 @@ def gate_gradients_(
 
     Returns:
         The gradient of each row's routing weight, [S] fp32. This and all else is undefined for rows of no expert.
+
+    Raises:
+        KTAMXConfigError: There is no such gate.
     """
+    check_gate(gate)
     S, I = q.shape  # noqa: E741
     by_row = torch.empty_like(weights)
     with torch.cuda.device_of(gu):

@@ -52,13 +52,8 @@ class StreamedBackend(GroupedExperts):
         self.weights = weights
         self._streamer = streamer
 
-    @property
-    def resident(self) -> bool:
-        """Whether the weights are on the GPU as they are multiplied: then nothing is copied, or waited for."""
-        return self._resident_now() is not None
-
     def _resident_now(self) -> tuple[Tensor, ...] | None:
-        """The weights on the GPU as they are multiplied; None if they are not there."""
+        """The weights on the GPU as they are multiplied, for which nothing is copied or waited; None if not there."""
         return None if self.weights.scaled else self.weights.resident
 
     def can_backward(self, saved: SavedForward) -> bool:
@@ -72,7 +67,7 @@ class StreamedBackend(GroupedExperts):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Wait for the row counts, then compute as `forward_counted`; without a wait if the weights are resident."""
-        if self.resident:
+        if self._resident_now() is not None:
             return self.forward_counted(x, ids, weights, save, None)
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return self.forward_counted(x, ids, weights, save, counts.tolist())

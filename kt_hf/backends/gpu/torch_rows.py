@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu as _silu
 
+from ...errors import KTAMXConfigError
+
 
 def _silu_gradients(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """silu(g) u and its derivatives by g and by u."""
@@ -24,6 +26,19 @@ def _silu_gradients(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _GATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], tuple[Tensor, ...]]]] = {
     "silu": (lambda g, u: _silu(g).mul_(u), _silu_gradients)
 }
+
+
+def check_gate(gate: str) -> None:
+    """Refuse a gate that nobody computes.
+
+    Args:
+        gate: Its name.
+
+    Raises:
+        KTAMXConfigError: Naming those that there are.
+    """
+    if gate not in _GATES:
+        raise KTAMXConfigError(f"gate={gate!r} is not one of the gates of experts: {', '.join(_GATES)}.")
 
 
 def indexed(order: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +55,7 @@ def gathered(x: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
 
 def gated(gu: Tensor, lora: Tensor | None, ends: Tensor, gate: str = "silu") -> Tensor:
     """See `fused_kernels.gated`."""
+    check_gate(gate)
     g, u = _added(gu, lora).chunk(2, dim=1)
     return _GATES[gate][0](g, u)
 
@@ -49,6 +65,7 @@ def gate_gradients_(
     gate: str = "silu",
 ) -> Tensor:  # fmt: skip
     """See `fused_kernels.gate_gradients_`."""
+    check_gate(gate)
     g, u = _added(gu, gu_lora).chunk(2, dim=1)
     h, by_g, by_u = _GATES[gate][1](g, u)
     by_row = (_added(q, q_lora).float() * h).sum(1)

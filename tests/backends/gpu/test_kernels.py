@@ -49,6 +49,12 @@ def test_triton_runs() -> None:
 def test_all_ways_agree_on_large_sizes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16, 64 and 128 rows; sizes that blocks do not divide."""
     one, x, found = backend(), inputs(tokens), {}
+    choose(monkeypatch, "PyTorch")
+    many = inputs(100)
+    _, saved = one.forward(*many, save=True)
+    assert saved is not None
+    # A token's routing weight has a gradient of 704 terms, which may cancel: its error is held against a usual one.
+    usual = float(one.backward(saved, many[0]).top_k_weights.float().abs().mean())
     for way in WAYS:
         choose(monkeypatch, way)
         out, saved = one.forward(*x, save=True)
@@ -57,8 +63,10 @@ def test_all_ways_agree_on_large_sizes(tokens: int, monkeypatch: pytest.MonkeyPa
         found[way] = [out, grads.hidden_states, grads.top_k_weights, *grads.lora]
     for way in WAYS:
         for i, (value, wanted) in enumerate(zip(found[way], found["PyTorch"], strict=True)):
-            few = i == 2 and tokens == 1  # four sums of 704 terms that cancel: PyTorch rounds them to bf16 on the way
-            assert relative_error(value.float(), wanted.float()) < (0.1 if few else 8e-3), (way, i)
+            if i == 2 and tokens == 1:
+                assert float((value - wanted).float().abs().mean()) < 8e-3 * usual, way
+            else:
+                assert relative_error(value.float(), wanted.float()) < 8e-3, (way, i)
 
 
 @pytest.mark.parametrize("tokens", [100, 4000])
