@@ -41,8 +41,8 @@ class BackendFactory(Protocol):
     def retain(self) -> bool:
         """Whether a first forward is kept for a recompute in backward."""
 
-    def lora_on_gpu(self, rank: int) -> bool:
-        """Whether LoRA parameters move to a GPU with the model, decided once, by the rank of the first adapter."""
+    def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
+        """Whether a layer's LoRA parameters move to a GPU with the model, decided by the rank of the first adapter."""
 
     def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
         """A layer's forward begins, which is no recompute: the time to move weights.
@@ -156,7 +156,7 @@ class KTExperts(nn.Module):
 
     def lora_on_gpu(self, rank: int) -> bool:
         """Whether the LoRA parameters, of an adapter of this rank, move to a GPU with the model."""
-        return self.factory.lora_on_gpu(rank)
+        return self.factory.lora_on_gpu(rank, self.layer_idx)
 
     @property
     def device(self) -> torch.device:
