@@ -54,6 +54,13 @@ class BackendFactory(Protocol):
             training: Whether the layer is in training mode.
         """
 
+    def make_room(self, label: str) -> bool:
+        """Free what a GPU can do without, of which it has too little for a layer; whether there was anything.
+
+        Args:
+            label: The layer's name in the model, for messages.
+        """
+
     def build(
         self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int
     ) -> ExpertsBackend:
@@ -123,7 +130,7 @@ class KTExperts(nn.Module):
         self._runner = self._new_runner(TorchBackend(weights, shape))
 
     def _new_runner(self, backend: ExpertsBackend) -> ExpertsRunner:
-        return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks)
+        return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks, self.factory.make_room)
 
     @property
     def projections(self) -> list[ExpertProjection]:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from .result_checks import (
 )
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
+Result = TypeVar("Result")
 Check = Callable[[Gradients], CheckedGradients]  # `checked` with the layer's device
 
 
@@ -43,14 +45,23 @@ class ExpertsRunner:
         label: The layer's name, for messages.
         retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
         checks: Where results on a GPU are left to be checked, for all layers of the model.
+        make_room: Frees memory of a GPU that has run out of it, given the label; returns whether there was any to free.
 
     Attributes:
         tokens: How many tokens gradients were computed for.
         load: [E] int64 on the backend's device: how many of them each expert got.
     """
 
-    def __init__(self, backend: ExpertsBackend, label: str, retain: bool, checks: DeferredChecks) -> None:
+    def __init__(
+        self,
+        backend: ExpertsBackend,
+        label: str,
+        retain: bool,
+        checks: DeferredChecks,
+        make_room: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.backend = backend
+        self._make_room = make_room
         self.label = label
         self.retain = retain
         self.checks = checks
@@ -132,7 +143,7 @@ class ExpertsRunner:
             hidden = x.detach()
             x, ids, weights = self._inputs(x, ids, weights)
             keep = save and (self.retain or in_backward())
-            out, saved = self._compute(x, ids, weights, keep)
+            out, saved = self._with_room(lambda: self._compute(x, ids, weights, keep))
             result = to_device(out, hidden.device)
             check_output(self.checks, self.label, out, result, hidden)
             if not save:
@@ -209,9 +220,11 @@ class ExpertsRunner:
             self._swap(values, values.kept)
         saved, check = ticket.saved, functools.partial(checked, home=x.device, lora=lora)
         if saved is not None and self.backend.can_backward(saved):
-            gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
+            inputs = functools.partial(self._inputs, x, ids, weights)
+            gradients = self._with_room(lambda: self._backward(saved, inputs, grad_output, check))
         else:
-            gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
+            again = self._inputs(x, ids, weights)
+            gradients = self._with_room(lambda: self._recompute(*again, grad_output, check))
         if self.on_gpu:
             check_gpu_gradients(self.checks, self.label, gradients, grad_output)
         self.tokens += x.shape[0]
@@ -219,6 +232,15 @@ class ExpertsRunner:
         if not graph_is_kept():
             ticket.release()
         return gradients
+
+    def _with_room(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns, which is called once more if a GPU runs out of memory that can be freed."""
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            if not self._make_room(self.label):
+                raise
+        return compute()  # not above: an exception that is handled keeps what its frames refer to
 
     def _counted(self, ids: Tensor) -> Tensor:
         """How often each of 0 … E is among the ids."""

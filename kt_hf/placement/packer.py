@@ -302,6 +302,14 @@ class Packer:
             with CALL_LOCK:
                 self.promotion.begins(layer_idx, tokens, gradients, training, optimizer_steps())
 
+    def make_room(self, label: str) -> bool:
+        """Have layers that the run has brought to the GPU give their memory back; whether there were any.
+
+        Args:
+            label: The layer that has too little, for the log.
+        """
+        return self.promotion is not None and self.promotion.ran_out(label)
+
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of a layer's resident and of its streamed experts."""
         order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))

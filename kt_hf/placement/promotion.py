@@ -112,6 +112,29 @@ class Promotion:
         if self.controller is not None:
             self.controller.moved(0)
 
+    def ran_out(self, label: str) -> bool:
+        """The device has too little memory for a layer: give all back now, and hold fewer layers from the next pass on.
+
+        Args:
+            label: Of the layer, for the log.
+
+        Returns:
+            Whether any layer was held.
+        """
+        held = len(self.held)
+        if not held:
+            return False
+        self.release()
+        self._memory.trim()
+        self._most = held - max(1, held // 4)
+        if self.controller is not None:
+            self.controller.interrupted()
+        logger.warning(
+            "kt_hf: the GPU ran out of memory in %s: the %d layers of experts there are streamed again, and it is "
+            "computed once more. From the next pass on %d layers at most are held.", label, held, self._most,
+        )  # fmt: skip
+        return True
+
     def hold(self, count: int) -> None:
         """Have the first `count` layers of the order on the GPU, and no others.
 

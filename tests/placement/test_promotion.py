@@ -337,3 +337,52 @@ def test_two_models_whose_passes_take_turns_move_nothing() -> None:
         assert held(first) == []
     steps(first, 5, optimizer)
     assert held(first) == [0, 1]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_runs_out_of_memory_is_computed_once_more(
+    where: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the layers that were held; fewer of them come back, and no bit is another."""
+    auto, streamed = model(), model(kt_expert_placement={"streamed": E})
+    for one in (auto, streamed):
+        if checkpointing:
+            one.enable_input_require_grads()
+            one.gradient_checkpointing_enable()
+    losses, optimizer = steps(auto, 4)
+    assert held(auto) == [0, 1]
+    second, compute = auto._kt_wrappers[1].backend, getattr(StreamedBackend, where)
+
+    def scarce(backend: StreamedBackend, *args: Any) -> Any:
+        result = compute(backend, *args)
+        if backend is second and held(auto):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "kt_hf"):
+        patched.setattr(StreamedBackend, where, scarce)
+        losses += steps(auto, 1, optimizer)[0]
+        assert held(auto) == []
+    assert caplog.text.count("ran out of memory") == 1
+    assert f"in {auto._kt_wrappers[1].label}: the 2 layers" in caplog.text
+    losses += steps(auto, 1, optimizer)[0]
+    assert held(auto) == [1], "one less than before"
+    expected, other = steps(streamed, 4)
+    expected += steps(streamed, 1, other)[0] + steps(streamed, 1, other)[0]
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
+    names = dict(streamed.named_parameters())
+    assert all(torch.equal(p, names[name]) for name, p in auto.named_parameters())
+
+
+def test_memory_that_no_layer_can_give_back_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, calls = model(), []
+
+    def scarce(*_: Any) -> Any:
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StreamedBackend, "forward", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(auto, 1)
+    assert len(calls) == 1
