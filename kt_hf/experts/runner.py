@@ -234,7 +234,7 @@ class ExpertsRunner:
         return gradients
 
     def _with_room(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns, which is called once more if a GPU runs out of memory that can be freed."""
+        """What `compute` returns; it is called once more if a GPU lacks memory that can be freed."""
         try:
             return compute()
         except torch.OutOfMemoryError:

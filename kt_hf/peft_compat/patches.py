@@ -121,6 +121,8 @@ PATCHES = (
           _VERIFIED, _TRANSFORMERS),
     Patch("transformers.trainer.Trainer", "_load_from_checkpoint", "saving.resume_default",
           "resuming would load the adapter into a copy of the wrong name", _TRANSFORMERS, until="5.23"),
+    Patch("transformers.trainer.Trainer", "_load_optimizer_and_scheduler", "resuming.begin_from",
+          "its state would be loaded beside layers that an interrupted run has left on the GPU", _TRANSFORMERS),
     Patch("peft.PeftModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("peft.PeftMixedModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("transformers.modeling_utils.ModuleUtilsMixin", "num_parameters", "counts.number", _COUNTS, _TRANSFORMERS),

@@ -11,6 +11,7 @@ import logging
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -55,11 +56,13 @@ class Promotion:
 
     Attributes:
         fixed: Whether layers stay where they are from now on.
+        resumed: Folder of the checkpoint that the run under way goes on from; None for a new run.
         controller: What was learned, and how many layers are held; None before the first pass.
     """
 
     def __init__(self, device: torch.device, vocabulary: int = 0, memory: Memory | None = None) -> None:
         self.fixed = False
+        self.resumed: Path | None = None
         self.controller: Controller | None = None
         self._device, self._vocabulary = device, vocabulary
         self._memory = memory or DeviceMemory(device)

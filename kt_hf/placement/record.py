@@ -102,14 +102,13 @@ def _taken(values: Field) -> Taken:
     return Taken(*(Most(most["tokens"].integer(least=0), most["size"].integer(least=0)) for most in (beyond, cycle)))
 
 
-def begin_run(packer: Packer, resumed: Path | None, step: Mapping[str, Any], fixed: bool) -> None:
+def begin_run(packer: Packer, step: Mapping[str, Any], fixed: bool) -> None:
     """Prepare a model's placement for a run of a trainer: it learns anew, or goes on as a checkpoint's run did.
 
     It goes on if steps are computed in the same way: what passes took is not true of others.
 
     Args:
         packer: What built the model's backends.
-        resumed: Folder of the checkpoint that the run goes on from; None for a new run.
         step: How the trainer computes its steps, in plain values.
         fixed: Whether all experts stay streamed from now on.
 
@@ -119,6 +118,7 @@ def begin_run(packer: Packer, resumed: Path | None, step: Mapping[str, Any], fix
     promotion = packer.promotion
     if promotion is None:
         return
+    resumed = promotion.resumed
     recorded = read_run_placement(resumed) if resumed else None
     promotion.release()
     promotion.forget()
