@@ -21,6 +21,7 @@ from ..backends import CALL_LOCK, ExpertsBackend, Gradients, SavedForward
 from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import to_device, to_host
 from ..errors import KTAMXBackwardError
+from ..system.threads import torch_threads
 from .lora_tensors import LoraTensors
 from .result_checks import (
     CheckedGradients,
@@ -223,8 +224,7 @@ class ExpertsRunner:
             inputs = functools.partial(self._inputs, x, ids, weights)
             gradients = self._with_room(lambda: self._backward(saved, inputs, grad_output, check))
         else:
-            again = self._inputs(x, ids, weights)
-            gradients = self._with_room(lambda: self._recompute(*again, grad_output, check))
+            gradients = self._with_room(lambda: self._recompute(*self._inputs(x, ids, weights), grad_output, check))
         if self.on_gpu:
             check_gpu_gradients(self.checks, self.label, gradients, grad_output)
         self.tokens += x.shape[0]
@@ -336,20 +336,15 @@ class ExpertsRunner:
 
 def _within(ids: Tensor, count: int) -> bool:
     """Whether ids on the CPU are each in [0, count) or -1."""
-    if not ids.numel():
-        return True
-    low, high = ids.aminmax()
-    return int(low) >= -1 and int(high) < count
+    low, high = map(int, ids.aminmax()) if ids.numel() else (-1, -1)
+    return low >= -1 and high < count
 
 
 @contextlib.contextmanager
 def _quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
     """Set PyTorch's number of threads, unless it is None, and switch autocast off on these kinds of device."""
-    before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        if threads is not None:
-            stack.callback(torch.set_num_threads, before)
-            torch.set_num_threads(threads)
+        stack.enter_context(torch_threads(threads))
         for device in autocast:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
