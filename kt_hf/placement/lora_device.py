@@ -104,12 +104,14 @@ class LoraPlace:
     Attributes:
         chosen: The choice; None before the first adapter.
         budget: What must fit on the GPU beside experts, as far as is known.
+        settled: By what a trainer's choice was made: another trainer like it chooses nothing anew.
     """
 
     def __init__(self, asked: str) -> None:
         self.asked = asked
         self.chosen: LoraDevice | None = None
         self.budget = MemoryBudget()
+        self.settled: tuple[object, ...] | None = None
         self._shapes: dict[int, ExpertShape] = {}
         self._tiers = Tiers()
         self._tokens = 0

@@ -225,3 +225,7 @@ def test_a_trainer_says_how_it_computes_its_loss(
         KTMoECallback().on_init_end(args, TrainerState(), TrainerControl(), model=model, optimizer=None)
         assert seen == [gpu] * 3 * layers + [None] * 3 * (2 - layers)
         assert packer.lora.chosen.on_gpu == layers
+    seen.clear()
+    monkeypatch.setattr("kt_hf.placement.packer.free_device_memory", lambda _: 0)  # an optimizer has taken the rest
+    KTMoECallback().on_init_end(args, TrainerState(), TrainerControl(), model=model, optimizer=None)
+    assert seen == [], "a trainer like the one before"
