@@ -32,7 +32,7 @@ from .placement.assembly import make_packer, memory_budget
 from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
 from .placement.packer import Packer
-from .shapes import ExpertShape
+from .shapes import BF16, ExpertShape
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
 
@@ -178,13 +178,13 @@ def _place(
     placement: Placement | None,
     budget: MemoryBudget,
 ) -> None:
-    """Decide where each expert goes, and whether those that are streamed stay in 8 bits."""
+    """Decide where each expert goes, and whether those on the GPU stay in low bits."""
     rank = packer.config.kt_lora_rank
     # Experts that are packed later, at the first adapter, are bf16 until then.
     widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
-    budget = replace(budget, keep_8bit=not widened and checkpoint.keep_8bit())
+    budget = replace(budget, bits=BF16 if widened else checkpoint.bits())
     packer.place(by_layer(checkpoint.shapes), placement, budget)
-    if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and not budget.keep_8bit:
+    if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and budget.bits >= BF16:
         reason = "not all of them are of 8 bits, and those of a layer of one dtype"
         if widened:
             reason = "kt_lora_rank is not given" if rank is None else f"the model is {source.dtype}"
@@ -199,8 +199,8 @@ def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, cons
         saved.check_model(model)
     sites = [_experts_site(model, name, checkpoint) for name in checkpoint.layers]
     model.requires_grad_(False)
-    kept_8bit = [packer.read_scaled(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
-    jobs = list(zip(checkpoint.layers, kept_8bit, strict=True))
+    kept = [packer.low_bit_experts(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
+    jobs = list(zip(checkpoint.layers, kept, strict=True))
     stream = read_ahead(jobs, lambda job: checkpoint.read(job[0], expert_dtype, job[1]))
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
     with LayersBar(len(sites), console) as bar, closing(stream) as weights:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import ExpertShape
-from .block_scaled import ScaledExperts
+from .packed import PackedExperts
 
 # Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer.
 CALL_LOCK = threading.RLock()
@@ -33,21 +33,51 @@ class ExpertWeights:
         down: [E, H, I], of the same dtype and device.
         packed_as: The backend that holds the packed weights. It is set before packing returns, so that a caller who is
             interrupted in between finds it.
-        scaled: Experts kept in 8 bits for streaming. gate_up and down then hold the other experts only, in order.
+        low_bit: Experts kept in 4 or 8 bits. gate_up and down then hold the other experts only, in order.
     """
 
     gate_up: Tensor
     down: Tensor
     packed_as: ExpertsBackend | None = None
-    scaled: ScaledExperts | None = None
+    low_bit: PackedExperts | None = None
 
     def rows_of(self, experts: Sequence[int]) -> list[int]:
         """The rows of `gate_up` and `down` where these experts of the layer are."""
-        if self.scaled is None:
+        if self.low_bit is None:
             return list(experts)
-        in_8_bits = set(self.scaled.experts)
-        held = [e for e in range(len(self.gate_up) + len(in_8_bits)) if e not in in_8_bits]
-        return [held.index(e) for e in experts]
+        row = {e: i for i, e in enumerate(e for e in range(self.num_experts) if e not in set(self.low_bit.experts))}
+        return [row[e] for e in experts]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer, those of low bits included."""
+        return len(self.gate_up) + (len(self.low_bit.experts) if self.low_bit else 0)
+
+    def wide(self, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+        """Some experts of the layer, copied, those of low bits widened.
+
+        Args:
+            experts: Their ids.
+            device: Where the copies go.
+            dtype: Floating, of the copies.
+        """
+        if self.low_bit is None:
+            return ExpertWeights(*(_rows(t, list(experts), device, dtype) for t in (self.gate_up, self.down)))
+        packed = [e for e in experts if e in set(self.low_bit.experts)]
+        low, rest = self.low_bit.select(sorted(packed)), self.rows_of([e for e in experts if e not in set(packed)])
+        order = [e for e in experts if e not in set(packed)] + sorted(packed)
+        back = [order.index(e) for e in experts]
+        pairs = ((self.gate_up, low.gate_up), (self.down, low.down))
+        parts = (
+            torch.cat([_rows(held, rest, device, dtype), stored.to(device).dequantized(dtype)]) if rest else
+            stored.to(device).dequantized(dtype) for held, stored in pairs
+        )  # fmt: skip
+        return ExpertWeights(*(part if back == sorted(back) else part[back] for part in parts))
+
+
+def _rows(stack: Tensor, rows: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    index = torch.tensor(rows, dtype=torch.int64, device=stack.device)
+    return stack.detach().index_select(0, index).to(device, dtype)
 
 
 class SavedForward:

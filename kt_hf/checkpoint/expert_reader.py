@@ -39,6 +39,12 @@ class Matrix:
         return sum(tensor.size for tensor in self.parts.values())
 
     @property
+    def needed(self) -> Parts:
+        """The parts that the weight is computed of; the others only say how."""
+        spare = self.format.described if self.format else ()
+        return {name: stored for name, stored in self.parts.items() if name not in spare}
+
+    @property
     def first(self) -> StoredTensor:
         """The part by which it is named and found."""
         return next(iter(self.parts.values()))
@@ -134,7 +140,7 @@ def read_matrices(jobs: Sequence[Job]) -> None:
         KTAMXError: A file has changed since its header was read.
     """
     at_once = [(matrix, target) for matrix, target in jobs if _room(matrix, target) == 0]
-    read_tensors([(part, _placed(m, t, name)) for m, t in at_once for name, part in m.parts.items()])
+    read_tensors([(part, _placed(m, t, name)) for m, t in at_once for name, part in m.needed.items()])
     rest = [job for job in jobs if _room(*job)]
     if not rest:
         return
@@ -151,7 +157,7 @@ def _read_batch(batch: list[Job], memory: Tensor) -> None:
     end = 0
     for matrix, target in batch:
         tensors.append({})
-        for name, stored in matrix.parts.items():
+        for name, stored in matrix.needed.items():
             place = target.place(matrix, name)
             if place is None:
                 place = memory[end : end + stored.size].view(stored.dtype).reshape(stored.shape)
@@ -171,7 +177,7 @@ def _placed(matrix: Matrix, target: Target, part: str) -> Tensor:
 
 def _room(matrix: Matrix, target: Target) -> int:
     """Bytes of memory for the parts that are not read to their place."""
-    return sum(_rounded(stored) for name, stored in matrix.parts.items() if target.place(matrix, name) is None)
+    return sum(_rounded(stored) for name, stored in matrix.needed.items() if target.place(matrix, name) is None)
 
 
 def _rounded(tensor: StoredTensor) -> int:

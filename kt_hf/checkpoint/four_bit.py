@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ..backends.packed import PackedMatrices
+from ..backends.packed import PackedMatrices, nibbles
 from ..discovery import FLOATING
 from ..errors import KTAMXError
 from .formats import E8M0, Format, Kind, Parts, Tensors
@@ -71,7 +71,8 @@ class PackedInt4(Format):
         """The codes are a view of the stored ones."""
         zeros = None
         if "weight_zero_point" in tensors:  # packed along the rows
-            zeros = unpacked(tensors["weight_zero_point"], 0)[None, : shape[0]].contiguous()
+            by_eight = unpacked(tensors["weight_zero_point"]).transpose(1, 2)
+            zeros = by_eight.flatten(0, 1)[None, : shape[0]].contiguous()
         codes = tensors["weight_packed"].view(torch.uint8)[None]
         return PackedMatrices("int4", codes, tensors["weight_scale"][None], zeros=zeros)
 
@@ -225,12 +226,9 @@ class Nvfp4(Format):
         return super().problem(tensors, shape)
 
 
-def unpacked(packed: torch.Tensor, dim: int) -> torch.Tensor:
-    """The eight nibbles of each int32, the lowest first, uint8: `dim` of two becomes eight times as long."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    if dim == 0:
-        return ((packed[:, None, :] >> shifts[:, None]) & 15).to(torch.uint8).flatten(0, 1)
-    return ((packed[:, :, None] >> shifts) & 15).to(torch.uint8).flatten(1)
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """int32 [..., M] -> its nibbles, uint8 [..., M, 8], the lowest first."""
+    return nibbles(packed.contiguous().view(torch.uint8).unflatten(-1, (-1, 4)))
 
 
 def _two(form: Format, parts: Parts, name: str) -> tuple[int, int]:

@@ -43,8 +43,8 @@ class Nf4(Format):
 
     @property
     def described(self) -> Sequence[str]:
-        """The values of the sixteen codes."""
-        return ("weight.quant_map",)
+        """The values of the sixteen codes, and the state."""
+        return "weight.quant_map", STATE
 
     def shape_of(self, parts: Parts) -> tuple[int, int]:
         """By the state that is saved with the weight."""

@@ -15,7 +15,7 @@ from .formats import Format, Kind, Parts, Tensors
 from .four_bit import unpacked
 
 # AutoAWQ writes eight neighbours 0 2 4 6 1 3 5 7 into the nibbles of an int32: column i is in nibble _AWQ[i].
-_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
+_AWQ = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class Gptq(Format):
         return _kind(self, parts, shape, self.group)
 
     def packed(self, tensors: Tensors, shape: tuple[int, int]) -> PackedMatrices:
-        """Transposed copies."""
-        zeros = unpacked(tensors["qzeros"], 1)
+        """Transposed copies; the four bytes of an int32 are eight columns of a row, as they are to be."""
+        zeros = unpacked(tensors["qzeros"]).flatten(1)
         if self.version == 1:
             zeros = (zeros + 1) & 15
-        return _turned(unpacked(tensors["qweight"], 0), tensors["scales"], zeros)
+        by_four = tensors["qweight"].view(torch.uint8).unflatten(1, (-1, 4))  # [K/8, N, 4]
+        return _stack(by_four.transpose(0, 1).flatten(1), tensors["scales"], zeros)
 
     def problem(self, tensors: Tensors, shape: tuple[int, int]) -> tuple[str, str] | None:
         """Also columns that are not in the order of their groups."""
@@ -105,8 +106,8 @@ class Awq(Format):
 
     def packed(self, tensors: Tensors, shape: tuple[int, int]) -> PackedMatrices:
         """Transposed copies."""
-        codes, zeros = (_in_order(unpacked(tensors[name], 1)) for name in ("qweight", "qzeros"))
-        return _turned(codes, tensors["scales"], zeros)
+        codes, zeros = (unpacked(tensors[name])[..., _AWQ].flatten(1) for name in ("qweight", "qzeros"))
+        return _stack(join_nibbles(codes[:, : shape[0]].T.contiguous()), tensors["scales"], zeros)
 
 
 def _kind(form: Format, parts: Parts, shape: tuple[int, int], group: int | None) -> Kind:
@@ -119,17 +120,7 @@ def _kind(form: Format, parts: Parts, shape: tuple[int, int], group: int | None)
     return Kind("int4", scales.dtype, group, zeros=True)
 
 
-def _in_order(nibbles: Tensor) -> Tensor:
-    """Columns as they were before AutoAWQ put each eight into its order."""
-    return nibbles.unflatten(1, (-1, 8))[..., torch.tensor(_AWQ)].flatten(1)
-
-
-def _turned(codes: Tensor, scales: Tensor, zeros: Tensor) -> PackedMatrices:
-    """Codes [K, N], scales [K/g, N] and zero-points [K/g, N or more] as a stack of one [N, K]."""
-    rows = scales.shape[1]
-    return PackedMatrices(
-        "int4",
-        join_nibbles(codes[:, :rows].T.contiguous())[None],
-        scales.T.contiguous()[None],
-        zeros=zeros[:, :rows].T.contiguous()[None],
-    )
+def _stack(codes: Tensor, scales: Tensor, zeros: Tensor) -> PackedMatrices:
+    """Codes [N, K/2] with scales [K/g, N] and zero-points [K/g, N or more], as a stack of one."""
+    zeros = zeros[:, : len(codes)].T.contiguous()[None]
+    return PackedMatrices("int4", codes[None], scales.T.contiguous()[None], zeros=zeros)

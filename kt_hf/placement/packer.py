@@ -24,7 +24,7 @@ from ..backends.gpu.weight_stream import CHUNK_BYTES, Streamer
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
-from ..shapes import ExpertShape, expert_bytes
+from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
 from .choice import Machine, where_to_begin
@@ -74,7 +74,7 @@ class Packer:
         planned: What was expected of the tiers, where they were planned.
         lora: Where the experts' LoRA is.
         tokens: Of a forward in training, as far as is known.
-        keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
@@ -98,7 +98,7 @@ class Packer:
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
-        self.tokens, self.keep_8bit = _TOKENS, False
+        self.tokens, self.bits = _TOKENS, BF16
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -174,13 +174,13 @@ class Packer:
             self.tiers, self.planned = where_to_begin(machine, self.config, shapes, budget_, popularity, host_room)
             if self.tiers.streamed:
                 self.promotion = Promotion(self.gpu_device, budget.vocabulary)
-        tiers, self.keep_8bit = self.tiers, budget.keep_8bit
+        tiers, self.bits = self.tiers, budget.bits
         indices = sorted(layers)
         self._resident_layers = frozenset(indices[i] for i in spread(tiers.resident_layers, len(indices)))
         others = [shape for layer, shape in layers.items() if layer not in self._resident_layers]
         self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in others)
         self._locked_bytes = sum(
-            expert_bytes(shape, self.keep_8bit) * min(tiers.streamed, shape.num_experts) for shape in others
+            expert_bytes(shape, self.bits) * min(tiers.streamed, shape.num_experts) for shape in others
         )
         if not tiers.need_gpu:
             return
@@ -270,7 +270,7 @@ class Packer:
 
     def _note_streamed(self, backend: ExpertsBackend, label: str, layer_idx: int) -> None:
         """A layer that is streamed as a whole can be moved; memory that was not locked is logged once."""
-        if not isinstance(backend, StreamedBackend):
+        if not isinstance(backend, StreamedBackend) or backend.weights.resident is not None:
             return
         if self.promotion is not None:
             self.promotion.add(layer_idx, backend)
@@ -302,14 +302,14 @@ class Packer:
         tiers = self.tiers or Tiers()
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 
-    def read_scaled(self, shape: ExpertShape, layer: int) -> Sequence[int]:
-        """Ids of the experts of a layer that stay in 8 bits, as their checkpoint has them.
+    def low_bit_experts(self, shape: ExpertShape, layer: int) -> Sequence[int]:
+        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them: all that the GPU computes.
 
         Args:
             shape: Sizes of the layer.
             layer: Its index, by which the placement knows it.
         """
-        return self._on_gpu(shape, layer)[1] if self.keep_8bit else ()
+        return [e for part in self._on_gpu(shape, layer) for e in part] if self.bits < BF16 else ()
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
