@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .checkpoint.eight_bit import SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
+from .checkpoint.dense_rest import DenseRest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
+from .checkpoint.quantization import known_quantization
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
-from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_index, skeleton
+from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_index, skeleton, without_quantization
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
 from .placement.assembly import make_packer, memory_budget
@@ -108,7 +109,8 @@ def load_kt_model(
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
     _place(packer, checkpoint, source, placement, memory_budget(outline, source.config, tokens_per_step, source.dtype))
-    model = _load_rest(source, checkpoint)
+    checkpoint.check_values()
+    model = _load_rest(source, checkpoint, outline)
     _load_experts(model, packer, checkpoint, console)
     return model
 
@@ -184,11 +186,11 @@ def _place(
     widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
     budget = replace(budget, bits=BF16 if widened else checkpoint.bits())
     packer.place(by_layer(checkpoint.shapes), placement, budget)
-    if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and budget.bits >= BF16:
-        reason = "not all of them are of 8 bits, and those of a layer of one dtype"
+    if packer.tiers and packer.tiers.streamed and known_quantization(source.config) and budget.bits >= BF16:
+        reason = "those of a layer are not of one kind, or are in bf16 in the checkpoint"
         if widened:
             reason = "kt_lora_rank is not given" if rank is None else f"the model is {source.dtype}"
-        logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", reason)
+        logger.warning("kt_hf: streamed experts are held in bf16, larger than in a checkpoint of low bits: %s.", reason)
 
 
 def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, console: Console | None) -> None:
@@ -230,7 +232,7 @@ def _config(
     return loaded, rest
 
 
-def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
+def _load_rest(source: _Source, checkpoint: ExpertCheckpoint, outline: Any) -> Any:
     """Everything but the routed experts, by `from_pretrained`."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -240,19 +242,56 @@ def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
     if by_auto:
         kwargs["trust_remote_code"] = source.trusted
     loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
-    # With the configuration's FP8 transformers would make modules that compute in FP8, or dequantize by blocks of its
-    # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). 8-bit values are exact in any dtype
-    # of the model, so they are loaded as they are, and multiplied by their scales after.
-    quantized = quantized_rest(checkpoint.files, block_size(config))
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    ignored = [r"\.experts\."] + ([rf"{SCALE_PATTERN}$"] if quantized else [])
+    rest = DenseRest(checkpoint.files, checkpoint.quantization, _left_out(checkpoint.model_class))
+    rest.check(outline)
+    without_quantization(config)
+    if rest.low_bit:
+        return _load_widened(source, checkpoint, rest)
+    ignored = [r"\.experts\."]
     with _without_experts(checkpoint, ignored):
         model = loader.from_pretrained(str(source.path_or_name), config=config, dtype=source.asked, **kwargs)
-    dequantize_rest(model, quantized)
-    kept = set(checkpoint.model_class._keys_to_ignore_on_load_unexpected or ())
+    kept = set(_left_out(checkpoint.model_class))
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected) - (set(ignored) - kept)
     return model
+
+
+def _load_widened(source: _Source, checkpoint: ExpertCheckpoint, rest: DenseRest) -> Any:
+    """Everything but the routed experts, some of it of low bits.
+
+    With the configuration's quantization transformers would make modules that compute in low bits, or dequantize by
+    blocks of its own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). It is given a plain model's
+    tensors instead, widened as they are read: the memory they are in becomes the model's.
+    """
+    tensors = rest.load(source.dtype)
+    with _without_experts(checkpoint, []):
+        model, info = checkpoint.model_class.from_pretrained(
+            None,
+            config=source.config,
+            state_dict=tensors,
+            dtype=source.dtype,
+            output_loading_info=True,
+            **source.kwargs,
+        )
+    if info["missing_keys"]:
+        name = sorted(info["missing_keys"])[0]
+        unknown = sorted(set(info["unexpected_keys"]) & set(rest.low_bit))
+        spare = f" {rest.low_bit[unknown[0]].first} is of low bits, and is no weight of the model." if unknown else ""
+        raise KTAMXModelNotSupportedError(
+            f"{checkpoint.files.folder} has no {name}, which {type(model).__name__} has.{spare} Give the checkpoint in "
+            "bfloat16."
+        )
+    model.name_or_path = model.config.name_or_path = str(source.path_or_name)
+    if model.can_generate():
+        from transformers import GenerationConfig
+
+        with suppress(OSError):  # a model need not have one
+            model.generation_config = GenerationConfig.from_pretrained(str(source.path_or_name), **source.hub)
+    return model
+
+
+def _left_out(model_class: Any) -> list[str]:
+    """Patterns of names that a class of transformers leaves out of a checkpoint, multi-token prediction for instance."""
+    return list(model_class._keys_to_ignore_on_load_unexpected or ())
 
 
 class _NoExperts(nn.Module):

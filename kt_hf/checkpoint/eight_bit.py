@@ -66,9 +66,7 @@ class EightBit(Format):
             names = " or ".join(head + tail for tail in SCALES[:2])
             raise KTAMXError(f"{weight} is of {weight.dtype}, but its scales, {names}, are missing.")
         if weight.shape != shape:
-            raise KTAMXError(
-                f"{weight} has the shape {list(weight.shape)}; by the model's config it is {list(shape)}."
-            )
+            raise KTAMXError(f"{weight} has the shape {list(weight.shape)}; by the model's config it is {list(shape)}.")
         expected = scale_shape(shape, self.block)
         whole = expected == (1, 1) and scales.shape in ((), (1,))
         if not (scales.shape == expected or whole) or scales.dtype not in (*FLOATING, E8M0):

@@ -118,7 +118,10 @@ class Slot:
         weight = matrix.format.packed(tensors, (matrix.shape[0], matrix.shape[1]))
         stack = self.stack
         if weight.scales.dim() == 4:  # of 8 bits
-            pairs = [(self._rows(stack.codes), weight.codes[0]), (stack.scales[self.index, self.part], weight.scales[0, 0])]
+            pairs = [
+                (self._rows(stack.codes), weight.codes[0]),
+                (stack.scales[self.index, self.part], weight.scales[0, 0]),
+            ]
         else:
             pairs = [(self._rows(stack.codes), weight.codes[0]), (self._rows(stack.scales), weight.scales[0])]
             if stack.zeros is not None and weight.zeros is not None:
@@ -198,3 +201,38 @@ def _batches(jobs: list[Job], most: int) -> Iterator[list[Job]]:
         size += room
     if batch:
         yield batch
+
+
+def check_values(matrices: Iterable[Matrix], scales: bool = True) -> None:
+    """Read the small parts of weights, and look through their values.
+
+    Args:
+        matrices: The weights.
+        scales: Whether to look through their scales too, for what is not a finite number.
+
+    Raises:
+        KTAMXError: A weight cannot be computed of them, naming file and tensor.
+    """
+    jobs, size = [], 0
+    for matrix in matrices:
+        if matrix.format is None:
+            continue
+        names = (*matrix.format.described, *(matrix.format.scales if scales else ()))
+        parts = {name: matrix.parts[name] for name in names if name in matrix.parts}
+        jobs.append((matrix, parts))
+        size += sum(stored.size for stored in parts.values())
+        if size > _STAGING:
+            _check_batch(jobs)
+            jobs, size = [], 0
+    _check_batch(jobs)
+
+
+def _check_batch(jobs: list[tuple[Matrix, dict[str, StoredTensor]]]) -> None:
+    read = [{name: torch.empty(s.shape, dtype=s.dtype, device="cpu") for name, s in parts.items()} for _, parts in jobs]
+    read_tensors([(parts[name], memory[name]) for (_, parts), memory in zip(jobs, read, strict=True) for name in parts])
+    for (matrix, parts), tensors in zip(jobs, read, strict=True):
+        assert matrix.format is not None
+        problem = matrix.format.problem(tensors, (matrix.shape[0], matrix.shape[1]))
+        if problem:
+            part, why = problem
+            raise KTAMXError(f"{parts[part]} of a weight in {matrix.format.words} {why}.")

@@ -217,9 +217,7 @@ def _compressed(config: Any) -> tuple[Group, ...]:
         choice = _scheme(name, weights, str(get(group, "format") or get(config, "format") or ""))
         groups.append(Group(*choice, tuple(str(target) for target in get(group, "targets") or ("Linear",))))
     if not groups:
-        raise KTAMXConfigError(
-            f"quantization_config: config_groups names no weights. Give a checkpoint in {KNOWN}."
-        )
+        raise KTAMXConfigError(f"quantization_config: config_groups names no weights. Give a checkpoint in {KNOWN}.")
     return tuple(groups)
 
 
