@@ -9,13 +9,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..shapes import ExpertShape
-from .packed import PackedExperts
+from .packed import PackedExperts, PackedMatrices
 
 # Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer.
 CALL_LOCK = threading.RLock()
@@ -61,23 +61,23 @@ class ExpertWeights:
             device: Where the copies go.
             dtype: Floating, of the copies.
         """
-        if self.low_bit is None:
-            return ExpertWeights(*(_rows(t, list(experts), device, dtype) for t in (self.gate_up, self.down)))
-        packed = [e for e in experts if e in set(self.low_bit.experts)]
-        low, rest = self.low_bit.select(sorted(packed)), self.rows_of([e for e in experts if e not in set(packed)])
-        order = [e for e in experts if e not in set(packed)] + sorted(packed)
+        packed = [] if self.low_bit is None else sorted(set(experts) & set(self.low_bit.experts))
+        plain = [e for e in experts if e not in set(packed)]
+        order = [*plain, *packed]
         back = [order.index(e) for e in experts]
-        pairs = ((self.gate_up, low.gate_up), (self.down, low.down))
-        parts = (
-            torch.cat([_rows(held, rest, device, dtype), stored.to(device).dequantized(dtype)]) if rest else
-            stored.to(device).dequantized(dtype) for held, stored in pairs
-        )  # fmt: skip
-        return ExpertWeights(*(part if back == sorted(back) else part[back] for part in parts))
+        low = self.low_bit.select(packed) if self.low_bit is not None and packed else None
 
+        def stacked(held: Tensor, stored: PackedMatrices | None) -> Tensor:
+            index = torch.tensor(self.rows_of(plain), dtype=torch.int64, device=held.device)
+            rows = held.detach().index_select(0, index).to(device, dtype) if plain or stored is None else None
+            if stored is None:
+                return cast(Tensor, rows)
+            wide = stored.to(device).dequantized(dtype)
+            both = wide if rows is None else torch.cat([rows, wide])
+            return both if back == sorted(back) else both[back]
 
-def _rows(stack: Tensor, rows: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    index = torch.tensor(rows, dtype=torch.int64, device=stack.device)
-    return stack.detach().index_select(0, index).to(device, dtype)
+        gate_up = stacked(self.gate_up, low.gate_up if low else None)
+        return ExpertWeights(gate_up, stacked(self.down, low.down if low else None))
 
 
 class SavedForward:
