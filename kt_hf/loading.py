@@ -272,13 +272,12 @@ def _load_widened(source: _Source, checkpoint: ExpertCheckpoint, rest: DenseRest
             output_loading_info=True,
             **source.kwargs,
         )
-    if info["missing_keys"]:
-        name = sorted(info["missing_keys"])[0]
-        unknown = sorted(set(info["unexpected_keys"]) & set(rest.low_bit))
-        spare = f" {rest.low_bit[unknown[0]].first} is of low bits, and is no weight of the model." if unknown else ""
+    unknown = sorted(set(info["unexpected_keys"]) & set(rest.low_bit))
+    if unknown:
+        stored = rest.low_bit[unknown[0]].first
         raise KTAMXModelNotSupportedError(
-            f"{checkpoint.files.folder} has no {name}, which {type(model).__name__} has.{spare} Give the checkpoint in "
-            "bfloat16."
+            f"{stored} is of {stored.dtype}, and {type(model).__name__} has no weight {unknown[0]}. Give the checkpoint "
+            "in bfloat16."
         )
     model.name_or_path = model.config.name_or_path = str(source.path_or_name)
     if model.can_generate():

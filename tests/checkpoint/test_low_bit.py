@@ -1,0 +1,211 @@
+"""Checkpoints of 4 and 8 bits in every format that people have: to the bit, kept as stored on the GPU, widened elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kt_hf import load_kt_model
+from kt_hf.backends.packed import PackedMatrices
+from kt_hf.checkpoint import ExpertCheckpoint
+from kt_hf.checkpoint.complete import check_complete
+from kt_hf.checkpoint.quantization import known_quantization
+from tests.support.cases import make_config
+from tests.support.checkpoints import edit, tensors
+from tests.support.low_bit_files import FAMILY, WAYS, Way, fp8_of_deepseek_v4, stored
+from tests.support.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
+
+E = FAMILY.num_experts
+LAYER = "model.layers.2.mlp.experts"
+TIERS = {"streamed": {"resident": 0, "streamed": E}, "resident": {"resident": E, "streamed": 0}, "cpu": None}
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def loaded(folder: Path, tiers: dict[str, int] | None = None) -> Any:
+    more = {} if tiers is None else {"kt_expert_placement": tiers}
+    return load_kt_model(folder, make_config("torch", kt_lora_rank=8, **more), dtype=torch.bfloat16)
+
+
+def results(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits with an adapter, and all its gradients."""
+    model = get_peft_model(model, lora_config(FAMILY))
+    fill_lora(model, 3)
+    return logits_of(model, FAMILY.inputs()), gradients_of(model, loss_of(model, FAMILY.inputs()))
+
+
+def same(one: Any, other: Any) -> None:
+    (logits, grads), (expected, expected_grads) = results(one), results(other)
+    assert torch.equal(logits, expected)
+    assert grads.keys() == expected_grads.keys()
+    assert all(torch.equal(grad, expected_grads[name]) for name, grad in grads.items())
+    assert all(grad.any() for grad in grads.values())
+
+
+@each_way
+def test_weights_to_the_bit(way: Way, tmp_path: Path) -> None:
+    """Of each expert, widened as it is read, and kept as it is stored and widened after."""
+    low, plain = stored(way, tmp_path)
+    content, checkpoint = tensors(plain), ExpertCheckpoint(low, AutoConfig.from_pretrained(low))
+    checkpoint.check_values()
+    for layer in checkpoint.layers:
+        wide, kept = checkpoint.read(layer, torch.bfloat16), checkpoint.read(layer, torch.bfloat16, range(E))
+        some = checkpoint.read(layer, torch.bfloat16, [1, 5]).low_bit
+        assert kept.low_bit is not None and some is not None and len(kept.gate_up) == 0
+        for weights in (kept.low_bit.gate_up.dequantized(torch.bfloat16), wide.gate_up):
+            for e in range(E):
+                gate, up = weights[e].chunk(2)
+                assert torch.equal(gate, content[f"{layer}.{e}.gate_proj.weight"])
+                assert torch.equal(up, content[f"{layer}.{e}.up_proj.weight"])
+        for weights in (kept.low_bit.down.dequantized(torch.bfloat16), wide.down):
+            assert all(torch.equal(weights[e], content[f"{layer}.{e}.down_proj.weight"]) for e in range(E))
+        assert torch.equal(some.down.dequantized(torch.bfloat16), wide.down[[1, 5]])
+
+
+@pytest.mark.usefixtures("cpu_for_gpu")
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
+@each_way
+def test_model_is_that_of_the_widened_weights(way: Way, tiers: dict[str, int] | None, tmp_path: Path) -> None:
+    """Logits and every gradient; the dense rest is widened, and the config is a plain model's."""
+    low, plain = stored(way, tmp_path)
+    model, expected = loaded(low, tiers), loaded(plain, tiers)
+    assert getattr(model.config, "quantization_config", None) is None
+    parameters = dict(expected.named_parameters())
+    assert all(torch.equal(parameter, parameters[name]) for name, parameter in model.named_parameters())
+    same(model, expected)
+
+
+@pytest.mark.usefixtures("cpu_for_gpu")
+@pytest.mark.parametrize("tiers", ["streamed", "resident"])
+@each_way
+def test_kept_packed_without_a_detour(
+    way: Way, tiers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No expert is widened while the model is loaded, and no stack of wide ones has any rows."""
+    low, _ = stored(way, tmp_path, keep=lambda name: ".experts." not in name)
+    read, widened, rows = ExpertCheckpoint.read, [], []
+
+    def watched(*args: Any) -> Any:
+        weights = read(*args)
+        rows.append(len(weights.gate_up) + len(weights.down))
+        return weights
+
+    monkeypatch.setattr(ExpertCheckpoint, "read", watched)
+    monkeypatch.setattr(PackedMatrices, "dequantized", lambda *_: widened.append(1))
+    loaded(low, TIERS[tiers])
+    assert rows == [0, 0]
+    assert not widened
+
+
+@each_way
+def test_sizes_without_reading(way: Way, tmp_path: Path) -> None:
+    """The configuration tells the bits of an expert's weight as the files' headers do, and as it is kept."""
+    low, _ = stored(way, tmp_path)
+    config = AutoConfig.from_pretrained(low)
+    checkpoint = ExpertCheckpoint(low, config)
+    kept = checkpoint.read(LAYER, torch.bfloat16, range(E)).low_bit
+    assert kept is not None
+    assert checkpoint.bits() == pytest.approx(kept.bits)
+    known = known_quantization(config)
+    assert known is not None and known.bits == pytest.approx(kept.bits, rel=0.04)
+
+
+@pytest.mark.usefixtures("cpu_for_gpu")
+def test_attention_of_deepseek_v4(tmp_path: Path) -> None:
+    """FP8 with scales of powers of two, beside experts of MXFP4."""
+    low, plain = stored(WAYS["mxfp4 deepseek"], tmp_path)
+    exact = {}
+
+    def change(content: dict[str, Tensor]) -> None:
+        for name in [name for name in content if "self_attn" in name and name.endswith("_proj.weight")]:
+            parts, exact[name] = fp8_of_deepseek_v4(content.pop(name))
+            content |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
+
+    edit(low, change)
+    edit(plain, lambda content: content.update(exact))
+    same(loaded(low, TIERS["streamed"]), loaded(plain, TIERS["streamed"]))
+
+
+@pytest.mark.usefixtures("cpu_for_gpu")
+@each_way
+def test_experts_in_bf16_among_the_others(way: Way, tmp_path: Path) -> None:
+    """A layer that the quantization left out, and an expert of another layer."""
+    if way.fused:
+        pytest.skip("a stack is of one kind")
+    low, plain = stored(way, tmp_path, keep=lambda name: "layers.0." in name or ".experts.3." in name)
+    model = loaded(low, TIERS["streamed"])
+    same(model, loaded(plain, TIERS["streamed"]))
+    bits = ExpertCheckpoint(low, AutoConfig.from_pretrained(low)).bits()
+    assert 11 < bits < 13.5
+
+
+@each_way
+def test_it_is_complete(way: Way, tmp_path: Path) -> None:
+    """A dry run has nothing to say of the parts; of a weight that is missing it has."""
+    low, _ = stored(way, tmp_path)
+    assert check_complete(low, AutoConfig.from_pretrained(low)) == []
+    edit(low, lambda content: (content.pop("model.layers.1.input_layernorm.weight"), None)[1])
+    with pytest.raises(ValueError, match="input_layernorm"):
+        check_complete(low, AutoConfig.from_pretrained(low))
+
+
+def parts_of(content: dict[str, Tensor], way: Way) -> list[str]:
+    """The tensors of one projection of an expert."""
+    heads = (f"{LAYER}.down_proj_",) if way.fused else (f"{LAYER}.3.up_proj.",)
+    return [name for name in content if name.startswith(heads)]
+
+
+SPARE = ("weight_shape", "g_idx", "input_scale", "input_global_scale")  # what may be missing
+SCALES = ("scale", "scales", "weight_scale", "weight_scale_2", "weight_global_scale", "weight.absmax",
+          "weight.nested_absmax")  # fmt: skip
+
+
+def broken(way: Way) -> dict[str, Any]:
+    """Name -> a change of one tensor of an expert's weight, by the tensor's name."""
+    return {
+        "missing": lambda content, name: content.pop(name),
+        "a row less": lambda content, name: content.update({name: content[name][:-1].contiguous()}),
+        "another dtype": lambda content, name: content.update({name: content[name].float().to(torch.float64)}),
+    }
+
+
+@pytest.mark.parametrize("how", ["missing", "a row less", "another dtype", "nan"])
+@each_way
+def test_broken_twins_are_refused_before_loading(
+    way: Way, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part of a weight, broken in turn; the message names the file and the expert's projection."""
+    low, _ = stored(way, tmp_path, keep=lambda name: ".experts." not in name)
+    whole, loads = tensors(low), []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loads.append("rest"))
+    monkeypatch.setattr(ExpertCheckpoint, "read", lambda *_: loads.append("experts"))
+    checked = 0
+    for name in parts_of(whole, way):
+        part = name.removeprefix(f"{LAYER}.3.up_proj.").removeprefix(f"{LAYER}.down_proj_")
+        if part in SPARE or (how == "nan" and (part not in SCALES or (part == "weight.absmax" and "nested" in low.name))):
+            continue
+        if how == "a row less" and (not whole[name].dim() or part.startswith("weight.quant_state")):
+            continue
+        content = {key: value.clone() for key, value in whole.items()}
+        if how == "nan":
+            if content[name].dtype == torch.uint8 and part == "weight.absmax":
+                continue  # of 8 bits
+            if content[name].dtype in (torch.uint8, torch.float8_e8m0fnu):
+                content[name].view(torch.uint8).view(-1)[-1] = 255
+            else:
+                content[name] = content[name].float().flatten().index_fill(0, torch.tensor([0]), torch.nan).view(
+                    content[name].shape
+                ).to(content[name].dtype)
+        else:
+            broken(way)[how](content, name)
+        edit(low, lambda old, new=content: (old.clear(), old.update(new))[1])
+        with pytest.raises(ValueError, match=r"model\.safetensors") as refused:
+            loaded(low)
+        assert (f"{LAYER}.3." if not way.fused else f"{LAYER}.down_proj") in str(refused.value)
+        checked += 1
+    assert checked and not loads
