@@ -206,7 +206,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def without_quantization(config: Any) -> None:
-    """Take out of a configuration, and of its language model's, how the checkpoint is quantized: a plain model's then."""
+    """Take out of a configuration, and of its language model's, how the checkpoint is quantized."""
     for part in (config, _text_config_of(config)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

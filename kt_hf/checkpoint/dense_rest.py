@@ -1,4 +1,4 @@
-"""The weights of a checkpoint outside of its routed experts, where some are of low bits: checked, and widened as read."""
+"""The weights of a checkpoint outside of its routed experts, some of low bits: checked, and widened as read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`ExpertCheckpoint`: the routed experts of a safetensors checkpoint, checked from the headers and read layer by layer.
 
-Three layouts are known, recognized by the tensors' names, whatever the family: one linear layer an expert and projection
+Three layouts are known, recognized by the tensors' names, whatever the family: a linear layer an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
 (`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in one of the low-bit formats that `quantization` tells apart.
 """
@@ -140,7 +140,8 @@ class ExpertCheckpoint:
         H, I, n = shape.hidden_size, shape.intermediate_size, len(experts)  # noqa: E741
         names = ["gate_up_proj"] if (experts[0], "gate_up_proj") in matrices else ["gate_proj", "up_proj"]
         above, below = matrices[experts[0], names[0]].kind, matrices[experts[0], "down_proj"].kind
-        assert above is not None and below is not None
+        assert above
+        assert below
         gate_up, down = above.allocate(n, 2 * I, H, len(names)), below.allocate(n, H, I)
         jobs = []
         for i, e in enumerate(experts):

@@ -44,7 +44,7 @@ class ExpertName:
 
 
 def expert_name(name: str) -> ExpertName | None:
-    """What the tensor is by its name; None if it is not of routed experts, or only says how activations are quantized."""
+    """What the tensor is by its name; None if it is not of routed experts' weights."""
     one, stack = _ONE_EXPERT.fullmatch(name), _FUSED.fullmatch(name)
     if one:
         known = ExpertName(one[1], int(one[2]), ALIASES.get(one[3], one[3]), one[4])

@@ -1,8 +1,8 @@
 """How a checkpoint stores a weight in low bits: its parts, and the one layout that they are brought to.
 
-A `Format` is one such way. A linear weight [rows, columns] of it has several tensors in the files, its *parts*, each under
-a name of its own behind the layer's (`weight_packed`, `qweight`, `weight_scale` …). A format checks them by the files'
-headers, and rearranges them into the layout of `backends.packed`. All weights of the same `Kind` can share one stack.
+A `Format` is one such way. A linear weight [rows, columns] of it has several tensors in the files, its *parts*, each
+under a name of its own behind the layer's (`weight_packed`, `qweight`, `weight_scale` …). A format checks them by the
+files' headers, and rearranges them into the layout of `backends.packed`. Weights of the same `Kind` can share a stack.
 """
 
 from __future__ import annotations

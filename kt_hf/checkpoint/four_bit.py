@@ -175,8 +175,8 @@ class Mxfp4Blocks(Format):
 class Nvfp4(Format):
     """NVFP4: a byte for two columns, an E4M3 scale for 16, and a factor fp32 for the matrix.
 
-    modelopt has `weight`, `weight_scale` and `weight_scale_2`, which multiplies; compressed-tensors has `weight_packed`,
-    `weight_scale` and `weight_global_scale`, which divides.
+    modelopt has `weight`, `weight_scale` and `weight_scale_2`, which multiplies; compressed-tensors has
+    `weight_packed`, `weight_scale` and `weight_global_scale`, which divides.
 
     Attributes:
         codes: Name of the part with the codes.

@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4: the bytes of the flattened weight, and an absmax for each block of them, itself in 8 bits mostly."""
+"""bitsandbytes' NF4: the bytes of the flattened weight, and an absmax for each block of them."""
 
 from __future__ import annotations
 

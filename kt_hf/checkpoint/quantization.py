@@ -1,4 +1,4 @@
-"""What a model's configuration says of how its checkpoint stores weights: `quantization_config`, read and understood."""
+"""What a model's configuration says of how its checkpoint stores weights: `quantization_config`, understood."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def _gptq(config: Any) -> tuple[Group, ...]:
         raise _refused("bits", get(config, "bits"), "GPTQ of 4 bits can be read.")
     if layout not in ("gptq", "gptq_v2") or get(config, "is_marlin_format"):
         raise _refused("checkpoint_format", layout, "GPTQ's gptq and gptq_v2 can be read.")
-    version = 2 if layout == "gptq_v2" else 1
-    return (Group(lambda parts: Gptq(group, version), _four_bits(group, 24)),)
+    form = Gptq(group, 2 if layout == "gptq_v2" else 1, bool(get(config, "desc_act")))
+    return (Group(lambda parts: form, _four_bits(group, 24)),)
 
 
 def _awq(config: Any) -> tuple[Group, ...]:
@@ -240,7 +240,8 @@ def _scheme(name: str, weights: Any, layout: str) -> tuple[Choice, float]:
         return lambda parts: Mxfp4(), 4.25
     raise KTAMXConfigError(
         f"quantization_config: {name} has weights of num_bits={bits}, type={kind!r}, strategy={strategy!r}, "
-        f"group_size={size}, symmetric={symmetric}, format={layout!r}, which cannot be read. Give a checkpoint in {KNOWN}."
+        f"group_size={size}, symmetric={symmetric}, format={layout!r}, which cannot be read. Give a "
+        f"checkpoint in {KNOWN}."
     )
 
 

@@ -25,11 +25,13 @@ class Gptq(Format):
     Attributes:
         group: Columns that share a scale, -1 for whole rows; None if the configuration does not say.
         version: 1 stores each zero-point less 1, 2 the zero-point.
+        act_order: Whether columns may be out of the order of their groups, which g_idx tells then.
     """
 
     words: ClassVar[str] = "GPTQ of 4 bits"
     group: int | None = None
     version: int = 1
+    act_order: bool = False
 
     @property
     def scales(self) -> Sequence[str]:
@@ -52,7 +54,7 @@ class Gptq(Format):
         """Whether columns are in the order of their groups is seen from the values of g_idx."""
         rows, columns = shape
         self.part(parts, "qweight", (torch.int32,), (columns // 8, rows))
-        if "g_idx" in parts:
+        if self.act_order or "g_idx" in parts:
             self.part(parts, "g_idx", (torch.int32, torch.int64), (columns,))
         return _kind(self, parts, shape, self.group)
 

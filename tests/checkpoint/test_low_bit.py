@@ -1,7 +1,8 @@
-"""Checkpoints of 4 and 8 bits in every format that people have: to the bit, kept as stored on the GPU, widened elsewhere."""
+"""Checkpoints of 4 and 8 bits in every format: to the bit, kept as stored on the GPU, widened elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from kt_hf import load_kt_model
 from kt_hf.backends.packed import PackedMatrices
 from kt_hf.checkpoint import ExpertCheckpoint
 from kt_hf.checkpoint.complete import check_complete
+from kt_hf.checkpoint.dense_rest import DenseRest
+from kt_hf.checkpoint.nf4 import STATE
 from kt_hf.checkpoint.quantization import known_quantization
 from tests.support.cases import make_config
-from tests.support.checkpoints import edit, tensors
+from tests.support.checkpoints import edit, tensors, write
 from tests.support.low_bit_files import FAMILY, WAYS, Way, fp8_of_deepseek_v4, stored
 from tests.support.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
 
@@ -56,7 +59,9 @@ def test_weights_to_the_bit(way: Way, tmp_path: Path) -> None:
     for layer in checkpoint.layers:
         wide, kept = checkpoint.read(layer, torch.bfloat16), checkpoint.read(layer, torch.bfloat16, range(E))
         some = checkpoint.read(layer, torch.bfloat16, [1, 5]).low_bit
-        assert kept.low_bit is not None and some is not None and len(kept.gate_up) == 0
+        assert kept.low_bit
+        assert some
+        assert len(kept.gate_up) == 0
         for weights in (kept.low_bit.gate_up.dequantized(torch.bfloat16), wide.gate_up):
             for e in range(E):
                 gate, up = weights[e].chunk(2)
@@ -83,9 +88,7 @@ def test_model_is_that_of_the_widened_weights(way: Way, tiers: dict[str, int] | 
 @pytest.mark.usefixtures("cpu_for_gpu")
 @pytest.mark.parametrize("tiers", ["streamed", "resident"])
 @each_way
-def test_kept_packed_without_a_detour(
-    way: Way, tiers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_packed_without_a_detour(way: Way, tiers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No expert is widened while the model is loaded, and no stack of wide ones has any rows."""
     low, _ = stored(way, tmp_path, keep=lambda name: ".experts." not in name)
     read, widened, rows = ExpertCheckpoint.read, [], []
@@ -112,7 +115,8 @@ def test_sizes_without_reading(way: Way, tmp_path: Path) -> None:
     assert kept is not None
     assert checkpoint.bits() == pytest.approx(kept.bits)
     known = known_quantization(config)
-    assert known is not None and known.bits == pytest.approx(kept.bits, rel=0.04)
+    assert known
+    assert known.bits == pytest.approx(kept.bits, rel=0.04)
 
 
 @pytest.mark.usefixtures("cpu_for_gpu")
@@ -160,52 +164,112 @@ def parts_of(content: dict[str, Tensor], way: Way) -> list[str]:
     return [name for name in content if name.startswith(heads)]
 
 
-SPARE = ("weight_shape", "g_idx", "input_scale", "input_global_scale")  # what may be missing
+# Parts that may be missing, and those whose values must be finite.
+SPARE = ("weight_shape", "g_idx", "input_scale", "input_global_scale")
 SCALES = ("scale", "scales", "weight_scale", "weight_scale_2", "weight_global_scale", "weight.absmax",
           "weight.nested_absmax")  # fmt: skip
 
 
-def broken(way: Way) -> dict[str, Any]:
-    """Name -> a change of one tensor of an expert's weight, by the tensor's name."""
-    return {
-        "missing": lambda content, name: content.pop(name),
-        "a row less": lambda content, name: content.update({name: content[name][:-1].contiguous()}),
-        "another dtype": lambda content, name: content.update({name: content[name].float().to(torch.float64)}),
-    }
+def not_a_number(values: Tensor) -> Tensor:
+    if values.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        values.view(torch.uint8).view(-1)[-1] = 255
+        return values
+    return values.float().flatten().index_fill(0, torch.tensor([0]), torch.nan).view(values.shape).to(values.dtype)
 
 
-@pytest.mark.parametrize("how", ["missing", "a row less", "another dtype", "nan"])
+BROKEN: dict[str, Callable[[dict[str, Tensor], str], object]] = {
+    "missing": lambda content, name: content.pop(name),
+    "a row less": lambda content, name: content.update({name: content[name][:-1].contiguous()}),
+    "another dtype": lambda content, name: content.update({name: content[name].float().double()}),
+    "not a number": lambda content, name: content.update({name: not_a_number(content[name])}),
+}
+
+
+def breakable(name: str, values: Tensor, how: str) -> bool:
+    part = name.removeprefix(f"{LAYER}.3.up_proj.").removeprefix(f"{LAYER}.down_proj_")
+    if how == "not a number":
+        return part in SCALES and not (part == "weight.absmax" and values.dtype == torch.uint8)
+    return part not in SPARE and (how != "a row less" or (values.dim() > 0 and "quant_state" not in part))
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been loaded."""
+    steps: list[str] = []
+    monkeypatch.setattr(DenseRest, "load", lambda *_: steps.append("rest"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: steps.append("rest"))
+    monkeypatch.setattr(ExpertCheckpoint, "read", lambda *_: steps.append("experts"))
+    return steps
+
+
+@pytest.mark.parametrize("how", BROKEN)
 @each_way
-def test_broken_twins_are_refused_before_loading(
-    way: Way, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_twins_are_refused_before_loading(way: Way, how: str, loads: list[str], tmp_path: Path) -> None:
     """Every part of a weight, broken in turn; the message names the file and the expert's projection."""
     low, _ = stored(way, tmp_path, keep=lambda name: ".experts." not in name)
-    whole, loads = tensors(low), []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loads.append("rest"))
-    monkeypatch.setattr(ExpertCheckpoint, "read", lambda *_: loads.append("experts"))
-    checked = 0
-    for name in parts_of(whole, way):
-        part = name.removeprefix(f"{LAYER}.3.up_proj.").removeprefix(f"{LAYER}.down_proj_")
-        if part in SPARE or (how == "nan" and (part not in SCALES or (part == "weight.absmax" and "nested" in low.name))):
-            continue
-        if how == "a row less" and (not whole[name].dim() or part.startswith("weight.quant_state")):
-            continue
+    whole = tensors(low)
+    names = [name for name in parts_of(whole, way) if breakable(name, whole[name], how)]
+    for name in names:
         content = {key: value.clone() for key, value in whole.items()}
-        if how == "nan":
-            if content[name].dtype == torch.uint8 and part == "weight.absmax":
-                continue  # of 8 bits
-            if content[name].dtype in (torch.uint8, torch.float8_e8m0fnu):
-                content[name].view(torch.uint8).view(-1)[-1] = 255
-            else:
-                content[name] = content[name].float().flatten().index_fill(0, torch.tensor([0]), torch.nan).view(
-                    content[name].shape
-                ).to(content[name].dtype)
-        else:
-            broken(way)[how](content, name)
-        edit(low, lambda old, new=content: (old.clear(), old.update(new))[1])
+        BROKEN[how](content, name)
+        write(low, content)
         with pytest.raises(ValueError, match=r"model\.safetensors") as refused:
             loaded(low)
-        assert (f"{LAYER}.3." if not way.fused else f"{LAYER}.down_proj") in str(refused.value)
-        checked += 1
-    assert checked and not loads
+        assert (f"{LAYER}.down_proj" if way.fused else f"{LAYER}.3.") in str(refused.value)
+    assert names
+    assert not loads
+
+
+UP = f"{LAYER}.3.up_proj."
+ODD: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    "act-order": ("gptq v2", lambda c: c[UP + "g_idx"].copy_(c[UP + "g_idx"].flip(0)), "g_idx.* act-order"),
+    "act-order of compressed-tensors": (
+        "int4 group 32",
+        lambda c: c.update({UP + "weight_g_idx": torch.zeros(128).int()}),
+        "weight_g_idx.* act-order",
+    ),
+    "zero-points of symmetric weights": (
+        "int4 group 32",
+        lambda c: c.update({UP + "weight_zero_point": torch.zeros(16, 4).int()}),
+        "symmetric",
+    ),
+    "groups of another size": (
+        "int4 group 32",
+        lambda c: c.update({UP + "weight_scale": torch.ones(128, 2).bfloat16()}),
+        "2 scales for 128",
+    ),
+    "another shape": ("int4 rows", lambda c: c[UP + "weight_shape"].fill_(7), r"weight_shape .* is \[7, 7\]"),
+    "a factor of 0": (
+        "nvfp4 compressed",
+        lambda c: c[UP + "weight_global_scale"].zero_(),
+        "weight_global_scale .* is 0",
+    ),
+    "another table": ("nf4", lambda c: c[UP + "weight.quant_map"].mul_(2), "quant_map .* other values"),
+    "bitsandbytes' FP4": (
+        "nf4",
+        lambda c: c.update({UP + "weight.quant_state.bitsandbytes__fp4": c.pop(UP + STATE)}),
+        "not fp4",
+    ),
+    "a state that is no JSON": ("nf4", lambda c: c[UP + STATE].fill_(0), "is no JSON"),
+    "a bias": ("awq", lambda c: c.update({UP + "bias": torch.zeros(128)}), "up_proj.bias: biases of experts"),
+    "the rest's scales": (
+        "int4 group 32",
+        lambda c: c.pop("model.layers.1.self_attn.q_proj.weight_scale"),
+        "q_proj.weight_scale is missing",
+    ),
+    "the rest's values": (
+        "gptq v1",
+        lambda c: c["model.layers.1.self_attn.q_proj.scales"].fill_(torch.inf),
+        "q_proj.scales .* finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_cannot_be_computed_is_refused_before_loading(name: str, loads: list[str], tmp_path: Path) -> None:
+    way, change, words = ODD[name]
+    low, _ = stored(WAYS[way], tmp_path)
+    edit(low, lambda content: (change(content), None)[1])
+    with pytest.raises(ValueError, match=words):
+        loaded(low)
+    assert not loads

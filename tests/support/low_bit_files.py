@@ -1,6 +1,6 @@
-"""Checkpoints of 4 and 8 bits as others write them: tensors made by the formats' definitions, not by the code under test.
+"""Checkpoints of 4 and 8 bits as others write them: made by the formats' definitions, not by the code under test.
 
-A `Way` gives a weight's tensors and what the weight then is: codes are drawn or rounded here, and the weight is computed
+A `Way` gives a weight's tensors and what the weight then is: codes are rounded here, and the weight is computed
 of codes and scales in fp32 by the format's formula, rounded to bf16 once.
 """
 
@@ -257,9 +257,7 @@ def _fuse(way: Way, content: dict[str, Tensor], exact: dict[str, Tensor]) -> Non
     """Put gpt-oss's stacks in the place of one tensor an expert; gate and up in turns."""
     for index in FAMILY.moe_layers:
         layer = f"model.layers.{index}.mlp.experts"
-        names = {
-            p: [f"{layer}.{e}.{p}_proj.weight" for e in range(FAMILY.num_experts)] for p in ("gate", "up", "down")
-        }
+        names = {p: [f"{layer}.{e}.{p}_proj.weight" for e in range(FAMILY.num_experts)] for p in ("gate", "up", "down")}
         gate, up, down = (torch.stack([content.pop(name) for name in some]) for some in names.values())
         parts, both = way.store(torch.stack((gate, up), 2).flatten(1, 2))
         content |= {f"{layer}.gate_up_proj_{part}": value for part, value in parts.items()}
