@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kt_hf import load_kt_model
+from kt_hf import KTAMXError, load_kt_model
 from kt_hf.backends.packed import PackedMatrices
 from kt_hf.checkpoint import ExpertCheckpoint
 from kt_hf.checkpoint.complete import check_complete
@@ -28,6 +28,24 @@ E = FAMILY.num_experts
 LAYER = "model.layers.2.mlp.experts"
 TIERS = {"streamed": {"resident": 0, "streamed": E}, "resident": {"resident": E, "streamed": 0}, "cpu": None}
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def quick(*names: str) -> pytest.MarkDecorator:
+    """Each way, all but these slow."""
+    ways = [pytest.param(w, id=n, marks=() if n in names else pytest.mark.slow) for n, w in WAYS.items()]
+    return pytest.mark.parametrize("way", ways)
+
+
+# With the tiers in which they are tried quickly.
+_QUICK = {("int4 group 32", "streamed"), ("mxfp4 gpt-oss", "streamed"), ("gptq v1", "resident"), ("nf4 nested", "cpu")}
+in_all_tiers = pytest.mark.parametrize(
+    ("way", "tiers"),
+    [
+        pytest.param(way, tiers, id=f"{name}, {tier}", marks=() if (name, tier) in _QUICK else pytest.mark.slow)
+        for name, way in WAYS.items()
+        for tier, tiers in TIERS.items()
+    ],
+)
 
 
 def loaded(folder: Path, tiers: dict[str, int] | None = None) -> Any:
@@ -52,10 +70,15 @@ def same(one: Any, other: Any) -> None:
 
 @each_way
 def test_weights_to_the_bit(way: Way, tmp_path: Path) -> None:
-    """Of each expert, widened as it is read, and kept as it is stored and widened after."""
+    """Of each expert, widened as it is read, and kept as it is stored and widened after.
+
+    The bits of a weight that the headers tell, and nearly those that the configuration alone tells, are those kept.
+    """
     low, plain = stored(way, tmp_path)
-    content, checkpoint = tensors(plain), ExpertCheckpoint(low, AutoConfig.from_pretrained(low))
+    config = AutoConfig.from_pretrained(low)
+    content, checkpoint, known = tensors(plain), ExpertCheckpoint(low, config), known_quantization(config)
     checkpoint.check_values()
+    assert known
     for layer in checkpoint.layers:
         wide, kept = checkpoint.read(layer, torch.bfloat16), checkpoint.read(layer, torch.bfloat16, range(E))
         some = checkpoint.read(layer, torch.bfloat16, [1, 5]).low_bit
@@ -70,11 +93,12 @@ def test_weights_to_the_bit(way: Way, tmp_path: Path) -> None:
         for weights in (kept.low_bit.down.dequantized(torch.bfloat16), wide.down):
             assert all(torch.equal(weights[e], content[f"{layer}.{e}.down_proj.weight"]) for e in range(E))
         assert torch.equal(some.down.dequantized(torch.bfloat16), wide.down[[1, 5]])
+        assert checkpoint.bits() == pytest.approx(kept.low_bit.bits)
+        assert known.bits == pytest.approx(kept.low_bit.bits, rel=0.04)
 
 
 @pytest.mark.usefixtures("cpu_for_gpu")
-@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
-@each_way
+@in_all_tiers
 def test_model_is_that_of_the_widened_weights(way: Way, tiers: dict[str, int] | None, tmp_path: Path) -> None:
     """Logits and every gradient; the dense rest is widened, and the config is a plain model's."""
     low, plain = stored(way, tmp_path)
@@ -87,7 +111,7 @@ def test_model_is_that_of_the_widened_weights(way: Way, tiers: dict[str, int] | 
 
 @pytest.mark.usefixtures("cpu_for_gpu")
 @pytest.mark.parametrize("tiers", ["streamed", "resident"])
-@each_way
+@quick("int4 group 32", "fp8 a matrix")
 def test_kept_packed_without_a_detour(way: Way, tiers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No expert is widened while the model is loaded, and no stack of wide ones has any rows."""
     low, _ = stored(way, tmp_path, keep=lambda name: ".experts." not in name)
@@ -103,20 +127,6 @@ def test_kept_packed_without_a_detour(way: Way, tiers: str, tmp_path: Path, monk
     loaded(low, TIERS[tiers])
     assert rows == [0, 0]
     assert not widened
-
-
-@each_way
-def test_sizes_without_reading(way: Way, tmp_path: Path) -> None:
-    """The configuration tells the bits of an expert's weight as the files' headers do, and as it is kept."""
-    low, _ = stored(way, tmp_path)
-    config = AutoConfig.from_pretrained(low)
-    checkpoint = ExpertCheckpoint(low, config)
-    kept = checkpoint.read(LAYER, torch.bfloat16, range(E)).low_bit
-    assert kept is not None
-    assert checkpoint.bits() == pytest.approx(kept.bits)
-    known = known_quantization(config)
-    assert known
-    assert known.bits == pytest.approx(kept.bits, rel=0.04)
 
 
 @pytest.mark.usefixtures("cpu_for_gpu")
@@ -136,7 +146,7 @@ def test_attention_of_deepseek_v4(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cpu_for_gpu")
-@each_way
+@quick("int4 zero-points")
 def test_experts_in_bf16_among_the_others(way: Way, tmp_path: Path) -> None:
     """A layer that the quantization left out, and an expert of another layer."""
     if way.fused:
@@ -144,17 +154,19 @@ def test_experts_in_bf16_among_the_others(way: Way, tmp_path: Path) -> None:
     low, plain = stored(way, tmp_path, keep=lambda name: "layers.0." in name or ".experts.3." in name)
     model = loaded(low, TIERS["streamed"])
     same(model, loaded(plain, TIERS["streamed"]))
+    known = known_quantization(AutoConfig.from_pretrained(low))
+    assert known
     bits = ExpertCheckpoint(low, AutoConfig.from_pretrained(low)).bits()
-    assert 11 < bits < 13.5
+    assert bits == pytest.approx(16 / 2 + (16 + 7 * known.bits) / 16, rel=0.02)
 
 
-@each_way
+@quick("int4 zero-points", "nf4")
 def test_it_is_complete(way: Way, tmp_path: Path) -> None:
     """A dry run has nothing to say of the parts; of a weight that is missing it has."""
     low, _ = stored(way, tmp_path)
     assert check_complete(low, AutoConfig.from_pretrained(low)) == []
     edit(low, lambda content: (content.pop("model.layers.1.input_layernorm.weight"), None)[1])
-    with pytest.raises(ValueError, match="input_layernorm"):
+    with pytest.raises(KTAMXError, match="input_layernorm"):
         check_complete(low, AutoConfig.from_pretrained(low))
 
 
@@ -202,7 +214,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return steps
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=() if how == "missing" else pytest.mark.slow) for how in BROKEN]
+)
 @each_way
 def test_broken_twins_are_refused_before_loading(way: Way, how: str, loads: list[str], tmp_path: Path) -> None:
     """Every part of a weight, broken in turn; the message names the file and the expert's projection."""
@@ -213,7 +227,7 @@ def test_broken_twins_are_refused_before_loading(way: Way, how: str, loads: list
         content = {key: value.clone() for key, value in whole.items()}
         BROKEN[how](content, name)
         write(low, content)
-        with pytest.raises(ValueError, match=r"model\.safetensors") as refused:
+        with pytest.raises(KTAMXError, match=r"model\.safetensors") as refused:
             loaded(low)
         assert (f"{LAYER}.down_proj" if way.fused else f"{LAYER}.3.") in str(refused.value)
     assert names
@@ -270,6 +284,6 @@ def test_what_cannot_be_computed_is_refused_before_loading(name: str, loads: lis
     way, change, words = ODD[name]
     low, _ = stored(WAYS[way], tmp_path)
     edit(low, lambda content: (change(content), None)[1])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(KTAMXError, match=words):
         loaded(low)
     assert not loads
