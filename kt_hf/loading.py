@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .backends.quantizer import EXPERT_BITS
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.model_rest import NoExperts, Source, checked_dtype, load_rest
 from .checkpoint.progress import LayersBar
-from .checkpoint.quantization import known_quantization
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
@@ -151,16 +151,20 @@ def _place(
     budget: MemoryBudget,
 ) -> None:
     """Decide where each expert goes, and whether those on the GPU stay in low bits."""
-    rank = packer.config.kt_lora_rank
-    # Experts that are packed later, at the first adapter, are bf16 until then.
-    widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
-    budget = replace(budget, bits=BF16 if widened else checkpoint.bits())
+    widened, own = packer.saved is not None or source.dtype != torch.bfloat16, packer.config.kt_expert_dtype
+    if (method := checkpoint.quantization.method) is not None:
+        packer.stored_as = method
+    if method is not None and own != "bf16":
+        raise KTAMXConfigError(
+            f"kt_expert_dtype={own!r}: the checkpoint's weights are quantized already ({method}), and are kept "
+            "as they are. Leave it out, or give a checkpoint in bfloat16."
+        )
+    bits = EXPERT_BITS[own] if own != "bf16" else checkpoint.bits()
+    budget = replace(budget, bits=BF16 if widened else bits)
     packer.place(by_layer(checkpoint.shapes), placement, budget)
-    if packer.tiers and packer.tiers.streamed and known_quantization(source.config) and budget.bits >= BF16:
-        reason = "those of a layer are not of one kind, or are in bf16 in the checkpoint"
-        if widened:
-            reason = "kt_lora_rank is not given" if rank is None else f"the model is {source.dtype}"
-        logger.warning("kt_hf: streamed experts are held in bf16, larger than in a checkpoint of low bits: %s.", reason)
+    if packer.tiers and packer.tiers.streamed and method is not None and budget.bits >= BF16:
+        reason = f"the model is {source.dtype}" if widened else "not all of a layer are of one kind, or they are bf16"
+        logger.warning("kt_hf: streamed experts are held in bf16, larger than a checkpoint of low bits: %s.", reason)
 
 
 def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, console: Console | None) -> None:

@@ -44,10 +44,12 @@ class Quantization:
     Attributes:
         groups: The first that names a module tells how its weight is stored; () for a model that is not quantized.
         ignored: Modules that are not quantized, as `Group.targets`.
+        method: `quant_method`; None for a model that is not quantized.
     """
 
     groups: tuple[Group, ...] = ()
     ignored: tuple[str, ...] = ()
+    method: str | None = None
 
     @property
     def bits(self) -> float:
@@ -122,7 +124,8 @@ def quantization_of(config: Any) -> Quantization:
     if get(config, "expert_dtype") == "fp4":  # DeepSeek-V4, beside FP8 of the rest
         groups = (Group(groups[0].choice, 4.25, ("re:.*\\.experts\\.",)), *groups)
     names = [get(stored, field) or () for field in ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")]
-    return Quantization(groups, tuple(name for some in names for name in some if isinstance(name, str)))
+    ignored = tuple(name for some in names for name in some if isinstance(name, str))
+    return Quantization(groups, ignored, str(method))
 
 
 def known_quantization(config: Any) -> Quantization | None:

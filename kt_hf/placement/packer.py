@@ -21,6 +21,7 @@ from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.streamed import StreamedBackend
 from ..backends.gpu.weight_stream import CHUNK_BYTES, Streamer
+from ..backends.quantizer import quantized_experts
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
@@ -75,6 +76,7 @@ class Packer:
         lora: Where the experts' LoRA is.
         tokens: Of a forward in training, as far as is known.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
+        stored_as: What all experts' weights are, in words, for an adapter's manifest.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
@@ -98,7 +100,7 @@ class Packer:
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
-        self.tokens, self.bits = _TOKENS, BF16
+        self.tokens, self.bits, self.stored_as = _TOKENS, BF16, config.kt_expert_dtype
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -255,7 +257,7 @@ class Packer:
         elif weights.packed_as is not None:
             backend = weights.packed_as
         elif self.tiers is None or not self.tiers.need_gpu:
-            backend = on_cpu(weights, shape)
+            backend = on_cpu(weights.widened(), shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
@@ -309,7 +311,15 @@ class Packer:
             shape: Sizes of the layer.
             layer: Its index, by which the placement knows it.
         """
-        return [e for part in self._on_gpu(shape, layer) for e in part] if self.bits < BF16 else ()
+        if self.bits >= BF16 or self.config.kt_expert_dtype != "bf16":
+            return ()
+        return [e for part in self._on_gpu(shape, layer) for e in part]
+
+    def stored(self, weights: ExpertWeights | PackedLayerFiles) -> ExpertWeights | PackedLayerFiles:
+        """A layer's weights in `kt_expert_dtype`: as they are, or quantized, and then `weights` are emptied."""
+        if isinstance(weights, PackedLayerFiles) or self.config.kt_expert_dtype == "bf16":
+            return weights
+        return quantized_experts(weights, self.config.kt_expert_dtype, self.gpu)
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import OPERATORS
+from ..backends.quantizer import EXPERT_BITS
 from ..errors import KTAMXError
 from ..placement.choice import all_streamed, is_worth_its_cpu
 from ..placement.controller import RESERVE
@@ -259,6 +260,8 @@ def _width(s: TrainSettings) -> int:
 
 def _bits(s: TrainSettings, m: ModelSizes) -> float:
     """Of a weight of experts on the GPU, as it is stored there."""
+    if s.kt.kt_expert_dtype != "bf16" and _width(s) == 2:
+        return EXPERT_BITS[s.kt.kt_expert_dtype]
     return m.bits if _streams(s) else BF16
 
 

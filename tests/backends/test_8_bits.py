@@ -113,8 +113,8 @@ def test_fused_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "told"),
-    [({"kt_lora_rank": None}, "kt_lora_rank is not given"), ({"mixed": True}, "not all of them are of 8 bits")],
-    ids=["packed later", "mixed"],
+    [({"mixed": True}, "not all of a layer are of one kind")],
+    ids=["mixed"],
 )
 def test_what_is_streamed_in_bf16(
     more: dict[str, Any], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
