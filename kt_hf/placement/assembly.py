@@ -97,6 +97,11 @@ def make_packer(
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
+    if cfg.kt_expert_dtype != "bf16":
+        where = gpu if gpu is not None and gpu.type == "cuda" else "the CPU, which takes a minute for each 1 B weights"
+        logger.info("kt_hf: experts are quantized to %s on %s.", cfg.kt_expert_dtype, where)
+        if tiers == Tiers():
+            logger.warning("kt_hf: the CPU computes experts of %s widened: no memory is saved.", cfg.kt_expert_dtype)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
