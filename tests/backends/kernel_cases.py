@@ -24,7 +24,7 @@ from kt_hf.backends.gpu.rows import Addends, Rows
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.shapes import LORA_NAMES, ExpertShape
-from tests.support.low_bit import KINDS, random_matrices
+from tests.support.packed import KINDS, random_matrices
 from tests.support.reference import (
     BaseWeights,
     assert_all_close,
