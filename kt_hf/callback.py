@@ -102,9 +102,8 @@ class KTMoECallback(TrainerCallback):
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None
         if packer and packer.promotion:
-            resumed = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" if state.global_step else None
             elsewhere = args.use_cpu and packer.gpu_device.type != "cpu"  # the GPU is not this trainer's
-            begin_run(packer, resumed, _computed_as(args, model), fixed=args.full_determinism or elsewhere)
+            begin_run(packer, _computed_as(args, model), fixed=args.full_determinism or elsewhere)
         most, before = layers[0].backend.torch_threads, torch.get_num_threads()
         if most is not None and most < before and next(model.parameters()).device.type == "cpu":
             # The rest of the model is on the CPU too: PyTorch leaves a core to the operators' idle workers.

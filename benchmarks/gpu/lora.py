@@ -9,18 +9,25 @@ expert (207 M parameters on the experts), tokens spread evenly over the experts.
     gpu       LoRA on the GPU
     cpu       LoRA on the CPU
     waiting   the same, each layer's backward waiting for its gradients
+    torch     the same as cpu, gradients clipped by PyTorch's function, which kt_hf replaces for them
+    some      LoRA of the first layers on the GPU (--on-gpu, all but a twelfth), of the others on the CPU
 
 `step` is the median of steps without a synchronization between their parts. The parts are of other steps, with one
 after each: forward, backward, clip (of the norm, as a Trainer does), optimizer, zero (gradients let go), refresh (of
 what the GPU computes with). `arrivals` is how long the thread that called backward waited for gradients, beside the one
 of the GPU.
-`foreach` is the optimizer's seconds for the same parameters with foreach in place of fused.
+`foreach` is the optimizer's seconds for the same parameters with foreach in place of fused. `optimizer_gb_per_s` is
+what it reads and writes a second (28 bytes a parameter), `new_pages` how many pages of 4 KB a step took anew.
+The whole model in 24 GB, as `auto` has it, before and after:
+
+    python benchmarks/gpu lora --layers 48 --cap 24 --case torch cpu some --on-gpu 44
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +48,7 @@ from kt_hf.experts.lora_delivery import Delivery
 SIZES = {"hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128,
          "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
          "vocab_size": 32768, "norm_topk_prob": True}  # fmt: skip
-CASES = ("gpu", "cpu", "waiting")
+CASES = ("gpu", "cpu", "waiting", "torch", "some")
 PARTS = ("forward", "backward", "clip", "optimizer", "zero", "refresh")
 
 
@@ -99,6 +106,7 @@ class Training:
         self.ids = made.to(device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+        self.clip = torch.nn.utils.clip_grad_norm_
         update_lora(self.layers)
 
     def synchronize(self) -> None:
@@ -110,7 +118,7 @@ class Training:
         return {
             "forward": lambda: loss.append(self.model(input_ids=self.ids, labels=self.ids).loss),
             "backward": lambda: loss.pop().backward(),
-            "clip": lambda: torch.nn.utils.clip_grad_norm_(self.trained, 1.0),
+            "clip": lambda: self.clip(self.trained, 1.0),
             "optimizer": self.optimizer.step,
             "zero": self.optimizer.zero_grad,
             "refresh": lambda: update_lora(self.layers),
@@ -125,7 +133,7 @@ class Training:
         return time.perf_counter() - begin
 
     def step_by_part(self, arrivals: list[float]) -> dict[str, float]:
-        taken, parts = {}, self.parts()
+        taken, parts, pages = {}, self.parts(), new_pages()
         arrivals.clear()
         for name in PARTS:
             self.synchronize()
@@ -133,7 +141,7 @@ class Training:
             parts[name]()
             self.synchronize()
             taken[name] = time.perf_counter() - begin
-        return taken | {"arrivals": sum(arrivals)}
+        return taken | {"arrivals": sum(arrivals), "new_pages": new_pages() - pages}
 
     def foreach(self) -> float:
         """Seconds of the optimizer's second step with foreach, on gradients of ones: the first makes its moments."""
@@ -150,24 +158,39 @@ class Training:
         return seconds
 
 
+def new_pages() -> int:
+    """Pages that this process has taken from the system so far without reading a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def measure(name: str, model: Any, given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     start_again(model, "gpu" if name == "gpu" else "cpu", device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if name == "some":
+        count = len(model._kt_wrappers) * 11 // 12 if given.on_gpu is None else given.on_gpu
+        for layer in model._kt_wrappers[:count]:
+            for projection in layer.projections:
+                projection.place_lora(device)
     training = Training(model, given, device)
+    if name == "torch":
+        training.clip = training.clip.__wrapped__  # type: ignore[attr-defined]
     with case(name) as arrivals:
         steps = [training.step() for _ in range(given.steps + 2)][2:]
         taken = [training.step_by_part(arrivals) for _ in range(given.steps + 1)][1:]
     touched = {int(m.drawn.unique().numel()) for m in model.modules() if hasattr(m, "drawn")}
     experts = [p for layer in training.layers for p in layer.lora_params.values()]
+    parts = {part: statistics.median(one[part] for one in taken) for part in (*PARTS, "arrivals", "new_pages")}
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return {
         "case": name, "layers": given.layers, "batch": given.batch, "sequence": given.sequence, "rank": given.rank,
-        "lora_parameters": sum(p.numel() for p in experts), "experts_touched": min(touched),
+        "lora_parameters": sum(p.numel() for p in experts),
+        "on_cpu": sum(p.numel() for p in experts if p.device.type == "cpu"), "experts_touched": min(touched),
         "torch_threads": torch.get_num_threads(), "step": statistics.median(steps), "fastest_step": min(steps),
-    } | {
-        part: statistics.median(one[part] for one in taken) for part in (*PARTS, "arrivals")
-    } | {"foreach": training.foreach(), "gpu_peak_gb": peak / 1e9}  # fmt: skip
+    } | parts | {
+        "optimizer_gb_per_s": 28e-9 * sum(p.numel() for p in training.trained) / parts["optimizer"],
+        "foreach": training.foreach(), "gpu_peak_gb": peak / 1e9,
+    }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,9 +199,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3, help="timed, of each kind")
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--on-gpu", type=int, help="layers whose LoRA is on the GPU in the case `some`")
+    parser.add_argument("--cap", type=float, help="GB that PyTorch may take on the GPU")
 
 
 def run(given: argparse.Namespace, device: torch.device) -> None:
+    if given.cap and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap * 1e9 / total), device)
     begin = time.perf_counter()
     model = build(given, device)
     print(f"made in {time.perf_counter() - begin:.1f} s", flush=True)

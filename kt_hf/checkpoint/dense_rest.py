@@ -54,7 +54,7 @@ class DenseRest:
             if _is_plain(parts):
                 self.plain |= {tensor.name: tensor for tensor in parts.values()}
             else:
-                self.low_bit[f"{layer}.weight"] = _matrix(layer, parts, quantization)
+                self.low_bit[f"{layer}.weight"] = low_bit_matrix(layer, parts, quantization)
         for tensor in self.plain.values():
             if tensor.dtype == torch.float8_e4m3fn:
                 raise KTAMXError(f"{tensor} is of {tensor.dtype}, but its scales are missing.")
@@ -114,7 +114,17 @@ def _is_plain(parts: Parts) -> bool:
     return not others and weight.dtype not in (*EIGHT_BIT, torch.uint8)
 
 
-def _matrix(layer: str, parts: Parts, quantization: Quantization) -> Matrix:
+def low_bit_matrix(layer: str, parts: Parts, quantization: Quantization) -> Matrix:
+    """A weight of low bits.
+
+    Args:
+        layer: Name of the linear layer.
+        parts: Its tensors.
+        quantization: How the configuration says that weights are stored.
+
+    Raises:
+        KTAMXError: It is stored in a way that is not known, or a part is missing or does not fit.
+    """
     form = quantization.format_of(layer, parts)
     if form is None:
         raise KTAMXError(f"{next(iter(parts.values()))} belongs to no weight of low bits.")

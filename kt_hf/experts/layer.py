@@ -41,8 +41,8 @@ class BackendFactory(Protocol):
     def retain(self) -> bool:
         """Whether a first forward is kept for a recompute in backward."""
 
-    def lora_on_gpu(self, rank: int) -> bool:
-        """Whether LoRA parameters move to a GPU with the model, decided once, by the rank of the first adapter."""
+    def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
+        """Whether a layer's LoRA parameters move to a GPU with the model, decided by the rank of the first adapter."""
 
     def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
         """A layer's forward begins, which is no recompute: the time to move weights.
@@ -52,6 +52,13 @@ class BackendFactory(Protocol):
             tokens: Of the forward.
             gradients: Whether a backward may follow.
             training: Whether the layer is in training mode.
+        """
+
+    def make_room(self, label: str) -> bool:
+        """Free what a GPU can do without, of which it has too little for a layer; whether there was anything.
+
+        Args:
+            label: The layer's name in the model, for messages.
         """
 
     def build(
@@ -123,7 +130,7 @@ class KTExperts(nn.Module):
         self._runner = self._new_runner(TorchBackend(weights, shape))
 
     def _new_runner(self, backend: ExpertsBackend) -> ExpertsRunner:
-        return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks)
+        return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks, self.factory.make_room)
 
     @property
     def projections(self) -> list[ExpertProjection]:
@@ -156,7 +163,7 @@ class KTExperts(nn.Module):
 
     def lora_on_gpu(self, rank: int) -> bool:
         """Whether the LoRA parameters, of an adapter of this rank, move to a GPU with the model."""
-        return self.factory.lora_on_gpu(rank)
+        return self.factory.lora_on_gpu(rank, self.layer_idx)
 
     @property
     def device(self) -> torch.device:

@@ -220,12 +220,18 @@ class ExpertProjection(nn.Module, LoraLayer):
             elif owner is not None:
                 holder.to(owner.device)
 
-    def follow_to_gpu(self, device: torch.device) -> None:
-        """Move all adapters' tensors to a GPU, and have them move with the model from now on."""
+    def place_lora(self, gpu: torch.device | None) -> None:
+        """Move all adapters' tensors to a GPU, where they follow the model from now on, or back to the CPU.
+
+        Args:
+            gpu: The GPU; None for the CPU.
+        """
         for holder in (*self.lora_A.values(), *self.lora_B.values()):
             assert isinstance(holder, ExpertLora)
-            holder.follow_to_gpu = True
-            holder.to(device)
+            holder.follow_to_gpu = gpu is not None
+            holder.weight.data = holder.weight.data.to(gpu or "cpu")
+            if holder.weight.grad is not None:
+                holder.weight.grad = holder.weight.grad.to(gpu or "cpu")
 
     @property
     def computed_adapters(self) -> list[str]:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..backends import CALL_LOCK, ExpertsBackend, Gradients, SavedForward
 from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import to_device, to_host
 from ..errors import KTAMXBackwardError
+from ..system.threads import torch_threads
 from .lora_tensors import LoraTensors
 from .result_checks import (
     CheckedGradients,
@@ -32,6 +34,7 @@ from .result_checks import (
 )
 from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
 
+Result = TypeVar("Result")
 Check = Callable[[Gradients], CheckedGradients]  # `checked` with the layer's device
 
 
@@ -43,14 +46,23 @@ class ExpertsRunner:
         label: The layer's name, for messages.
         retain: Whether a first forward is kept for a recompute in backward (`kt_expert_activations: retain`).
         checks: Where results on a GPU are left to be checked, for all layers of the model.
+        make_room: Frees memory of a GPU that has run out of it, given the label; returns whether there was any to free.
 
     Attributes:
         tokens: How many tokens gradients were computed for.
         load: [E] int64 on the backend's device: how many of them each expert got.
     """
 
-    def __init__(self, backend: ExpertsBackend, label: str, retain: bool, checks: DeferredChecks) -> None:
+    def __init__(
+        self,
+        backend: ExpertsBackend,
+        label: str,
+        retain: bool,
+        checks: DeferredChecks,
+        make_room: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.backend = backend
+        self._make_room = make_room
         self.label = label
         self.retain = retain
         self.checks = checks
@@ -132,7 +144,7 @@ class ExpertsRunner:
             hidden = x.detach()
             x, ids, weights = self._inputs(x, ids, weights)
             keep = save and (self.retain or in_backward())
-            out, saved = self._compute(x, ids, weights, keep)
+            out, saved = self._with_room(lambda: self._compute(x, ids, weights, keep))
             result = to_device(out, hidden.device)
             check_output(self.checks, self.label, out, result, hidden)
             if not save:
@@ -209,9 +221,10 @@ class ExpertsRunner:
             self._swap(values, values.kept)
         saved, check = ticket.saved, functools.partial(checked, home=x.device, lora=lora)
         if saved is not None and self.backend.can_backward(saved):
-            gradients = self._backward(saved, lambda: self._inputs(x, ids, weights), grad_output, check)
+            inputs = functools.partial(self._inputs, x, ids, weights)
+            gradients = self._with_room(lambda: self._backward(saved, inputs, grad_output, check))
         else:
-            gradients = self._recompute(*self._inputs(x, ids, weights), grad_output, check)
+            gradients = self._with_room(lambda: self._recompute(*self._inputs(x, ids, weights), grad_output, check))
         if self.on_gpu:
             check_gpu_gradients(self.checks, self.label, gradients, grad_output)
         self.tokens += x.shape[0]
@@ -219,6 +232,15 @@ class ExpertsRunner:
         if not graph_is_kept():
             ticket.release()
         return gradients
+
+    def _with_room(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns; it is called once more if a GPU lacks memory that can be freed."""
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            if not self._make_room(self.label):
+                raise
+        return compute()  # not above: an exception that is handled keeps what its frames refer to
 
     def _counted(self, ids: Tensor) -> Tensor:
         """How often each of 0 … E is among the ids."""
@@ -314,20 +336,15 @@ class ExpertsRunner:
 
 def _within(ids: Tensor, count: int) -> bool:
     """Whether ids on the CPU are each in [0, count) or -1."""
-    if not ids.numel():
-        return True
-    low, high = ids.aminmax()
-    return int(low) >= -1 and int(high) < count
+    low, high = map(int, ids.aminmax()) if ids.numel() else (-1, -1)
+    return low >= -1 and high < count
 
 
 @contextlib.contextmanager
 def _quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
     """Set PyTorch's number of threads, unless it is None, and switch autocast off on these kinds of device."""
-    before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        if threads is not None:
-            stack.callback(torch.set_num_threads, before)
-            torch.set_num_threads(threads)
+        stack.enter_context(torch_threads(threads))
         for device in autocast:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -23,6 +23,7 @@ from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
 from .choice import hint
+from .expert_memory import resident_bytes
 from .memory_model import MemoryBudget, inner_bytes
 from .packer import Packer
 from .tiers import Tiers, asked_for, check_tiers
@@ -97,6 +98,11 @@ def make_packer(
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
+    if cfg.kt_expert_dtype != "bf16":
+        where = gpu if gpu is not None and gpu.type == "cuda" else "the CPU, which takes a minute for each 1 B weights"
+        logger.info("kt_hf: experts are quantized to %s on %s.", cfg.kt_expert_dtype, where)
+        if tiers == Tiers():
+            logger.warning("kt_hf: the CPU computes experts of %s widened: no memory is saved.", cfg.kt_expert_dtype)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
@@ -138,7 +144,7 @@ def training_as(budget: MemoryBudget) -> Iterator[None]:
     Args:
         budget: That of the run; the model's sizes in it are not used.
     """
-    names = ("loss", "checkpointing", "offloading", "retain", "accumulating", "other_lora")
+    names = ("loss", "checkpointing", "offloading", "retain", "accumulating", "other_lora", "lora_layers")
     token = _STEP.set({name: getattr(budget, name) for name in names})
     try:
         yield
@@ -171,8 +177,8 @@ def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torc
 def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> None:
     """Choose the device of the experts' LoRA again, now that a trainer says how steps are computed.
 
-    Only `auto` that has left it on the CPU is asked again: what seemed to lack room may have it, by the loss that is
-    really used. Before an optimizer is made for the parameters.
+    Only `auto` is asked again: what seemed to lack room may have it by the loss that is really used, and longer steps
+    may leave none. Before an optimizer is made for the parameters.
 
     Args:
         model: With adapters, and on the GPU as far as it goes there.
@@ -181,13 +187,23 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     """
     packer, layers = packer_of(model), kt_layers(model)
     ranks = [rank for layer in layers for projection in layer.projections for rank in projection.r.values()]
-    if packer is None or not ranks or not packer.lora.left_on_cpu:
+    if packer is None or not ranks or not packer.lora.open:
         return
     config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
-    budget = replace(memory_budget(model, config, max(tokens or 0, packer.tokens)), **step)
-    if packer.lora_again([layer.shape for layer in layers], budget, max(ranks)):
-        for projection in (p for layer in layers for p in layer.projections):
-            projection.follow_to_gpu(packer.gpu_device)
+    before = packer.lora.budget
+    budget = memory_budget(model, config, max(tokens or 0, before.tokens or 0) or None)
+    others = [p for name, p in model.named_parameters() if p.requires_grad and ".experts." not in name]
+    other_lora = sum(p.numel() for p in others)
+    budget = replace(budget, **step, other_lora=other_lora, lora_layers=before.lora_layers, bits=before.bits)
+    present = sum(p.nbytes for layer in layers for p in layer.parameters() if p.is_cuda)
+    if all(layer.packed for layer in layers):
+        largest = max((layer.shape for layer in layers), key=expert_bytes)
+        present += resident_bytes(largest, packer.tiers or Tiers(), len(layers), budget.bits)
+    packer.choose_lora_again({layer.layer_idx: layer.shape for layer in layers}, budget, max(ranks), present)
+    for layer in layers:
+        on_gpu = packer.lora.on_gpu(max(ranks), layer.layer_idx)
+        for projection in layer.projections:
+            projection.place_lora(packer.gpu_device if on_gpu else None)
 
 
 def linear_widths(model: nn.Module) -> list[tuple[int, int]]:

@@ -235,6 +235,10 @@ class Controller:
         if self._open is not None:
             self._open.held = held
 
+    def interrupted(self) -> None:
+        """The pass under way ran out of memory: what it took says nothing of others."""
+        self._open = self._cycle = None
+
     def _learn(self, reading: Reading) -> None:
         """What the pass took that has ended, and those of its kind before it, if layers were the same."""
         done = self._open

@@ -54,6 +54,7 @@ class MemoryBudget:
         vocabulary: Logits of a token.
         dtype: The experts' dtype; None for bf16.
         lora_rank: Rank of the experts' LoRA if its parameters and their optimizer are on the GPU, else 0.
+        lora_layers: Layers of which that is so; None for all of them.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
         computed_rank: Rank of the experts' LoRA if it is on the CPU and the GPU has a copy in bf16 to multiply with;
             that of a LoRA on the GPU (`lora_rank`) need not be given.
@@ -72,6 +73,7 @@ class MemoryBudget:
     vocabulary: int = 0
     dtype: torch.dtype | None = None
     lora_rank: int = 0
+    lora_layers: int | None = None
     bits: float = BF16
     computed_rank: int = 0
     other_lora: int = 0
@@ -95,7 +97,7 @@ class MemoryBudget:
         """
         streamed = Tiers(0, shape.num_experts)
         taken = gpu_memory(self, shape, self.layers, tokens, streamed)
-        return max(0, int((1 - _RESERVE) * free) - taken.total + buffer_bytes(shape, shape.num_experts, self.bits))
+        return max(0, room_for(free) - taken.total + buffer_bytes(shape, shape.num_experts, self.bits))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def gpu_memory(
         chunk_bytes: Of a chunk of experts in bf16; None for the widest.
     """
     H, E = shape.hidden_size, shape.num_experts
-    masters = lora_parameters(shape, budget.lora_rank) * expert_layers
+    with_lora = expert_layers if budget.lora_layers is None else min(budget.lora_layers, expert_layers)
+    masters = lora_parameters(shape, budget.lora_rank) * with_lora
     streamed = tiers.streamed if tiers.resident_layers < expert_layers else 0
     inside = tokens * (budget.inner_bytes or 40 * H)
     work = _expert_work(shape, tokens, tiers, expert_layers, chunk_bytes, budget)
@@ -178,6 +181,15 @@ def most_resident_layers(
         return gpu_memory(budget, shape, expert_layers, tokens, tiers).total <= (1 - reserve) * free
 
     return max(filter(fits, range(1, expert_layers + 1)), default=0)
+
+
+def room_for(free: int) -> int:
+    """Bytes of the GPU's memory that may be planned with.
+
+    Args:
+        free: Bytes that are free on the GPU.
+    """
+    return int((1 - _RESERVE) * free)
 
 
 def fitting_chunk(

@@ -127,9 +127,9 @@ class Packer:
         """Whether a first forward is kept for a recompute in backward."""
         return self.config.kt_expert_activations == "retain"
 
-    def lora_on_gpu(self, rank: int) -> bool:
-        """Whether LoRA parameters, of an adapter of this rank if it is the first, move to a GPU with the model."""
-        return self.lora.on_gpu(rank)
+    def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
+        """Whether a layer's LoRA parameters, of an adapter of this rank if it is the first, move to a GPU with it."""
+        return self.lora.on_gpu(rank, layer_idx)
 
     def warn_dropout(self, dropout: float) -> None:
         """Say once that experts train without LoRA dropout."""
@@ -189,17 +189,25 @@ class Packer:
         self.placement, self.tokens = placement, budget.tokens or self.config.kt_max_len or _TOKENS
         shapes, budget, free = list(layers.values()), self._with_lora(budget), free_device_memory(self.gpu_device)
         self._chunk_bytes = fitting_chunk(budget, max(shapes, key=expert_bytes), len(shapes), self.tokens, tiers, free)
-        self.lora.learn(shapes, tiers, budget, self.tokens, free)
+        self.lora.learn(layers, tiers, budget, self.tokens, free)
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         split = tiers.resident or any(tiers.on_cpu(shape.num_experts) for shape in others)
         logger.info("kt_hf: %s (%s)%s.", tiers, self.gpu_device, f", by {source}" if split else "")
 
-    def lora_again(self, shapes: Sequence[ExpertShape], budget: MemoryBudget, rank: int) -> bool:
-        """Choose once more whether LoRA of this rank is on the GPU, by another budget; see `settle_lora_device`."""
-        budget, free = self._with_lora(budget), free_device_memory(self.gpu_device)
-        self.lora.learn(shapes, self.tiers or _NO_GPU, budget, budget.tokens or self.tokens, free)
-        self.lora.chosen = None
-        return self.lora.on_gpu(rank)
+    def choose_lora_again(
+        self, layers: Mapping[int, ExpertShape], budget: MemoryBudget, rank: int, present: int
+    ) -> None:
+        """Choose once more which layers' LoRA is on the GPU, by another budget; see `settle_lora_device`.
+
+        Args:
+            layers: Shape by layer index.
+            budget: What must fit on the GPU beside experts.
+            rank: LoRA rank.
+            present: Bytes of LoRA and of experts that are on the GPU already.
+        """
+        tokens, free = max(budget.tokens or 0, self.tokens), free_device_memory(self.gpu_device) + present
+        self.lora.learn(layers, self.tiers or _NO_GPU, self._with_lora(budget), tokens, free)
+        self.lora.choose(rank)
 
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
@@ -295,6 +303,14 @@ class Packer:
         if self.promotion is not None:
             with CALL_LOCK:
                 self.promotion.begins(layer_idx, tokens, gradients, training, optimizer_steps())
+
+    def make_room(self, label: str) -> bool:
+        """Have layers that the run has brought to the GPU give their memory back; whether there were any.
+
+        Args:
+            label: The layer that has too little, for the log.
+        """
+        return self.promotion is not None and self.promotion.ran_out(label)
 
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of a layer's resident and of its streamed experts."""

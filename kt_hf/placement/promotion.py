@@ -11,6 +11,7 @@ import logging
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -55,11 +56,13 @@ class Promotion:
 
     Attributes:
         fixed: Whether layers stay where they are from now on.
+        resumed: Folder of the checkpoint that the run under way goes on from; None for a new run.
         controller: What was learned, and how many layers are held; None before the first pass.
     """
 
     def __init__(self, device: torch.device, vocabulary: int = 0, memory: Memory | None = None) -> None:
         self.fixed = False
+        self.resumed: Path | None = None
         self.controller: Controller | None = None
         self._device, self._vocabulary = device, vocabulary
         self._memory = memory or DeviceMemory(device)
@@ -111,6 +114,29 @@ class Promotion:
             layer.weights.to_host()
         if self.controller is not None:
             self.controller.moved(0)
+
+    def ran_out(self, label: str) -> bool:
+        """The device has too little memory for a layer: give all back now, and hold fewer layers from the next pass on.
+
+        Args:
+            label: Of the layer, for the log.
+
+        Returns:
+            Whether any layer was held.
+        """
+        held = len(self.held)
+        if not held:
+            return False
+        self.release()
+        self._memory.trim()
+        self._most = held - max(1, held // 4)
+        if self.controller is not None:
+            self.controller.interrupted()
+        logger.warning(
+            "kt_hf: the GPU ran out of memory in %s: the %d layers of experts there are streamed again, and it is "
+            "computed once more. From the next pass on %d layers at most are held.", label, held, self._most,
+        )  # fmt: skip
+        return True
 
     def hold(self, count: int) -> None:
         """Have the first `count` layers of the order on the GPU, and no others.

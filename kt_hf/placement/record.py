@@ -29,14 +29,14 @@ class RunPlacement:
         held: Indices of the layers whose weights had come to the GPU since.
         seen: What passes took, by kind; {} where layers stayed where they were.
         step: How the run's trainer computed its steps, by which what passes took is true.
-        lora_on_gpu: Whether the experts' LoRA was on the GPU; None if they had none.
+        lora_layers: Layers whose experts' LoRA was on the GPU, the first ones; None if they had none.
     """
 
     tiers: Tiers
     held: tuple[int, ...]
     seen: dict[str, Seen]
     step: dict[str, Any]
-    lora_on_gpu: bool | None = None
+    lora_layers: int | None = None
 
 
 def write_run_placement(folder: Path, packer: Packer, step: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ def write_run_placement(folder: Path, packer: Packer, step: Mapping[str, Any]) -
         "held_layers": promotion.held if promotion else [],
         "seen": controller.as_json() if controller else {},
         "step": dict(step),
-        "lora_on_gpu": packer.lora.chosen.on_gpu if packer.lora.chosen else None,
+        "lora_layers_on_gpu": packer.lora.chosen.on_gpu if packer.lora.chosen else None,
     }
     write_json(folder / RUN_PLACEMENT, content)
 
@@ -81,9 +81,9 @@ def read_run_placement(folder: Path) -> RunPlacement | None:
         numbers = {name.name: tiers[name.name].integer(least=0) for name in fields(Tiers)}
         held = tuple(layer.integer(least=0) for layer in content["held_layers"].entries())
         seen = {kind: _seen(values) for kind, values in content["seen"].object().items()}
-        step, lora = content["step"].object(), content.get("lora_on_gpu")
+        step, lora = content["step"].object(), content.get("lora_layers_on_gpu")
         plain = {name: field.value for name, field in step.items()}
-        return RunPlacement(Tiers(**numbers), held, seen, plain, lora.flag() if lora else None)
+        return RunPlacement(Tiers(**numbers), held, seen, plain, lora.integer(least=0) if lora else None)
     except KTAMXError as error:
         raise KTAMXConfigError(f"{error} Delete the file: the run then begins with all experts streamed.") from error
 
@@ -102,14 +102,13 @@ def _taken(values: Field) -> Taken:
     return Taken(*(Most(most["tokens"].integer(least=0), most["size"].integer(least=0)) for most in (beyond, cycle)))
 
 
-def begin_run(packer: Packer, resumed: Path | None, step: Mapping[str, Any], fixed: bool) -> None:
+def begin_run(packer: Packer, step: Mapping[str, Any], fixed: bool) -> None:
     """Prepare a model's placement for a run of a trainer: it learns anew, or goes on as a checkpoint's run did.
 
     It goes on if steps are computed in the same way: what passes took is not true of others.
 
     Args:
         packer: What built the model's backends.
-        resumed: Folder of the checkpoint that the run goes on from; None for a new run.
         step: How the trainer computes its steps, in plain values.
         fixed: Whether all experts stay streamed from now on.
 
@@ -119,6 +118,7 @@ def begin_run(packer: Packer, resumed: Path | None, step: Mapping[str, Any], fix
     promotion = packer.promotion
     if promotion is None:
         return
+    resumed = promotion.resumed
     recorded = read_run_placement(resumed) if resumed else None
     promotion.release()
     promotion.forget()

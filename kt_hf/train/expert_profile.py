@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import KTConfig
 from ..errors import KTAMXConfigError
 from ..placement import Placement, count_experts, read_placement
+from ..placement.memory_model import MemoryBudget
 from ..placement.record import read_run_placement
 from ..placement.tiers import is_auto
 from ..system import gpu
@@ -36,7 +37,7 @@ def as_before(kt: KTConfig, folder: Path) -> tuple[KTConfig, list[str]]:
         KTAMXConfigError: The checkpoint's record is damaged.
     """
     recorded = read_run_placement(folder)
-    if recorded and recorded.tiers.need_gpu and recorded.lora_on_gpu is False and kt.kt_moe_lora_device == "auto":
+    if recorded and recorded.tiers.need_gpu and recorded.lora_layers == 0 and kt.kt_moe_lora_device == "auto":
         note = f"The experts' LoRA stays on the CPU, as in {folder}. kt_moe_lora_device: gpu moves it, moments and all."
         return replace(kt, kt_moe_lora_device="cpu"), [note]
     nothing_set = is_auto(kt) and kt.kt_expert_placement is None
@@ -47,6 +48,17 @@ def as_before(kt: KTConfig, folder: Path) -> tuple[KTConfig, list[str]]:
         "them to the GPU, with the rounding of another device."
     )
     return replace(kt, kt_expert_placement="cpu"), [note]
+
+
+def with_lora_as_before(budget: MemoryBudget, folder: Path) -> MemoryBudget:
+    """The budget of a run that goes on: LoRA of no more layers on the GPU than in the checkpoint's run.
+
+    Args:
+        budget: Of the run.
+        folder: Of the checkpoint.
+    """
+    recorded = read_run_placement(folder)
+    return replace(budget, lora_layers=recorded.lora_layers or None) if recorded else budget
 
 
 @dataclass

@@ -109,12 +109,12 @@ class _Placed:
     Attributes:
         tiers: Of the experts.
         in_host_too: Layers of `tiers.resident_layers` whose weights are in host memory as well.
-        lora_on_gpu: Whether LoRA of the experts is on the GPU.
+        lora_layers: Layers whose experts' LoRA is on the GPU.
     """
 
     tiers: Tiers = dataclasses.field(default_factory=Tiers)
     in_host_too: int = 0
-    lora_on_gpu: bool = False
+    lora_layers: int = 0
 
 
 def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: int | None, memory: Estimate) -> _Placed:
@@ -122,9 +122,9 @@ def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: in
     shape, layers, T, free = shape_of(m), m.expert_layers, memory.tokens, ASSUMED_GPU if gpu_free is None else gpu_free
     budget, asked, lora = memory.budget, asked_for(s.kt, [shape_of(m)], has_gpu=True), s.kt.kt_moe_lora_device
 
-    def on_gpu(tiers: Tiers) -> bool:
-        left = budget.free_for_experts(free, T, shape)
-        return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, left, budget.bits).on_gpu
+    def on_gpu(tiers: Tiers) -> int:
+        room = free - CUDA_CONTEXT
+        return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, budget, T, room).on_gpu
 
     if asked is not None:
         return _Placed(asked, 0, on_gpu(asked))
@@ -138,7 +138,7 @@ def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: in
     host_room = None if host_free is None else host_free - PROGRAM - CUDA_ON_HOST
     begin = all_streamed([shape] * layers, host_room, budget.bits)
     placed = _Placed(begin, 0, on_gpu(begin))
-    with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if placed.lora_on_gpu else 0)
+    with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank, lora_layers=placed.lora_layers)
     fitting = most_resident_layers(with_lora, shape, layers, T, free - CUDA_CONTEXT, RESERVE)
     placed.in_host_too = max(0, fitting - begin.resident_layers)
     placed.tiers = dataclasses.replace(begin, resident_layers=begin.resident_layers + placed.in_host_too)
@@ -164,8 +164,8 @@ def parts_of(
     memory.host["program"] = PROGRAM
     if gpu and s.run.use_kt:
         placed = _placed(s, m, host_free, gpu_free, memory)
-        budget = dataclasses.replace(memory.budget, lora_rank=s.run.lora_rank if placed.lora_on_gpu else 0)
-        budget = budget if m.lora_experts else dataclasses.replace(budget, lora_rank=0)
+        rank = s.run.lora_rank if m.lora_experts else 0
+        budget = dataclasses.replace(memory.budget, lora_rank=rank, lora_layers=placed.lora_layers)
         free = ASSUMED_GPU if gpu_free is None else gpu_free
         chunk = fitting_chunk(budget, shape_of(m), m.expert_layers, T, placed.tiers, free - CUDA_CONTEXT)
         peak = gpu_memory(budget, shape_of(m), m.expert_layers, T, placed.tiers, chunk)
@@ -210,8 +210,8 @@ def _experts_in_host(
     # The operators' copies (twice) and gradient, or the gradient as it comes from the GPU; then LoRA's master,
     # gradient and two moments.
     beside = (6 if kernel else 4) if on_cpu or not streamed else 2
-    parameters = m.lora_experts * (beside if not placed.lora_on_gpu or on_cpu else 0)
-    host["LoRA of experts and its optimizer"] = parameters + (0 if placed.lora_on_gpu else 16 * m.lora_experts)
+    in_host = m.lora_experts * (layers - placed.lora_layers) // layers
+    host["LoRA of experts and its optimizer"] = beside * (m.lora_experts if on_cpu else in_host) + 16 * in_host
     if on_cpu:
         work = expert_activations(s, m, memory.tokens, kernel)
         host["activations of experts"] = work * tiers.on_cpu(m.experts) // m.experts

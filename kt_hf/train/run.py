@@ -23,7 +23,7 @@ from .config.settings import TrainSettings
 from .data.rows import training_and_evaluation
 from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
 from .dry_run import try_out
-from .expert_profile import ProfileRun, as_before
+from .expert_profile import ProfileRun, as_before, with_lora_as_before
 from .folding import Folding
 from .folding_rules import recorded
 from .full_disk import full_disks
@@ -130,11 +130,12 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
     placing = ProfileRun(settings, train_data.sequences, console, ready.resume.folder if ready.resume else None)
-    kt = settings.kt if keys.use_kt else None
+    kt, budget = settings.kt if keys.use_kt else None, ready.memory.budget
     if kt and ready.resume:
         kt, notes = as_before(kt, ready.resume.folder)
+        budget = with_lora_as_before(budget, ready.resume.folder)
         _print_notes(console, notes)
-    with training_as(ready.memory.budget):
+    with training_as(budget):
         model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
     if keys.adapter_name_or_path:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kt_hf.builtin.known_models import known_models
 from kt_hf.cli import app
 from kt_hf.cli.estimate import make
+from kt_hf.placement import assembly
+from kt_hf.placement.tiers import Tiers, is_auto
+from kt_hf.shapes import ExpertShape
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.config.settings import RunKeys
 from kt_hf.train.hub import configuration_of, reachable, sizes_of
@@ -211,3 +216,24 @@ def test_reaching_for_the_hub_takes_no_longer_than_that(monkeypatch: pytest.Monk
     monkeypatch.setattr("kt_hf.train.hub._PATIENCE", 5.0)
     assert reachable()
     assert addresses == [("127.0.0.1", 9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu"),
+    [("train_kt_amx_minimal", True), ("train_kt_amx_sft", False), ("train_kt_amx_full", False)],
+)
+def test_what_becomes_of_a_users_file_on_a_machine_with_a_gpu(
+    name: str, on_gpu: bool, cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing set is `auto`; who asks for AMX, or no expert on the GPU, has them on the CPU, and hears of it."""
+    file = next(file for file in USERS if file.stem == name)
+    settings = read_arguments(file, [] if "dataset:" in file.read_text() else ["dataset=alpaca_en"])
+    monkeypatch.setattr(assembly, "choose_backend", lambda *_: ("torch", "a test"))  # AMX is not everywhere
+    shape = ExpertShape(64, 6, 2048, 1408)
+    with caplog.at_level(logging.INFO, "kt_hf"):
+        packer = assembly.make_packer(settings.kt, {f"layers.{i}": shape for i in range(26)}, torch.bfloat16)
+    assert packer.tiers == (None if on_gpu else Tiers())
+    assert is_auto(settings.kt) is on_gpu
+    assert caplog.text.count("kt_expert_placement: auto does that") == int(not on_gpu)
+    found = make(str(file), [], host_gb=4096, gpu_gb=24)
+    assert ("experts streamed" in found.host) is on_gpu

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from transformers import TrainerControl, TrainerState
 from trl import SFTConfig
 
 from kt_hf import KTConfig, KTMoECallback, apply_kt_moe
-from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.experts.projections import ExpertLora, ExpertProjection
 from kt_hf.placement import packer as packing
 from kt_hf.placement import packer_of
@@ -22,69 +23,99 @@ from kt_hf.placement.memory_model import MemoryBudget, gpu_memory
 from kt_hf.placement.packer import Packer
 from kt_hf.placement.record import write_run_placement
 from kt_hf.placement.tiers import Tiers
-from kt_hf.shapes import ExpertShape, expert_bytes
+from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import ThreadPlan
-from kt_hf.train.expert_profile import as_before
+from kt_hf.train.expert_profile import as_before, with_lora_as_before
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import lora_config
 
 GB = 10**9
 QWEN = [ExpertShape(128, 8, 2048, 768)] * 48
-LAYER = expert_bytes(QWEN[0]) * 128
 # 128 experts of 48 layers: gate and up [r, 2048] and [768, r], down [r, 768] and [2048, r].
 PARAMETERS = 48 * 128 * 16 * 3 * (2048 + 768)
 STREAMED = Tiers(0, 128)
 
 
-def room(lora_gb: float, experts: int = 0) -> int:
-    """Bytes for experts that leave so many GB for LoRA beside the buffers and so many bytes of experts."""
-    return int(lora_gb * GB) + BUFFERS * CHUNK_BYTES + experts
+BUDGET = MemoryBudget(rest_bytes=3 * GB, layers=48, vocabulary=100_000, loss="chunked", computed_rank=16)
+
+
+def free(tiers: Tiers, with_lora: int, tokens: int = 2048, short: int = 0, rank: int = 16, **settings: Any) -> int:
+    """Bytes of the GPU's memory that a step takes with LoRA of so many layers there, and the tenth for safety."""
+    budget = replace(BUDGET, lora_rank=rank, computed_rank=rank, lora_layers=with_lora, **settings)
+    return math.ceil((gpu_memory(budget, QWEN[0], 48, tokens, tiers).total - short) / 0.9)
+
+
+@pytest.mark.parametrize("tiers", [STREAMED, Tiers(128), Tiers(64, 64), Tiers(0, 128, 24)])
+def test_all_of_it_is_on_the_gpu_as_soon_as_it_fits(tiers: Tiers) -> None:
+    """The experts there count."""
+    enough, short = free(tiers, 48), free(tiers, 48, short=10**6)
+    assert choose_lora_device("auto", 16, QWEN, tiers, BUDGET, 2048, enough).on_gpu == 48
+    assert choose_lora_device("auto", 16, QWEN, tiers, BUDGET, 2048, short).on_gpu == 0, (
+        "nobody said how long steps are"
+    )
+
+
+def test_of_steps_whose_length_is_known_as_many_layers_as_fit() -> None:
+    told = replace(BUDGET, tokens=8192)
+    for count in (47, 20, 1):
+        enough, short = (free(STREAMED, count, 8192, short) for short in (0, 10**6))
+        assert choose_lora_device("auto", 16, QWEN, STREAMED, told, 8192, enough).on_gpu == count
+        assert choose_lora_device("auto", 16, QWEN, STREAMED, told, 8192, short).on_gpu == count - 1
+        before = replace(told, lora_layers=5)
+        assert choose_lora_device("auto", 16, QWEN, STREAMED, before, 8192, enough).on_gpu == min(count, 5)
+    batches = replace(told, accumulating=True)  # may be made one: all or nothing
+    for short, expected in ((0, 48), (10**6, 0)):
+        size = free(STREAMED, 48, 8192, short, accumulating=True)
+        assert choose_lora_device("auto", 16, QWEN, STREAMED, batches, 8192, size).on_gpu == expected
+
+
+def test_gradients_are_not_there_while_activations_are() -> None:
+    """A step of 48 layers in 24 GB: 16 bytes a parameter beside all activations would leave LoRA on the CPU."""
+    told = replace(BUDGET, tokens=8192)
+    chosen = choose_lora_device("auto", 16, QWEN, STREAMED, told, 8192, 24 * GB)
+    assert 40 <= chosen.on_gpu < 48
+    assert chosen.needed is not None
+    assert chosen.needed <= 0.9 * 24 * GB
+    assert choose_lora_device("auto", 16, QWEN, STREAMED, told, 8192, 26 * GB).on_gpu == 48
 
 
 @pytest.mark.parametrize(
-    ("asked", "tiers", "free", "on_gpu"),
+    ("asked", "tiers", "size", "on_gpu"),
     [
-        ("auto", STREAMED, room(14), True),
-        ("auto", STREAMED, room(13), False),  # 13.3 are needed
-        ("auto", Tiers(128), room(14, 48 * LAYER), True),
-        ("auto", Tiers(128), room(12, 48 * LAYER), False),
-        ("auto", Tiers(64, 64), room(14, 48 * LAYER // 2), True),
-        ("auto", Tiers(64, 64), room(14), False),  # the resident half counts
-        ("auto", Tiers(0, 128, 24), room(14, 24 * LAYER), True),
-        ("auto", Tiers(0, 128, 24), room(14, 23 * LAYER), False),  # whole layers count
-        ("auto", Tiers(0, 127), room(1000), False),  # one expert on the CPU
-        ("auto", Tiers(), room(1000), False),
-        ("auto", STREAMED, None, False),  # no GPU
-        ("auto", STREAMED, 0, False),
-        ("gpu", Tiers(), None, True),
-        ("gpu", STREAMED, 0, True),
-        ("cpu", STREAMED, room(1000), False),
+        ("auto", Tiers(0, 127), 10**15, 0),  # one expert on the CPU
+        ("auto", Tiers(), 10**15, 0),
+        ("auto", STREAMED, None, 0),  # no GPU
+        ("auto", STREAMED, 0, 0),
+        ("gpu", Tiers(), None, 48),
+        ("gpu", STREAMED, 0, 48),
+        ("cpu", STREAMED, 10**15, 0),
     ],
 )
-def test_the_device(asked: str, tiers: Tiers, free: int | None, on_gpu: bool) -> None:
-    chosen = choose_lora_device(asked, 16, QWEN, tiers, free)
-    assert chosen.on_gpu is on_gpu
+def test_the_device(asked: str, tiers: Tiers, size: int | None, on_gpu: int) -> None:
+    chosen = choose_lora_device(asked, 16, QWEN, tiers, replace(BUDGET, tokens=2048), 2048, size)
+    assert chosen.on_gpu == on_gpu
     assert chosen.parameters == PARAMETERS
     assert chosen.size == 16 * PARAMETERS
 
 
-def test_experts_in_8_bits_have_larger_buffers() -> None:
-    """Two chunks in bf16 beside the three of the ring."""
-    need = 16 * PARAMETERS + BUFFERS * CHUNK_BYTES + CHUNK_BYTES // 2
-    assert choose_lora_device("auto", 16, QWEN, STREAMED, need).on_gpu
-    assert not choose_lora_device("auto", 16, QWEN, STREAMED, need, bits=8).on_gpu
-    assert choose_lora_device("auto", 16, QWEN, STREAMED, need + 3 * CHUNK_BYTES, bits=8).on_gpu
-
-
 def test_twice_the_rank_takes_twice_the_room() -> None:
-    assert choose_lora_device("auto", 32, QWEN, STREAMED, room(27)).on_gpu
-    assert not choose_lora_device("auto", 32, QWEN, STREAMED, room(26)).on_gpu
+    size = free(STREAMED, 48, rank=32)
+    assert choose_lora_device("auto", 32, QWEN, STREAMED, BUDGET, 2048, size).on_gpu
+    assert not choose_lora_device("auto", 32, QWEN, STREAMED, BUDGET, 2048, size - GB).on_gpu
 
 
-def test_it_says_what_and_why() -> None:
-    text = str(choose_lora_device("auto", 16, QWEN, STREAMED, room(10)))
-    assert text == "LoRA on the CPU: 830.5 M parameters, 13.3 GB with gradients and moments; the GPU has 10.0 GB " \
-        "beside everything else"  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        (0, "LoRA on the CPU: 830.5 M parameters, 13.3 GB with gradients and moments; a step then takes about "),
+        (12, "LoRA of 12 of 48 layers on the GPU: 830.5 M parameters in all, 13.3 GB with gradients and moments; "),
+        (48, "LoRA on the GPU: 830.5 M parameters, 13.3 GB with gradients and moments; a step then takes about "),
+    ],
+)
+def test_it_says_what_and_why(layers: int, text: str) -> None:
+    told = replace(BUDGET, tokens=2048)
+    chosen = choose_lora_device("auto", 16, QWEN, STREAMED, told, 2048, free(STREAMED, layers))
+    assert str(chosen).startswith(text)
 
 
 def packer(monkeypatch: pytest.MonkeyPatch, tiers: Tiers, free: float, **config: Any) -> Packer:
@@ -95,25 +126,19 @@ def packer(monkeypatch: pytest.MonkeyPatch, tiers: Tiers, free: float, **config:
     return one
 
 
-def test_everything_that_is_on_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 GB of other weights, 13.3 of LoRA, 0.8 of buffers; hidden states, logits and their loss at 2,048 tokens."""
-    budget = MemoryBudget(2048, 2 * GB, 48, 100_000, computed_rank=16)
-    beside = 100 * GB - budget.free_for_experts(int(100 * GB / 0.9), 2048, QWEN[0])
-    need = (beside + 16 * PARAMETERS + BUFFERS * CHUNK_BYTES) / GB
-    assert packer(monkeypatch, STREAMED, need + 0.1).lora_on_gpu(16)
-    assert not packer(monkeypatch, STREAMED, need - 0.1).lora_on_gpu(16)
-
-
-def test_the_first_answer_stays(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_layers_and_the_first_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also when a larger adapter comes later, or memory has become free or short; it is told once."""
-    one = packer(monkeypatch, STREAMED, 40)
+    one = packer(monkeypatch, STREAMED, 16)
     with caplog.at_level(logging.INFO, "kt_hf"):
-        assert one.lora_on_gpu(16)
+        there = [one.lora_on_gpu(16, layer) for layer in range(48)]
         one.lora._free = 0
-        assert one.lora_on_gpu(1024)
-    assert [r.message.split(";")[0] for r in caplog.records] == [
-        "kt_hf: kt_moe_lora_device=auto: LoRA on the GPU: 830.5 M parameters, 13.3 GB with gradients and moments"
-    ]
+        assert [one.lora_on_gpu(1024, layer) for layer in range(48)] == there
+    assert 0 < sum(there) < 48
+    assert there == sorted(there, reverse=True)
+    assert [r.message.split(":")[:2] for r in caplog.records] == [["kt_hf", " kt_moe_lora_device=auto"]]
+    assert f"LoRA of {sum(there)} of 48 layers on the GPU" in caplog.text
 
 
 @pytest.mark.parametrize(("tiers", "asked"), [(Tiers(), "auto"), (Tiers(8, 0), "auto"), (STREAMED, "cpu")])
@@ -122,7 +147,7 @@ def test_nothing_is_said_where_there_is_no_choice(
 ) -> None:
     one = packer(monkeypatch, tiers, 1000, kt_moe_lora_device=asked)
     with caplog.at_level(logging.INFO, "kt_hf"):
-        assert not one.lora_on_gpu(16)
+        assert not one.lora_on_gpu(16, 0)
     assert not caplog.records
 
 
@@ -143,17 +168,19 @@ def test_the_adapter_of_a_model(cpu_for_gpu: None, placement: Any, follows: bool
 
 @pytest.mark.parametrize(
     ("free", "asked", "then"),
-    [(1000, "auto", "auto"), (1, "auto", "cpu"), (1000, "cpu", "cpu")],
-    ids=["was on the GPU", "did not fit", "was asked for"],
+    [(1000, "auto", "auto"), (16, "auto", "auto"), (1, "auto", "cpu"), (1000, "cpu", "cpu")],
+    ids=["was on the GPU", "was there in part", "did not fit", "was asked for"],
 )
 def test_a_run_that_goes_on_leaves_lora_on_the_cpu(
     free: float, asked: str, then: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Also where it would fit now. On the GPU it is again if it fits; and what is asked for is done."""
     one = packer(monkeypatch, STREAMED, free, kt_moe_lora_device=asked)
-    one.lora_on_gpu(16)
+    one.lora_on_gpu(16, 0)
     write_run_placement(tmp_path, one, {})
     kt, notes = as_before(KTConfig(), tmp_path)
+    assert one.lora.chosen is not None
+    assert with_lora_as_before(BUDGET, tmp_path).lora_layers == (one.lora.chosen.on_gpu or None)
     assert kt == KTConfig(kt_moe_lora_device=then)
     assert len(notes) == (then == "cpu")
     assert as_before(KTConfig(kt_moe_lora_device="gpu"), tmp_path) == (KTConfig(kt_moe_lora_device="gpu"), [])
@@ -166,7 +193,7 @@ def test_a_run_without_lora_on_experts_says_nothing_of_it(monkeypatch: pytest.Mo
 
 def test_experts_and_lora_on_the_cpu_stay_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = packer(monkeypatch, Tiers(), 1000)
-    one.lora_on_gpu(16)
+    one.lora_on_gpu(16, 0)
     write_run_placement(tmp_path, one, {})
     assert as_before(KTConfig(), tmp_path) == (KTConfig(), [])
 
@@ -174,24 +201,27 @@ def test_experts_and_lora_on_the_cpu_stay_without_a_word(monkeypatch: pytest.Mon
 def test_a_trainer_says_how_it_computes_its_loss(
     cpu_for_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """All logits have no room beside it, TRL's tiles have: it goes to the GPU before there is an optimizer."""
+    """All logits have no room beside it, TRL's tiles have; longer steps have none: before there is an optimizer."""
     monkeypatch.setattr("kt_hf.placement.choice.copy_rate", lambda _: 1e12)
     shape = ExpertShape(MIXTRAL.num_experts, MIXTRAL.top_k, MIXTRAL.hidden, MIXTRAL.intermediate)
     base = MIXTRAL(torch.bfloat16)
     base.config.vocab_size = 150_000  # nothing is computed
     budget = MemoryBudget(tokens=4096, layers=2, vocabulary=150_000)
-    free = int(gpu_memory(budget, shape, 2, 4096, Tiers(0, MIXTRAL.num_experts)).total / 0.9)
+    size = int(gpu_memory(budget, shape, 2, 4096, Tiers(0, MIXTRAL.num_experts)).total / 0.9)
     for module in ("packer", "choice"):
-        monkeypatch.setattr(f"kt_hf.placement.{module}.free_device_memory", lambda _: free)
+        monkeypatch.setattr(f"kt_hf.placement.{module}.free_device_memory", lambda _: size)
     model = get_peft_model(apply_kt_moe(base, tokens_per_step=4096), lora_config(MIXTRAL))
     packer = packer_of(model)
     assert packer is not None
-    assert packer.lora.left_on_cpu
+    assert packer.lora.chosen is not None
+    assert packer.lora.chosen.on_gpu == 0
     settings_ = {"per_device_train_batch_size": 4, "max_length": 1024, "loss_type": "nll"}
-    seen = []
-    monkeypatch.setattr(ExpertProjection, "follow_to_gpu", lambda self, device: seen.append(device))
-    for more, moved in (({"label_smoothing_factor": 0.1}, 0), ({}, 6)):
+    seen: list[torch.device | None] = []
+    monkeypatch.setattr(ExpertProjection, "place_lora", lambda self, gpu: seen.append(gpu))
+    gpu = packer.gpu_device
+    for more, layers in (({"label_smoothing_factor": 0.1}, 0), ({}, 2), ({"max_length": 2**20}, 0)):
         args = SFTConfig(str(tmp_path), report_to=[], bf16=False, **settings_ | more)
+        seen.clear()
         KTMoECallback().on_init_end(args, TrainerState(), TrainerControl(), model=model, optimizer=None)
-        assert len(seen) == moved
-        assert packer.lora.left_on_cpu == (not moved)
+        assert seen == [gpu] * 3 * layers + [None] * 3 * (2 - layers)
+        assert packer.lora.chosen.on_gpu == layers

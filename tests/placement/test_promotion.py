@@ -277,9 +277,42 @@ def test_a_checkpoint_records_where_layers_are_and_a_resume_begins_with_it(tmp_p
     assert seen[0] == [0, 1]
     after, expected = result(trainer), result(whole)
     assert_same_run(after._replace(losses=after.losses[-10:]), expected._replace(losses=expected.losses[-10:]))
-    (tmp_path / "run" / "checkpoint-10" / RUN_PLACEMENT).write_text('{"format_version": 1, "tiers": {"resident": -1}}')
+    elsewhere = (tmp_path / "run" / "checkpoint-10").rename(tmp_path / "moved")
+    third, seen = model(), []
+    trainer = trainer_for(third, tmp_path / "other", bf16=True, max_steps=12)
+    third._kt_wrappers[0].register_forward_pre_hook(lambda *_: seen.append(held(third)))
+    trainer.train(resume_from_checkpoint=str(elsewhere))
+    assert seen[0] == [0, 1], "the record is beside the checkpoint, wherever that is"
+    (elsewhere / RUN_PLACEMENT).write_text('{"format_version": 1, "tiers": {"resident": -1}}')
     with pytest.raises(KTAMXConfigError, match=r"resident=-1 .*Delete the file"):
-        trainer_for(model(), tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
+        trainer_for(model(), tmp_path / "run").train(resume_from_checkpoint=str(elsewhere))
+
+
+def test_an_interrupted_run_gives_layers_back_before_the_optimizer_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook: its state is as large as they are."""
+    auto = model()
+    trainer = trainer_for(auto, tmp_path, max_steps=8, save_strategy="steps", save_steps=4, bf16=True)
+
+    def interrupt(*_: Any) -> None:
+        if trainer.state.global_step == 6:
+            raise KeyboardInterrupt
+
+    hook = auto._kt_wrappers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    hook.remove()
+    assert held(auto) == [0, 1]
+    seen, load = [], torch.optim.AdamW.load_state_dict
+
+    def loading(*args: Any) -> None:
+        seen.append(held(auto))
+        load(*args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", loading)
+    trainer.train(resume_from_checkpoint=True)
+    assert seen == [[]]
 
 
 def test_full_determinism_fixes_where_layers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,3 +370,52 @@ def test_two_models_whose_passes_take_turns_move_nothing() -> None:
         assert held(first) == []
     steps(first, 5, optimizer)
     assert held(first) == [0, 1]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_runs_out_of_memory_is_computed_once_more(
+    where: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the layers that were held; fewer of them come back, and no bit is another."""
+    auto, streamed = model(), model(kt_expert_placement={"streamed": E})
+    for one in (auto, streamed):
+        if checkpointing:
+            one.enable_input_require_grads()
+            one.gradient_checkpointing_enable()
+    losses, optimizer = steps(auto, 4)
+    assert held(auto) == [0, 1]
+    second, compute = auto._kt_wrappers[1].backend, getattr(StreamedBackend, where)
+
+    def scarce(backend: StreamedBackend, *args: Any) -> Any:
+        result = compute(backend, *args)
+        if backend is second and held(auto):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "kt_hf"):
+        patched.setattr(StreamedBackend, where, scarce)
+        losses += steps(auto, 1, optimizer)[0]
+        assert held(auto) == []
+    assert caplog.text.count("ran out of memory") == 1
+    assert f"in {auto._kt_wrappers[1].label}: the 2 layers" in caplog.text
+    losses += steps(auto, 1, optimizer)[0]
+    assert held(auto) == [1], "one less than before"
+    expected, other = steps(streamed, 4)
+    expected += steps(streamed, 1, other)[0] + steps(streamed, 1, other)[0]
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
+    names = dict(streamed.named_parameters())
+    assert all(torch.equal(p, names[name]) for name, p in auto.named_parameters())
+
+
+def test_memory_that_no_layer_can_give_back_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, calls = model(), []
+
+    def scarce(*_: Any) -> Any:
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StreamedBackend, "forward", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(auto, 1)
+    assert len(calls) == 1

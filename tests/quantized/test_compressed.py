@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from typer.testing import CliRunner
 
-from kt_hf import KTAMXConfigError
+from kt_hf import KTAMXConfigError, load_kt_model
+from kt_hf.adapters import convert
 from kt_hf.backends.packed import PackedMatrices
 from kt_hf.backends.quantizer import quantized
 from kt_hf.cli import app
 from kt_hf.quantized.compressed import quantize_to_int4
-from tests.support.checkpoints import fuse, saved, set_config, tensors
+from tests.support.cases import make_config
+from tests.support.checkpoints import fuse, saved, set_config, tensors, write
 from tests.support.models import FAMILIES
+from tests.support.patched import fill_lora, logits_of, lora_config
+from tests.support.tiered import streamed_parts
 
 QWEN3 = FAMILIES["qwen3_moe"]
 
@@ -84,3 +89,40 @@ def test_what_is_refused(tmp_path: Path) -> None:
     set_config(base, quantization_config={"quant_method": "fp8"})
     with pytest.raises(KTAMXConfigError, match="quantized already"):
         quantize_to_int4(base, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("cpu_for_gpu")
+def test_it_is_loaded_as_it_was_quantized(tmp_path: Path) -> None:
+    """Packed on the GPU, with the logits of `kt_expert_dtype: int4`."""
+    base = saved(QWEN3, tmp_path / "base", sharded=True)
+    quantize_to_int4(base, tmp_path / "out")
+    place = {"resident": 2, "streamed": 3}
+    model = load_kt_model(tmp_path / "out", make_config("torch", kt_expert_placement=place))
+    own = load_kt_model(base, make_config("torch", kt_expert_placement=place, kt_expert_dtype="int4"))
+    assert all(isinstance(part.weights.down, PackedMatrices) for part in streamed_parts(model))
+    assert torch.equal(logits_of(model, QWEN3.inputs()), logits_of(own, QWEN3.inputs()))
+    with pytest.raises(KTAMXConfigError, match="quantized already"):
+        load_kt_model(tmp_path / "out", make_config("torch", kt_expert_dtype="int8"))
+
+
+def test_merged_into_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Widened and merged in bf16, which is said: as merged into a checkpoint of the widened weights."""
+    base = saved(QWEN3, tmp_path / "base", sharded=True)
+    quantize_to_int4(base, tmp_path / "out")
+    content = tensors(tmp_path / "out")
+    wide = {
+        name: widened(content, name.removesuffix(".weight")) if ".experts." in name else tensor
+        for name, tensor in tensors(base).items()
+    }
+    plain = saved(QWEN3, tmp_path / "plain")
+    write(plain, wide)
+    model = get_peft_model(load_kt_model(plain, make_config("torch", kt_lora_rank=8)), lora_config(QWEN3))
+    fill_lora(model, 4)
+    model.save_pretrained(tmp_path / "adapter")
+    for name in ("out", "plain"):
+        convert(tmp_path / "adapter", tmp_path / f"merged-{name}", "merged", base=tmp_path / name)
+    assert "widened, and the merged checkpoint is in bfloat16" in caplog.text
+    merged, expected = tensors(tmp_path / "merged-out"), tensors(tmp_path / "merged-plain")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+    assert "quantization_config" not in json.loads((tmp_path / "merged-out" / "config.json").read_text())
