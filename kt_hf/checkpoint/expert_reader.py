@@ -46,8 +46,9 @@ class Matrix:
 
     @property
     def first(self) -> StoredTensor:
-        """The part by which it is named and found."""
-        return next(iter(self.parts.values()))
+        """The part by which it is named and found: its codes."""
+        names = (name for name in ("weight", "weight_packed", "qweight", "blocks") if name in self.parts)
+        return self.parts[next(names, next(iter(self.parts)))]
 
     def widen(self, tensors: Tensors, out: Tensor) -> None:
         """Compute the weight of its parts, in the dtype of `out`."""

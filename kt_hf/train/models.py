@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpoint.quantization import known_quantization, stored_config
+from ..checkpoint.quantization import known_quantization
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, RunKeys
@@ -186,8 +186,6 @@ def load_model(
                     tokens_per_step=tokens, **_revision(keys),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
-                if stored_config(config) is not None:
-                    raise  # transformers would make modules that compute in low bits
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
         model = _whole_model(keys, config)
     except KTAMXError:
