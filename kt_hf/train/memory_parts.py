@@ -17,9 +17,9 @@ from ..backends.quantizer import EXPERT_BITS
 from ..errors import KTAMXError
 from ..placement.choice import all_streamed, is_worth_its_cpu
 from ..placement.controller import RESERVE
+from ..placement.expert_memory import shares_backward
 from ..placement.lora_device import choose_lora_device
 from ..placement.memory_model import MemoryBudget, fitting_chunk, gpu_memory, most_resident_layers
-from ..placement.packer import shares_backward
 from ..placement.planner import TierPlan, assumed_rates, expected, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest

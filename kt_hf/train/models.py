@@ -145,10 +145,9 @@ def load_model(
 ) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.
 
-    The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
-    them; they are packed for the run's LoRA rank. Not so where `placing` has to count first which of them go to the
-    GPU: that takes the whole model. A placement that is planned goes by `tokens`, those of a step's forward. `rank` is
-    the LoRA rank that experts are packed for, `lora_rank` without.
+    The experts of a safetensors checkpoint are streamed into the backend, packed for the run's LoRA rank. Not so where
+    `placing` has to count first which of them go to the GPU: that takes the whole model. A placement that is planned
+    goes by `tokens`, those of a step's forward. `rank` is the LoRA rank to pack for, `lora_rank` without.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
