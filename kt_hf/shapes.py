@@ -13,6 +13,8 @@ from dataclasses import dataclass
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Mixtral's names in transformers 4, on the hub, and in people's configs.
 ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# Bits of a weight that is not packed in fewer.
+BF16 = 16.0
 # The order in which the six LoRA tensors of a layer are passed everywhere.
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
@@ -48,11 +50,11 @@ class ExpertShape:
         return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
 
 
-def expert_bytes(shape: ExpertShape, keep_8bit: bool = False) -> int:
-    """Bytes of one expert's three matrices in bf16.
+def expert_bytes(shape: ExpertShape, bits: float = BF16) -> int:
+    """Bytes of one expert's three matrices.
 
     Args:
         shape: Sizes of the layer.
-        keep_8bit: Whether the matrices are in 8 bits instead; their scales are not counted.
+        bits: Of a weight as it is stored, its part of the scales included.
     """
-    return 3 * shape.hidden_size * shape.intermediate_size * (1 if keep_8bit else 2)
+    return int(3 * shape.hidden_size * shape.intermediate_size * bits / 8)

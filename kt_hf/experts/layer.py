@@ -121,7 +121,7 @@ class KTExperts(nn.Module):
         # keys precomputed reference log-probabilities by the state dict.
         self.register_buffer("base_fingerprint", fingerprint)
         self._unpacked: ExpertWeights | None = None
-        if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
+        if isinstance(weights, PackedLayerFiles) or weights.low_bit is not None:
             with CALL_LOCK:
                 self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
             return

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from ..backends import FEW_CORES, choose_backend, describe_cpu
+from ..backends.quantizer import refuse_indivisible
 from ..config import KTConfig
+from ..errors import KTAMXConfigError
 from ..experts import kt_layers
 from ..quantized import for_run
 from ..shapes import ExpertShape, expert_bytes
@@ -80,6 +82,8 @@ def make_packer(
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
         KTAMXError: Saved weights of which a file is missing or damaged.
     """
+    for name, shape in shapes.items():
+        refuse_indivisible(cfg.kt_expert_dtype, shape, name)
     threads = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
     saved = None
     if cfg.kt_weight_path is not None:
@@ -94,6 +98,11 @@ def make_packer(
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
+    if cfg.kt_expert_dtype != "bf16":
+        where = gpu if gpu is not None and gpu.type == "cuda" else "the CPU, which takes a minute for each 1 B weights"
+        logger.info("kt_hf: experts are quantized to %s on %s.", cfg.kt_expert_dtype, where)
+        if tiers == Tiers():
+            logger.warning("kt_hf: the CPU computes experts of %s widened: no memory is saved.", cfg.kt_expert_dtype)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
@@ -102,6 +111,26 @@ def make_packer(
     if cfg.kt_backend == "auto" and backend == "torch" and reason != FEW_CORES:
         logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
     return packer
+
+
+def check_rank_for_low_bits(packer: Packer, shapes: Sequence[ExpertShape]) -> None:
+    """Refuse `kt_expert_dtype` where the operators are to pack experts at once, and the LoRA rank is not known.
+
+    Args:
+        packer: That has placed the experts.
+        shapes: Of the layers.
+
+    Raises:
+        KTAMXConfigError: `kt_lora_rank` is missing.
+    """
+    config, tiers = packer.config, packer.tiers or Tiers()
+    on_cpu = tiers.resident_layers < len(shapes) and any(tiers.on_cpu(shape.num_experts) for shape in shapes)
+    if config.kt_expert_dtype != "bf16" and config.kt_lora_rank is None and packer.backend != "torch" and on_cpu:
+        raise KTAMXConfigError(
+            f"kt_lora_rank=None: with kt_expert_dtype={config.kt_expert_dtype!r} experts are packed for "
+            f"{packer.backend} at once, which takes the LoRA rank. Give KTConfig(kt_lora_rank=...), the adapter's rank "
+            "or more; 0 for inference."
+        )
 
 
 # What the run that loads a model knows of its steps, and a script that patches one does not tell.
@@ -169,11 +198,11 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     budget = memory_budget(model, config, max(tokens or 0, before.tokens or 0) or None)
     others = [p for name, p in model.named_parameters() if p.requires_grad and ".experts." not in name]
     other_lora = sum(p.numel() for p in others)
-    budget = replace(budget, **step, other_lora=other_lora, lora_layers=before.lora_layers, keep_8bit=before.keep_8bit)
+    budget = replace(budget, **step, other_lora=other_lora, lora_layers=before.lora_layers, bits=before.bits)
     present = sum(p.nbytes for layer in layers for p in layer.parameters() if p.is_cuda)
     if all(layer.packed for layer in layers):
         largest = max((layer.shape for layer in layers), key=expert_bytes)
-        present += resident_bytes(largest, packer.tiers or Tiers(), len(layers), budget.keep_8bit)
+        present += resident_bytes(largest, packer.tiers or Tiers(), len(layers), budget.bits)
     packer.choose_lora_again({layer.layer_idx: layer.shape for layer in layers}, budget, max(ranks), present)
     for layer in layers:
         on_gpu = packer.lora.on_gpu(max(ranks), layer.layer_idx)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpoint.eight_bit import has_8_bits
+from ..checkpoint.quantization import known_quantization
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, RunKeys
@@ -145,10 +145,9 @@ def load_model(
 ) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.
 
-    The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
-    them; they are packed for the run's LoRA rank. Not so where `placing` has to count first which of them go to the
-    GPU: that takes the whole model. A placement that is planned goes by `tokens`, those of a step's forward. `rank` is
-    the LoRA rank that experts are packed for, `lora_rank` without.
+    The experts of a safetensors checkpoint are streamed into the backend, packed for the run's LoRA rank. Not so where
+    `placing` has to count first which of them go to the GPU: that takes the whole model. A placement that is planned
+    goes by `tokens`, those of a step's forward. `rank` is the LoRA rank to pack for, `lora_rank` without.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
@@ -163,9 +162,9 @@ def load_model(
     counted = kt is not None and order_matters(kt)
     placement = placing.saved() if placing and (planned or counted) else None
     profile = placing.profile if placing and counted and placement is None else None
-    if profile and has_8_bits(config):
+    if profile and known_quantization(config):
         logger.warning(
-            "%s is of 8 bits: it is not loaded whole to count which experts are used most, and the first of each layer "
+            "%s is quantized: it is not loaded whole to count which experts are used most, and the first of each layer "
             "go to the GPU.", name,
         )  # fmt: skip
         profile = None
