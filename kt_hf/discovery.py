@@ -78,7 +78,7 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
     modules = dict(model.named_modules())
     for name, module in modules.items():
         parent_name, _, attribute = name.rpartition(".")
-        if _is_fused(module):
+        if _is_fused(module) and "shared" not in attribute:  # shared ones are the model's, stacked or not
             problem = _problem(module, text, weightless)
             if problem:
                 raise KTAMXModelNotSupportedError(
@@ -104,6 +104,7 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
 
 
 def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds stacked matrices of experts, one of which a router would choose."""
     parameters = dict(module.named_parameters(recurse=False))
     return any(p.dim() == 3 for n, p in parameters.items() if n in ("gate_up_proj", "down_proj", "up_proj"))
 
@@ -124,7 +125,8 @@ def _problem(experts: nn.Module, text_config: Any, weightless: bool) -> str | No
     gate = getattr(type(experts), "_apply_gate", default_gate)
     if gate is not default_gate:
         return "a gate of its own (_apply_gate)"
-    activation = type(getattr(experts, "act_fn", None)).__name__
+    act_fn = getattr(experts, "act_fn", None)
+    activation = _SILU[0] if act_fn is nn.functional.silu else type(act_fn).__name__
     named = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
     if type(experts).__module__.startswith("liger_kernel."):  # its class is for SiLU alone, and names none
         activation = _SILU[0]
