@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from .gates import ACTIVATIONS, Gate
 #   routed:    hidden states [T, H], ids [T, K] and routing weights [T, K] give the weighted sum [T, H];
 #   identity:  the same, where an id from E on means the token itself;
 #   normed:    the same, where each expert's output goes through the module `post_expert_norm` before it is weighted;
+#   batched:   the same with hidden states [B, S, H];
 #   sliced:    every expert gets T rows, those of tokens that are not its own zero: [E*T, H] give [E*T, H].
-Call = Literal["routed", "identity", "normed", "sliced"]
+Call = Literal["routed", "identity", "normed", "batched", "sliced"]
 
 _FLAT = {"w1", "v1", "w2"}
 
@@ -179,11 +180,11 @@ def _call(experts: Any, gate: Gate, biased: bool) -> Call | str:
 
 
 def _sized(experts: Any, gate: Gate, interleaved: bool, call: Call | str, biased: bool, flat: bool) -> Form | str:
-    if call not in ("routed", "identity", "normed", "sliced"):
+    if call not in get_args(Call):
         return call
     if flat:
         E, (rows, H) = experts.num_experts, experts.mlp.w1.shape  # noqa: E741
-        return Form(E, H, rows // E, gate, flat=True) if rows % E == 0 else f"{rows} rows are not of {E} experts"
+        return Form(E, H, rows // E, gate, "batched", flat=True) if rows % E == 0 else f"{rows} rows are not of {E} experts"
     first, down = experts.gate_up_proj if gate.gated else experts.up_proj, experts.down_proj
     (E, *outer), halves = down.shape, gate.halves
     if first.shape[0] != E and not (call == "identity" and first.shape[0] > E):
