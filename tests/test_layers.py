@@ -13,8 +13,8 @@ PACKAGE = Path(kt_hf.__file__).parent
 # From the ground up. A row's rooms do not know each other. peft_compat has two: what is read of PEFT, which adapters/
 # need, and what is replaced in it, which needs adapters/.
 ROWS = (
-    ("errors",),
-    ("_versions", "shapes", "config", "system", "peft_compat.internals"),
+    ("errors", "gates"),
+    ("_versions", "shapes", "gate_probe", "config", "system", "peft_compat.internals"),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),

@@ -29,17 +29,22 @@ class ExpertWeights:
     """The frozen weights of a layer's experts as transformers holds them: fused and stacked.
 
     Attributes:
-        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's.
+        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's. Without a gate the
+            up-projection's alone, [E, I, H].
         down: [E, H, I], of the same dtype and device.
         packed_as: The backend that holds the packed weights. It is set before packing returns, so that a caller who is
             interrupted in between finds it.
         scaled: Experts kept in 8 bits for streaming. gate_up and down then hold the other experts only, in order.
+        gate_up_bias: [E, 2I] of all experts, in the order of gate_up's rows; None without biases.
+        down_bias: [E, H] of all experts; None without. Backends do not read it: the layer adds what it gives.
     """
 
     gate_up: Tensor
     down: Tensor
     packed_as: ExpertsBackend | None = None
     scaled: ScaledExperts | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def rows_of(self, experts: Sequence[int]) -> list[int]:
         """The rows of `gate_up` and `down` where these experts of the layer are."""
