@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .errors import KTAMXModelNotSupportedError
+from .listed.block import BlockPlan, plan_block
+from .listed.mlps import ExpertMlps, expert_mlps
 from .shapes import ExpertShape
 
 # Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.
@@ -30,6 +32,8 @@ class ExpertsSite:
         attribute: Name of the experts module in `parent`.
         experts: The experts module; None once it has been taken out, so that the site does not keep its weights.
         shape: Sizes of the layer's experts.
+        mlps: The experts as a list of MLPs, if they are one.
+        plan: How the block around such a list is had to compute them together; None without weights.
     """
 
     name: str
@@ -37,6 +41,8 @@ class ExpertsSite:
     attribute: str
     experts: Any
     shape: ExpertShape
+    mlps: ExpertMlps | None = None
+    plan: BlockPlan | None = None
 
 
 def layer_index(name: str, fallback: int) -> int:
@@ -88,6 +94,10 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
             parent = modules[parent_name]
             sites.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
         elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
+            mlps = expert_mlps(module)
+            if mlps is not None:
+                sites.append(_listed(base, name, modules[parent_name], attribute, mlps, weightless))
+                continue
             strange.append(f"{name} ({type(module).__name__})")
     if sites:
         return sites
@@ -143,6 +153,21 @@ def _problem(experts: nn.Module, text_config: Any, weightless: bool) -> str | No
     if gate_up.dtype not in FLOATING or gate_up.dtype != down.dtype:
         return f"weights of {gate_up.dtype} and {down.dtype}; load the model in bfloat16, float16 or float32"
     return None
+
+
+def _listed(
+    model: Any, name: str, parent: nn.Module, attribute: str, mlps: ExpertMlps, weightless: bool
+) -> ExpertsSite:
+    """The site of experts that are a list of MLPs."""
+    E, H, I = mlps.sizes  # noqa: E741
+    shape = ExpertShape(E, _top_k(model, parent, E, name), H, I, mlps.gate)
+    if not weightless and len(mlps.dtypes) != 1 or not mlps.dtypes <= set(FLOATING):
+        names = ", ".join(sorted(map(str, mlps.dtypes)))
+        raise KTAMXModelNotSupportedError(
+            f"{name}: weights of {names}; load the model in bfloat16, float16 or float32."
+        )
+    plan = None if weightless else plan_block(parent, attribute, mlps, shape.top_k, name)
+    return ExpertsSite(name, parent, attribute, getattr(parent, attribute), shape, mlps, plan)
 
 
 def _shape(model: Any, parent: nn.Module, experts: Any, name: str) -> ExpertShape:

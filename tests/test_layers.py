@@ -15,6 +15,7 @@ PACKAGE = Path(kt_hf.__file__).parent
 ROWS = (
     ("errors", "gates"),
     ("_versions", "shapes", "gate_probe", "config", "system", "peft_compat.internals"),
+    ("listed",),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),
