@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .errors import KTAMXConfigError
+
 _GELU = math.sqrt(2 / math.pi), 0.044715
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -37,6 +39,9 @@ class Gate:
         gate_cap: Soft cap of silu's linear factor; None for none.
         up_cap: Soft cap of up; None for none.
         gated: Whether there is a gate; else the activation is up's, and the expert has two matrices.
+
+    Raises:
+        KTAMXConfigError: An activation that nobody computes.
     """
 
     activation: str = "silu"
@@ -47,6 +52,10 @@ class Gate:
     gate_cap: float | None = None
     up_cap: float | None = None
     gated: bool = True
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise KTAMXConfigError(f"activation={self.activation!r} is not one of experts: {', '.join(ACTIVATIONS)}.")
 
     @property
     def plain(self) -> bool:

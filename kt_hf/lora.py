@@ -100,7 +100,8 @@ def linear_targets(model: Any) -> list[str]:
 
 def expert_targets(model: nn.Module) -> list[str]:
     """The names that reach the experts, [] for a model without patched layers."""
-    return list(PROJECTIONS) if kt_layers(model) else []
+    held = {name for layer in kt_layers(model) for name in layer.shape.projections}
+    return [name for name in PROJECTIONS if name in held]
 
 
 def task_of(model: nn.Module) -> TaskType:

@@ -13,9 +13,10 @@ PACKAGE = Path(kt_hf.__file__).parent
 # From the ground up. A row's rooms do not know each other. peft_compat has two: what is read of PEFT, which adapters/
 # need, and what is replaced in it, which needs adapters/.
 ROWS = (
-    ("errors", "gates"),
+    ("errors",),
+    ("gates",),
     ("_versions", "shapes", "gate_probe", "config", "system", "peft_compat.internals"),
-    ("listed",),
+    ("expert_form", "listed"),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),

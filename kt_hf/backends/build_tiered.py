@@ -62,12 +62,13 @@ def build_tiered(
     if resident:
         gpu_weights = _rows(weights, resident, streamer.device, dtype)
         copies.append((gpu_weights, weights.rows_of(resident)))
-        parts.append((gpu_backend(gpu_weights, _part_shape(shape, resident)), resident))
+        parts.append((gpu_backend(gpu_weights, shape.part(len(resident))), resident))
     if streamed:
         host_weights = _host_weights(weights, streamed, must_lock)
         if weights.scaled is None:
             copies.append((host_weights, streamed))  # the scaled ones stay as they are
-        parts.append((StreamedBackend(host_weights, _part_shape(shape, streamed), streamer), streamed))
+        bias = _bias_of(weights, streamed)
+        parts.append((StreamedBackend(host_weights, shape.part(len(streamed)), streamer, bias), streamed))
     if rest:
         weights.packed_as = _pack_rest(weights, shape, rest, copies, parts, pack_cpu)
     else:
@@ -90,7 +91,7 @@ def _pack_rest(
     copies = [*copies, (cpu_weights, weights.rows_of(rest))]
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
     try:
-        return _together([*parts, (pack_cpu(cpu_weights, _part_shape(shape, rest)), rest)], shape)
+        return _together([*parts, (pack_cpu(cpu_weights, shape.part(len(rest))), rest)], shape)
     except BaseException:  # KeyboardInterrupt among them
         if cpu_weights.packed_as is not None:
             weights.packed_as = _together([*parts, (cpu_weights.packed_as, rest)], shape)
@@ -104,10 +105,6 @@ def _together(parts: list[tuple[ExpertsBackend, list[int]]], shape: ExpertShape)
     return parts[0][0] if len(parts) == 1 else TieredBackend(parts, shape)
 
 
-def _part_shape(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
-    return ExpertShape(len(experts), shape.top_k, shape.hidden_size, shape.intermediate_size)
-
-
 def _host_weights(weights: ExpertWeights, streamed: Sequence[int], must_lock: bool) -> HostWeights:
     if weights.scaled is not None:
         return HostWeights.of_scaled(weights.scaled, must_lock)
@@ -119,7 +116,13 @@ def _host_weights(weights: ExpertWeights, streamed: Sequence[int], must_lock: bo
 def _rows(weights: ExpertWeights, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
     index = torch.tensor(weights.rows_of(experts), device=weights.gate_up.device)
     gate_up, down = (t.detach().index_select(0, index).to(device, dtype) for t in (weights.gate_up, weights.down))
-    return ExpertWeights(gate_up, down)
+    bias = _bias_of(weights, experts)
+    return ExpertWeights(gate_up, down, gate_up_bias=None if bias is None else bias.to(device, dtype))
+
+
+def _bias_of(weights: ExpertWeights, experts: Sequence[int]) -> Tensor | None:
+    """The biases of gate and up of some experts."""
+    return None if weights.gate_up_bias is None else weights.gate_up_bias.detach()[list(experts)]
 
 
 def _joined(pieces: Sequence[tuple[Tensor, Sequence[int]]], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -47,6 +47,7 @@ class ExpertCheckpoint:
     Attributes:
         layers: Full names of the experts modules, in the order of the model's layers (`model.layers.3.mlp.experts`).
         shapes: Layer -> sizes of its experts.
+        forms: Layer -> how the model's module holds its experts, and how it is called.
         model_class: The class by which transformers loads the model.
         expert_classes: The classes of its experts modules.
         files: The checkpoint's tensors.
@@ -63,10 +64,16 @@ class ExpertCheckpoint:
     ) -> None:
         model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
+        if any(site.mlps for site in sites):
+            raise KTAMXModelNotSupportedError(
+                f"{sites[0].name}: {type(model).__name__} has its experts in a list, each by itself, which cannot be "
+                "streamed. Use from_pretrained and apply_kt_moe."
+            )
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
+        self.forms = {site.name: site.form for site in sites}
         self.block = block_size(config)
         _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))

@@ -80,7 +80,7 @@ class LoraTensors:
     """The active adapters of a layer, as they are now.
 
     Args:
-        projections: The layer's gate, up and down projection.
+        projections: The layer's gate, up and down projection; without a gate up and down.
         shape: Sizes of the layer's experts.
     """
 
@@ -88,6 +88,7 @@ class LoraTensors:
         self.shape = shape
         self.parts: list[LoraPart] = []
         self._delivery: Delivery | None = None
+        self._projections = len(projections)
         for index, projection in enumerate(projections):
             offset = 0
             for adapter in projection.computed_adapters:
@@ -208,7 +209,7 @@ class LoraTensors:
 
     def _one_adapter_of(self, rank: int) -> bool:
         """Whether each projection has one adapter of this rank: the six tensors are its parameters then."""
-        return len(self.parts) == 3 and all(part.rank == rank and part.offset == 0 for part in self.parts)
+        return len(self.parts) == self._projections and all(part.rank == rank and part.offset == 0 for part in self.parts)
 
 
 def _of_one_adapter(
