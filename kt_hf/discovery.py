@@ -100,14 +100,16 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
                 sites.append(_listed(base, name, modules[parent_name], attribute, mlps, weightless))
                 continue
             strange.append(f"{name} ({type(module).__name__})")
-    if sites:
+    lists = [name for name in strange if name.endswith("(ModuleList)")]
+    if sites and not lists:
         return sites
-    kind = type(base).__name__
+    kind, strange = type(base).__name__, lists or strange
     if strange:
         raise KTAMXModelNotSupportedError(
             f"{kind} has experts of a form that is not supported: {', '.join(strange[:3])}. Supported are the fused "
-            "experts of transformers 5 (gate_up_proj and down_proj); with trust_remote_code=True leave that out, so "
-            "that transformers' own class is used."
+            "experts of transformers 5 (gate_up_proj and down_proj), and lists of equal MLPs of two or three Linear "
+            "layers without biases and a known activation; with trust_remote_code=True leave that out, so that "
+            "transformers' own class is used where it has one."
         )
     raise KTAMXModelNotSupportedError(
         f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"

@@ -150,11 +150,12 @@ def plan_block(block: nn.Module, attribute: str, mlps: ExpertMlps, top_k: int, n
     """
     trial = _Trial(block, attribute, mlps, top_k)
     try:
-        return trial.plan()
+        with torch.enable_grad():
+            return trial.plan()
     except Exception as error:  # the model's code, which may raise anything
         problem = " ".join(str(error).split())
         raise KTAMXModelNotSupportedError(
-            f"{name}: {type(block).__name__} computes its experts in a way that cannot be told: {problem[:300]}"
+            f"{name}: {type(block).__name__} computes its experts in a way in which they cannot be computed together: {problem[:300]}"
         ) from error
     finally:
         trial.undo()
@@ -171,6 +172,7 @@ class _Trial:
         x = torch.randn(_TOKENS, mlps.sizes[1], generator=generator, device=like.device)
         self.x = x.to(like.dtype)
         self.result: Tensor | None = None
+        self.error: Exception | None = None
 
     def undo(self) -> None:
         for name in {"forward", self.attribute, *_methods(self.block, self.attribute)}:
@@ -191,6 +193,7 @@ class _Trial:
     def plan(self) -> BlockPlan:
         modes = (True, False)
         wanted = {training: self._called(training) for training in modes}
+        before, self.error = self.error, None
         plan = BlockPlan([name for name in _methods(self.block, self.attribute) if self._is_routed_sum(name)])
         calls = ExpertCalls(len(self.mlps.modules), self.compute)
         vars(self.block)[self.attribute] = calls  # which hides the module of that name
@@ -202,20 +205,19 @@ class _Trial:
                 self.result = None
                 actual = self._called(training)
                 if actual is None or not all(map(same, actual, wanted[training] or ())):
-                    raise ValueError(f"in {'training' if training else 'evaluation'} the sum of its experts differs")
+                    mode = "training" if training else "evaluation"
+                    raise ValueError(f"in {mode} it gives something else when they are ({self.error or 'another sum'})")
                 reached[training] = self._reached(actual)
         self.block.forward = original  # type: ignore[method-assign]
         if not any(reached.values()):
-            raise ValueError(f"no gradient reaches its experts ({self.error or 'it computes them without gradients'})")
+            raise ValueError(f"no gradient reaches its experts ({before or 'it computes them without gradients'})")
         plan.evaluates = not reached.get(True)
         return plan
-
-    error: Exception | None = None
 
     def _called(self, training: bool) -> list[Tensor] | None:
         """What the block gives, None if it raises."""
         self.block.train(training)
-        with torch.random.fork_rng(devices=[self.x.device] if self.x.is_cuda else []), torch.enable_grad():
+        with torch.random.fork_rng(devices=[self.x.device] if self.x.is_cuda else []):
             torch.manual_seed(0)
             try:
                 result = self.block(self.x.clone()[None].requires_grad_().clone())

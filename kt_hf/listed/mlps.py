@@ -107,7 +107,7 @@ def _names(mlp: nn.Module) -> tuple[str, ...] | None:
 def _gate(mlp: nn.Module, names: tuple[str, ...]) -> Gate | None:
     """What an MLP computes between its products, None if it is none of those known."""
     gated = len(names) == 3
-    named = gate_of(mlp) if gated else None
+    named = gate_of(_Named(mlp)) if gated else None
     first = getattr(mlp, names[0]).weight
     if first.is_meta:
         return named[0] if named else None
@@ -124,6 +124,16 @@ def _gate(mlp: nn.Module, names: tuple[str, ...]) -> Gate | None:
             if same(linear(gate.applied(gu), getattr(mlp, names[-1]).weight), wanted):
                 return gate
     return None
+
+
+class _Named(nn.Module):
+    """An MLP's activation by the name that the probe asks for, whatever the MLP calls it."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        functions = [value for value in vars(mlp).values() if callable(value)]
+        modules = [child for child in mlp.children() if not list(child.parameters())]
+        self.act_fn = next(iter([*modules, *functions]), None)
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -171,11 +171,11 @@ def looks_at_results(self: Any, hidden: Tensor) -> Tensor:
 
 def without_gradients(self: Any, hidden: Tensor) -> Tensor:
     with torch.no_grad():
-        return self.experts[0](hidden)
+        return 2.0 * self.experts[0](hidden)
 
 
 WAYS = {
-    "reads_weights": (reads_weights, "way that cannot be told"),
+    "reads_weights": (reads_weights, "LoopedBlock computes its experts in a way in which they cannot"),
     "looks_at_results": (looks_at_results, "was called with other rows"),
     "without_gradients": (without_gradients, "no gradient reaches its experts"),
 }
@@ -219,7 +219,7 @@ def test_other_mlps_are_refused(change: str) -> None:
         expert.norm = nn.LayerNorm(64)
     else:
         expert.act = nn.Tanh()
-    with pytest.raises(KTAMXModelNotSupportedError, match="experts of a form that is not supported"):
+    with pytest.raises(KTAMXModelNotSupportedError, match=r"not supported: model.layers.0.block_sparse_moe.experts .ModuleList."):
         apply_kt_moe(model, make_config("torch"))
 
 
