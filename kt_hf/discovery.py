@@ -12,6 +12,8 @@ from torch import nn
 
 from .errors import KTAMXModelNotSupportedError
 from .expert_form import Form, form_of, holds_experts
+from .listed.block import BlockPlan, plan_block
+from .listed.mlps import ExpertMlps, expert_mlps
 from .shapes import ExpertShape
 
 # Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.
@@ -32,6 +34,8 @@ class ExpertsSite:
         experts: The experts module; None once it has been taken out, so that the site does not keep its weights.
         shape: Sizes of the layer's experts.
         form: How the module holds them, and how the model calls it.
+        mlps: The experts as a list of MLPs, if they are one.
+        plan: How the block around such a list is had to compute them together; None without weights.
     """
 
     name: str
@@ -40,6 +44,8 @@ class ExpertsSite:
     experts: Any
     shape: ExpertShape
     form: Form
+    mlps: ExpertMlps | None = None
+    plan: BlockPlan | None = None
 
 
 def layer_index(name: str, fallback: int) -> int:
@@ -89,15 +95,21 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
             parent = modules[parent_name]
             sites.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, form, name), form))
         elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
+            mlps = expert_mlps(module)
+            if mlps is not None:
+                sites.append(_listed(base, name, modules[parent_name], attribute, mlps, weightless))
+                continue
             strange.append(f"{name} ({type(module).__name__})")
-    if sites:
+    lists = [name for name in strange if name.endswith("(ModuleList)")]
+    if sites and not lists:
         return sites
-    kind = type(base).__name__
+    kind, strange = type(base).__name__, lists or strange
     if strange:
         raise KTAMXModelNotSupportedError(
             f"{kind} has experts of a form that is not supported: {', '.join(strange[:3])}. Supported are the fused "
-            "experts of transformers 5 (gate_up_proj and down_proj); with trust_remote_code=True leave that out, so "
-            "that transformers' own class is used."
+            "experts of transformers 5 (gate_up_proj and down_proj), and lists of equal MLPs of two or three Linear "
+            "layers without biases and a known activation; with trust_remote_code=True leave that out, so that "
+            "transformers' own class is used where it has one."
         )
     raise KTAMXModelNotSupportedError(
         f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"
@@ -115,6 +127,22 @@ def _problem(experts: nn.Module, weightless: bool) -> str | None:
     if len(dtypes) > 1 or weights[0].dtype not in FLOATING:
         return f"weights of {' and '.join(dtypes)}; load the model in bfloat16, float16 or float32"
     return None
+
+
+def _listed(
+    model: Any, name: str, parent: nn.Module, attribute: str, mlps: ExpertMlps, weightless: bool
+) -> ExpertsSite:
+    """The site of experts that are a list of MLPs."""
+    E, H, I = mlps.sizes  # noqa: E741
+    shape = ExpertShape(E, _top_k(model, parent, E, name), H, I, mlps.gate)
+    if not weightless and len(mlps.dtypes) != 1 or not mlps.dtypes <= set(FLOATING):
+        names = ", ".join(sorted(map(str, mlps.dtypes)))
+        raise KTAMXModelNotSupportedError(
+            f"{name}: weights of {names}; load the model in bfloat16, float16 or float32."
+        )
+    plan = None if weightless else plan_block(parent, attribute, mlps, shape.top_k, name)
+    form = Form(E, H, I, mlps.gate, "listed")
+    return ExpertsSite(name, parent, attribute, getattr(parent, attribute), shape, form, mlps, plan)
 
 
 def _shape(model: Any, parent: nn.Module, form: Form, name: str) -> ExpertShape:

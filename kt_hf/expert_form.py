@@ -22,7 +22,8 @@ from .gates import ACTIVATIONS, Gate
 #   normed:    the same, where each expert's output goes through the module `post_expert_norm` before it is weighted;
 #   batched:   the same with hidden states [B, S, H];
 #   sliced:    every expert gets T rows, those of tokens that are not its own zero: [E*T, H] give [E*T, H].
-Call = Literal["routed", "identity", "normed", "batched", "sliced"]
+#   listed:    it is a list of MLPs, of which each is called with rows of its own (`kt_hf.listed`).
+Call = Literal["routed", "identity", "normed", "batched", "sliced", "listed"]
 
 _FLAT = {"w1", "v1", "w2"}
 

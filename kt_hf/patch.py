@@ -147,6 +147,8 @@ def replace_experts(
 
 
 def _take_weights(site: ExpertsSite) -> ExpertWeights:
+    if site.mlps is not None:
+        return ExpertWeights(*site.mlps.stacked())
     gate_up, down, gate_up_bias, down_bias = site.form.taken(site.experts)
     return ExpertWeights(gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
@@ -160,6 +162,8 @@ def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeigh
     layer = kind(weights, site.shape, layer_index(label, index), label, packer, fingerprint(weights), **more)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)
+    if site.plan is not None:
+        site.plan.install(site.parent, layer.calls)
     site.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()

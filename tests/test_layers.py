@@ -16,7 +16,7 @@ ROWS = (
     ("errors",),
     ("gates",),
     ("_versions", "shapes", "gate_probe", "config", "system", "peft_compat.internals"),
-    ("expert_form",),
+    ("expert_form", "listed"),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),

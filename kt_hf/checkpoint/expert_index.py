@@ -64,6 +64,11 @@ class ExpertCheckpoint:
     ) -> None:
         model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
+        if any(site.mlps for site in sites):
+            raise KTAMXModelNotSupportedError(
+                f"{sites[0].name}: {type(model).__name__} has its experts in a list, each by itself, which cannot be "
+                "streamed. Use from_pretrained and apply_kt_moe."
+            )
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]

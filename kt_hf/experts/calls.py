@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import KTAMXForwardError
 from .layer import KTExperts
+from .listed import ListedExperts
 
 
 class IdentityExperts(KTExperts):
@@ -92,5 +93,5 @@ class SlicedExperts(KTExperts):
 
 BY_CALL: dict[str, type[KTExperts]] = {
     "routed": KTExperts, "identity": IdentityExperts, "normed": NormedExperts, "batched": BatchedExperts,
-    "sliced": SlicedExperts,
+    "sliced": SlicedExperts, "listed": ListedExperts,
 }  # fmt: skip

@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 VOCAB = 96
 # Field -> size, of any config that has the field.
 SIZES = {
-    "vocab_size": VOCAB, "unpadded_vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 48,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "shared_experts_intermediate_size": 32,
-    "shared_intermediate_size": 32, "dense_intermediate_size": 48, "expert_ffn_hidden_size": 32,
-    "ffn_hidden_size": 48, "share_expert_dim": 32, "moe_hidden_size": 64,
+    "vocab_size": VOCAB, "unpadded_vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96,
+    "moe_intermediate_size": 96, "shared_expert_intermediate_size": 32, "shared_experts_intermediate_size": 32,
+    "shared_intermediate_size": 32, "dense_intermediate_size": 48, "expert_ffn_hidden_size": 96,
+    "ffn_hidden_size": 96, "share_expert_dim": 32, "moe_hidden_size": 64,
     "num_hidden_layers": 3, "num_layers": 2, "num_dense_layers": 1, "first_k_dense_replace": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_sliding_attention_heads": 4,
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "kv_channels": 16,
@@ -28,7 +28,8 @@ SIZES = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2,
     "max_position_embeddings": 128, "sliding_window": 8, "sliding_window_size": 8, "attention_chunk_size": 8,
-    "swiglu_limit": 0.5, "linear_num_heads": 4, "linear_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "swiglu_limit": 0.5,
+    "linear_num_heads": 4, "linear_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_chunk_size": 8, "mamba_dt_rank": 8,
     "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 2,
@@ -52,7 +53,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [32, 32], "rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [96, 96], "rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
     "gemma4": {"enable_moe_block": True, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8},
     "glm4v_moe": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
     "glm5_next": {"index_kpool": 4, "hc_mult": 2, "qk_rope_head_dim": 0, "num_hidden_layers": 4},
@@ -154,6 +155,14 @@ CLASSES = {
     "nllb_moe": "NllbMoeForConditionalGeneration",
     "openai_privacy_filter": "OpenAIPrivacyFilterModel",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
+}
+# Model type -> why it is not trained here.
+REFUSED = {
+    "doge": "no routed experts",
+    "jetmoe": "experts of a form that is not supported",
+    "nllb_moe": "no routed experts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+    "switch_transformers": "experts of a form that is not supported",
 }
 
 

@@ -1,0 +1,101 @@
+"""Every family of transformers that has experts: patched, trained, saved, exported and merged as the unpatched model is.
+
+A tiny random model of each (`tests.support.families`), beside transformers' own with LoRA merged into its weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from kt_hf import KTAMXModelNotSupportedError, apply_kt_moe, kt_lora_config
+from kt_hf.experts import kt_layers
+from tests.support.cases import make_config
+from tests.support.families import CLASSES, REFUSED, VOCAB, tiny
+from tests.support.family_reference import merged_forward
+from tests.support.patched import fill_lora
+from tests.support.reference import relative_error
+
+FAMILIES = [name for name in CLASSES if name not in REFUSED]
+# One of each kind of gate, layout and call; the others are `slow`.
+FAST = {
+    "mixtral",
+}
+EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float32, std: float = 0.1) -> PeftModel:
+    model = apply_kt_moe(tiny(family, dtype), make_config("torch"))
+    model = get_peft_model(model, kt_lora_config(model, lora_rank=2, lora_alpha=4))
+    fill_lora(model, seed=1, only=lambda name: "dt_proj.lora_B" not in name, std=std)
+    return model.eval()
+
+
+def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+    ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids}
+
+
+def output_of(result: Any) -> Tensor:
+    logits = getattr(result, "logits", None)
+    return result[0] if logits is None else logits
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_forward_and_gradients(family: str) -> None:
+    """The logits of the model as it was; with LoRA those of merged weights. So are the gradients of LoRA and of all
+    other parameters, the routers' too.
+    """
+    stock = tiny(family)
+    model = apply_kt_moe(tiny(family), make_config("torch"))
+    inputs = inputs_of(stock)
+    with torch.no_grad():
+        before = output_of(stock(**inputs))
+        assert (output_of(model(**inputs)) - before).abs().max() <= 1e-6 * before.abs().max()
+    model = adapted(family)
+    labels = {layer.label for layer in kt_layers(model)}
+    lora = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    reached = {name.partition(".lora_")[0].rpartition(".")[0].removeprefix("base_model.model.")
+               for name, p in lora.items() if p.dim() == 3}  # fmt: skip
+    assert reached == {label for label in labels if "vision" not in label}  # ERNIE has experts for images beside
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in lora.items()}
+    wanted = output_of(merged_forward(stock, model, leaves, **inputs))
+    assert relative_error(output_of(model(**inputs)), wanted) < 2e-5
+    assert relative_error(wanted, before) > 0.01
+    plain = {name: p for name, p in stock.named_parameters() if p.requires_grad}
+    others = {name: p.requires_grad_() for name, p in _others(model).items() if name in plain}
+    assert len(plain) - len(others) <= 4 * len(labels)
+    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(6)) / wanted.numel() ** 0.5
+    ours = torch.autograd.grad(
+        output_of(model(**inputs)), [*lora.values(), *others.values()], direction, allow_unused=True
+    )
+    theirs = torch.autograd.grad(
+        wanted, [*leaves.values(), *(plain[name] for name in others)], direction, allow_unused=True
+    )
+    wrong = {}
+    for name, one, other in zip([*lora, *others], ours, theirs, strict=True):
+        if "dt_proj.lora" in name:  # Mamba reads this layer's weight, so PEFT's LoRA on it has no effect
+            continue
+        assert (one is None) == (other is None), name
+        # Through all layers; linear attention's chunks round most. A layer by itself is held to 1e-5.
+        if one is not None and (error := relative_error(one, other)) > 1e-4:
+            wrong[name] = error
+    assert not wrong
+
+
+def _others(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): p
+        for name, p in model.named_parameters()
+        if "lora_" not in name
+    }
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused(family: str) -> None:
+    with pytest.raises(KTAMXModelNotSupportedError, match=REFUSED[family]):
+        apply_kt_moe(tiny(family), make_config("torch"))
