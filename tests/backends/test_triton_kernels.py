@@ -136,12 +136,12 @@ def test_the_fused_kernels_compile(sm: int) -> None:
     rows, values = ROW_POINTERS, VALUE_POINTERS
     tile = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}
     gate = {"GATE": constants(PLAIN), "GATED": True, "LORA": True, "BIAS": False}
-    for kernel, constants in (
+    for kernel, fixed in (
         (module._gather, tile), (module._gate, gate | tile), (module._gate_gradients, gate | tile),
         (module._weight, {"LORA": True, "WEIGHTED": True} | tile),
         (module._sum, {"K": 8, "LORA": True, "WEIGHTED": True, "COLUMNS": module._WIDE}),
     ):  # fmt: skip
-        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **constants).asm["ptx"]
+        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **fixed).asm["ptx"]
         assert "ld.global.v4" in ptx or "ld.global.L1::evict_last.v4" in ptx, kernel
         assert "st.global.v4" in ptx, kernel
     compiled(module._indexed, sm, rows | {"order": "*i64"}, {"K": 8, "count": 16}, INDICES=module._INDICES)

@@ -72,6 +72,7 @@ FAMILIES: dict[str, tuple[Callable[[Deltas], Deltas], Gate]] = {
     "nemotron_h": (lambda d: d, Gate("relu2", gated=False)),
     "dbrx": (_flat, Gate()),
     "longcat_flash": (_with_identities, Gate()),
+    "muse_spark": (_concatenated, Gate()),
 }
 SLOW = {"diffusion_gemma", "glm5_next", "hy_v4", "hy_v4_vl", "inkling2_loop"}  # like others; too many for every run
 CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES]
