@@ -116,7 +116,7 @@ class KTExperts(nn.Module):
         down_bias = weights.down_bias if isinstance(weights, ExpertWeights) else None
         self.register_buffer("down_bias", down_bias, persistent=False)
         self._unpacked: ExpertWeights | None = None
-        if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
+        if isinstance(weights, PackedLayerFiles) or weights.low_bit is not None:
             with CALL_LOCK:
                 self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
             return
