@@ -70,6 +70,11 @@ class Form:
     biased: bool = False
     flat: bool = False
 
+    @property
+    def stored_otherwise(self) -> bool:
+        """Whether the module's parameters must be laid out anew, or have biases."""
+        return self.transposed or self.interleaved or self.biased or self.flat
+
     def taken(self, experts: Any) -> TakenWeights:
         """The module's parameters in the layout that is computed, detached.
 
@@ -92,18 +97,23 @@ class Form:
             return TakenWeights(first, down, None, None)
         name = "gate_up_proj_bias" if self.gate.gated else "up_proj_bias"
         bias = getattr(experts, name).detach()
-        return TakenWeights(first, down, self._apart(bias, 1), experts.down_proj_bias.detach())
+        return TakenWeights(first, down, self.apart(bias, 1), experts.down_proj_bias.detach())
 
     def _first(self, first: Tensor) -> Tensor:
         size = self.gate.halves * self.intermediate_size, self.hidden_size
 
         def turned(matrix: Tensor) -> Tensor:
-            return self._apart(matrix.t().contiguous() if self.transposed else matrix, 0)
+            return self.apart(matrix.t().contiguous() if self.transposed else matrix, 0)
 
         return _each(first, size, turned)
 
-    def _apart(self, rows: Tensor, axis: int) -> Tensor:
-        """Gate's rows before up's, along an axis where they take turns; others as they are."""
+    def apart(self, rows: Tensor, axis: int) -> Tensor:
+        """Gate's rows before up's, where they take turns; others as they are.
+
+        Args:
+            rows: Any tensor that has gate_up's outputs along an axis.
+            axis: That axis.
+        """
         if not self.interleaved:
             return rows
         every = [rows.movedim(axis, 0)[first::2] for first in (0, 1)]

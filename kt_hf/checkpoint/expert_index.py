@@ -21,7 +21,9 @@ from ..backends.gpu.pinned_weights import own_pages
 from ..backends.packed import EIGHT_BIT, Code, PackedExperts, PackedMatrices
 from ..discovery import FLOATING, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
+from ..expert_form import Form
 from ..shapes import ALIASES, BF16, ExpertShape
+from .as_module import ModuleTensors
 from .eight_bit import KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
@@ -32,7 +34,7 @@ _ONE_EXPERT = re.compile(
 _FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?({SCALE_PATTERN})?$")
 _OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
 # A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
-_ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)*")
+_ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer|backbone)\.)*")
 _BLOCK = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.experts$")
 
 
@@ -76,8 +78,10 @@ class ExpertCheckpoint:
         self.shapes = {site.name: site.shape for site in sites}
         self.forms = {site.name: site.form for site in sites}
         self.block = block_size(config)
+        _refuse_normed(self.forms)
         _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))
+        self._as_modules = self._find_modules()
         self._matrices = self._find()
 
     def read(self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
@@ -96,10 +100,12 @@ class ExpertCheckpoint:
         """
         if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
+        if layer in self._as_modules:
+            return self._as_modules[layer].read(dtype, low_bit)
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
         rest = [e for e in range(shape.num_experts) if e not in set(low_bit)]
-        gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
+        gate_up = torch.empty(len(rest), shape.up_rows, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
         row = {e: i for i, e in enumerate(rest)}
         targets = _targets(gate_up, down)
@@ -111,6 +117,8 @@ class ExpertCheckpoint:
 
         16 if they are not of low bits, or are mixed.
         """
+        if self._as_modules:
+            return 4.25 if all(module.mxfp4 for module in self._as_modules.values()) else BF16
         stored = 0
         for matrices in self._matrices.values():
             kinds = {(m.weight.dtype, m.scales.dtype if m.scales else None) for m in matrices.values()}
@@ -152,12 +160,26 @@ class ExpertCheckpoint:
 
     def source_bytes(self, layer: str) -> int:
         """Bytes of a layer's experts in the files."""
+        if layer in self._as_modules:
+            return self._as_modules[layer].size
         return sum(tensor.size for matrix in self._matrices[layer].values() for tensor in matrix.tensors)
+
+    def _find_modules(self) -> dict[str, ModuleTensors]:
+        """Layer -> its experts, of those whose module is laid out otherwise than experts are computed."""
+        layers = {_plain(name): name for name, form in self.forms.items() if form.stored_otherwise}
+        stored: dict[str, dict[str, StoredTensor]] = {name: {} for name in layers.values()}
+        for name, tensor in self.files.tensors.items() if layers else ():
+            match = _OTHER.match(name)
+            layer = layers.get(_plain(match[1])) if match else None
+            if match and layer:
+                stored[layer][match[2]] = tensor
+        return {name: ModuleTensors(name, self.forms[name], tensors) for name, tensors in stored.items()}
 
     def _find(self) -> dict[str, dict[tuple[int, str], Matrix]]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
-        layers = {_plain(name): name for name in self.layers}
-        weights: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
+        names = [name for name in self.layers if name not in self._as_modules]
+        layers = {_plain(name): name for name in names}
+        weights: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in names}
         scales: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
         strange: dict[str, StoredTensor] = {}
         for name, tensor in self.files.tensors.items():
@@ -171,16 +193,18 @@ class ExpertCheckpoint:
             target = (scales if match.groups()[-1] else weights)[layer]
             shape = self.shapes[layer]
             for key, part in _parts(match, tensor, shape):
+                if key[0] >= shape.num_experts and self.forms[layer].call == "identity":
+                    continue  # stored for an expert that gives the token itself
                 if key in target:
                     raise KTAMXError(f"{tensor} and {target[key]} are the same weight of expert {key[0]} of {layer}.")
                 target[key] = part
-        if not any(weights.values()) and not strange:
+        if names and not any(weights.values()) and not strange:
             raise KTAMXModelNotSupportedError(
                 f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
                 f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
                 "from_pretrained and apply_kt_moe."
             )
-        return {name: self._checked(name, weights[name], scales[name], strange.get(name)) for name in self.layers}
+        return {name: self._checked(name, weights[name], scales[name], strange.get(name)) for name in names}
 
     def _checked(
         self,
@@ -199,7 +223,7 @@ class ExpertCheckpoint:
                 "one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
-            for name in ("gate_proj", "up_proj", "down_proj"):
+            for name in shape.projections:
                 if (expert, name) not in weights and (name == "down_proj" or (expert, "gate_up_proj") not in weights):
                     raise KTAMXError(self._missing(layer, expert, name, weights))
                 if name != "down_proj" and (expert, name) in weights and (expert, "gate_up_proj") in weights:
@@ -249,9 +273,9 @@ class ExpertCheckpoint:
 
 
 def _targets(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """Projection -> where its matrices [n, out, in] are in gate_up [n, 2I, H] and down [n, H, I]."""
+    """Projection -> where its matrices [n, out, in] are in gate_up [n, 2I, H] ([n, I, H]) and down [n, H, I]."""
     I = down.shape[2]  # noqa: E741
-    return {"gate_proj": gate_up[:, :I], "up_proj": gate_up[:, I:], "gate_up_proj": gate_up, "down_proj": down}
+    return {"gate_proj": gate_up[:, :I], "up_proj": gate_up[:, -I:], "gate_up_proj": gate_up, "down_proj": down}
 
 
 def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
@@ -303,6 +327,14 @@ def _parts(
         )
     for expert in range(shape.num_experts):
         yield (expert, match[2]), tensor.row(expert)
+
+
+def _refuse_normed(forms: dict[str, Form]) -> None:
+    """A norm behind each expert is in the experts' module, which is not made while the rest of a model is loaded."""
+    for name, form in forms.items():
+        if form.call == "normed":
+            what = f"{name}: a norm behind each expert is not read along with streamed experts"
+            raise KTAMXModelNotSupportedError(f"{what}. Use from_pretrained and apply_kt_moe.")
 
 
 def _refuse_transposed(model: Any) -> None:
