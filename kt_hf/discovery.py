@@ -179,7 +179,10 @@ def top_k_of(sources: Iterable[Any], experts: int) -> int | None:
 
 
 def _text_config(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
+    return _text_config_of(getattr(model, "config", None))
+
+
+def _text_config_of(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -197,8 +200,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    without_quantization(config)
     named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     with torch.device("meta"):
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
@@ -206,3 +208,10 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
         if not hasattr(transformers, named):
             raise KTAMXModelNotSupportedError(f"transformers {transformers.__version__} has no class {named}.")
         return getattr(transformers, named)._from_config(config)
+
+
+def without_quantization(config: Any) -> None:
+    """Take out of a configuration, and of its language model's, how the checkpoint is quantized."""
+    for part in (config, _text_config_of(config)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config

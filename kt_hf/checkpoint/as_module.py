@@ -6,6 +6,7 @@ The layer's tensors are read as they are, and brought to the layout that is comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -45,6 +46,12 @@ class ModuleTensors:
     def size(self) -> int:
         """Bytes in the files."""
         return sum(tensor.size for tensor in self._stored.values())
+
+    @property
+    def kept_size(self) -> float:
+        """Bytes of the weights as they are kept: packed, or in bf16."""
+        weights = (math.prod(t.shape) for name, t in self._stored.items() if not name.endswith("_bias"))
+        return sum(weights) * (1 if self.mxfp4 else 2)
 
     def read(self, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
         """The layer's weights in the layout that is computed, on the CPU.

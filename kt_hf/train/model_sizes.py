@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.eight_bit import has_8_bits
+from ..checkpoint.quantization import known_quantization
 from ..discovery import skeleton, top_k_of
 from ..errors import KTAMXModelNotSupportedError
 from ..lora import linear_targets
@@ -112,7 +112,8 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
 def _bits(config: Any, asked: str) -> float:
     """Of a weight of experts on the GPU, as it is stored there."""
     dtype = str(getattr(config, "dtype", None) or "bfloat16") if asked == "auto" else asked
-    return 8.0 if dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config) else BF16
+    stored = known_quantization(config)
+    return stored.bits if stored and dtype.removeprefix("torch.") == "bfloat16" else BF16
 
 
 def _target_names(model: Any, keys: RunKeys) -> set[str] | None:

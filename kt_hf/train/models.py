@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpoint.eight_bit import has_8_bits
+from ..checkpoint.quantization import known_quantization, stored_config
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, RunKeys
@@ -163,9 +163,9 @@ def load_model(
     counted = kt is not None and order_matters(kt)
     placement = placing.saved() if placing and (planned or counted) else None
     profile = placing.profile if placing and counted and placement is None else None
-    if profile and has_8_bits(config):
+    if profile and known_quantization(config):
         logger.warning(
-            "%s is of 8 bits: it is not loaded whole to count which experts are used most, and the first of each layer "
+            "%s is quantized: it is not loaded whole to count which experts are used most, and the first of each layer "
             "go to the GPU.", name,
         )  # fmt: skip
         profile = None
@@ -186,6 +186,8 @@ def load_model(
                     tokens_per_step=tokens, **_revision(keys),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
+                if stored_config(config) is not None:
+                    raise  # transformers would make modules that compute in low bits
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
         model = _whole_model(keys, config)
     except KTAMXError:

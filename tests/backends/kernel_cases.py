@@ -26,7 +26,7 @@ from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.gates import Gate
 from kt_hf.shapes import LORA_NAMES, ExpertShape
 from tests.support.gates import GATES, by_hand
-from tests.support.low_bit import KINDS, random_matrices
+from tests.support.packed import KINDS, random_matrices
 from tests.support.reference import (
     BaseWeights,
     assert_all_close,

@@ -27,8 +27,8 @@ from kt_hf.shapes import ExpertShape
 from tests.support.cases import make_config
 from tests.support.checkpoints import saved
 from tests.support.helpers import MIXTRAL
-from tests.support.low_bit import KINDS, random_experts
 from tests.support.models import expert_modules
+from tests.support.packed import KINDS, random_experts
 from tests.support.patched import fill_lora, gradients_of, logits_of, lora_config, loss_of
 from tests.support.tiered import streamed_parts
 

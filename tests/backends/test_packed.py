@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kt_hf.backends import packed
 from kt_hf.backends.packed import NF4, PackedExperts, PackedMatrices, join_nibbles, nibbles
-from tests.support.low_bit import KINDS, random_matrices
+from tests.support.packed import KINDS, random_matrices
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

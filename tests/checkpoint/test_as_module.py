@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -56,15 +57,40 @@ def test_mxfp4_of_gpt_oss(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(whole.gate_up, gate_up)
     assert torch.equal(whole.down, down)
     bias = stored["gate_up_proj_bias"].to(dtype)
-    assert whole.gate_up_bias is not None and torch.equal(
-        whole.gate_up_bias, torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
-    )  # noqa: PT018
+    assert whole.gate_up_bias is not None
+    assert torch.equal(whole.gate_up_bias, torch.cat([bias[:, ::2], bias[:, 1::2]], 1))
     part = module.read(dtype, [1, 4])
     rest = [e for e in range(E) if e not in (1, 4)]
     assert part.low_bit is not None
     assert torch.equal(part.gate_up, gate_up[rest])
     assert torch.equal(part.low_bit.gate_up.dequantized(dtype), gate_up[[1, 4]])
     assert torch.equal(part.low_bit.down.dequantized(dtype), down[[1, 4]])
+
+
+def test_load_kt_model_of_mxfp4(tmp_path: Path) -> None:
+    """The checkpoint as it is on the hub, equal to the same with its weights written out."""
+    model = tiny("gpt_oss", torch.bfloat16)
+    tensors, packed = dict(model.state_dict()), {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, columns, rows = tensors[name].shape
+        blocks = torch.randint(0, 256, (E, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 124, (E, rows, columns // 32), dtype=torch.uint8)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    for folder, some in (("wide", tensors), ("packed", {n: t for n, t in tensors.items() if f"{n}_blocks" not in packed} | packed)):  # fmt: skip # noqa: E501
+        (tmp_path / folder).mkdir()
+        save_file({name: t.contiguous() for name, t in some.items()}, tmp_path / folder / "model.safetensors", {"format": "pt"})  # fmt: skip # noqa: E501
+        config = copy.deepcopy(model.config)
+        config.architectures = ["GptOssForCausalLM"]
+        if folder == "packed":
+            config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        config.save_pretrained(tmp_path / folder)
+    loaded = [
+        load_kt_model(tmp_path / name, make_config("torch", kt_lora_rank=4)).eval() for name in ("wide", "packed")
+    ]
+    ids = torch.arange(18).view(2, 9) % VOCAB
+    with torch.no_grad():
+        assert torch.equal(*(one(input_ids=ids).logits for one in loaded))
 
 
 @pytest.mark.parametrize("name", ["down_proj_bias", "gate_up_proj"])
