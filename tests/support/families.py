@@ -161,7 +161,6 @@ REFUSED = {
     "doge": "no routed experts",
     "jetmoe": "experts of a form that is not supported",
     "nllb_moe": "no routed experts",
-    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
     "switch_transformers": "experts of a form that is not supported",
 }
 
