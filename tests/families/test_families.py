@@ -106,3 +106,39 @@ def _others(model: nn.Module) -> dict[str, nn.Parameter]:
 def test_refused(family: str) -> None:
     with pytest.raises(KTAMXModelNotSupportedError, match=REFUSED[family]):
         apply_kt_moe(tiny(family), make_config("torch"))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_in_bf16(family: str) -> None:
+    """Each layer beside transformers' own in fp32, on the inputs that it gets in the model: output and all gradients."""
+    stock = tiny(family)
+    model = adapted(family, torch.bfloat16)
+    calls: dict[str, tuple[Any, ...]] = {}
+    for layer in kt_layers(model):
+        experts = stock.get_submodule(layer.label)
+        experts.register_forward_hook(lambda _, args, __, label=layer.label: calls.update({label: args}))
+    with torch.no_grad():
+        called(stock, inputs_of(stock))
+    assert calls
+    for layer in kt_layers(model):
+        if layer.label in calls and layer.lora_params:
+            _compare_layer(model, stock, layer, calls[layer.label])
+
+
+def _compare_layer(model: nn.Module, stock: nn.Module, layer: Any, args: tuple[Any, ...]) -> None:
+    prefix = "base_model.model." + layer.label
+    lora = {name: p for name, p in model.named_parameters() if name.startswith(prefix) and "lora_" in name}
+    half = [arg.detach().to(torch.bfloat16) if arg.is_floating_point() else arg for arg in args]
+    ours = [arg.clone().requires_grad_() if arg.is_floating_point() else arg for arg in half]
+    theirs = [arg.float().requires_grad_() if arg.is_floating_point() else arg for arg in half]
+    leaves = {name: p.detach().float().requires_grad_() for name, p in lora.items()}
+    wanted = merged_forward(stock, model, leaves, *theirs, module=layer.label)
+    actual = layer(*ours)
+    assert relative_error(actual, wanted) < 0.02
+    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(6))
+    floating = [(one, other) for one, other in zip(ours, theirs, strict=True) if one.is_floating_point()]
+    mine = torch.autograd.grad(actual, [*(one for one, _ in floating), *lora.values()], direction.to(actual.dtype))
+    expected = torch.autograd.grad(wanted, [*(other for _, other in floating), *leaves.values()], direction)
+    names = [*(f"input {i}" for i in range(len(floating))), *lora]
+    errors = {name: relative_error(a, b) for name, a, b in zip(names, mine, expected, strict=True)}
+    assert max(errors.values()) < 0.02, errors
