@@ -233,13 +233,11 @@ def _config(
 def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
     """Everything but the routed experts, by `from_pretrained`."""
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config, kwargs = source.config, source.hub | source.kwargs
-    by_auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or source.trusted
-    if by_auto:
-        kwargs["trust_remote_code"] = source.trusted
-    loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
+    if source.trusted:
+        kwargs["trust_remote_code"] = True
+    loader = AutoModelForCausalLM if source.trusted else checkpoint.model_class
     # With the configuration's FP8 transformers would make modules that compute in FP8, or dequantize by blocks of its
     # own reckoning, which refuses DeepSeek-V3 (576 rows in five blocks of 128). 8-bit values are exact in any dtype
     # of the model, so they are loaded as they are, and multiplied by their scales after.

@@ -61,7 +61,7 @@ def test_forward_and_gradients(family: str) -> None:
     inputs = inputs_of(stock)
     with torch.no_grad():
         before = called(stock, inputs)
-        assert relative_error(called(model, inputs), before) < 1e-6
+        assert relative_error(called(model, inputs), before) < 2e-6
     model = adapted(family)
     labels = {layer.label for layer in kt_layers(model)}
     lora = {name: p for name, p in model.named_parameters() if "lora_" in name}

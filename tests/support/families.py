@@ -195,4 +195,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[family])._from_config(config).float()
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # zero as built: a router that ignored it went unnoticed
+                buffer.normal_(std=0.1)
+            elif name.endswith("tid2eid"):  # experts by token
+                buffer.copy_(torch.stack([torch.randperm(8)[: buffer.shape[1]] for _ in buffer]))
     return model.to(torch.bfloat16).to(dtype).eval()

@@ -42,18 +42,25 @@ def merged_forward(
             changed[f"{target}.weight"] = weights[f"{target}.weight"] + b @ a
     for experts, pairs in groups.items():
         deltas = {projection: b @ a for projection, (a, b) in pairs.items()}
-        changed |= _expert_weights(experts, dict(stock.get_submodule(experts).named_parameters()), deltas)
+        holder = stock.get_submodule(experts)
+        in_turns = type(holder).__name__ == "GptOssExperts"
+        changed |= _expert_weights(experts, dict(holder.named_parameters()), deltas, in_turns)
     inside = {name.removeprefix(f"{module}."): value for name, value in changed.items() if name.startswith(module)}
     return functional_call(stock.get_submodule(module), inside, args, inputs)
 
 
-def _expert_weights(experts: str, weights: dict[str, Tensor], deltas: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an experts module, by their full names, with these deltas [E, out, in] added."""
+def _expert_weights(
+    experts: str, weights: dict[str, Tensor], deltas: dict[str, Tensor], interleaved: bool
+) -> dict[str, Tensor]:
+    """The weights of an experts module, by their full names, with these deltas [E, out, in] added.
+
+    Gate's and up's rows take turns if they are `interleaved`.
+    """
     up, down = deltas["up_proj"], deltas["down_proj"]
     E, I, H = up.shape  # noqa: E741
     if "gate_up_proj" in weights:
         stacked = torch.cat([deltas["gate_proj"], up], 1)
-        if "gate_up_proj_bias" in weights:  # gpt-oss: gate's and up's rows in turns
+        if interleaved:
             stacked = torch.stack([deltas["gate_proj"], up], 2).flatten(1, 2)
         pairs = {"gate_up_proj": stacked, "down_proj": down}
     elif "up_proj" in weights:
