@@ -200,4 +200,6 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreT
                 buffer.normal_(std=0.1)
             elif name.endswith("tid2eid"):  # experts by token
                 buffer.copy_(torch.stack([torch.randperm(8)[: buffer.shape[1]] for _ in buffer]))
-    return model.to(torch.bfloat16).to(dtype).eval()
+    for parameter in model.parameters():  # not the buffers, which a checkpoint does not have
+        parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    return model.eval()
