@@ -20,7 +20,9 @@ from .shapes import ExpertShape
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _SUPPORTED = "Supported are stacked experts of a known gate, with or without biases."
 # What the families call the number of experts a token is sent to.
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k", "top_k_experts")
+_TOP_K_NAMES = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k", "top_k_experts",
+)  # fmt: skip
 
 
 @dataclass

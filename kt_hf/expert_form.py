@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .gate_probe import gate_of
 from .gates import ACTIVATIONS, Gate
+from .gates.probe import gate_of
 
 # How a model calls its experts module.
 #   routed:    hidden states [T, H], ids [T, K] and routing weights [T, K] give the weighted sum [T, H];
@@ -151,6 +151,9 @@ def form_of(experts: Any, hidden_act: str | None = None) -> Form | str:
             f"its gate ({function}, hidden_act={hidden_act!r}) is none of those known: {', '.join(ACTIVATIONS)}, with "
             "a limit, alpha, offset or soft cap"
         )
+    in_turn = not getattr(experts, "is_concatenated", not gate[1])
+    if in_turn != gate[1]:
+        return f"is_concatenated={not in_turn}, and its _apply_gate takes gate and up otherwise"
     call = _call(experts, gate[0], biased)
     return _sized(experts, *gate, call, biased, flat)
 
@@ -184,8 +187,10 @@ def _sized(experts: Any, gate: Gate, interleaved: bool, call: Call | str, biased
     if call not in get_args(Call):
         return call
     if flat:
-        E, (rows, H) = experts.num_experts, experts.mlp.w1.shape  # noqa: E741
-        return Form(E, H, rows // E, gate, "batched", flat=True) if rows % E == 0 else f"{rows} rows are not of {E} experts"
+        E, (rows, H) = experts.num_experts, experts.mlp.w1.shape
+        if rows % E:
+            return f"{rows} rows are not those of {E} experts"
+        return Form(E, H, rows // E, gate, "batched", flat=True)
     first, down = experts.gate_up_proj if gate.gated else experts.up_proj, experts.down_proj
     (E, *outer), halves = down.shape, gate.halves
     if first.shape[0] != E and not (call == "identity" and first.shape[0] > E):

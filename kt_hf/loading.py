@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .backends.quantizer import EXPERT_BITS
 from .checkpoint.eight_bit import SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
@@ -32,7 +33,7 @@ from .placement.assembly import make_packer, memory_budget
 from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
 from .placement.packer import Packer
-from .shapes import ExpertShape
+from .shapes import BF16, ExpertShape
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
 
@@ -178,17 +179,30 @@ def _place(
     placement: Placement | None,
     budget: MemoryBudget,
 ) -> None:
-    """Decide where each expert goes, and whether those that are streamed stay in 8 bits."""
-    rank = packer.config.kt_lora_rank
-    # Experts that are packed later, at the first adapter, are bf16 until then.
-    widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
-    budget = replace(budget, keep_8bit=not widened and checkpoint.keep_8bit())
+    """Decide where each expert goes, and whether those on the GPU stay in low bits."""
+    widened, own = packer.saved is not None or source.dtype != torch.bfloat16, packer.config.kt_expert_dtype
+    if (method := _quantization_method(source.config)) is not None:
+        packer.stored_as = method
+    if method is not None and own != "bf16":
+        raise KTAMXConfigError(
+            f"kt_expert_dtype={own!r}: the checkpoint's weights are quantized already ({method}), and are kept "
+            "as they are. Leave it out, or give a checkpoint in bfloat16."
+        )
+    bits = EXPERT_BITS[own] if own != "bf16" else checkpoint.bits()
+    budget = replace(budget, bits=BF16 if widened else bits)
     packer.place(by_layer(checkpoint.shapes), placement, budget)
-    if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and not budget.keep_8bit:
-        reason = "not all of them are of 8 bits, and those of a layer of one dtype"
-        if widened:
-            reason = "kt_lora_rank is not given" if rank is None else f"the model is {source.dtype}"
+    if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and budget.bits >= BF16:
+        reason = f"the model is {source.dtype}" if widened else "not all of a layer are of one kind"
         logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", reason)
+
+
+def _quantization_method(config: Any) -> str | None:
+    """How a checkpoint's weights are quantized, in the words of its `quantization_config`; None if they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
 
 
 def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, console: Console | None) -> None:
@@ -199,8 +213,8 @@ def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, cons
         saved.check_model(model)
     sites = [_experts_site(model, name, checkpoint) for name in checkpoint.layers]
     model.requires_grad_(False)
-    kept_8bit = [packer.read_scaled(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
-    jobs = list(zip(checkpoint.layers, kept_8bit, strict=True))
+    kept = [packer.low_bit_experts(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
+    jobs = list(zip(checkpoint.layers, kept, strict=True))
     stream = read_ahead(jobs, lambda job: checkpoint.read(job[0], expert_dtype, job[1]))
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
     with LayersBar(len(sites), console) as bar, closing(stream) as weights:

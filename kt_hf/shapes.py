@@ -15,6 +15,8 @@ from .gates import PLAIN, Gate
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Mixtral's names in transformers 4, on the hub, and in people's configs.
 ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# Bits of a weight that is not packed in fewer.
+BF16 = 16.0
 # The order in which the LoRA tensors of a layer are passed everywhere: all six, or the last four without a gate.
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
@@ -75,12 +77,12 @@ class ExpertShape:
         return replace(self, num_experts=experts)
 
 
-def expert_bytes(shape: ExpertShape, keep_8bit: bool = False) -> int:
-    """Bytes of one expert's matrices in bf16.
+def expert_bytes(shape: ExpertShape, bits: float = BF16) -> int:
+    """Bytes of one expert's matrices.
 
     Args:
         shape: Sizes of the layer.
-        keep_8bit: Whether the matrices are in 8 bits instead; their scales are not counted.
+        bits: Of a weight as it is stored, its part of the scales included.
     """
     matrices = len(shape.projections)
-    return matrices * shape.hidden_size * shape.intermediate_size * (1 if keep_8bit else 2)
+    return int(matrices * shape.hidden_size * shape.intermediate_size * bits / 8)

@@ -15,7 +15,7 @@ PACKAGE = Path(kt_hf.__file__).parent
 ROWS = (
     ("errors",),
     ("gates",),
-    ("_versions", "shapes", "gate_probe", "config", "system", "peft_compat.internals"),
+    ("_versions", "shapes", "config", "system", "peft_compat.internals"),
     ("expert_form", "listed"),
     ("discovery",),
     ("backends",),

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from kt_hf.experts.projections import ExpertLora
 
@@ -28,15 +28,28 @@ QWEN_30B = {"hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_siz
             "vocab_size": 151936, "mlp_only_layers": [], "norm_topk_prob": True}  # fmt: skip
 
 
+QWEN_235B = QWEN_30B | {"hidden_size": 4096, "moe_intermediate_size": 1536, "intermediate_size": 12288,
+                        "num_attention_heads": 64}  # fmt: skip
+QWENS = {"qwen3_moe": QWEN, "qwen3_30b": QWEN_30B, "qwen3_235b": QWEN_235B}
+
+
 def make_config(family: str, shape: str, layers: int) -> Any:
-    """`qwen3_30b` has the sizes of Qwen3-30B-A3B's layers, `qwen3_moe` those of DeepSeek-V2-Lite's."""
-    if family in ("qwen3_moe", "qwen3_30b"):
-        real = QWEN if family == "qwen3_moe" else QWEN_30B
+    """`qwen3_30b` has the sizes of Qwen3-30B-A3B's layers, `qwen3_moe` those of DeepSeek-V2-Lite's, and so on.
+
+    Every layer of `deepseek_v3` has experts.
+    """
+    if family in QWENS:
+        real = QWENS[family]
         sizes = {name: TINY.get(name, value) for name, value in real.items()} if shape == "tiny" else real
-        if shape == "tiny" and family == "qwen3_30b":
+        if shape == "tiny" and family != "qwen3_moe":
             sizes = sizes | {"num_experts": 16, "num_experts_per_tok": 4}
         config = Qwen3MoeConfig(**sizes, num_hidden_layers=layers, architectures=["Qwen3MoeForCausalLM"],
                                 router_aux_loss_coef=0.0)  # fmt: skip  # TRL's auxiliary loss does not generate
+    elif family == "deepseek_v3":
+        sizes = {name: TINY[name] for name in TINY.keys() - {"head_dim"}} if shape == "tiny" else {}
+        small = {"q_lora_rank": 16, "n_group": 4, "topk_group": 2} if shape == "tiny" else {}
+        config = DeepseekV3Config(**sizes | small, num_hidden_layers=layers, first_k_dense_replace=0,
+                                  architectures=["DeepseekV3ForCausalLM"])  # fmt: skip
     else:
         config = AutoConfig.from_pretrained(CONFIG)
         config.num_hidden_layers = layers

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu placements --part cells --out results        # auto against the best placement, by cap
     python -m benchmarks.gpu placements --part full --out results         # 48 layers on 24 GB
+    python -m benchmarks.gpu placements --part large --out results        # layers of 235B and 671B, streamed and held
     python -m benchmarks.gpu placements --part resident --out results     # everything on the GPU against stock
     python -m benchmarks.gpu placements --part safety --out results       # what comes between steps, memory by step
     python -m benchmarks.gpu placements --part losses --out results       # losses of each placement
@@ -28,8 +29,9 @@ from card import Card, Rows
 
 PARTS = {
     "cells": "cells", "full": "full", "resident": "full", "safety": "safety", "losses": "losses",
-    "estimate": "estimated", "peer": "peers",
+    "estimate": "estimated", "peer": "peers", "large": "large",
 }  # fmt: skip
+FAMILIES = ("qwen3_30b", "deepseek_v2", "qwen3_235b", "deepseek_v3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to try the script")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--cells", nargs="+", help="of part cells: GB/BATCH or GB/BATCH/BUS, copies made BUS times")
-    parser.add_argument("--family", nargs="+", choices=("qwen3_30b", "deepseek_v2"), help="of part cells")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="of parts cells and large")
     parser.add_argument("--batch", type=int, nargs="+", help="rows of a batch; default: each part's")
     parser.add_argument("--caps", type=float, nargs="+", help="GB that PyTorch may have; default: each part's")
     parser.add_argument("--steps", type=int, help="of the optimizer, of parts safety and losses")

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 
-
 def _in_memory(count: int) -> tuple[int, ...]:
-    """How LoRA tensors lie in one memory: the A of all projections before the B, so that these are scaled in one pass."""
+    """How LoRA tensors lie in one memory: the A of all projections before the B, which are scaled in one pass."""
     return *range(0, count, 2), *range(1, count, 2)
 
 

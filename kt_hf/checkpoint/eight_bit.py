@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.block_scaled import EIGHT_BIT, scale_
+from ..backends.packed import EIGHT_BIT, scale_
 from ..discovery import FLOATING
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from .tensor_files import StoredTensor, TensorFiles, read_tensors

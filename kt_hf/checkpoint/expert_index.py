@@ -7,6 +7,7 @@ Three layouts are known, recognized by the tensors' names, whatever the family: 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import ExpertWeights
-from ..backends.block_scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
+from ..backends.packed import EIGHT_BIT, Code, PackedExperts, PackedMatrices
 from ..discovery import FLOATING, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
-from ..shapes import ALIASES, ExpertShape
+from ..shapes import ALIASES, BF16, ExpertShape
 from .eight_bit import KNOWN, SCALE_PATTERN, block_size, check_scales
 from .expert_reader import Matrix, read_matrices
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
@@ -79,16 +80,16 @@ class ExpertCheckpoint:
         self.files = TensorFiles(Path(folder))
         self._matrices = self._find()
 
-    def read(self, layer: str, dtype: torch.dtype, in_8bit: Sequence[int] = ()) -> ExpertWeights:
+    def read(self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
         """A layer's weights, stacked and fused, in memory of their own on the CPU.
 
         Args:
             layer: One of `layers`.
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
-            in_8bit: Ids of experts that stay in 8 bits, as the files have them; `keep_8bit` says whether they can.
+            low_bit: Ids of experts that stay in low bits, as the files have them; `bits` says whether they can.
 
         Returns:
-            gate_up [E, 2I, H] and down [E, H, I] of the experts that are not `in_8bit`, and those in `scaled`.
+            gate_up [E, 2I, H] and down [E, H, I] of the experts that are not asked for in low bits, and the others.
 
         Raises:
             KTAMXError: A file has changed since it was checked.
@@ -97,23 +98,29 @@ class ExpertCheckpoint:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
-        rest = [e for e in range(shape.num_experts) if e not in set(in_8bit)]
+        rest = [e for e in range(shape.num_experts) if e not in set(low_bit)]
         gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
         row = {e: i for i, e in enumerate(rest)}
         targets = _targets(gate_up, down)
         read_matrices([(matrix, targets[name][row[e]]) for (e, name), matrix in matrices.items() if e in row])
-        return ExpertWeights(gate_up, down, scaled=self._read_scaled(layer, sorted(in_8bit)) if in_8bit else None)
+        return ExpertWeights(gate_up, down, low_bit=self._read_packed(layer, sorted(low_bit)) if low_bit else None)
 
-    def keep_8bit(self) -> bool:
-        """Whether experts can stay in 8 bits: all of them are, those of a layer in one dtype."""
+    def bits(self) -> float:
+        """Bits of a weight of experts, its scale included, if they can stay as they are: those of a layer are alike.
+
+        16 if they are not of low bits, or are mixed.
+        """
+        stored = 0
         for matrices in self._matrices.values():
             kinds = {(m.weight.dtype, m.scales.dtype if m.scales else None) for m in matrices.values()}
             if len(kinds) != 1 or kinds.pop()[0] not in EIGHT_BIT:
-                return False
-        return True
+                return BF16
+            scales = sum(math.prod(m.scales.shape) for m in matrices.values() if m.scales)
+            stored += sum(m.weight.size for m in matrices.values()) + 4 * scales
+        return 8 * stored / sum(shape.num_weights for shape in self.shapes.values())
 
-    def _read_scaled(self, layer: str, experts: list[int]) -> ScaledExperts:
+    def _read_packed(self, layer: str, experts: list[int]) -> PackedExperts:
         """Experts of a layer as they are in the files."""
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I, n = shape.hidden_size, shape.intermediate_size, len(experts)  # noqa: E741
@@ -128,11 +135,12 @@ class ExpertCheckpoint:
         scales["down_proj"] = self._scales_of(layer, "down_proj", experts, jobs)
         jobs += [(matrices[e, name].weight, targets[name][i]) for i, e in enumerate(experts) for name in scales]
         read_tensors(jobs)
+        code: Code = "int8" if dtype == torch.int8 else "e4m3"
         *above, below = (stored.float() for stored in scales.values())
-        return ScaledExperts(
+        return PackedExperts(
             experts,
-            ScaledMatrices(gate_up, torch.stack(above, 1), self.block),
-            ScaledMatrices(down, below[:, None], self.block),
+            PackedMatrices(code, gate_up, torch.stack(above, 1), self.block),
+            PackedMatrices(code, down, below[:, None].contiguous(), self.block),
         )
 
     def _scales_of(self, layer: str, name: str, experts: list[int], jobs: list[tuple[StoredTensor, Tensor]]) -> Tensor:

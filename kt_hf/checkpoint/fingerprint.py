@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ExpertWeights, PackedLayerFiles
-from ..backends.block_scaled import ScaledMatrices
+from ..backends.packed import PackedMatrices
 from ..discovery import FLOATING
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
@@ -46,30 +46,30 @@ def fingerprint_of(tensor: Tensor) -> Fingerprint:
 def fingerprints_of_weights(weights: ExpertWeights) -> dict[str, Fingerprint]:
     """The fingerprints of a layer's experts: `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I], and biases if any.
 
-    They are the same whether or not some experts are still in 8 bits.
+    They are the same whether or not some experts are still in low bits.
     """
     biases = {"gate_up_proj_bias": weights.gate_up_bias, "down_proj_bias": weights.down_bias}
     of_biases = {name: fingerprint_of(bias) for name, bias in biases.items() if bias is not None}
-    if weights.scaled is None:
+    if weights.low_bit is None:
         of_weights = {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
         return of_weights | of_biases
-    scaled = weights.scaled
+    packed = weights.low_bit
     return of_biases | {
-        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, scaled.gate_up, scaled.experts),
-        "down_proj": _fingerprint_of_parts(weights, weights.down, scaled.down, scaled.experts),
+        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, packed.gate_up, packed.experts),
+        "down_proj": _fingerprint_of_parts(weights, weights.down, packed.down, packed.experts),
     }
 
 
 def _fingerprint_of_parts(
-    weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices, experts: Sequence[int]
+    weights: ExpertWeights, wide: Tensor, packed: PackedMatrices, experts: Sequence[int]
 ) -> Fingerprint:
-    """Of all experts' matrices: those of `experts` are in `scaled`, the others in `wide`."""
+    """Of all experts' matrices: those of `experts` are in `packed`, the others in `wide`."""
     number, (height, columns) = len(wide) + len(experts), wide.shape[1:]
     rows = []
     for index in _sample(number * height):
         expert, row = divmod(index, height)
         if expert in experts:
-            rows.append(scaled.row(experts.index(expert), row, wide.dtype))
+            rows.append(packed.row(experts.index(expert), row, wide.dtype))
         else:
             rows.append(wide[weights.rows_of([expert])[0], row])
     return _fingerprint([number, height, columns], wide.dtype, torch.stack(rows))

@@ -67,7 +67,7 @@ class SlicedExperts(KTExperts):
     """
 
     @torch.compiler.disable
-    def forward(self, slices: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, slices: Tensor) -> Tensor:
         """What each row's expert gives.
 
         Args:

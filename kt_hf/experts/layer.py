@@ -75,8 +75,8 @@ class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
 
     Args:
-        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I], and biases if any. Packed files and 8-bit weights are packed at once,
-            for the rank of the factory; others when the LoRA rank is known.
+        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I], and biases if any. Packed files and 8-bit weights
+            are packed at once, for the rank of the factory; others when the LoRA rank is known.
         shape: Sizes of the layer.
         layer_idx: Index among the model's layers.
         label: Full name in the model, for messages.
@@ -116,7 +116,7 @@ class KTExperts(nn.Module):
         down_bias = weights.down_bias if isinstance(weights, ExpertWeights) else None
         self.register_buffer("down_bias", down_bias, persistent=False)
         self._unpacked: ExpertWeights | None = None
-        if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
+        if isinstance(weights, PackedLayerFiles) or weights.low_bit is not None:
             with CALL_LOCK:
                 self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
             return
@@ -268,15 +268,9 @@ class KTExperts(nn.Module):
             out = ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
         else:
             out = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)[0].to(hidden_states.dtype)
-        return out if self.down_bias is None else out + self._weighted_biases(top_k_index, top_k_weights).to(out.dtype)
-
-    def _weighted_biases(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """The biases of the down projections, which backends leave out: the weighted sum over each token's, [T, H]."""
-        biases = self.down_bias
-        none = (ids < 0) | (ids >= len(biases))
-        by_expert = weights.new_zeros(len(ids), len(biases))
-        by_expert = by_expert.scatter_add(1, ids.long().masked_fill(none, 0), weights.masked_fill(none, 0))
-        return by_expert.to(biases.dtype) @ biases
+        if self.down_bias is None:
+            return out
+        return out + _weighted_biases(self.down_bias, top_k_index, top_k_weights).to(out.dtype)
 
     def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         problem = None
@@ -337,3 +331,11 @@ def update_lora(layers: Sequence[KTExperts]) -> None:
     finally:
         for layer in begun:
             layer._runner.finish_load()
+
+
+def _weighted_biases(biases: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The biases [E, H] of the down projections, which backends leave out: the weighted sum of each token's, [T, H]."""
+    none = (ids < 0) | (ids >= len(biases))
+    by_expert = weights.new_zeros(len(ids), len(biases))
+    by_expert = by_expert.scatter_add(1, ids.long().masked_fill(none, 0), weights.masked_fill(none, 0))
+    return by_expert.to(biases.dtype) @ biases

@@ -88,7 +88,6 @@ class LoraTensors:
         self.shape = shape
         self.parts: list[LoraPart] = []
         self._delivery: Delivery | None = None
-        self._projections = len(projections)
         for index, projection in enumerate(projections):
             offset = 0
             for adapter in projection.computed_adapters:
@@ -208,8 +207,9 @@ class LoraTensors:
         return [torch.full(p.shape, value, dtype=torch.float32, device=p.device) for p in self.parameters]
 
     def _one_adapter_of(self, rank: int) -> bool:
-        """Whether each projection has one adapter of this rank: the six tensors are its parameters then."""
-        return len(self.parts) == self._projections and all(part.rank == rank and part.offset == 0 for part in self.parts)
+        """Whether each projection has one adapter of this rank: the backend's tensors are its parameters then."""
+        one_each = len(self.parts) == len(self.shape.projections)
+        return one_each and all(part.rank == rank and part.offset == 0 for part in self.parts)
 
 
 def _of_one_adapter(

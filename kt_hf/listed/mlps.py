@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..gate_probe import gate_of
 from ..gates import ACTIVATIONS, Gate
+from ..gates.probe import gate_of
 
 # Gate, up and down: as most code calls them, and as Mixtral's of transformers 4. Without a gate there are two.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..shapes import ExpertShape, expert_bytes
+from ..shapes import BF16, ExpertShape, expert_bytes
 from .expert_memory import buffer_bytes
 from .memory_model import MemoryBudget
 from .tiers import Tiers, spread
@@ -42,7 +42,7 @@ class LoraDevice:
 
 
 def choose_lora_device(
-    asked: str, rank: int, shapes: Sequence[ExpertShape], tiers: Tiers, free: int | None, keep_8bit: bool = False
+    asked: str, rank: int, shapes: Sequence[ExpertShape], tiers: Tiers, free: int | None, bits: float = BF16
 ) -> LoraDevice:
     """Where LoRA of this rank should be: `auto` takes the GPU if it computes all experts and has room for it.
 
@@ -55,12 +55,13 @@ def choose_lora_device(
         tiers: Where their experts are.
         free: Bytes that experts' weights may take on the GPU (`MemoryBudget.free_for_experts`, LoRA not counted); None
             if that is unknown, or there is no GPU.
-        keep_8bit: Whether streamed experts stay in 8 bits.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
     parameters = sum(a * b * c for shape in shapes for a, b, c in shape.lora_shapes(rank))
     if asked != "auto" or free is None or not shapes or any(tiers.on_cpu(shape.num_experts) for shape in shapes):
         return LoraDevice(asked == "gpu", parameters)
-    left = free - resident_bytes(tiers, shapes) - max(buffer_bytes(s, tiers.streamed, keep_8bit) for s in shapes)
+    left = free - resident_bytes(tiers, shapes, bits)
+    left -= max(buffer_bytes(s, tiers.streamed, bits, resident=tiers.need_gpu) for s in shapes)
     return LoraDevice(left > BYTES_PER_PARAMETER * parameters, parameters, max(0, left))
 
 
@@ -108,15 +109,15 @@ class LoraPlace:
             rank: Of the adapter whose tensors are made.
         """
         if self.chosen is None:
-            keep_8bit = self._budget.keep_8bit
-            self.chosen = choose_lora_device(self.asked, rank, self._shapes, self._tiers, self._free, keep_8bit)
+            bits = self._budget.bits
+            self.chosen = choose_lora_device(self.asked, rank, self._shapes, self._tiers, self._free, bits)
             if self.chosen.free is not None:
                 logger.info("kt_hf: kt_moe_lora_device=auto: %s.", self.chosen)
         return self.chosen.on_gpu
 
 
-def resident_bytes(tiers: Tiers, shapes: Sequence[ExpertShape]) -> int:
+def resident_bytes(tiers: Tiers, shapes: Sequence[ExpertShape], bits: float = BF16) -> int:
     """Bytes of the experts of these layers that are in the GPU's memory."""
     whole = spread(tiers.resident_layers, len(shapes))
     counts = [s.num_experts if i in whole else min(tiers.resident, s.num_experts) for i, s in enumerate(shapes)]
-    return sum(count * expert_bytes(shape) for count, shape in zip(counts, shapes, strict=True))
+    return sum(count * expert_bytes(shape, bits) for count, shape in zip(counts, shapes, strict=True))

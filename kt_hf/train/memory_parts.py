@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import OPERATORS
+from ..backends.quantizer import EXPERT_BITS
 from ..errors import KTAMXError
 from ..placement.choice import all_streamed, is_worth_its_cpu
 from ..placement.controller import RESERVE
@@ -22,7 +23,7 @@ from ..placement.packer import shares_backward
 from ..placement.planner import TierPlan, assumed_rates, expected, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
-from ..shapes import ExpertShape
+from ..shapes import BF16, ExpertShape
 from .config.settings import BUILTIN_MODEL, TrainSettings
 from .model_sizes import ModelSizes
 
@@ -89,7 +90,7 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
         m.other_parameters * _width(s),
         m.layers,
         m.vocabulary,
-        keep_8bit=_streamed_width(s, m) == 1,
+        bits=_bits(s, m),
         computed_rank=s.run.lora_rank if m.lora_experts else 0,
         other_lora=m.lora_others,
         inner_bytes=m.inner_bytes,
@@ -123,25 +124,25 @@ def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: in
 
     def on_gpu(tiers: Tiers) -> bool:
         left = budget.free_for_experts(free, T, shape)
-        return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, left, budget.keep_8bit).on_gpu
+        return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, left, budget.bits).on_gpu
 
     if asked is not None:
         return _Placed(asked, 0, on_gpu(asked))
     with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if lora == "gpu" else 0)
     rates, room = assumed_rates(shape), with_lora.free_for_experts(free, T, shape)
-    plan = plan_tiers(rates, shape, layers, T, room, keep_8bit=budget.keep_8bit)
-    if is_worth_its_cpu(plan, rates, shape, layers, T):
+    plan = plan_tiers(rates, shape, layers, T, room, bits=budget.bits)
+    if is_worth_its_cpu(plan, rates, shape, layers, T, budget.bits):
         memory.plan = plan
         return _Placed(plan.tiers, 0, on_gpu(plan.tiers))
     # All are streamed to begin with, and layers stay on the GPU as there is room.
     host_room = None if host_free is None else host_free - PROGRAM - CUDA_ON_HOST
-    begin = all_streamed([shape] * layers, host_room, budget.keep_8bit)
+    begin = all_streamed([shape] * layers, host_room, budget.bits)
     placed = _Placed(begin, 0, on_gpu(begin))
     with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if placed.lora_on_gpu else 0)
     fitting = most_resident_layers(with_lora, shape, layers, T, free - CUDA_CONTEXT, RESERVE)
     placed.in_host_too = max(0, fitting - begin.resident_layers)
     placed.tiers = dataclasses.replace(begin, resident_layers=begin.resident_layers + placed.in_host_too)
-    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.keep_8bit)
+    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.bits)
     return placed
 
 
@@ -195,7 +196,7 @@ def _experts_in_host(
     streamed = (min(tiers.streamed, m.experts) * others + m.experts * placed.in_host_too) * one
     on_cpu = tiers.on_cpu(m.experts) * others * one
     if streamed:
-        host["experts streamed"] = streamed * _streamed_width(s, m)
+        host["experts streamed"] = int(streamed * _bits(s, m) / 8)
     if not kernel:
         host["experts"] = on_cpu * _width(s)
     else:
@@ -257,9 +258,11 @@ def _width(s: TrainSettings) -> int:
     return 4 if s.run.torch_dtype == "float32" else 2
 
 
-def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
-    """Bytes of a weight of a streamed expert."""
-    return 1 if m.keep_8bit and _streams(s) else 2
+def _bits(s: TrainSettings, m: ModelSizes) -> float:
+    """Of a weight of experts on the GPU, as it is stored there."""
+    if s.kt.kt_expert_dtype != "bf16" and _width(s) == 2:
+        return EXPERT_BITS[s.kt.kt_expert_dtype]
+    return m.bits if _streams(s) else BF16
 
 
 def backend(s: TrainSettings) -> str:

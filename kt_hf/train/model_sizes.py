@@ -11,7 +11,7 @@ from ..discovery import find_experts, skeleton
 from ..lora import linear_targets
 from ..placement.assembly import linear_widths
 from ..placement.memory_model import inner_bytes
-from ..shapes import ALIASES
+from ..shapes import ALIASES, BF16
 from .config.settings import RunKeys
 from .targets import lora_targets
 
@@ -32,7 +32,7 @@ class ModelSizes:
         attention_width: Heads times head size, the larger of keys' and values'.
         kv_width: What a token leaves in the keys and values of a layer, in elements.
         inner_bytes: What a token leaves for backward inside of a layer, outside its routed experts.
-        keep_8bit: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
 
     expert_layers: int
@@ -49,7 +49,7 @@ class ModelSizes:
     attention_width: int
     kv_width: int
     inner_bytes: int = 0
-    keep_8bit: bool = False
+    bits: float = BF16
 
 
 def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
@@ -96,13 +96,14 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         attention_width=heads * head,
         kv_width=kv,
         inner_bytes=inner_bytes(H, linear_widths(model), text.num_hidden_layers),
-        keep_8bit=_of_8_bits(config, keys.torch_dtype),
+        bits=_bits(config, keys.torch_dtype),
     )
 
 
-def _of_8_bits(config: Any, asked: str) -> bool:
+def _bits(config: Any, asked: str) -> float:
+    """Of a weight of experts on the GPU, as it is stored there."""
     dtype = str(getattr(config, "dtype", None) or "bfloat16") if asked == "auto" else asked
-    return dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config)
+    return 8.0 if dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config) else BF16
 
 
 def _target_names(model: Any, keys: RunKeys) -> set[str] | None:

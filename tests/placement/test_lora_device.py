@@ -72,8 +72,8 @@ def test_experts_in_8_bits_have_larger_buffers() -> None:
     """Two chunks in bf16 beside the three of the ring."""
     need = 16 * PARAMETERS + BUFFERS * CHUNK_BYTES + CHUNK_BYTES // 2
     assert choose_lora_device("auto", 16, QWEN, STREAMED, need).on_gpu
-    assert not choose_lora_device("auto", 16, QWEN, STREAMED, need, keep_8bit=True).on_gpu
-    assert choose_lora_device("auto", 16, QWEN, STREAMED, need + 3 * CHUNK_BYTES, keep_8bit=True).on_gpu
+    assert not choose_lora_device("auto", 16, QWEN, STREAMED, need, bits=8).on_gpu
+    assert choose_lora_device("auto", 16, QWEN, STREAMED, need + 3 * CHUNK_BYTES, bits=8).on_gpu
 
 
 def test_twice_the_rank_takes_twice_the_room() -> None:

@@ -94,7 +94,7 @@ def _gate(
     value, by_g = activated(g, GATE)
     if GATED:
         u = _read_biased(gu, lora, bias, at + width, at_bias + width, inside, LORA, BIAS)
-        value, by_g, by_u = times_up(value, by_g, u, GATE)
+        value, by_g, _ = times_up(value, by_g, u, GATE)
     tl.store(h + row[:, None] * width + column[None, :], value.to(h.dtype.element_ty), mask=inside)
 
 
@@ -262,8 +262,8 @@ def gated(
     grid = triton.cdiv(S, _ROWS), triton.cdiv(I, _COLUMNS)
     with torch.cuda.device_of(gu):
         _gate[grid](
-            gu, lora, bias, None if bias is None else experts, h, ends, len(ends) - 1, I, GATE=constants(gate), GATED=gate.gated,
-            LORA=lora is not None, BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            gu, lora, bias, None if bias is None else experts, h, ends, len(ends) - 1, I, GATE=constants(gate),
+            GATED=gate.gated, LORA=lora is not None, BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
         )  # fmt: skip
     return h
 
@@ -294,7 +294,8 @@ def gate_gradients_(
     with torch.cuda.device_of(gu):
         _gate_gradients[triton.cdiv(S, _ROWS),](
             gu, gu_lora, bias, None if bias is None else experts, q, q_lora, weights, by_row, ends, len(ends) - 1, I,
-            GATE=constants(gate), GATED=gate.gated, LORA=gu_lora is not None, BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            GATE=constants(gate), GATED=gate.gated, LORA=gu_lora is not None, BIAS=bias is not None, ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
         )  # fmt: skip
     return by_row
 

@@ -3,6 +3,7 @@
 What a gate does not have is not compiled: the plain one is silu(g) * u and no more.
 """
 # mypy: allow-untyped-defs
+# ruff: noqa: SIM108
 # (the kernels: their arguments are pointers and numbers of the GPU)
 
 from __future__ import annotations

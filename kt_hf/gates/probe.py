@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gates import ACTIVATIONS, PLAIN, Gate
+from .gate import ACTIVATIONS, PLAIN, Gate
 
 _QUICK_GELU = 1.702  # gpt-oss' alpha, which code may have without naming it
 # Of gate and of up: small, at the activations' bends, and far out, where an unknown clamp would show.
@@ -55,18 +55,18 @@ def gate_of(experts: nn.Module) -> tuple[Gate, bool] | None:
 def _function(experts: Any, has_gate: bool) -> _OneGate | None:
     apply_gate = getattr(experts, "_apply_gate", None)
     if has_gate and callable(apply_gate) and not _is_default_without_activation(experts):
-        return apply_gate  # type: ignore[no-any-return]
+        return apply_gate
     activation = getattr(experts, "act_fn", None) or getattr(experts, "activation_fn", None)
     if activation is None and type(experts).__module__.startswith("liger_kernel."):
         activation = torch.nn.functional.silu
     if not callable(activation):
         return None
     if not has_gate:
-        return activation  # type: ignore[no-any-return]
+        return activation
 
     def gated(gu: Tensor) -> Tensor:
         gate, up = gu.chunk(2, dim=-1)
-        return activation(gate) * up  # type: ignore[no-any-return]
+        return activation(gate) * up
 
     return gated
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .errors import KTAMXConfigError
+from ..errors import KTAMXConfigError
 
 _GELU = math.sqrt(2 / math.pi), 0.044715
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
