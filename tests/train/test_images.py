@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from transformers import AutoModelForImageTextToText
 
-from kt_hf import KTAMXConfigError, load_kt_model
+from kt_hf import KTAMXConfigError, apply_kt_moe
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.data.images import parts_of, with_images
 from kt_hf.train.data.messages import BadRow
@@ -68,7 +69,7 @@ def test_trains_and_loads(seeing: Path, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
     assert summary["eval_loss"] < losses[0]
-    model = load_kt_model(seeing, make_config("torch"), dtype=torch.float32)
+    model = apply_kt_moe(AutoModelForImageTextToText.from_pretrained(seeing, dtype=torch.float32), make_config("torch"))
     assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
     model = PeftModel.from_pretrained(model, tmp_path / "out")
     lora = [name for name, _ in model.named_parameters() if "lora_" in name]
