@@ -137,7 +137,7 @@ def _listed(
     """The site of experts that are a list of MLPs."""
     E, H, I = mlps.sizes  # noqa: E741
     shape = ExpertShape(E, _top_k(model, parent, E, name), H, I, mlps.gate)
-    if not weightless and len(mlps.dtypes) != 1 or not mlps.dtypes <= set(FLOATING):
+    if (not weightless and len(mlps.dtypes) != 1) or not mlps.dtypes <= set(FLOATING):
         names = ", ".join(sorted(map(str, mlps.dtypes)))
         raise KTAMXModelNotSupportedError(
             f"{name}: weights of {names}; load the model in bfloat16, float16 or float32."
@@ -197,13 +197,18 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
         KTAMXModelNotSupportedError: transformers has no class for it.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     config = copy.deepcopy(config)
     without_quantization(config)
     named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     with torch.device("meta"):
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
+        # A checkpoint of a model that sees is loaded as one, where there is a class for its text alone too.
+        seeing = named == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+        if trust_remote_code or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not seeing):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if not hasattr(transformers, named):
             raise KTAMXModelNotSupportedError(f"transformers {transformers.__version__} has no class {named}.")

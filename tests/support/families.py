@@ -161,7 +161,6 @@ REFUSED = {
     "doge": "no routed experts",
     "jetmoe": "experts of a form that is not supported",
     "nllb_moe": "no routed experts",
-    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
     "switch_transformers": "experts of a form that is not supported",
 }
 
@@ -196,4 +195,11 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[family])._from_config(config).float()
-    return model.to(torch.bfloat16).to(dtype).eval()
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # zero as built: a router that ignored it went unnoticed
+                buffer.normal_(std=0.1)
+            elif name.endswith("tid2eid"):  # experts by token
+                buffer.copy_(torch.stack([torch.randperm(8)[: buffer.shape[1]] for _ in buffer]))
+    for parameter in model.parameters():  # not the buffers, which a checkpoint does not have
+        parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    return model.eval()

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def merged_forward(stock: nn.Module, patched: nn.Module, leaves: dict[str, Tensor], **inputs: Any) -> Any:
-    """`stock` called with its own weights and the LoRA of `leaves`.
+def merged_forward(
+    stock: nn.Module, patched: nn.Module, leaves: dict[str, Tensor], *args: Any, module: str = "", **inputs: Any
+) -> Any:
+    """`stock`, or a module of it, called with its own weights and the LoRA of `leaves`.
 
     Args:
         stock: The family's model, unpatched, with the same weights.
         patched: The PeftModel of the patched one.
         leaves: Its LoRA parameters by name, as leaves of a graph.
+        *args: Of the call.
+        module: The name of the module; "" for the whole model.
         **inputs: Of the call.
     """
     weights = dict(stock.named_parameters())
@@ -28,27 +32,35 @@ def merged_forward(stock: nn.Module, patched: nn.Module, leaves: dict[str, Tenso
     for name, a in leaves.items():
         if ".lora_A." not in name:
             continue
-        module = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
-        layer = patched.get_submodule("base_model.model." + module)
+        target = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
+        layer = patched.get_submodule("base_model.model." + target)
         b = leaves[name.replace(".lora_A.", ".lora_B.")] * layer.scaling["default"]
         if a.dim() == 3:
-            experts, _, projection = module.rpartition(".")
+            experts, _, projection = target.rpartition(".")
             groups.setdefault(experts, {})[projection] = (a, b)
         else:
-            changed[f"{module}.weight"] = weights[f"{module}.weight"] + b @ a
+            changed[f"{target}.weight"] = weights[f"{target}.weight"] + b @ a
     for experts, pairs in groups.items():
         deltas = {projection: b @ a for projection, (a, b) in pairs.items()}
-        changed |= _expert_weights(experts, dict(stock.get_submodule(experts).named_parameters()), deltas)
-    return functional_call(stock, changed, kwargs=inputs)
+        holder = stock.get_submodule(experts)
+        in_turns = type(holder).__name__ == "GptOssExperts"
+        changed |= _expert_weights(experts, dict(holder.named_parameters()), deltas, in_turns)
+    inside = {name.removeprefix(f"{module}."): value for name, value in changed.items() if name.startswith(module)}
+    return functional_call(stock.get_submodule(module), inside, args, inputs)
 
 
-def _expert_weights(experts: str, weights: dict[str, Tensor], deltas: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an experts module, by their full names, with these deltas [E, out, in] added."""
+def _expert_weights(
+    experts: str, weights: dict[str, Tensor], deltas: dict[str, Tensor], interleaved: bool
+) -> dict[str, Tensor]:
+    """The weights of an experts module, by their full names, with these deltas [E, out, in] added.
+
+    Gate's and up's rows take turns if they are `interleaved`.
+    """
     up, down = deltas["up_proj"], deltas["down_proj"]
     E, I, H = up.shape  # noqa: E741
     if "gate_up_proj" in weights:
         stacked = torch.cat([deltas["gate_proj"], up], 1)
-        if "gate_up_proj_bias" in weights:  # gpt-oss: gate's and up's rows in turns
+        if interleaved:
             stacked = torch.stack([deltas["gate_proj"], up], 2).flatten(1, 2)
         pairs = {"gate_up_proj": stacked, "down_proj": down}
     elif "up_proj" in weights:
