@@ -214,4 +214,5 @@ def _experts_site(model: Any, name: str, checkpoint: ExpertCheckpoint) -> Expert
             f"{name}: {type(experts).__name__} is not made by its own module's name, so the model cannot be loaded "
             "without it. Use from_pretrained and apply_kt_moe."
         )
-    return ExpertsSite(name, model.get_submodule(parent), attribute, experts, checkpoint.shapes[name])
+    shape, form = checkpoint.shapes[name], checkpoint.forms[name]
+    return ExpertsSite(name, model.get_submodule(parent), attribute, experts, shape, form)

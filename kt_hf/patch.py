@@ -20,6 +20,7 @@ from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
+from .experts.calls import BY_CALL
 from .experts.lora_tensors import watch_optimizers
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
@@ -150,14 +151,23 @@ def replace_experts(
 
 
 def _take_weights(site: ExpertsSite) -> ExpertWeights:
-    return ExpertWeights(site.experts.gate_up_proj.detach(), site.experts.down_proj.detach())
+    if site.mlps is not None:
+        return ExpertWeights(*site.mlps.stacked())
+    gate_up, down, gate_up_bias, down_bias = site.form.taken(site.experts)
+    return ExpertWeights(gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
 
 def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    layer = KTExperts(weights, site.shape, layer_index(site.name, index), site.name, packer, fingerprint(weights))
+    kind, more = BY_CALL[site.form.call], dict[str, Any]()
+    if site.form.call == "normed":
+        more["post_expert_norm"] = site.experts.post_expert_norm
+    label = site.name
+    layer = kind(weights, site.shape, layer_index(label, index), label, packer, fingerprint(weights), **more)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)
+    if site.plan is not None:
+        site.plan.install(site.parent, layer.calls)
     site.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()

@@ -14,7 +14,9 @@ PACKAGE = Path(kt_hf.__file__).parent
 # need, and what is replaced in it, which needs adapters/.
 ROWS = (
     ("errors",),
+    ("gates",),
     ("_versions", "shapes", "config", "system", "peft_compat.internals"),
+    ("expert_form", "listed"),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),

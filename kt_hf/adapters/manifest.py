@@ -235,6 +235,18 @@ def check_base(where: Path, manifest: Manifest, model: Any) -> None:
     raise KTAMXError(f"{where} was trained on another base model ({saved.name!r}): {shown}.")
 
 
+def _setting(config: Any, key: str) -> Any:
+    """A setting of a model; None if it has none, or another in each layer, which transformers raises for."""
+    try:
+        return getattr(config, key, None)
+    except AttributeError:
+        return None
+    except Exception as error:
+        if "PerLayer" not in type(error).__name__:
+            raise
+        return None
+
+
 def describe_base(model: Any) -> dict[str, Any] | None:
     """Name, shape-deciding settings and their hash, of a model or its config; None without one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -242,7 +254,8 @@ def describe_base(model: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    architecture = {key: getattr(text, key) for key in _ARCHITECTURE if getattr(text, key, None) is not None}
+    settings = {key: _setting(text, key) for key in _ARCHITECTURE}
+    architecture = {key: value for key, value in settings.items() if value is not None}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()
     name = getattr(base, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
     packer = packer_of(base) if isinstance(base, nn.Module) else None

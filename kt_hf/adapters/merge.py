@@ -129,11 +129,16 @@ class _Merger:
         known = [one for one in loras if one is not None]
         rows, parts = known[0].b.shape[1], len(loras)
         shape = (known[0].a.shape[0], rows * parts, known[0].a.shape[2])
-        self._fits(name, tensor, (shape[0], shape[2], shape[1]) if target.transposed else shape)
+        turned, flipped = target.transposed, (shape[0], shape[2], shape[1])
+        if not target.flat and shape != flipped:  # transformers takes some families' stacks both ways round
+            turned = tensor.shape == flipped
+        stored = flipped if turned else shape
+        self._fits(name, tensor, (stored[0] * stored[1], stored[2]) if target.flat else stored)
         self.left -= {one.module for one in known}
 
         def merged(weight: Tensor) -> Tensor:
-            matrices = weight.transpose(1, 2) if target.transposed else weight
+            matrices = weight.view(stored)
+            matrices = matrices.transpose(1, 2) if turned else matrices
             for index, one in enumerate(loras):
                 if one is None:
                     continue

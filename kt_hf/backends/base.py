@@ -29,17 +29,22 @@ class ExpertWeights:
     """The frozen weights of a layer's experts as transformers holds them: fused and stacked.
 
     Attributes:
-        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's.
+        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's. Without a gate the
+            up-projection's alone, [E, I, H].
         down: [E, H, I], of the same dtype and device.
         packed_as: The backend that holds the packed weights. It is set before packing returns, so that a caller who is
             interrupted in between finds it.
         low_bit: Experts kept in 4 or 8 bits. gate_up and down then hold the other experts only, in order.
+        gate_up_bias: [E, 2I] of all experts, in the order of gate_up's rows; None without biases.
+        down_bias: [E, H] of all experts; None without. Backends do not read it: the layer adds what it gives.
     """
 
     gate_up: Tensor
     down: Tensor
     packed_as: ExpertsBackend | None = None
     low_bit: PackedExperts | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def rows_of(self, experts: Sequence[int]) -> list[int]:
         """The rows of `gate_up` and `down` where these experts of the layer are."""
@@ -83,7 +88,12 @@ class ExpertWeights:
             return both if back == sorted(back) else both[back]
 
         gate_up = stacked(self.gate_up, low.gate_up if low else None)
-        return ExpertWeights(gate_up, stacked(self.down, low.down if low else None))
+        down, bias = stacked(self.down, low.down if low else None), self.bias_of(experts)
+        return ExpertWeights(gate_up, down, gate_up_bias=None if bias is None else bias.to(device, dtype))
+
+    def bias_of(self, experts: Sequence[int]) -> Tensor | None:
+        """The biases of gate and up of some experts of the layer, [n, 2I]; None without biases."""
+        return None if self.gate_up_bias is None else self.gate_up_bias.detach()[list(experts)]
 
 
 class SavedForward:

@@ -90,19 +90,19 @@ def _on_gpu(
     must_lock: bool,
 ) -> tuple[ExpertsBackend, ExpertWeights | None]:
     """The backend of some experts, all of low bits or none; and the copies of their weights, None if of low bits."""
-    part = _part_shape(shape, experts)
+    part, bias = shape.part(len(experts)), weights.bias_of(experts)
     if weights.low_bit is not None and experts[0] in weights.low_bit.experts:
         low = weights.low_bit.select(experts)
         if dtype != DTYPE:  # grouped products are of bf16
             return gpu_backend(weights.wide(experts, streamer.device, dtype), part), None
         packed = HostWeights.on_gpu(low, streamer.device) if resident else HostWeights.of_packed(low, must_lock)
-        return StreamedBackend(packed, part, streamer), None
+        return StreamedBackend(packed, part, streamer, bias), None
     if resident:
         wide = weights.wide(experts, streamer.device, dtype)
         return gpu_backend(wide, part), wide
     host = _host_weights(weights, experts, must_lock)
     gate_up, down = host.tensors
-    return StreamedBackend(host, part, streamer), ExpertWeights(gate_up, down)
+    return StreamedBackend(host, part, streamer, bias), ExpertWeights(gate_up, down)
 
 
 def _pack_rest(
@@ -120,7 +120,7 @@ def _pack_rest(
     rows = weights.rows_of(plain)
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
     try:
-        return _together([*parts, (pack_cpu(cpu_weights, _part_shape(shape, rest)), rest)], shape)
+        return _together([*parts, (pack_cpu(cpu_weights, shape.part(len(rest))), rest)], shape)
     except BaseException:  # KeyboardInterrupt among them
         if cpu_weights.packed_as is not None:
             weights.packed_as = _together([*parts, (cpu_weights.packed_as, rest)], shape)
@@ -133,10 +133,6 @@ def _pack_rest(
 
 def _together(parts: list[tuple[ExpertsBackend, list[int]]], shape: ExpertShape) -> ExpertsBackend:
     return parts[0][0] if len(parts) == 1 else TieredBackend(parts, shape)
-
-
-def _part_shape(shape: ExpertShape, experts: Sequence[int]) -> ExpertShape:
-    return ExpertShape(len(experts), shape.top_k, shape.hidden_size, shape.intermediate_size)
 
 
 def _host_weights(weights: ExpertWeights, streamed: Sequence[int], must_lock: bool) -> HostWeights:

@@ -18,9 +18,10 @@ from torch import nn
 
 from ..backends import ExpertWeights
 from ..backends.packed import PackedExperts
-from ..discovery import FLOATING, find_experts, skeleton
+from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
+from .as_module import ModuleTensors
 from .expert_names import ExpertName, expert_name, plain_name
 from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices
 from .formats import KNOWN, Kind
@@ -44,6 +45,7 @@ class ExpertCheckpoint:
     Attributes:
         layers: Full names of the experts modules, in the order of the model's layers (`model.layers.3.mlp.experts`).
         shapes: Layer -> sizes of its experts.
+        forms: Layer -> how the model's module holds its experts, and how it is called.
         model_class: The class by which transformers loads the model.
         expert_classes: The classes of its experts modules.
         files: The checkpoint's tensors.
@@ -60,13 +62,17 @@ class ExpertCheckpoint:
     ) -> None:
         model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
+        for site in sites:
+            _refuse_unread(site)
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
+        self.forms = {site.name: site.form for site in sites}
         self.quantization = quantization_of(config)
         _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))
+        self._as_modules = self._find_modules()
         self._matrices = self._find()
 
     def read(self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
@@ -86,21 +92,24 @@ class ExpertCheckpoint:
         """
         if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
+        if layer in self._as_modules:
+            return self._as_modules[layer].read(dtype, low_bit)
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
         kept = sorted(set(low_bit) & self._stackable(layer))
         rest = [e for e in range(shape.num_experts) if e not in set(kept)]
-        gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
+        gate_up = torch.empty(len(rest), shape.up_rows, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
-        places = {"gate_up_proj": gate_up, "down_proj": down, "gate_proj": gate_up[:, :I], "up_proj": gate_up[:, I:]}
+        places = {"gate_up_proj": gate_up, "down_proj": down, "gate_proj": gate_up[:, :I], "up_proj": gate_up[:, -I:]}
         row = {e: i for i, e in enumerate(rest)}
         read_matrices([(matrix, Wide(places[name][row[e]])) for (e, name), matrix in matrices.items() if e in row])
         return ExpertWeights(gate_up, down, low_bit=self._read_packed(layer, kept) if kept else None)
 
     def bits(self) -> float:
         """Bits of an expert's weight as it is kept, its part of the scales included; 16 for those that are widened."""
-        stored = 0.0
-        for layer, shape in self.shapes.items():
+        stored = sum(module.kept_size for module in self._as_modules.values())
+        for layer in self._matrices:
+            shape = self.shapes[layer]
             stackable = self._stackable(layer)
             stored += (shape.num_experts - len(stackable)) * shape.num_weights / shape.num_experts * BF16 / 8
             for (expert, _), matrix in self._matrices[layer].items():
@@ -122,7 +131,8 @@ class ExpertCheckpoint:
 
     def source_bytes(self, layer: str) -> int:
         """Bytes of a layer's experts in the files."""
-        return sum(matrix.size for matrix in self._matrices[layer].values())
+        module = self._as_modules.get(layer)
+        return module.size if module else sum(matrix.size for matrix in self._matrices[layer].values())
 
     def _stackable(self, layer: str) -> set[int]:
         """The experts of a layer that can be stacked in low bits: those of the kinds that most of them have."""
@@ -138,11 +148,11 @@ class ExpertCheckpoint:
         """Experts of a layer as they are in the files."""
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I, n = shape.hidden_size, shape.intermediate_size, len(experts)  # noqa: E741
-        names = ["gate_up_proj"] if (experts[0], "gate_up_proj") in matrices else ["gate_proj", "up_proj"]
+        names = ["gate_up_proj"] if (experts[0], "gate_up_proj") in matrices else list(shape.projections[:-1])
         above, below = matrices[experts[0], names[0]].kind, matrices[experts[0], "down_proj"].kind
         assert above
         assert below
-        gate_up, down = above.allocate(n, 2 * I, H, len(names)), below.allocate(n, H, I)
+        gate_up, down = above.allocate(n, shape.up_rows, H, len(names)), below.allocate(n, H, I)
         jobs = []
         for i, e in enumerate(experts):
             jobs += [(matrices[e, name], Slot(gate_up, i, part, len(names))) for part, name in enumerate(names)]
@@ -150,10 +160,21 @@ class ExpertCheckpoint:
         read_matrices(jobs)
         return PackedExperts(experts, gate_up, down)
 
+    def _find_modules(self) -> dict[str, ModuleTensors]:
+        """Layer -> its experts, of those whose module is laid out otherwise than experts are computed."""
+        layers = {plain_name(name): name for name, form in self.forms.items() if form.stored_otherwise}
+        stored: dict[str, dict[str, StoredTensor]] = {name: {} for name in layers.values()}
+        for name, tensor in self.files.tensors.items() if layers else ():
+            inside = ".experts." in name and name.partition(".experts.")
+            layer = layers.get(plain_name(f"{inside[0]}.experts")) if inside else None
+            if inside and layer:
+                stored[layer][inside[2]] = tensor
+        return {name: ModuleTensors(name, self.forms[name], tensors) for name, tensors in stored.items()}
+
     def _find(self) -> dict[str, _Matrices]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
-        layers = {plain_name(name): name for name in self.layers}
-        weights: dict[str, _Weights] = {name: {} for name in self.layers}
+        layers = {plain_name(name): name for name in self.layers if name not in self._as_modules}
+        weights: dict[str, _Weights] = {name: {} for name in layers.values()}
         strange: dict[str, StoredTensor] = {}
         for name, tensor in self.files.tensors.items():
             known = expert_name(name)
@@ -163,20 +184,23 @@ class ExpertCheckpoint:
             if not known.projection:
                 strange.setdefault(layer, tensor)
                 continue
-            for expert, part in _of_experts(known, tensor, self.shapes[layer]):
+            shape = self.shapes[layer]
+            for expert, part in _of_experts(known, tensor, shape):
+                if expert >= shape.num_experts and self.forms[layer].call == "identity":
+                    continue  # stored for an expert that gives the token itself
                 parts = weights[layer].setdefault((expert, known.projection), {})
                 if known.part in parts:
                     raise KTAMXError(
                         f"{tensor} and {parts[known.part]} are the same weight of expert {expert} of {layer}."
                     )
                 parts[known.part] = part
-        if not any(weights.values()) and not strange:
+        if layers and not any(weights.values()) and not strange:
             raise KTAMXModelNotSupportedError(
                 f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
                 f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
                 "from_pretrained and apply_kt_moe."
             )
-        return {name: self._checked(name, weights[name], strange.get(name)) for name in self.layers}
+        return {name: self._checked(name, weights[name], strange.get(name)) for name in layers.values()}
 
     def _checked(self, layer: str, weights: _Weights, strange: StoredTensor | None) -> _Matrices:
         """A layer's matrices, all there and of the right size."""
@@ -189,7 +213,7 @@ class ExpertCheckpoint:
                 "one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
-            for name in ("gate_proj", "up_proj", "down_proj"):
+            for name in shape.projections:
                 if (expert, name) not in weights and (name == "down_proj" or (expert, "gate_up_proj") not in weights):
                     raise KTAMXError(self._missing(layer, expert, name, weights))
                 if name != "down_proj" and (expert, name) in weights and (expert, "gate_up_proj") in weights:
@@ -285,6 +309,15 @@ def _of_experts(known: ExpertName, tensor: StoredTensor, shape: ExpertShape) -> 
         )
     for expert in range(shape.num_experts):
         yield expert, tensor.row(expert)
+
+
+def _refuse_unread(site: ExpertsSite) -> None:
+    """Experts that are not read by themselves: in a list, or with a norm, which their module would bring."""
+    if site.mlps or site.form.call == "normed":
+        what = "a norm behind each expert" if site.form.call == "normed" else "its experts in a list, each by itself"
+        raise KTAMXModelNotSupportedError(
+            f"{site.name} has {what}, which cannot be streamed. Use from_pretrained and apply_kt_moe."
+        )
 
 
 def _refuse_transposed(model: Any) -> None:

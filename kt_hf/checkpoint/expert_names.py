@@ -22,7 +22,7 @@ _FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:[._]({_PART}|sc
 _OTHER = re.compile(r"(.*\bexperts)\.(.*)")
 _LINEAR = re.compile(rf"(.*?)\.({_PART})")
 # A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
-_ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)*")
+_ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer|backbone)\.)*")
 _BLOCK = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.experts$")
 
 

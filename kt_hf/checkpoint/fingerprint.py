@@ -44,14 +44,17 @@ def fingerprint_of(tensor: Tensor) -> Fingerprint:
 
 
 def fingerprints_of_weights(weights: ExpertWeights) -> dict[str, Fingerprint]:
-    """The fingerprints of a layer's experts, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+    """The fingerprints of a layer's experts: `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I], and biases if any.
 
     They are the same whether or not some experts are still in low bits.
     """
+    biases = {"gate_up_proj_bias": weights.gate_up_bias, "down_proj_bias": weights.down_bias}
+    of_biases = {name: fingerprint_of(bias) for name, bias in biases.items() if bias is not None}
     if weights.low_bit is None:
-        return {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
+        of_weights = {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
+        return of_weights | of_biases
     packed = weights.low_bit
-    return {
+    return of_biases | {
         "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, packed.gate_up, packed.experts),
         "down_proj": _fingerprint_of_parts(weights, weights.down, packed.down, packed.experts),
     }

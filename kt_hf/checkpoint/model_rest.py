@@ -64,13 +64,11 @@ def load_rest(source: Source, checkpoint: ExpertCheckpoint, outline: Any) -> Any
         KTAMXModelNotSupportedError: The model has no weight of the name that one of low bits has.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config, kwargs = source.config, source.hub | source.kwargs
-    by_auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or source.trusted
-    if by_auto:
-        kwargs["trust_remote_code"] = source.trusted
-    loader = AutoModelForCausalLM if by_auto else checkpoint.model_class
+    if source.trusted:
+        kwargs["trust_remote_code"] = True
+    loader = AutoModelForCausalLM if source.trusted else checkpoint.model_class
     rest = DenseRest(checkpoint.files, checkpoint.quantization, _left_out(checkpoint.model_class))
     rest.check(outline)
     without_quantization(config)

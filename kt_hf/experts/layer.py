@@ -12,7 +12,7 @@ from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, PackedLayerFile
 from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import pin
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
-from ..shapes import PROJECTIONS, ExpertShape
+from ..shapes import ExpertShape
 from .function import ExpertsFunction
 from .lora_tensors import LoraTensors
 from .projections import NO_COPY, NO_PICKLE, ExpertProjection
@@ -82,8 +82,8 @@ class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
 
     Args:
-        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I]. Packed files and 8-bit weights are packed at once,
-            for the rank of the factory; others when the LoRA rank is known.
+        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I], and biases if any. Packed files and 8-bit weights
+            are packed at once, for the rank of the factory; others when the LoRA rank is known.
         shape: Sizes of the layer.
         layer_idx: Index among the model's layers.
         label: Full name in the model, for messages.
@@ -92,7 +92,10 @@ class KTExperts(nn.Module):
 
     Attributes:
         lora_dtype: Dtype of new LoRA tensors.
+        down_bias: Biases of the down projections, [E, H]; None without.
     """
+
+    down_bias: Tensor | None
 
     def __init__(
         self,
@@ -109,17 +112,16 @@ class KTExperts(nn.Module):
         self.label = label
         self.factory = factory
         self.lora_dtype = torch.bfloat16 if isinstance(weights, PackedLayerFiles) else weights.gate_up.dtype
-        sizes = {
-            "gate_proj": (shape.hidden_size, shape.intermediate_size),
-            "up_proj": (shape.hidden_size, shape.intermediate_size),
-            "down_proj": (shape.intermediate_size, shape.hidden_size),
-        }
-        for name, (inside, outside) in sizes.items():
-            self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
+        for name in shape.projections:
+            inside, outside = shape.hidden_size, shape.intermediate_size
+            sizes = (outside, inside) if name == "down_proj" else (inside, outside)
+            self.add_module(name, ExpertProjection(shape.num_experts, *sizes, self))
         self._explicit_updates = 0  # calls of update_lora_pointers
         # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
         # keys precomputed reference log-probabilities by the state dict.
         self.register_buffer("base_fingerprint", fingerprint)
+        down_bias = weights.down_bias if isinstance(weights, ExpertWeights) else None
+        self.register_buffer("down_bias", down_bias, persistent=False)
         self._unpacked: ExpertWeights | None = None
         if isinstance(weights, PackedLayerFiles) or weights.low_bit is not None:
             with CALL_LOCK:
@@ -134,8 +136,8 @@ class KTExperts(nn.Module):
 
     @property
     def projections(self) -> list[ExpertProjection]:
-        """The gate, up and down projection, in this order."""
-        return [getattr(self, name) for name in PROJECTIONS]
+        """The gate, up and down projection, in this order; up and down of experts without a gate."""
+        return [getattr(self, name) for name in self.shape.projections]
 
     @property
     def backend(self) -> ExpertsBackend:
@@ -156,9 +158,10 @@ class KTExperts(nn.Module):
     def lora_params(self) -> dict[str, nn.Parameter]:
         """The active adapter's parameters, gate_lora_a … down_lora_b; {} without one, fewer if it has fewer."""
         params: dict[str, nn.Parameter] = {}
-        for projection, name in zip(self.projections, ("gate", "up", "down"), strict=True):
+        for projection, name in zip(self.projections, self.shape.projections, strict=True):
             for adapter in projection.computed_adapters:
-                params[f"{name}_lora_a"], params[f"{name}_lora_b"] = projection.tensors(adapter)
+                short = name.removesuffix("_proj")
+                params[f"{short}_lora_a"], params[f"{short}_lora_b"] = projection.tensors(adapter)
         return params
 
     def lora_on_gpu(self, rank: int) -> bool:
@@ -269,9 +272,12 @@ class KTExperts(nn.Module):
         parameters = lora.parameters
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
             inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
-            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
-        out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
-        return out.to(hidden_states.dtype)
+            out = ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
+        else:
+            out = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)[0].to(hidden_states.dtype)
+        if self.down_bias is None:
+            return out
+        return out + _weighted_biases(self.down_bias, top_k_index, top_k_weights).to(out.dtype)
 
     def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         problem = None
@@ -332,3 +338,11 @@ def update_lora(layers: Sequence[KTExperts]) -> None:
     finally:
         for layer in begun:
             layer._runner.finish_load()
+
+
+def _weighted_biases(biases: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The biases [E, H] of the down projections, which backends leave out: the weighted sum of each token's, [T, H]."""
+    none = (ids < 0) | (ids >= len(biases))
+    by_expert = weights.new_zeros(len(ids), len(biases))
+    by_expert = by_expert.scatter_add(1, ids.long().masked_fill(none, 0), weights.masked_fill(none, 0))
+    return by_expert.to(biases.dtype) @ biases

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.quantization import known_quantization
-from ..discovery import skeleton, top_k_of
-from ..errors import KTAMXModelNotSupportedError
+from ..discovery import find_experts, skeleton
 from ..lora import linear_targets
 from ..placement.assembly import linear_widths
 from ..placement.memory_model import inner_bytes
@@ -67,22 +66,14 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
     if model is None:
         model = skeleton(config)
     text = config.get_text_config()
-    stacked = [(name, p) for name, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", name)]
-    down = [p for name, p in stacked if name.endswith("down_proj") and p.dim() == 3]
-    if not down:
-        raise KTAMXModelNotSupportedError(
-            f"{type(model).__name__} has no routed experts that kt_hf can compute (fused gate_up_proj, down_proj)."
-        )
-    E, H, I = down[0].shape  # noqa: E741
-    top_k = top_k_of([text], E)
-    if top_k is None:
-        raise KTAMXModelNotSupportedError(
-            f"{type(model).__name__}: its configuration does not tell how many experts a token is sent to."
-        )
+    layers = [site.shape for site in find_experts(model, weightless=True)]
+    E, top_k, H, I = (  # noqa: E741
+        layers[0].num_experts, layers[0].top_k, layers[0].hidden_size, layers[0].intermediate_size,
+    )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
-    in_experts = sum(p.numel() for _, p in stacked)
+    in_experts = sum(shape.num_weights for shape in layers)
     targets = _target_names(model, keys)
-    projections = 3 if targets is None else len({"gate_proj", "up_proj", "down_proj"} & targets)
+    projections = len(layers[0].projections if targets is None else set(layers[0].projections) & targets)
     others = [m for name, m in _linears(model) if targets is None or name.rsplit(".", 1)[-1] in targets]
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or H // heads
@@ -91,7 +82,7 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         head = max(text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim)
     kv = latent + text.qk_rope_head_dim if latent else 2 * head * text.num_key_value_heads
     return ModelSizes(
-        expert_layers=len(down),
+        expert_layers=len(layers),
         experts=E,
         top_k=top_k,
         hidden=H,
@@ -99,7 +90,7 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         layers=text.num_hidden_layers,
         expert_parameters=in_experts,
         other_parameters=total - in_experts,
-        lora_experts=len(down) * E * projections * keys.lora_rank * (H + I),
+        lora_experts=len(layers) * E * projections * keys.lora_rank * (H + I),
         lora_others=keys.lora_rank * sum(m.in_features + m.out_features for m in others),
         vocabulary=text.vocab_size,
         attention_width=heads * head,

@@ -210,10 +210,11 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
     """By transformers, which goes on with random values where a weight is missing: that is refused."""
     from transformers import AutoModelForCausalLM
 
-    name = keys.model_name_or_path
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=keys.torch_dtype, trust_remote_code=_trusted(keys, config), output_loading_info=True,
-        **_revision(keys),
+    name, trusted = keys.model_name_or_path, _trusted(keys, config)
+    kind = AutoModelForCausalLM if trusted else type(outline_of(keys, config))
+    model, report = kind.from_pretrained(
+        name, config=config, dtype=keys.torch_dtype, output_loading_info=True, **_revision(keys),
+        **({"trust_remote_code": True} if trusted else {}),
     )  # fmt: skip
     lost = sorted(report["missing_keys"])
     if lost:
@@ -264,6 +265,36 @@ def load_tokenizer(keys: RunKeys, chat: bool) -> tuple[Any, list[str]]:
         tokenizer.chat_template = CHAT_TEMPLATES[name]
         notes.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
     return tokenizer, notes
+
+
+def sees(config: Any) -> bool:
+    """Whether a model of this configuration takes images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_processor(keys: RunKeys, tokenizer: Any) -> Any:
+    """The processor of a model that sees, with the run's tokenizer.
+
+    Raises:
+        KTAMXConfigError: There is none, or a package it needs is missing.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    name = keys.model_name_or_path
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=keys.trust_remote_code, **_revision(keys))
+    except Exception as error:  # ImportError of torchvision, say
+        raise KTAMXConfigError(
+            f"model_name_or_path={name!r}: the data have images, and its processor cannot be made: {_in_a_line(error)}"
+        ) from None
+    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
+        raise KTAMXConfigError(
+            f"model_name_or_path={name!r}: the data have images, and the folder has no processor for them "
+            "(processor_config.json or preprocessor_config.json): copy it from the model."
+        )
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.tokenizer = tokenizer
+    return processor
 
 
 def _probe(tokenizer: Any, name: str) -> None:

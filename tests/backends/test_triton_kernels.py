@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from kt_hf.gates import PLAIN
+from tests.support.gates import GATES
+
 CASES = Path(__file__).with_name("kernel_cases.py")
 # Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, B200, 5090.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -97,22 +100,48 @@ def test_the_products_of_lora_compile(sm: int) -> None:
         assert "mma" in one.asm["ptx"]
 
 
+ROW_POINTERS = {
+    "tokens": "*i32", "place": "*i32", "ends": "*i32", "experts": "*i16", "weights": "*fp32", "by_row": "*fp32",
+}  # fmt: skip
+VALUE_POINTERS = dict.fromkeys(("x", "out", "gu", "lora", "bias", "h", "gu_lora", "q", "q_lora", "base"), "*bf16")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "gpt_oss" else pytest.mark.slow) for n in GATES])
+@pytest.mark.parametrize("sm", ALL)
+def test_the_kernels_of_every_gate_compile(sm: int, name: str) -> None:
+    """With biases, which are read as wide as rows are."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import fused_kernels as module
+    from kt_hf.backends.gpu.gate_kernels import constants
+
+    gate = GATES[name]
+    fixed = {
+        "GATE": constants(gate), "GATED": gate.gated, "LORA": True, "BIAS": True, "ROWS": module._ROWS,
+        "COLUMNS": module._COLUMNS,
+    }  # fmt: skip
+    for kernel in (module._gate, module._gate_gradients):
+        ptx = compiled(kernel, sm, ROW_POINTERS | VALUE_POINTERS, {"width": 768, "last": 1 << 4}, **fixed).asm["ptx"]
+        assert ptx.count("ld.global.v4") + ptx.count("ld.global.L1::evict_last.v4") >= 3 * gate.halves, kernel
+        assert "st.global.v4" in ptx, kernel
+
+
 @pytest.mark.parametrize("sm", ALL)
 def test_the_fused_kernels_compile(sm: int) -> None:
     """Those of the large tensors read and write 16 bytes at a time."""
     pytest.importorskip("triton")
     from kt_hf.backends.gpu import fused_kernels as module
     from kt_hf.backends.gpu import grouped_product
+    from kt_hf.backends.gpu.gate_kernels import constants
 
-    rows = {"tokens": "*i32", "place": "*i32", "ends": "*i32", "weights": "*fp32", "by_row": "*fp32"}
-    values = dict.fromkeys(("x", "out", "gu", "lora", "h", "gu_lora", "q", "q_lora", "base"), "*bf16")
-    tile, gate = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}, {"GATE": "silu", "LORA": True}
-    for kernel, constants in (
+    rows, values = ROW_POINTERS, VALUE_POINTERS
+    tile = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}
+    gate = {"GATE": constants(PLAIN), "GATED": True, "LORA": True, "BIAS": False}
+    for kernel, fixed in (
         (module._gather, tile), (module._gate, gate | tile), (module._gate_gradients, gate | tile),
         (module._weight, {"LORA": True, "WEIGHTED": True} | tile),
         (module._sum, {"K": 8, "LORA": True, "WEIGHTED": True, "COLUMNS": module._WIDE}),
     ):  # fmt: skip
-        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **constants).asm["ptx"]
+        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **fixed).asm["ptx"]
         assert "ld.global.v4" in ptx or "ld.global.L1::evict_last.v4" in ptx, kernel
         assert "st.global.v4" in ptx, kernel
     compiled(module._indexed, sm, rows | {"order": "*i64"}, {"K": 8, "count": 16}, INDICES=module._INDICES)

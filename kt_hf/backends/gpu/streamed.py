@@ -40,13 +40,16 @@ class StreamedBackend(GroupedExperts):
         weights: The weights, in host memory or, of low bits, resident on the GPU; taken over.
         shape: The layer's sizes; H and I must be multiples of 8.
         streamer: The model's streamer; its device computes the experts and holds their LoRA.
+        bias: Of gate and up, [E, 2I], kept on that device: too little to be streamed; None without.
 
     Raises:
         KTAMXConfigError: Other sizes.
     """
 
-    def __init__(self, weights: HostWeights, shape: ExpertShape, streamer: Streamer) -> None:
-        super().__init__(shape, streamer.device)
+    def __init__(
+        self, weights: HostWeights, shape: ExpertShape, streamer: Streamer, bias: Tensor | None = None
+    ) -> None:
+        super().__init__(shape, streamer.device, bias)
         self.weights = weights
         self.name = "streamed" if weights.resident is None else "resident"
         self._streamer = streamer
@@ -98,13 +101,14 @@ class StreamedBackend(GroupedExperts):
         if (resident := self._resident_now()) is not None:
             gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=False)
-            return resident_output(x, gate_up, down, lora, rows), saved
+            return resident_output(x, gate_up, down, lora, rows, self._gating), saved
         assert counts is not None, "row counts are needed to stream"
         everything = x.new_empty(ids.numel(), x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
             chunk_lora = lora.part(chunk.experts) if lora else None
-            part.keep(grouped.outputs(x, chunk.gate_up, chunk.down, chunk_lora, part), True, everything)
-            del chunk
+            outputs = grouped.outputs(x, chunk.gate_up, chunk.down, chunk_lora, part, self._gating)
+            part.keep(outputs, True, everything)
+            del chunk, outputs
         return rows.sum_by_token(Addends(everything, None), weighted=False), saved
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
@@ -114,14 +118,16 @@ class StreamedBackend(GroupedExperts):
         if (resident := self._resident_now()) is not None:
             gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=True)
-            return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows)
+            return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows, self._gating)
         counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
         everything = grad_output.new_empty(len(rows.tokens), grad_output.shape[1])
         by_row = torch.empty_like(rows.weights)
         whole = lora.zeros() if lora else None
         for chunk, part in self._chunks(rows, counts, backward=True):
             chunk_lora = lora.part(chunk.experts) if lora else None
-            gradients = grouped.gradients(saved.x, grad_output, chunk.gate_up, chunk.down, chunk_lora, part)
+            gradients = grouped.gradients(
+                saved.x, grad_output, chunk.gate_up, chunk.down, chunk_lora, part, self._gating
+            )
             part.keep(gradients.x, False, everything)
             by_row[part.span] = gradients.weights
             if whole and gradients.lora:

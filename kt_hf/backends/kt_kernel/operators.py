@@ -48,6 +48,10 @@ QUANTIZED = tuple(operators.name for operators in OPERATORS.values() if operator
 
 def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") -> str | None:
     """Why the operators of `backend` cannot compute experts of this shape, split over `pools`; None if they can."""
+    if not shape.gate.plain:
+        return f"their gate is not silu(gate) * up, but {shape.gate}"
+    if shape.biased:
+        return "they have biases"
     multiple = OPERATORS[backend].multiple
     for name, size in (("hidden size", shape.hidden_size), ("expert intermediate size", shape.intermediate_size)):
         if size < 1 or size % multiple:
