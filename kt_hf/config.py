@@ -55,8 +55,9 @@ class KTConfig:
             so and widens them when they are multiplied; on the CPU they are widened again, which saves nothing.
         kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, with their gradients and the
             optimizer's state: `cpu`; `gpu`, if the model is on one (16 bytes of its memory a parameter); or `auto`,
-            which takes the GPU where that computes all experts, resident or streamed, and its memory suffices beside
-            everything else, and the CPU otherwise. Decided when the first adapter is made, and not changed after that.
+            which takes the GPU where that computes all experts, resident or streamed, for as many layers as its memory
+            suffices beside everything else, and the CPU otherwise. Decided when the first adapter is made, and once
+            more when a trainer says how it computes its steps; not changed in a run.
         kt_expert_activations: Under gradient checkpointing, `retain` keeps what the first forward computed, so that
             the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again.
         kt_share_backward_weights: Keep one buffer of backward weights for all layers (half the memory, slower

@@ -187,8 +187,12 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     """
     packer, layers = packer_of(model), kt_layers(model)
     ranks = [rank for layer in layers for projection in layer.projections for rank in projection.r.values()]
-    if packer is None or not ranks or not packer.lora.open:
+    how = (tokens, max(ranks, default=0), *step.values())
+    if packer is None or not ranks or not packer.lora.open or packer.lora.settled == how:
         return
+    packer.lora.settled = how
+    if packer.promotion is not None:  # what an interrupted run has left on the GPU is not what LoRA lacks
+        packer.promotion.release()
     config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
     before = packer.lora.budget
     budget = memory_budget(model, config, max(tokens or 0, before.tokens or 0) or None)

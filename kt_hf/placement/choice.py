@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from ..system.cpu import ThreadPlan
 from ..system.memory import free_device_memory
 from .calibration import copy_rate, measure_rates
 from .memory_model import MemoryBudget
-from .planner import MachineRates, TierPlan, assumed_rates, plan_tiers
+from .planner import MachineRates, TierPlan, assumed_rates, expected, plan_tiers
 from .tiers import Tiers, check_tiers, is_auto
 
 logger = logging.getLogger(__name__)
@@ -153,9 +152,10 @@ def cpu_may_be_faster(
         bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
     shape = max(shapes, key=expert_bytes)
-    streamed = _streamed_seconds(shape, len(shapes), tokens, bytes_per_s, bits)
+    rates = replace(assumed_rates(shape), pcie_bytes_per_s=bytes_per_s)
+    cpu, streamed = _seconds(rates, shape, len(shapes), tokens, bits)
     faster = _FASTER * max(1.0, workers / _ASSUMED_WORKERS) if backend != "torch" else 1.0
-    return _cpu_seconds(assumed_rates(shape), shape, len(shapes), tokens) / faster < streamed
+    return cpu / faster < streamed
 
 
 def is_worth_its_cpu(
@@ -171,8 +171,7 @@ def is_worth_its_cpu(
         tokens: Of a forward in training.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    streamed = _streamed_seconds(shape, layers, tokens, rates.pcie_bytes_per_s, bits)
-    return plan.cpu > 0 and plan.seconds < _WORTH * streamed
+    return plan.cpu > 0 and plan.seconds < _WORTH * _seconds(rates, shape, layers, tokens, bits)[1]
 
 
 def hint(config: KTConfig, shapes: Sequence[ExpertShape], tokens: int) -> str | None:
@@ -189,9 +188,7 @@ def hint(config: KTConfig, shapes: Sequence[ExpertShape], tokens: int) -> str | 
         else f"kt_backend={config.kt_backend}"
     )  # fmt: skip
     shape, count = max(shapes, key=expert_bytes), len(shapes)
-    rates = assumed_rates(shape)
-    streamed = _streamed_seconds(shape, count, tokens, rates.pcie_bytes_per_s)
-    cpu = _cpu_seconds(rates, shape, count, tokens)
+    cpu, streamed = _seconds(assumed_rates(shape), shape, count, tokens)
     if is_auto(config) or config.kt_weight_path is not None or streamed >= cpu:
         return None
     return (
@@ -200,17 +197,11 @@ def hint(config: KTConfig, shapes: Sequence[ExpertShape], tokens: int) -> str | 
     )
 
 
-def _streamed_seconds(shape: ExpertShape, layers: int, tokens: int, bytes_per_s: float, bits: float = BF16) -> float:
-    """Seconds of a step in which all experts that have tokens are streamed forward and backward."""
-    return 2 * layers * _touched(shape, tokens) * expert_bytes(shape, bits) / max(bytes_per_s, 1.0)
-
-
-def _cpu_seconds(rates: MachineRates, shape: ExpertShape, layers: int, tokens: int) -> float:
-    """Seconds of a step in which the CPU computes all experts."""
-    load = tokens, _touched(shape, tokens), tokens * shape.top_k
-    return layers * (rates.forward.seconds(*load) + rates.backward.seconds(*load))
-
-
-def _touched(shape: ExpertShape, tokens: int) -> float:
-    """Experts of a layer that have tokens, where tokens choose independently and no expert is more popular."""
-    return shape.num_experts * (1 - math.exp(-tokens * shape.top_k / shape.num_experts))
+def _seconds(
+    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, bits: float = BF16
+) -> tuple[float, float]:
+    """Seconds of a step if the CPU computes all experts; of the bus, if all that have tokens are streamed."""
+    rates = replace(rates, pcie_bytes_per_s=max(rates.pcie_bytes_per_s, 1.0))
+    cpu = expected(rates, shape, layers, tokens, Tiers())
+    streamed = expected(rates, shape, layers, tokens, Tiers(0, shape.num_experts), bits)
+    return cpu.seconds, streamed.stream_seconds

@@ -40,6 +40,7 @@ _FULL = 14
 _MASTER = 12  # bytes of a LoRA parameter: itself and Adam's two moments, in fp32
 _GRADIENT = 4
 _RESERVE = 0.1  # of the free memory, not to be planned with: fragments, libraries
+_PASSING = "activations", "activations of experts", "logits and loss"
 _STASH = 5  # activations that TRL's activation_offloading keeps on the GPU, on their way
 
 
@@ -125,6 +126,7 @@ def gpu_memory(
     tokens: int,
     tiers: Tiers,
     chunk_bytes: int | None = None,
+    fragments: float = 0.0,
 ) -> GpuMemory:
     """What a step takes of the GPU's memory at its peak.
 
@@ -135,6 +137,7 @@ def gpu_memory(
         tokens: Of a forward.
         tiers: Where experts are.
         chunk_bytes: Of a chunk of experts in bf16; None for the widest.
+        fragments: Part of what comes and goes within a step that PyTorch's allocator takes beside it.
     """
     H, E = shape.hidden_size, shape.num_experts
     with_lora = expert_layers if budget.lora_layers is None else min(budget.lora_layers, expert_layers)
@@ -158,6 +161,8 @@ def gpu_memory(
         "as backward begins": before | {"activations": kept + again, "activations of experts": work},
         "as backward ends": after | {"activations": of_one + inside, "activations of experts": work},
     }
+    for parts in moments.values():
+        parts["fragments"] = int(fragments * sum(parts.get(part, 0) for part in _PASSING))
     peaks = [GpuMemory(name, {part: n for part, n in (always | parts).items() if n}) for name, parts in moments.items()]
     return max(peaks, key=lambda peak: peak.total)
 
