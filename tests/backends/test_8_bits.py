@@ -122,7 +122,7 @@ def test_experts_of_other_dtypes_among_them(tmp_path: Path) -> None:
     held = [(isinstance(part.weights.down, PackedMatrices), part.shape.num_experts) for part in streamed_parts(model)]
     assert sorted(held) == [(False, 1), *[(True, E - 1)], *[(True, E)] * (len(V3.moe_layers) - 1)]
     (logits, _), (same, _) = trained(model), trained(expected)
-    assert torch.equal(logits, same)
+    assert_close(logits, same, 0.01, "logits")  # two parts' outputs are added in bf16
 
 
 def scaled_layer(experts: Sequence[int] = range(8)) -> tuple[PackedExperts, Tensor, Tensor]:
