@@ -137,7 +137,7 @@ def _listed(
     """The site of experts that are a list of MLPs."""
     E, H, I = mlps.sizes  # noqa: E741
     shape = ExpertShape(E, _top_k(model, parent, E, name), H, I, mlps.gate)
-    if not weightless and len(mlps.dtypes) != 1 or not mlps.dtypes <= set(FLOATING):
+    if (not weightless and len(mlps.dtypes) != 1) or not mlps.dtypes <= set(FLOATING):
         names = ", ".join(sorted(map(str, mlps.dtypes)))
         raise KTAMXModelNotSupportedError(
             f"{name}: weights of {names}; load the model in bfloat16, float16 or float32."

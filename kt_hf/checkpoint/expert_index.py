@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..backends import ExpertWeights
 from ..backends.gpu.pinned_weights import own_pages
 from ..backends.packed import EIGHT_BIT, Code, PackedExperts, PackedMatrices
-from ..discovery import FLOATING, find_experts, skeleton
+from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
 from .eight_bit import KNOWN, SCALE_PATTERN, block_size, check_scales
@@ -70,6 +70,7 @@ class ExpertCheckpoint:
                 f"{sites[0].name}: {type(model).__name__} has its experts in a list, each by itself, which cannot be "
                 "streamed. Use from_pretrained and apply_kt_moe."
             )
+        _refuse_other_forms(model, sites)
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
@@ -303,6 +304,22 @@ def _parts(
         )
     for expert in range(shape.num_experts):
         yield (expert, match[2]), tensor.row(expert)
+
+
+def _refuse_other_forms(model: Any, sites: Sequence[ExpertsSite]) -> None:
+    """Experts that the model itself holds in another layout than they are computed in."""
+    for form in (site.form for site in sites):
+        if (
+            form.transposed
+            or form.interleaved
+            or form.flat
+            or not form.gate.gated
+            or form.call in ("identity", "normed")
+        ):
+            raise KTAMXModelNotSupportedError(
+                f"{type(model).__name__}: its experts' matrices lie otherwise than they are computed, and are not "
+                "streamed. Use from_pretrained and apply_kt_moe."
+            )
 
 
 def _refuse_transposed(model: Any) -> None:

@@ -219,7 +219,9 @@ def test_other_mlps_are_refused(change: str) -> None:
         expert.norm = nn.LayerNorm(64)
     else:
         expert.act = nn.Tanh()
-    with pytest.raises(KTAMXModelNotSupportedError, match=r"not supported: model.layers.0.block_sparse_moe.experts .ModuleList."):
+    with pytest.raises(
+        KTAMXModelNotSupportedError, match=r"not supported: model.layers.0.block_sparse_moe.experts .ModuleList."
+    ):
         apply_kt_moe(model, make_config("torch"))
 
 
