@@ -1,4 +1,4 @@
-"""Every family of transformers that has experts: patched, trained, saved, exported and merged as the unpatched model is.
+"""Every family of transformers that has experts: patched, it computes and trains as the unpatched model does.
 
 A tiny random model of each (`tests.support.families`), beside transformers' own with LoRA merged into its weights.
 """
@@ -106,7 +106,7 @@ def test_refused(family: str) -> None:
 
 @pytest.mark.parametrize("family", EVERY)
 def test_in_bf16(family: str) -> None:
-    """Each layer beside transformers' own in fp32, on the inputs that it gets in the model: output and all gradients."""
+    """Each layer beside transformers' own in fp32, on the inputs it gets in the model: output and gradients."""
     stock = tiny(family)
     model = adapted(family, torch.bfloat16)
     calls: dict[str, tuple[Any, ...]] = {}

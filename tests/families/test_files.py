@@ -17,7 +17,7 @@ from tests.support.cases import make_config
 from tests.support.families import tiny
 from tests.support.reference import relative_error
 
-# Their checkpoints' experts are made of others' in a way through which nothing can be merged, which is refused in words.
+# Their checkpoints' experts are made of others' in a way through which nothing can be merged: refused.
 OWN_FORMAT = {"ernie4_5_vl_moe", "inkling2_loop"}
 # Not streamed: from_pretrained and apply_kt_moe take them, and load_kt_model says so.
 NOT_STREAMED = {

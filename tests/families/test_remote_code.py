@@ -1,4 +1,4 @@
-"""Models with code of their own, whose experts are a ModuleList: patched, they compute and train as they are written."""
+"""Models with code of their own, whose experts are a ModuleList: patched, they train as they are written."""
 
 from __future__ import annotations
 
