@@ -21,6 +21,7 @@ from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_in
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.calls import BY_CALL
+from .experts.listed import ListedExperts
 from .experts.lora_tensors import watch_optimizers
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
@@ -166,7 +167,7 @@ def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeigh
     layer = kind(weights, site.shape, layer_index(label, index), label, packer, fingerprint(weights), **more)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)
-    if site.plan is not None:
+    if site.plan is not None and isinstance(layer, ListedExperts):
         site.plan.install(site.parent, layer.calls)
     site.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:

@@ -98,9 +98,7 @@ def rows(given: argparse.Namespace, device: torch.device) -> Iterator[dict[str, 
             yield row
             if name == "plain":
                 cost = taken[kind, place, "gpt-oss", tokens] / seconds
-                print(
-                    f"  {kind} {place}, {tokens} tokens: the gate takes {cost:.3f} of plain", flush=True
-                )
+                print(f"  {kind} {place}, {tokens} tokens: the gate takes {cost:.3f} of plain", flush=True)
         del layers
         free_memory(device)
 

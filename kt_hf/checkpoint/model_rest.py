@@ -124,6 +124,8 @@ class NoExperts(nn.Module):
     """In the place of a layer's experts while the rest of the model is loaded."""
 
     _is_hf_initialized = True  # there is nothing to initialize, which the model's _init_weights would try
+    # What some of those reach for all the same: of no element.
+    gate_up_proj = down_proj = gate_proj = up_proj = torch.empty(0)
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()

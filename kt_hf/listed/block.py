@@ -131,7 +131,7 @@ class BlockPlan:
             with _evaluating(quiet):
                 return calls.run(original, args, kwargs)
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def plan_block(block: nn.Module, attribute: str, mlps: ExpertMlps, top_k: int, name: str) -> BlockPlan:
@@ -155,7 +155,8 @@ def plan_block(block: nn.Module, attribute: str, mlps: ExpertMlps, top_k: int, n
     except Exception as error:  # the model's code, which may raise anything
         problem = " ".join(str(error).split())
         raise KTAMXModelNotSupportedError(
-            f"{name}: {type(block).__name__} computes its experts in a way in which they cannot be computed together: {problem[:300]}"
+            f"{name}: {type(block).__name__} computes its experts in a way in which they cannot be computed together: "
+            f"{problem[:300]}"
         ) from error
     finally:
         trial.undo()
@@ -181,7 +182,7 @@ class _Trial:
             module.training = training
 
     def compute(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """What KTExperts will compute, by the block's own MLPs; a leaf of its own, to see whether gradients reach it."""
+        """What KTExperts will compute, by the block's own MLPs; a leaf, to see whether gradients reach it."""
         with torch.no_grad():
             total = torch.zeros(rows.shape, dtype=torch.promote_types(weights.dtype, rows.dtype), device=rows.device)
             for e, mlp in enumerate(self.mlps.modules):
@@ -208,7 +209,7 @@ class _Trial:
                     mode = "training" if training else "evaluation"
                     raise ValueError(f"in {mode} it gives something else when they are ({self.error or 'another sum'})")
                 reached[training] = self._reached(actual)
-        self.block.forward = original  # type: ignore[method-assign]
+        self.block.forward = original
         if not any(reached.values()):
             raise ValueError(f"no gradient reaches its experts ({before or 'it computes them without gradients'})")
         plan.evaluates = not reached.get(True)

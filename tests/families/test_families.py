@@ -1,4 +1,4 @@
-"""Every family of transformers that has experts: patched, trained, saved, exported and merged as the unpatched model is.
+"""Every family of transformers that has experts: patched, it computes and trains as the unpatched model does.
 
 A tiny random model of each (`tests.support.families`), beside transformers' own with LoRA merged into its weights.
 """
@@ -22,9 +22,7 @@ from tests.support.reference import relative_error
 
 FAMILIES = [name for name in CLASSES if name not in REFUSED]
 # One of each kind of gate, layout and call; the others are `slow`.
-FAST = {
-    "mixtral",
-}
+FAST = {"lfm2_moe", "gpt_oss", "nemotron_h", "llama4"}
 EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
@@ -77,9 +75,7 @@ def test_forward_and_gradients(family: str) -> None:
     others = {name: p.requires_grad_() for name, p in _others(model).items() if name in plain}
     assert len(plain) - len(others) <= 4 * len(labels)
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(6)) / wanted.numel() ** 0.5
-    ours = torch.autograd.grad(
-        called(model, inputs), [*lora.values(), *others.values()], direction, allow_unused=True
-    )
+    ours = torch.autograd.grad(called(model, inputs), [*lora.values(), *others.values()], direction, allow_unused=True)
     theirs = torch.autograd.grad(
         wanted, [*leaves.values(), *(plain[name] for name in others)], direction, allow_unused=True
     )
@@ -110,7 +106,7 @@ def test_refused(family: str) -> None:
 
 @pytest.mark.parametrize("family", EVERY)
 def test_in_bf16(family: str) -> None:
-    """Each layer beside transformers' own in fp32, on the inputs that it gets in the model: output and all gradients."""
+    """Each layer beside transformers' own in fp32, on the inputs it gets in the model: output and gradients."""
     stock = tiny(family)
     model = adapted(family, torch.bfloat16)
     calls: dict[str, tuple[Any, ...]] = {}

@@ -1,4 +1,4 @@
-"""Models with code of their own, whose experts are a ModuleList: patched, they compute and train as they are written."""
+"""Models with code of their own, whose experts are a ModuleList: patched, they train as they are written."""
 
 from __future__ import annotations
 
@@ -219,7 +219,9 @@ def test_other_mlps_are_refused(change: str) -> None:
         expert.norm = nn.LayerNorm(64)
     else:
         expert.act = nn.Tanh()
-    with pytest.raises(KTAMXModelNotSupportedError, match=r"not supported: model.layers.0.block_sparse_moe.experts .ModuleList."):
+    with pytest.raises(
+        KTAMXModelNotSupportedError, match=r"not supported: model.layers.0.block_sparse_moe.experts .ModuleList."
+    ):
         apply_kt_moe(model, make_config("torch"))
 
 

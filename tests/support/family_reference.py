@@ -57,7 +57,7 @@ def _expert_weights(
     Gate's and up's rows take turns if they are `interleaved`.
     """
     up, down = deltas["up_proj"], deltas["down_proj"]
-    E, I, H = up.shape  # noqa: E741
+    E = len(up)
     if "gate_up_proj" in weights:
         stacked = torch.cat([deltas["gate_proj"], up], 1)
         if interleaved:

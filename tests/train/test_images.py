@@ -21,7 +21,7 @@ from tests.support.cases import make_config
 from tests.support.tiny import save_model, write_yaml
 
 pytest.importorskip("torchvision", reason="processors of models that see need it")
-from tests.support.seeing import images_in, save_seeing  # noqa: E402
+from tests.support.seeing import images_in, save_seeing
 
 
 @pytest.fixture(scope="module")

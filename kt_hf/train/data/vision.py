@@ -65,7 +65,9 @@ def prepare_vision(rows: Rows, processor: Any, max_length: int | None, vocabular
         try:
             ids = _token_ids(row, processor, vocabulary)
             if max_length is not None and len(ids) > max_length:
-                raise BadRow(f"it has {len(ids)} tokens with its images, and an image cannot be cut: max_length={max_length}")
+                raise BadRow(
+                    f"it has {len(ids)} tokens with its images, and an image cannot be cut: max_length={max_length}"
+                )
         except BadRow as error:
             bad.append((rows.place(index), str(error)))
             continue
@@ -74,7 +76,9 @@ def prepare_vision(rows: Rows, processor: Any, max_length: int | None, vocabular
             continue
         messages = conversation(row)
         several += sum(message["role"] == "assistant" for message in messages) > 1
-        good.append({"prompt": _parts(messages[:-1]), "completion": _parts(messages[-1:]), "images": row.get("images", [])})
+        good.append(
+            {"prompt": _parts(messages[:-1]), "completion": _parts(messages[-1:]), "images": row.get("images", [])}
+        )
         sequences.append(ids)
     judge(name, bad, len(rows.rows))
     features = Features({"prompt": Json(), "completion": Json(), "images": List(Image())})

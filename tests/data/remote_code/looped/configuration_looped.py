@@ -4,7 +4,9 @@ from transformers import PreTrainedConfig
 class LoopedConfig(PreTrainedConfig):
     model_type = "looped"
 
-    def __init__(self, hidden_size=64, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2, noise=0.0, **more):
+    def __init__(
+        self, hidden_size=64, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2, noise=0.0, **more
+    ):
         self.hidden_size = hidden_size
         self.moe_intermediate_size = moe_intermediate_size
         self.num_experts = num_experts

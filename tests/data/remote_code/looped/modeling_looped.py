@@ -77,7 +77,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
 
     def _init_weights(self, module):
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if "norm" not in type(module).__name__.lower():
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
