@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("auto", "cpu", "gpu")
 LORA_DEVICES = ("auto", "cpu", "gpu")
-BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "torch")
+BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "MXFP4", "AMXFP8", "AMXInt4KGroup", "torch")
 
 # Keys of older integrations, with what took their place.
 _REMOVED = {
@@ -34,7 +34,9 @@ class KTConfig:
         kt_backend: What computes the experts: `auto` (AMX, then AVX512-BF16, then torch; torch as well on two cores
             without AMX, unless kt_num_threads is set), `AMXBF16` (kt-kernel's bf16 operators, on AMX or AVX512-BF16),
             `AMXInt8` or `AMXInt4` (the same, weights quantized as they are packed: a half and a quarter of the memory,
-            never chosen by `auto`), or `torch` (PyTorch, any device and dtype).
+            never chosen by `auto`), `MXFP4`, `AMXFP8` or `AMXInt4KGroup` (operators for checkpoints that are in these
+            formats, which they take as they are; others are rounded to them; see docs/low-bit.md), or `torch`
+            (PyTorch, any device and dtype).
         kt_num_threads: Worker threads of the operators. None plans them from the machine; more than it
             has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.

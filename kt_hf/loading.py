@@ -10,7 +10,7 @@ import copy
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .backends import LOW_BIT
+from .backends.packed import PackedMatrices
 from .checkpoint.eight_bit import SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
@@ -59,6 +61,8 @@ _REFUSED = {
     "output_loading_info": "there is no such report here: leave it out",
 }
 _SWAPPING = threading.Lock()
+# kt_backend, and what was chosen while the checkpoint was not known yet.
+_MAY_BE_LOW = ("auto", "torch")
 
 
 def load_kt_model(
@@ -107,6 +111,8 @@ def load_kt_model(
     placement = as_placement(placement)
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
+    if cfg.kt_lora_rank is not None and (packer.backend in LOW_BIT or (cfg.kt_backend, packer.backend) == _MAY_BE_LOW):
+        packer = _packer(cfg, shapes, source, checkpoint.stored())
     _place(packer, checkpoint, source, placement, memory_budget(outline, source.config, tokens_per_step, source.dtype))
     model = _load_rest(source, checkpoint)
     _load_experts(model, packer, checkpoint, console)
@@ -161,8 +167,11 @@ def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str
     return _Source(path_or_name, config, asked, trusted, hub, kwargs)
 
 
-def _packer(cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: _Source) -> Packer:
-    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=source.config.model_type)
+def _packer(
+    cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: _Source, stored: Sequence[PackedMatrices] = ()
+) -> Packer:
+    model_type = source.config.model_type
+    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=model_type, stored=stored)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "

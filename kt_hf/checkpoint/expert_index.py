@@ -113,6 +113,13 @@ class ExpertCheckpoint:
             stored += sum(m.weight.size for m in matrices.values()) + 4 * scales
         return 8 * stored / sum(shape.num_weights for shape in self.shapes.values())
 
+    def stored(self) -> list[PackedMatrices]:
+        """How experts of low bits are stored: two matrices of each layer's first expert; [] if they cannot stay so."""
+        if self.bits() >= BF16:
+            return []
+        packed = [self._read_packed(layer, [0]) for layer in self.layers]
+        return [matrix for one in packed for matrix in (one.gate_up, one.down)]
+
     def _read_packed(self, layer: str, experts: list[int]) -> PackedExperts:
         """Experts of a layer as they are in the files."""
         shape, matrices = self.shapes[layer], self._matrices[layer]

@@ -75,6 +75,7 @@ class Packer:
         lora: Where the experts' LoRA is.
         tokens: Of a forward in training, as far as is known.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
+        keeps_on_cpu: Whether the CPU computes experts as their checkpoint stores them, in low bits.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
@@ -98,7 +99,7 @@ class Packer:
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
-        self.tokens, self.bits = _TOKENS, BF16
+        self.tokens, self.bits, self.keeps_on_cpu = _TOKENS, BF16, False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -118,7 +119,8 @@ class Packer:
     @property
     def max_rank(self) -> int | None:
         """The largest rank of an adapter on layers that are not packed yet; None if there is no limit."""
-        return None if self.backend == "torch" else self.config.kt_lora_rank
+        only = OPERATORS[self.backend].rank if self.backend in OPERATORS else None
+        return None if self.backend == "torch" else self.config.kt_lora_rank or only
 
     @property
     def retain(self) -> bool:
@@ -303,18 +305,29 @@ class Packer:
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 
     def low_bit_experts(self, shape: ExpertShape, layer: int) -> Sequence[int]:
-        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them: all that the GPU computes.
+        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them: all that the GPU computes,
+        and those on the CPU if it computes them so.
 
         Args:
             shape: Sizes of the layer.
             layer: Its index, by which the placement knows it.
         """
-        return [e for part in self._on_gpu(shape, layer) for e in part] if self.bits < BF16 else ()
+        on_gpu = [e for part in self._on_gpu(shape, layer) for e in part]
+        kept = on_gpu if self.bits < BF16 else []
+        return kept + sorted(set(range(shape.num_experts)) - set(on_gpu)) if self.keeps_on_cpu else kept
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
         if self.backend == "torch":
             return False
+        forced = OPERATORS[self.backend].shares_backward
+        if forced is not None:
+            if self.config.kt_share_backward_weights not in (None, forced):
+                logger.warning(
+                    "kt_share_backward_weights=%s is ignored: with kt_backend=%s it is always %s.",
+                    self.config.kt_share_backward_weights, self.backend, forced,
+                )  # fmt: skip
+            return forced
         saved = self.saved
         if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights
             logger.info("Backward weights of the experts: one buffer for all layers, for %s has none.", saved.path)

@@ -199,11 +199,15 @@ def _experts_in_host(
     if not kernel:
         host["experts"] = on_cpu * _width(s)
     else:
-        packed = int(on_cpu * OPERATORS[backend(s)].bytes_per_weight)
-        memory.shared_backward = _shares(s, packed, host_free, m.other_parameters * _width(s))
+        operators = OPERATORS[backend(s)]
+        packed, forced = int(on_cpu * operators.bytes_per_weight), operators.shares_backward
+        memory.shared_backward = _shares(s, packed, host_free, m.other_parameters * _width(s)) if forced is None else forced
         host["experts packed"] = packed
-        host["backward copies"] = packed // layers if memory.shared_backward else packed
-        larger = on_cpu * _width(s) - packed - host["backward copies"]
+        if memory.shared_backward:
+            host["backward copies"] = packed // layers
+        elif forced is None:
+            host["backward copies"] = packed
+        larger = on_cpu * _width(s) - packed - host.get("backward copies", 0)
         if not _streams(s) and larger > 0:  # as they were loaded, before the first is packed
             host["experts before packing"] = larger
     # The operators' copies (twice) and gradient, or the gradient as it comes from the GPU; then LoRA's master,
