@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kt_hf.backends import ExpertShape, ExpertsBackend, ExpertWeights, build_backend
+from kt_hf.backends import ExpertsBackend, ExpertShape, ExpertWeights, build_backend
 from kt_hf.backends.packed import PackedExperts, PackedMatrices
 from kt_hf.system.cpu import ThreadPlan
 

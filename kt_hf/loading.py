@@ -22,6 +22,7 @@ from torch import nn
 
 from .backends import LOW_BIT
 from .backends.packed import PackedMatrices
+from .backends.quantizer import EXPERT_BITS
 from .checkpoint.eight_bit import SCALE_PATTERN, block_size, dequantize_rest, has_8_bits, quantized_rest
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
@@ -188,16 +189,29 @@ def _place(
     budget: MemoryBudget,
 ) -> None:
     """Decide where each expert goes, and whether those on the GPU stay in low bits."""
-    rank = packer.config.kt_lora_rank
-    # Experts that are packed later, at the first adapter, are bf16 until then.
-    widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
-    budget = replace(budget, bits=BF16 if widened else checkpoint.bits())
+    widened, own = packer.saved is not None or source.dtype != torch.bfloat16, packer.config.kt_expert_dtype
+    if (method := _quantization_method(source.config)) is not None:
+        packer.stored_as = method
+    if method is not None and own != "bf16":
+        raise KTAMXConfigError(
+            f"kt_expert_dtype={own!r}: the checkpoint's weights are quantized already ({method}), and are kept "
+            "as they are. Leave it out, or give a checkpoint in bfloat16."
+        )
+    bits = EXPERT_BITS[own] if own != "bf16" else checkpoint.bits()
+    budget = replace(budget, bits=BF16 if widened else bits)
     packer.place(by_layer(checkpoint.shapes), placement, budget)
     if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and budget.bits >= BF16:
-        reason = "not all of them are of 8 bits, and those of a layer of one dtype"
-        if widened:
-            reason = "kt_lora_rank is not given" if rank is None else f"the model is {source.dtype}"
+        reason = f"the model is {source.dtype}" if widened else "not all of a layer are of one kind"
         logger.warning("kt_hf: streamed experts are held in bf16, twice as large as in the checkpoint: %s.", reason)
+
+
+def _quantization_method(config: Any) -> str | None:
+    """How a checkpoint's weights are quantized, in the words of its `quantization_config`; None if they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
 
 
 def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, console: Console | None) -> None:

@@ -6,6 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
 from .backends import KEPT, ExpertWeights, PackedLayerFiles
+from .backends.quantizer import EXPERT_BITS
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
@@ -21,7 +23,7 @@ from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.lora_tensors import watch_optimizers
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
-from .placement.assembly import make_packer, memory_budget
+from .placement.assembly import check_rank_for_low_bits, make_packer, memory_budget
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
 from .system.parallel import refuse_parallel
@@ -106,7 +108,9 @@ def _packer(model: Any, base: Any, cfg: KTConfig, placement: Placement | None, t
     """Check that model and settings go together, and decide where each expert goes; the model stays as it is."""
     shapes = {site.name: site.shape for site in find_experts(model)}
     packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type)
-    packer.place(by_layer(shapes), placement, memory_budget(model, base.config, tokens))
+    budget = memory_budget(model, base.config, tokens)
+    packer.place(by_layer(shapes), placement, replace(budget, bits=EXPERT_BITS[cfg.kt_expert_dtype]))
+    check_rank_for_low_bits(packer, list(shapes.values()))
     if packer.saved is not None:
         packer.saved.check_model(model)
     return packer
@@ -137,7 +141,7 @@ def replace_experts(
     watch_optimizers()
     packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None
-    layers = [_replace(site, index, packer, weights_of(site)) for index, site in enumerate(sites)]
+    layers = [_replace(site, index, packer, packer.stored(weights_of(site))) for index, site in enumerate(sites)]
     base._kt_wrappers = layers
     base._kt_moe_lora_params = LoraParamsView(layers)
     base._kt_config = packer.config

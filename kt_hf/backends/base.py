@@ -9,13 +9,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..shapes import ExpertShape
-from .packed import PackedExperts
+from .packed import PackedExperts, PackedMatrices
 
 # Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer.
 CALL_LOCK = threading.RLock()
@@ -53,6 +53,12 @@ class ExpertWeights:
         """Experts of the layer, those of low bits included."""
         return len(self.gate_up) + (len(self.low_bit.experts) if self.low_bit else 0)
 
+    def widened(self) -> ExpertWeights:
+        """The layer with all of its experts as the CPU computes them; itself if none is of low bits."""
+        if self.low_bit is None:
+            return self
+        return self.wide(range(self.num_experts), torch.device("cpu"), self.gate_up.dtype)
+
     def wide(self, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
         """Some experts of the layer, copied, those of low bits widened.
 
@@ -61,23 +67,23 @@ class ExpertWeights:
             device: Where the copies go.
             dtype: Floating, of the copies.
         """
-        if self.low_bit is None:
-            return ExpertWeights(*(_rows(t, list(experts), device, dtype) for t in (self.gate_up, self.down)))
-        packed = [e for e in experts if e in set(self.low_bit.experts)]
-        low, rest = self.low_bit.select(sorted(packed)), self.rows_of([e for e in experts if e not in set(packed)])
-        order = [e for e in experts if e not in set(packed)] + sorted(packed)
+        packed = [] if self.low_bit is None else sorted(set(experts) & set(self.low_bit.experts))
+        plain = [e for e in experts if e not in set(packed)]
+        order = [*plain, *packed]
         back = [order.index(e) for e in experts]
-        pairs = ((self.gate_up, low.gate_up), (self.down, low.down))
-        parts = (
-            torch.cat([_rows(held, rest, device, dtype), stored.to(device).dequantized(dtype)]) if rest else
-            stored.to(device).dequantized(dtype) for held, stored in pairs
-        )  # fmt: skip
-        return ExpertWeights(*(part if back == sorted(back) else part[back] for part in parts))
+        low = self.low_bit.select(packed) if self.low_bit is not None and packed else None
 
+        def stacked(held: Tensor, stored: PackedMatrices | None) -> Tensor:
+            index = torch.tensor(self.rows_of(plain), dtype=torch.int64, device=held.device)
+            rows = held.detach().index_select(0, index).to(device, dtype) if plain or stored is None else None
+            if stored is None:
+                return cast(Tensor, rows)
+            wide = stored.to(device).dequantized(dtype)
+            both = wide if rows is None else torch.cat([rows, wide])
+            return both if back == sorted(back) else both[back]
 
-def _rows(stack: Tensor, rows: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    index = torch.tensor(rows, dtype=torch.int64, device=stack.device)
-    return stack.detach().index_select(0, index).to(device, dtype)
+        gate_up = stacked(self.gate_up, low.gate_up if low else None)
+        return ExpertWeights(gate_up, stacked(self.down, low.down if low else None))
 
 
 class SavedForward:

@@ -19,7 +19,7 @@ from .packed import PackedExperts
 from .tiered import TieredBackend
 
 # Copied weights of a part, and the rows of the layer's `gate_up` and `down` that they come from.
-_Copy = tuple[ExpertWeights | HostWeights, list[int]]
+_Copy = tuple[ExpertWeights, list[int]]
 
 
 def build_tiered(
@@ -89,7 +89,7 @@ def _on_gpu(
     streamer: Streamer,
     dtype: torch.dtype,
     must_lock: bool,
-) -> tuple[ExpertsBackend, ExpertWeights | HostWeights | None]:
+) -> tuple[ExpertsBackend, ExpertWeights | None]:
     """The backend of some experts, all of low bits or none; and the copies of their weights, None if of low bits."""
     part = _part_shape(shape, experts)
     if weights.low_bit is not None and experts[0] in weights.low_bit.experts:
@@ -102,7 +102,8 @@ def _on_gpu(
         wide = weights.wide(experts, streamer.device, dtype)
         return gpu_backend(wide, part), wide
     host = _host_weights(weights, experts, must_lock)
-    return StreamedBackend(host, part, streamer), host
+    gate_up, down = host.tensors
+    return StreamedBackend(host, part, streamer), ExpertWeights(gate_up, down)
 
 
 def _pack_rest(

@@ -10,10 +10,10 @@ Five codes. A weight is the value of its code times a scale that it shares with 
 | e4m3 | a byte | a float of 8 bits |
 | int8 | a byte | an integer, -127 to 127 |
 
-The arithmetic is one for all: scale (times or divided by the matrix's factor, if it has one) and product in fp32, rounded
-once to the dtype that is asked for. This is what transformers, bitsandbytes, modelopt and torchao compute; compressed-
-tensors, gptqmodel and AutoAWQ multiply in the scale's own dtype, which is the same where that is the dtype asked for,
-because values are small and exact.
+The arithmetic is one for all: scale (times or divided by the matrix's factor, if it has one) and product in fp32,
+rounded once to the dtype that is asked for. This is what transformers, bitsandbytes, modelopt and torchao compute;
+compressed-tensors, gptqmodel and AutoAWQ multiply in the scale's own dtype, which is the same where that is the dtype
+asked for, because values are small and exact.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class PackedMatrices:
         codes: Of 4 bits uint8 [n, rows, columns / 2], the even column in the low nibble; of 8 bits [n, rows, columns],
             float8_e4m3fn or int8.
         scales: Of 4 bits [n, rows, columns / group]: bf16, fp16, fp32, float8_e4m3fn, or uint8, which is the exponent e
-            of 2^(e-127) (E8M0). Of 8 bits fp32 [n, parts, R, C], a scale for each of R times C blocks of a part: a matrix
-            is `parts` parts of equal height, one above the other, and blocks do not reach from one into the next.
-            Gate and up of an expert are two parts where the checkpoint has them separately.
+            of 2^(e-127) (E8M0). Of 8 bits fp32 [n, parts, R, C], a scale for each of R times C blocks of a part: a
+            matrix is `parts` parts of equal height, one above the other, and blocks do not reach from one into the
+            next. Gate and up of an expert are two parts where the checkpoint has them separately.
         block: Of 8 bits: rows and columns that share a scale; blocks at the edges may have fewer. Of 4 bits unused,
             for a group is whole and in one row.
         zeros: Of int4, the zero-points uint8 [n, rows, columns / group]; None if they are 8.

@@ -36,10 +36,10 @@ def refuse_indivisible(to: str, shape: ExpertShape, where: str = "") -> None:
     Raises:
         KTAMXConfigError: A row is not a whole number of groups.
     """
-    for name, size in (("hidden size", shape.hidden_size), ("intermediate size", shape.intermediate_size)):
+    for name, size in (("a hidden size", shape.hidden_size), ("an intermediate size", shape.intermediate_size)):
         if to == "int4" and size % GROUP:
             raise KTAMXConfigError(
-                f"kt_expert_dtype=int4: {where or 'the experts'} have a {name} of {size}, which is no multiple of the "
+                f"kt_expert_dtype=int4: {where or 'the experts'}: {name} of {size}, which is no multiple of the "
                 f"{GROUP} weights that share a scale. Use int8 or fp8."
             )
 

@@ -82,7 +82,7 @@ class ExpertCheckpoint:
             low_bit: Ids of experts that stay in low bits, as the files have them; `bits` says whether they can.
 
         Returns:
-            gate_up [E, 2I, H] and down [E, H, I] of the experts that are not `low_bit`, and those in its attribute `low_bit`.
+            gate_up [E, 2I, H] and down [E, H, I] of the experts that are not asked for in low bits, and the others.
 
         Raises:
             KTAMXError: A file has changed since it was checked.
@@ -100,7 +100,7 @@ class ExpertCheckpoint:
         return ExpertWeights(gate_up, down, low_bit=self._read_packed(layer, sorted(low_bit)) if low_bit else None)
 
     def bits(self) -> float:
-        """Bits of an expert's weight, with its scale, if experts can stay as they are: those of a layer are of one kind.
+        """Bits of a weight of experts, its scale included, if they can stay as they are: those of a layer are alike.
 
         16 if they are not of low bits, or are mixed.
         """

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends import FEW_CORES, choose_backend, describe_cpu
+from ..backends import FEW_CORES, OPERATORS, choose_backend, describe_cpu
 from ..backends.packed import PackedMatrices
+from ..backends.quantizer import refuse_indivisible
 from ..backends.registry import keeps_packed
 from ..config import KTConfig
+from ..errors import KTAMXConfigError
 from ..experts import kt_layers
 from ..quantized import for_run
 from ..shapes import ExpertShape, expert_bytes
@@ -83,6 +85,8 @@ def make_packer(
         KTAMXNotAvailableError: A backend asked for by name that does not run here.
         KTAMXError: Saved weights of which a file is missing or damaged.
     """
+    for name, shape in shapes.items():
+        refuse_indivisible(cfg.kt_expert_dtype, shape, name)
     threads = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
     saved = None
     if cfg.kt_weight_path is not None:
@@ -102,6 +106,9 @@ def make_packer(
         logger.info("kt_hf: %s.", line)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
     packer.keeps_on_cpu = keeps_packed(backend, stored)
+    fixed = OPERATORS[backend].shares_backward if backend in OPERATORS else None
+    if fixed is not None and cfg.kt_share_backward_weights == (not fixed):
+        logger.warning("kt_share_backward_weights=%s is ignored: %s cannot choose.", not fixed, backend)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, threads if backend != "torch" else "PyTorch's threads", describe_cpu(),
@@ -109,6 +116,26 @@ def make_packer(
     if cfg.kt_backend == "auto" and backend == "torch" and reason != FEW_CORES:
         logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
     return packer
+
+
+def check_rank_for_low_bits(packer: Packer, shapes: Sequence[ExpertShape]) -> None:
+    """Refuse `kt_expert_dtype` where the operators are to pack experts at once, and the LoRA rank is not known.
+
+    Args:
+        packer: That has placed the experts.
+        shapes: Of the layers.
+
+    Raises:
+        KTAMXConfigError: `kt_lora_rank` is missing.
+    """
+    config, tiers = packer.config, packer.tiers or Tiers()
+    on_cpu = tiers.resident_layers < len(shapes) and any(tiers.on_cpu(shape.num_experts) for shape in shapes)
+    if config.kt_expert_dtype != "bf16" and config.kt_lora_rank is None and packer.backend != "torch" and on_cpu:
+        raise KTAMXConfigError(
+            f"kt_lora_rank=None: with kt_expert_dtype={config.kt_expert_dtype!r} experts are packed for "
+            f"{packer.backend} at once, which takes the LoRA rank. Give KTConfig(kt_lora_rank=...), the adapter's rank "
+            "or more; 0 for inference."
+        )
 
 
 # What the run that loads a model knows of its steps, and a script that patches one does not tell.

@@ -135,7 +135,12 @@ def all_streamed(shapes: Sequence[ExpertShape], host_room: int | None, bits: flo
 
 
 def cpu_may_be_faster(
-    shapes: Sequence[ExpertShape], tokens: int, bytes_per_s: float, workers: int, backend: str
+    shapes: Sequence[ExpertShape],
+    tokens: int,
+    bytes_per_s: float,
+    workers: int,
+    backend: str,
+    bits: float = BF16,
 ) -> bool:
     """Whether it is worth measuring the CPU: it might compute experts faster than the bus brings them.
 

@@ -21,6 +21,7 @@ from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.streamed import StreamedBackend
 from ..backends.gpu.weight_stream import CHUNK_BYTES, Streamer
+from ..backends.quantizer import quantized_experts
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
@@ -76,6 +77,7 @@ class Packer:
         tokens: Of a forward in training, as far as is known.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
         keeps_on_cpu: Whether the CPU computes experts as their checkpoint stores them, in low bits.
+        stored_as: What all experts' weights are, in words, for an adapter's manifest.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
@@ -99,7 +101,8 @@ class Packer:
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
-        self.tokens, self.bits, self.keeps_on_cpu = _TOKENS, BF16, False
+        self.tokens, self.bits, self.stored_as = _TOKENS, BF16, config.kt_expert_dtype
+        self.keeps_on_cpu = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -257,7 +260,7 @@ class Packer:
         elif weights.packed_as is not None:
             backend = weights.packed_as
         elif self.tiers is None or not self.tiers.need_gpu:
-            backend = on_cpu(weights, shape)
+            backend = on_cpu(weights.widened(), shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
@@ -305,29 +308,28 @@ class Packer:
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 
     def low_bit_experts(self, shape: ExpertShape, layer: int) -> Sequence[int]:
-        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them: all that the GPU computes,
-        and those on the CPU if it computes them so.
+        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them, on the GPU or the CPU.
 
         Args:
             shape: Sizes of the layer.
             layer: Its index, by which the placement knows it.
         """
+        if self.config.kt_expert_dtype != "bf16":
+            return ()
         on_gpu = [e for part in self._on_gpu(shape, layer) for e in part]
         kept = on_gpu if self.bits < BF16 else []
         return kept + sorted(set(range(shape.num_experts)) - set(on_gpu)) if self.keeps_on_cpu else kept
 
+    def stored(self, weights: ExpertWeights | PackedLayerFiles) -> ExpertWeights | PackedLayerFiles:
+        """A layer's weights in `kt_expert_dtype`: as they are, or quantized, and then `weights` are emptied."""
+        if isinstance(weights, PackedLayerFiles) or self.config.kt_expert_dtype == "bf16":
+            return weights
+        return quantized_experts(weights, self.config.kt_expert_dtype, self.gpu)
+
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
-        if self.backend == "torch":
+        if self.backend == "torch" or OPERATORS[self.backend].shares_backward is not None:
             return False
-        forced = OPERATORS[self.backend].shares_backward
-        if forced is not None:
-            if self.config.kt_share_backward_weights not in (None, forced):
-                logger.warning(
-                    "kt_share_backward_weights=%s is ignored: with kt_backend=%s it is always %s.",
-                    self.config.kt_share_backward_weights, self.backend, forced,
-                )  # fmt: skip
-            return forced
         saved = self.saved
         if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights
             logger.info("Backward weights of the experts: one buffer for all layers, for %s has none.", saved.path)

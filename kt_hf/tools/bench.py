@@ -161,7 +161,7 @@ def _placed(asked: Asked, tokens: int) -> Packer:
 
 
 def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
-    """A layer of random weights; experts that a run would keep in 8 bits on the GPU, as the checkpoint has them, are so too."""
+    """A layer of random weights, of which the GPU's are in 8 bits if the checkpoint's are."""
     shape = asked.shape
     H, I, in_8_bits = shape.hidden_size, shape.intermediate_size, packer.low_bit_experts(shape, 0)  # noqa: E741
     E = shape.num_experts - len(in_8_bits)

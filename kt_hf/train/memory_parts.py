@@ -201,7 +201,8 @@ def _experts_in_host(
     else:
         operators = OPERATORS[backend(s)]
         packed, forced = int(on_cpu * operators.bytes_per_weight), operators.shares_backward
-        memory.shared_backward = _shares(s, packed, host_free, m.other_parameters * _width(s)) if forced is None else forced
+        asked = _shares(s, packed, host_free, m.other_parameters * _width(s))
+        memory.shared_backward = asked if forced is None else forced
         host["experts packed"] = packed
         if memory.shared_backward:
             host["backward copies"] = packed // layers

@@ -16,7 +16,7 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_mm as grouped
-from kt_hf.backends.gpu import kernels
+from kt_hf.backends.gpu import kernels, widen_kernels
 from kt_hf.backends.gpu.grouped_mm import GroupedExperts
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.resident import GroupedBackend
@@ -24,6 +24,7 @@ from kt_hf.backends.gpu.rows import Addends, Rows
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.shapes import LORA_NAMES, ExpertShape
+from tests.support.packed_matrices import KINDS, random_matrices
 from tests.support.reference import (
     BaseWeights,
     assert_all_close,
@@ -299,3 +300,16 @@ def test_rows_that_come_in_pieces_are_summed_as_at_once(way: str) -> None:
     assert torch.equal(rows.sum_by_token(Addends(*(p.clone() for p in parts)), weighted=True), pieces)
     y = sum(p.float() for p in parts)[rows.place.long()].view(TOKENS, K, H) * weights[..., None]  # type: ignore[index]
     assert_close(pieces.cpu(), y.masked_fill((ids < 0)[..., None], 0).sum(1).cpu(), FORWARD, "sum")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_widened_to_the_bit(kind: str) -> None:
+    """Low bits of every format, matrices that fill no program, special values among scales and codes."""
+    matrices = random_matrices(kind, 3, 24, 64)
+    if matrices.scales.dtype == torch.uint8:
+        matrices.scales.view(-1)[:4] = torch.tensor([0, 1, 254, 255], dtype=torch.uint8)
+    if matrices.code == "e4m3":  # every code, both NaN among them
+        matrices.codes.view(torch.uint8).view(-1)[:256] = torch.arange(256, dtype=torch.int64).to(torch.uint8)
+    found, expected = widen_kernels.widened(matrices.to(DEVICE)).cpu(), matrices.dequantized(torch.bfloat16)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kt_hf.backends import packed
 from kt_hf.backends.packed import NF4, PackedExperts, PackedMatrices, join_nibbles, nibbles
-from tests.support.low_bit import KINDS, random_matrices
+from tests.support.packed_matrices import KINDS, random_matrices
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -88,3 +91,21 @@ def test_some_experts() -> None:
     assert some.experts == [1, 6]
     assert torch.equal(some.down.codes, experts.down.codes[[0, 2]])
     assert experts.select([1, 4, 6]) is experts
+
+
+def test_where_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried once for each kind; but memory that runs out is no reason to think so."""
+    given = random_matrices("fp8", 2, 32, 32)
+    failing: list[BaseException] = [torch.OutOfMemoryError("no memory"), RuntimeError("no compiler")]
+    fake = types.ModuleType("kernel")
+    fake.widened = lambda *_: (_ for _ in ()).throw(failing.pop(0))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kt_hf.backends.gpu.widen_kernels", fake)
+    monkeypatch.setattr(packed, "_kernel_runs", {})
+    with pytest.raises(torch.OutOfMemoryError):
+        packed._by_kernel(given)
+    assert packed._by_kernel(given) is None
+    assert packed._by_kernel(given) is None, "tried again"
+    assert failing == []
+    failing.append(RuntimeError("no such type"))
+    assert packed._by_kernel(random_matrices("int4", 2, 32, 32)) is None
+    assert failing == [], "another code was not tried"

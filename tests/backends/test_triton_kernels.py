@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 CASES = Path(__file__).with_name("kernel_cases.py")
-# Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, 5090.
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+# Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, B200, 5090.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -120,3 +120,27 @@ def test_the_fused_kernels_compile(sm: int) -> None:
         grouped_product._list_tiles, sm, dict.fromkeys(("ends", "tile_expert", "tile_row"), "*i32"), {}, HEIGHT=64,
         EXPERTS=128, AT_ONCE=64,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("sm", [pytest.param(sm, marks=() if sm in (80, 120) else pytest.mark.slow) for sm in SHARED])
+def test_widening_compiles(sm: int) -> None:
+    """Every code and kind of scale, floats of 8 bits among them where a GPU has none; stores are of 16 bytes."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import widen_kernels as module
+
+    numbers = {"count": 2**20, "part_words": 2**12}
+    pointers = {"words": "*i32", "zeros": "*u8", "factors": "*fp32", "table": "*fp32", "out": "*bf16"}
+    for code, kind, scale, zero, factor in (
+        (0, 0, "*bf16", False, 0), (0, 0, "*fp16", True, 0), (1, 1, "*u8", False, 0), (1, 2, "*u8", False, 1),
+        (1, 2, "*u8", False, 2), (2, 0, "*fp32", False, 0),
+    ):  # fmt: skip
+        done = compiled(
+            module._widen4, sm, pointers | {"scales": scale}, numbers, CODE=code, SCALE=kind, ZERO=zero, FACTOR=factor,
+            GROUP=2 if kind == 2 else 4, BLOCK=module._WORDS, num_warps=module._WARPS,
+        )  # fmt: skip
+        assert "st.global.v4" in done.asm["ptx"], (code, kind)
+    sizes = {"rows": 1536, "columns": 2048, "part_rows": 768, "R": 6, "C": 16, "height": 128, "width": 128}
+    for values, fp8 in (("*u8", True), ("*i8", False)):
+        types = {"values": values, "scales": "*fp32", "out": "*bf16"}
+        done = compiled(module._widen8, sm, types, sizes, FP8=fp8, COLUMNS=module._COLUMNS)
+        assert "st.global.v4" in done.asm["ptx"], values

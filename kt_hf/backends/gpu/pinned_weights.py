@@ -134,11 +134,11 @@ class HostWeights:
     @classmethod
     def of_packed(cls, experts: PackedExperts, must_lock: bool = True) -> HostWeights:
         """Experts of low bits; what is not in pages of its own (`own_pages`) is copied to such."""
-        parts = (
+        gate_up, down = (
             part.with_tensors([_in_own_pages(tensor) for tensor in part.tensors])
             for part in (experts.gate_up, experts.down)
         )
-        return cls(*parts, must_lock=must_lock)
+        return cls(gate_up, down, must_lock)
 
     @classmethod
     def on_gpu(cls, experts: PackedExperts, device: torch.device) -> HostWeights:

@@ -34,11 +34,11 @@ def _e4m3(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _widen4(
+def _widen4(  # type: ignore[no-untyped-def]
     words, scales, zeros, factors, table, out, count, part_words,
     CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Everything lies contiguous, so a flat index tells the group and the part; there are no rows here.
 
     CODE: of `_CODES`. SCALE: 0 floating, 1 E8M0, 2 E4M3. FACTOR: 0 none, 1 multiply, 2 divide. GROUP: int32 words, of
@@ -82,9 +82,9 @@ def _widen4(
 
 
 @triton.jit
-def _widen8(
+def _widen8(  # type: ignore[no-untyped-def]
     values, scales, out, rows, columns, part_rows, R, C, height, width, FP8: tl.constexpr, COLUMNS: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)  # of all matrices
     row = line % rows
     part = row // part_rows
