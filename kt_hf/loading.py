@@ -28,6 +28,7 @@ from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.progress import LayersBar
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
+from .dense_rest import for_rest, saved_bytes
 from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
@@ -54,7 +55,6 @@ _REFUSED = {
     "tp_size": "the model is not split over processes: leave it out",
     "distributed_config": "the model is not split over processes: leave it out",
     "device_mesh": "the model is not split over processes: leave it out",
-    "quantization_config": "experts are quantized by kt_backend; for other layers use from_pretrained and apply_kt_moe",
     "state_dict": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
     "gguf_file": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
     "variant": "experts are read from model.safetensors or its index: use from_pretrained and apply_kt_moe",
@@ -91,7 +91,8 @@ def load_kt_model(
         console: Where a terminal is shown the progress; None means the standard error.
         placement: Which experts go to the GPU first, as `apply_kt_moe` takes it.
         tokens_per_step: Tokens of a forward in training, as `apply_kt_moe` takes them.
-        **kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
+        **kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted. `quantization_config`,
+            a `BitsAndBytesConfig`, is for linear layers outside the experts, routers and head excepted.
 
     Returns:
         The patched model on the CPU, as `apply_kt_moe` returns it.
@@ -108,13 +109,19 @@ def load_kt_model(
     source = _source(path_or_name, dtype, kwargs)
     outline = skeleton(source.config, source.trusted)
     shapes = {site.name: site.shape for site in find_experts(outline, weightless=True)}
+    if source.rest is not None:
+        source.rest = for_rest(source.rest, outline, getattr(source.config, "quantization_config", None) is not None)
     packer = _packer(cfg, shapes, source)
     placement = as_placement(placement)
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
     if cfg.kt_lora_rank is not None and (packer.backend in LOW_BIT or (cfg.kt_backend, packer.backend) == _MAY_BE_LOW):
         packer = _packer(cfg, shapes, source, checkpoint.stored())
-    _place(packer, checkpoint, source, placement, memory_budget(outline, source.config, tokens_per_step, source.dtype))
+    budget = memory_budget(outline, source.config, tokens_per_step, source.dtype)
+    if source.rest is not None:
+        less = saved_bytes(source.rest, outline, source.dtype.itemsize)
+        budget = replace(budget, rest_bytes=budget.rest_bytes - less)
+    _place(packer, checkpoint, source, placement, budget)
     model = _load_rest(source, checkpoint)
     _load_experts(model, packer, checkpoint, console)
     return model
@@ -131,6 +138,7 @@ class _Source:
         trusted: Whether the model's own code may be run (`trust_remote_code`).
         hub: Arguments that tell where the files are.
         kwargs: The other arguments of `from_pretrained`.
+        rest: bitsandbytes' configuration for linear layers outside the experts; None if they stay as they are.
     """
 
     path_or_name: str | Path
@@ -139,6 +147,7 @@ class _Source:
     trusted: bool
     hub: dict[str, Any]
     kwargs: dict[str, Any]
+    rest: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,8 +173,9 @@ def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str
     asked = _checked_dtype(older if older is not None and dtype == "auto" else dtype)
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    rest = kwargs.pop("quantization_config", None)
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
-    return _Source(path_or_name, config, asked, trusted, hub, kwargs)
+    return _Source(path_or_name, config, asked, trusted, hub, kwargs, rest)
 
 
 def _packer(
@@ -269,6 +279,8 @@ def _load_rest(source: _Source, checkpoint: ExpertCheckpoint) -> Any:
     quantized = quantized_rest(checkpoint.files, block_size(config))
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if source.rest is not None:
+        kwargs["quantization_config"] = source.rest
     ignored = [r"\.experts\."] + ([rf"{SCALE_PATTERN}$"] if quantized else [])
     with _without_experts(checkpoint, ignored):
         model = loader.from_pretrained(str(source.path_or_name), config=config, dtype=source.asked, **kwargs)

@@ -86,7 +86,7 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
     smoothed = s.run.stage == "sft" and s.trainer.get("label_smoothing_factor")  # TRL takes all logits for it
     return MemoryBudget(
         tokens,
-        m.other_parameters * _width(s),
+        m.rest_bytes(_width(s), s.run),
         m.layers,
         m.vocabulary,
         bits=_bits(s, m),
@@ -201,7 +201,7 @@ def _experts_in_host(
     else:
         operators = OPERATORS[backend(s)]
         packed, forced = int(on_cpu * operators.bytes_per_weight), operators.shares_backward
-        asked = _shares(s, packed, host_free, m.other_parameters * _width(s))
+        asked = _shares(s, packed, host_free, m.rest_bytes(_width(s), s.run))
         memory.shared_backward = asked if forced is None else forced
         host["experts packed"] = packed
         if memory.shared_backward:
@@ -227,7 +227,7 @@ def _outside_experts(other: dict[str, int], s: TrainSettings, m: ModelSizes, T: 
         source = m.expert_parameters * _width(s)
         other["experts"] = source
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
-    other["attention, embeddings and the rest"] = m.other_parameters * _width(s)
+    other["attention, embeddings and the rest"] = m.rest_bytes(_width(s), s.run)
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)
     other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)

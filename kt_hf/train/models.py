@@ -183,16 +183,35 @@ def load_model(
             try:
                 return load_kt_model(
                     name, streamed, dtype=keys.torch_dtype, config=config, console=console, placement=placement,
-                    tokens_per_step=tokens, **_revision(keys),
+                    tokens_per_step=tokens, **_revision(keys), **_quantization(keys, config),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
+        if keys.quantization_bit is not None:
+            raise KTAMXConfigError(
+                f"quantization_bit={keys.quantization_bit}: the model is loaded whole here (no safetensors, code of "
+                "its own, or a placement that counts first), which goes without it. Leave it out."
+            )
         model = _whole_model(keys, config)
     except KTAMXError:
         raise
     except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
         raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from error
     return patched(model)
+
+
+def _quantization(keys: RunKeys, config: Any) -> dict[str, Any]:
+    """What `load_kt_model` takes for `quantization_bit`."""
+    import torch
+
+    from ..dense_rest import bits_and_bytes
+
+    if keys.quantization_bit is None:
+        return {}
+    dtype = getattr(torch, str(config.dtype or "bfloat16").removeprefix("torch."))
+    dtype = dtype if keys.torch_dtype == "auto" else getattr(torch, keys.torch_dtype)
+    made = bits_and_bytes(keys.quantization_bit, keys.quantization_type, keys.double_quantization, dtype)
+    return {"quantization_config": made}
 
 
 def _builtin_model(keys: RunKeys) -> Any:

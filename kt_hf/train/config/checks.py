@@ -155,6 +155,16 @@ def _choices(c: Checked) -> None:
         if value not in allowed:
             instead = names.INSTEAD.get(f"{key}={value}", "")
             c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}{instead}")
+    bits, kind = c.run.quantization_bit, c.run.quantization_type
+    for key, value, allowed in (
+        ("quantization_bit", bits, (None, 4, 8)),
+        ("quantization_method", c.run.quantization_method, ("bnb",)),
+        ("quantization_type", kind, ("nf4", "fp4")),
+    ):
+        if value not in allowed:
+            c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(str(v) for v in allowed if v is not None)}")
+    if bits is not None and (not c.run.use_kt or c.run.model_name_or_path.startswith("builtin:")):
+        c.problem("quantization_bit", f"quantization_bit={bits} needs use_kt and a checkpoint of safetensors files")
     sampling = c.trainer.get("train_sampling_strategy")
     if sampling is not None and sampling not in _SAMPLING:
         c.problem(

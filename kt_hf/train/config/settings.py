@@ -31,6 +31,10 @@ class RunKeys:
     trust_remote_code: bool = False
     torch_dtype: str = "auto"
     attn_implementation: str | None = None
+    quantization_bit: int | None = None
+    quantization_method: str = "bnb"
+    quantization_type: str = "nf4"
+    double_quantization: bool = True
     stage: str = "sft"
     finetuning_type: str = "lora"
     use_kt: bool = True
