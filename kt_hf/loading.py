@@ -117,14 +117,18 @@ def load_kt_model(
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
     if cfg.kt_lora_rank is not None and (packer.backend in LOW_BIT or (cfg.kt_backend, packer.backend) == _MAY_BE_LOW):
         packer = _packer(cfg, shapes, source, checkpoint.stored())
-    budget = memory_budget(outline, source.config, tokens_per_step, source.dtype)
-    if source.rest is not None:
-        less = saved_bytes(source.rest, outline, source.dtype.itemsize)
-        budget = replace(budget, rest_bytes=budget.rest_bytes - less)
-    _place(packer, checkpoint, source, placement, budget)
+    _place(packer, checkpoint, source, placement, _budget(outline, source, tokens_per_step))
     model = _load_rest(source, checkpoint)
     _load_experts(model, packer, checkpoint, console)
     return model
+
+
+def _budget(outline: nn.Module, source: _Source, tokens: int | None) -> MemoryBudget:
+    """What must fit on the GPU beside the experts."""
+    budget = memory_budget(outline, source.config, tokens, source.dtype)
+    if source.rest is None:
+        return budget
+    return replace(budget, rest_bytes=budget.rest_bytes - saved_bytes(source.rest, outline, source.dtype.itemsize))
 
 
 @dataclass

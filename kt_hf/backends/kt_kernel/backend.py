@@ -107,8 +107,8 @@ class KTKernelBackend:
             check_weights(weights, shape, label)
         else:
             check_saved(weights, self._operators, pools, share_backward, label)
-        if self._operators.shares_backward is not None:
-            share_backward = self._operators.shares_backward
+        forced = self._operators.shares_backward
+        share_backward = share_backward if forced is None else forced
         rank, share_cache = self._operators.packed_rank(rank), share_cache and not self._operators.one_saved
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
         self._unused: int | None = None  # tokens of a saved forward without its backward, where that matters
@@ -117,9 +117,8 @@ class KTKernelBackend:
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
-        self._pauses: dict[str, CallGap] = {}
+        self._pauses, self._moe = dict[str, CallGap](), None
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
-        self._moe: Any = None
         never_destroy(self)
         pool = self._engine.cpu_infer.backend_
         config = operator_config(shape, self._lora, max_len, share_backward, share_cache, self._expert_map, pool)
@@ -177,6 +176,7 @@ class KTKernelBackend:
                 moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
         return moe
 
+    _moe: Any
     kept = False  # becomes true at the interpreter's end and in a fork: `never_destroy`
 
     def natives(self) -> list[Any]:
