@@ -187,11 +187,6 @@ def load_model(
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
-        if keys.quantization_bit is not None:
-            raise KTAMXConfigError(
-                f"quantization_bit={keys.quantization_bit}: the model is loaded whole here (no safetensors, code of "
-                "its own, or a placement that counts first), which goes without it. Leave it out."
-            )
         model = _whole_model(keys, config)
     except KTAMXError:
         raise
@@ -231,6 +226,11 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = keys.model_name_or_path
+    if keys.quantization_bit is not None:
+        raise KTAMXConfigError(
+            f"quantization_bit={keys.quantization_bit}: the model is loaded whole here (no safetensors, code of "
+            "its own, or a placement that counts first), which goes without it. Leave it out."
+        )
     model, report = AutoModelForCausalLM.from_pretrained(
         name, config=config, dtype=keys.torch_dtype, trust_remote_code=_trusted(keys, config), output_loading_info=True,
         **_revision(keys),

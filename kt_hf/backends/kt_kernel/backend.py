@@ -112,8 +112,7 @@ class KTKernelBackend:
         rank, share_cache = self._operators.packed_rank(rank), share_cache and not self._operators.one_saved
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
         self._unused: int | None = None  # tokens of a saved forward without its backward, where that matters
-        self.overflow_noted = False
-        self._lora_on = False
+        self.overflow_noted = self._lora_on = False
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()

@@ -21,6 +21,17 @@ MIX_STRATEGIES = {
 }
 
 
+# What keys of `RunKeys` may be.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "stage": STAGES,
+    "torch_dtype": DTYPES,
+    "finetuning_type": ("lora",),
+    "quantization_bit": (None, 4, 8),
+    "quantization_method": ("bnb",),
+    "quantization_type": ("nf4", "fp4"),
+}
+
+
 @dataclass(frozen=True)
 class RunKeys:
     """The keys that are not TRL's: name, type and default. `convert` checks their types as it does TRL's."""
