@@ -151,9 +151,7 @@ def _ranges(c: Checked) -> None:
 
 def _choices(c: Checked) -> None:
     if c.run.quantization_bit and (not c.run.use_kt or c.run.model_name_or_path.startswith("builtin:")):
-        c.problem(
-            "quantization_bit", "quantization_bit needs use_kt and a checkpoint of safetensors files: leave it out"
-        )
+        c.problem("quantization_bit", "quantization_bit needs use_kt and safetensors files: leave it out")
     for key, allowed in CHOICES.items():
         value = getattr(c.run, key)
         if value not in allowed:
