@@ -42,9 +42,6 @@ def test_linear_layers_alone_are_quantized_and_train(checkpoint: Path, bits: int
     assert not any(".gate." in name + "." or "shared_expert_gate" in name or "lm_head" in name for name in found)
     if "qwen2" in str(checkpoint) or "deepseek" in str(checkpoint):
         assert any("shared_expert" in name for name in found)
-    plain = load_kt_model(checkpoint, CPU)
-    with torch.no_grad():
-        assert (model(IDS).logits - plain(IDS).logits).norm() < 0.6 * plain(IDS).logits.norm()  # weights are random
     adapted = get_peft_model(model, kt_lora_config(model))
     fill_lora(adapted, seed=1)
     adapted(input_ids=IDS, labels=IDS).loss.backward()
