@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 PLACEMENTS = ("auto", "cpu", "gpu")
 LORA_DEVICES = ("auto", "cpu", "gpu")
 EXPERT_DTYPES = ("bf16", "int4", "int8", "fp8")
-BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "torch")
+BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "MXFP4", "AMXFP8", "AMXInt4KGroup", "torch")
 
 # Keys of older integrations, with what took their place.
 _REMOVED = {
@@ -35,7 +35,9 @@ class KTConfig:
         kt_backend: What computes the experts: `auto` (AMX, then AVX512-BF16, then torch; torch as well on two cores
             without AMX, unless kt_num_threads is set), `AMXBF16` (kt-kernel's bf16 operators, on AMX or AVX512-BF16),
             `AMXInt8` or `AMXInt4` (the same, weights quantized as they are packed: a half and a quarter of the memory,
-            never chosen by `auto`), or `torch` (PyTorch, any device and dtype).
+            never chosen by `auto`), `MXFP4`, `AMXFP8` or `AMXInt4KGroup` (operators for checkpoints that are in these
+            formats, which they take as they are; others are rounded to them; see docs/low-bit.md), or `torch`
+            (PyTorch, any device and dtype).
         kt_num_threads: Worker threads of the operators. None plans them from the machine; more than it
             has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
@@ -205,9 +207,13 @@ def _placement(value: Any) -> None:
             )
 
 
+# Operators that compute with what a dtype is stored as.
+_SAME = {"AMXInt4KGroup": "int4", "AMXFP8": "fp8"}
+
+
 def _alone(dtype: str, backend: str, path: object) -> None:
     """Experts are quantized in one way."""
-    if backend in ("AMXInt8", "AMXInt4"):
+    if backend not in ("auto", "torch", "AMXBF16") and _SAME.get(backend) != dtype:
         raise KTAMXConfigError(
             f"kt_expert_dtype={dtype!r} and kt_backend={backend!r} both quantize the experts: leave one out."
         )

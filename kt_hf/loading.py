@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
+from .backends import LOW_BIT
+from .backends.packed import PackedMatrices
 from .backends.quantizer import EXPERT_BITS
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.model_rest import NoExperts, Source, checked_dtype, load_rest
 from .checkpoint.progress import LayersBar
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
+from .dense_rest import for_rest, saved_bytes
 from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts
@@ -49,13 +53,14 @@ _REFUSED = {
     "tp_size": "the model is not split over processes: leave it out",
     "distributed_config": "the model is not split over processes: leave it out",
     "device_mesh": "the model is not split over processes: leave it out",
-    "quantization_config": "experts are quantized by kt_backend; for other layers use from_pretrained and apply_kt_moe",
     "state_dict": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
     "gguf_file": "experts are read from safetensors files: use from_pretrained and apply_kt_moe",
     "variant": "experts are read from model.safetensors or its index: use from_pretrained and apply_kt_moe",
     "key_mapping": "tensors are found by the names the family has: use from_pretrained and apply_kt_moe",
     "output_loading_info": "there is no such report here: leave it out",
 }
+# kt_backend, and what was chosen while the checkpoint was not known yet.
+_MAY_BE_LOW = ("auto", "torch")
 
 
 def load_kt_model(
@@ -84,7 +89,8 @@ def load_kt_model(
         console: Where a terminal is shown the progress; None means the standard error.
         placement: Which experts go to the GPU first, as `apply_kt_moe` takes it.
         tokens_per_step: Tokens of a forward in training, as `apply_kt_moe` takes them.
-        **kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted.
+        **kwargs: Of `from_pretrained`, those that say how to place or convert weights excepted. `quantization_config`,
+            a `BitsAndBytesConfig`, is for linear layers outside the experts, routers and head excepted.
 
     Returns:
         The patched model on the CPU, as `apply_kt_moe` returns it.
@@ -101,15 +107,27 @@ def load_kt_model(
     source = _source(path_or_name, dtype, kwargs)
     outline = skeleton(source.config, source.trusted)
     shapes = {site.name: site.shape for site in find_experts(outline, weightless=True)}
+    if source.rest is not None:
+        source.rest = for_rest(source.rest, outline, getattr(source.config, "quantization_config", None) is not None)
     packer = _packer(cfg, shapes, source)
     placement = as_placement(placement)
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
-    _place(packer, checkpoint, source, placement, memory_budget(outline, source.config, tokens_per_step, source.dtype))
+    if cfg.kt_lora_rank is not None and (packer.backend in LOW_BIT or (cfg.kt_backend, packer.backend) == _MAY_BE_LOW):
+        packer = _packer(cfg, shapes, source, checkpoint.stored())
+    _place(packer, checkpoint, source, placement, _budget(outline, source, tokens_per_step))
     checkpoint.check_values()
     model = load_rest(source, checkpoint, outline)
     _load_experts(model, packer, checkpoint, console)
     return model
+
+
+def _budget(outline: nn.Module, source: Source, tokens: int | None) -> MemoryBudget:
+    """What must fit on the GPU beside the experts."""
+    budget = memory_budget(outline, source.config, tokens, source.dtype)
+    if source.rest is None:
+        return budget
+    return replace(budget, rest_bytes=budget.rest_bytes - saved_bytes(source.rest, outline, source.dtype.itemsize))
 
 
 def _check_arguments(path_or_name: Any, kwargs: Mapping[str, Any]) -> None:
@@ -129,12 +147,16 @@ def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str
     asked = checked_dtype(older if older is not None and dtype == "auto" else dtype)
     trusted = bool(kwargs.pop("trust_remote_code", False))
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    rest = kwargs.pop("quantization_config", None)
     config, kwargs = _config(path_or_name, trusted, hub, kwargs)
-    return Source(path_or_name, config, asked, trusted, hub, kwargs)
+    return Source(path_or_name, config, asked, trusted, hub, kwargs, rest)
 
 
-def _packer(cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: Source) -> Packer:
-    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=source.config.model_type)
+def _packer(
+    cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: Source, stored: Sequence[PackedMatrices] = ()
+) -> Packer:
+    model_type = source.config.model_type
+    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=model_type, stored=stored)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "

@@ -25,6 +25,7 @@ ROWS = (
     ("monitoring", "adapters"),
     ("peft_compat",),
     ("lora", "patch", "callback"),
+    ("dense_rest",),
     ("loading",),
     ("",),  # kt_hf/__init__.py: the public names
     ("builtin",),

@@ -26,6 +26,8 @@ QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size":
 QWEN_30B = {"hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128,
             "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
             "vocab_size": 151936, "mlp_only_layers": [], "norm_topk_prob": True}  # fmt: skip
+QWEN_235B = QWEN_30B | {"hidden_size": 4096, "moe_intermediate_size": 1536, "intermediate_size": 12288,
+                        "num_attention_heads": 64}  # fmt: skip
 QWENS = {"qwen3_moe": QWEN, "qwen3_30b": QWEN_30B, "qwen3_235b": QWEN_235B}
 
 

@@ -15,6 +15,7 @@ from .gpu.pinned_weights import HostWeights
 from .gpu.resident import gpu_backend
 from .gpu.streamed import StreamedBackend
 from .gpu.weight_stream import Streamer
+from .packed import PackedExperts
 from .tiered import TieredBackend
 
 # Copied weights of a part, and the rows of the layer's `gate_up` and `down` that they come from.
@@ -115,7 +116,7 @@ def _pack_rest(
 ) -> ExpertsBackend:
     """The layer's backend: `parts` on the GPU, and `rest` packed for the CPU; empties `weights`."""
     dtype, device = weights.gate_up.dtype, weights.gate_up.device
-    cpu_weights = weights.wide(rest, device, dtype)
+    cpu_weights = _for_cpu(weights, rest, device, dtype)
     plain = [e for e in rest if not weights.low_bit or e not in weights.low_bit.experts]
     rows = weights.rows_of(plain)
     weights.gate_up = weights.down = torch.empty(0)  # released before the packed copy is made
@@ -129,6 +130,18 @@ def _pack_rest(
             weights.gate_up = _joined([(copy.gate_up, rows) for copy, rows in copies], dtype, device)
             weights.down = _joined([(copy.down, rows) for copy, rows in copies], dtype, device)
         raise
+
+
+def _for_cpu(weights: ExpertWeights, rest: list[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+    """Copies of the experts `rest`, numbered from 0; if all are of low bits they stay so."""
+    low = weights.low_bit
+    if low is None or not set(rest) <= set(low.experts):
+        return weights.wide(rest, device, dtype)
+    some = low.select(rest)
+    gate_up, down = (torch.empty((0, *part.shape[1:]), dtype=dtype, device=device) for part in (low.gate_up, low.down))
+    packed = PackedExperts(list(range(len(rest))), some.gate_up, some.down)
+    bias = None if weights.gate_up_bias is None else weights.gate_up_bias[rest]
+    return ExpertWeights(gate_up, down, low_bit=packed, gate_up_bias=bias)
 
 
 def _together(parts: list[tuple[ExpertsBackend, list[int]]], shape: ExpertShape) -> ExpertsBackend:

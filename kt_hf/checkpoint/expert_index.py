@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..backends import ExpertWeights
-from ..backends.packed import PackedExperts
+from ..backends.packed import PackedExperts, PackedMatrices
 from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
@@ -143,6 +143,13 @@ class ExpertCheckpoint:
         alike = {e: frozenset(of) for e, of in kinds.items() if len(of) == 2 and all(kind for _, kind in of)}
         most = Counter(alike.values()).most_common(1)
         return {e for e, of in alike.items() if of == most[0][0]}
+
+    def stored(self) -> list[PackedMatrices]:
+        """How experts of low bits are stored: two matrices of each layer's first expert; [] if any is widened."""
+        if self._as_modules or any(len(self._stackable(name)) < self.shapes[name].num_experts for name in self.layers):
+            return []
+        packed = [self._read_packed(layer, [0]) for layer in self.layers]
+        return [matrix for one in packed for matrix in (one.gate_up, one.down)]
 
     def _read_packed(self, layer: str, experts: list[int]) -> PackedExperts:
         """Experts of a layer as they are in the files."""

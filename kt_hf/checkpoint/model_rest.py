@@ -32,6 +32,7 @@ class Source:
         trusted: Whether the model's own code may be run (`trust_remote_code`).
         hub: Arguments that tell where the files are.
         kwargs: The other arguments of `from_pretrained`.
+        rest: bitsandbytes' configuration for linear layers outside the experts; None if they stay as they are.
     """
 
     path_or_name: str | Path
@@ -40,6 +41,7 @@ class Source:
     trusted: bool
     hub: dict[str, Any]
     kwargs: dict[str, Any]
+    rest: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,9 +73,17 @@ def load_rest(source: Source, checkpoint: ExpertCheckpoint, outline: Any) -> Any
     loader = AutoModelForCausalLM if source.trusted else checkpoint.model_class
     rest = DenseRest(checkpoint.files, checkpoint.quantization, _left_out(checkpoint.model_class))
     rest.check(outline)
+    if rest.low_bit and source.rest is not None:
+        stored = next(iter(rest.low_bit.values())).first
+        raise KTAMXConfigError(
+            f"quantization_config: {stored} is of {stored.dtype} already. bitsandbytes quantizes weights in bfloat16, "
+            "float16 or float32 alone: leave it out, these are widened."
+        )
     without_quantization(config)
     if rest.low_bit:
         return _load_widened(source, checkpoint, rest)
+    if source.rest is not None:
+        kwargs["quantization_config"] = source.rest
     ignored = [r"\.experts\."]
     with _without_experts(checkpoint, ignored):
         model = loader.from_pretrained(str(source.path_or_name), config=config, dtype=source.asked, **kwargs)

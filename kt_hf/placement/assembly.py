@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends import FEW_CORES, choose_backend, describe_cpu
+from ..backends import FEW_CORES, OPERATORS, choose_backend, describe_cpu
+from ..backends.packed import PackedMatrices
 from ..backends.quantizer import refuse_indivisible
+from ..backends.registry import keeps_packed
 from ..config import KTConfig
 from ..errors import KTAMXConfigError
 from ..experts import kt_layers
@@ -67,6 +69,7 @@ def make_packer(
     dtype: torch.dtype,
     streamed: bool = False,
     model_type: str | None = None,
+    stored: Sequence[PackedMatrices] = (),
 ) -> Packer:
     """Choose the backend for layers of these shapes, and log which.
 
@@ -76,6 +79,7 @@ def make_packer(
         dtype: The model's.
         streamed: Whether the weights are read as they are packed, so that they are not in memory yet.
         model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
+        stored: How the checkpoint stores experts of low bits that can stay so: a matrix of each kind.
 
     Raises:
         KTAMXConfigError: Settings or saved weights that do not fit the model.
@@ -89,7 +93,10 @@ def make_packer(
     if cfg.kt_weight_path is not None:
         saved = for_run(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
     workers = threads.workers if cfg.kt_num_threads is None else None
-    chosen = {choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype) for shape in shapes.values()}
+    chosen = {
+        choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype, cfg.kt_lora_rank, stored)
+        for shape in shapes.values()
+    }
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
     if saved is not None:
         saved.check(shapes, backend, len(threads.pools), cfg.kt_share_backward_weights, model_type)
@@ -104,6 +111,10 @@ def make_packer(
         if tiers == Tiers():
             logger.warning("kt_hf: the CPU computes experts of %s widened: no memory is saved.", cfg.kt_expert_dtype)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
+    packer.keeps_on_cpu = keeps_packed(backend, stored)
+    fixed = OPERATORS[backend].shares_backward if backend in OPERATORS else None
+    if fixed is not None and cfg.kt_share_backward_weights == (not fixed):
+        logger.warning("kt_share_backward_weights=%s is ignored: %s cannot choose.", not fixed, backend)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, threads if backend != "torch" else "PyTorch's threads", describe_cpu(),

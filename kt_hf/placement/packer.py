@@ -66,6 +66,7 @@ class Packer:
         lora: Where the experts' LoRA is.
         tokens: Of a forward in training, as far as is known.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
+        keeps_on_cpu: Whether the CPU computes experts as their checkpoint stores them, in low bits.
         stored_as: What all experts' weights are, in words, for an adapter's manifest.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
@@ -91,6 +92,7 @@ class Packer:
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
         self.tokens, self.bits, self.stored_as = _TOKENS, BF16, config.kt_expert_dtype
+        self.keeps_on_cpu = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.cpu_bytes = cpu_bytes
@@ -110,7 +112,8 @@ class Packer:
     @property
     def max_rank(self) -> int | None:
         """The largest rank of an adapter on layers that are not packed yet; None if there is no limit."""
-        return None if self.backend == "torch" else self.config.kt_lora_rank
+        only = OPERATORS[self.backend].rank if self.backend in OPERATORS else None
+        return None if self.backend == "torch" else self.config.kt_lora_rank or only
 
     @property
     def retain(self) -> bool:
@@ -311,15 +314,17 @@ class Packer:
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 
     def low_bit_experts(self, shape: ExpertShape, layer: int) -> Sequence[int]:
-        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them: all that the GPU computes.
+        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them, on the GPU or the CPU.
 
         Args:
             shape: Sizes of the layer.
             layer: Its index, by which the placement knows it.
         """
-        if self.bits >= BF16 or self.config.kt_expert_dtype != "bf16":
+        if self.config.kt_expert_dtype != "bf16":
             return ()
-        return [e for part in self._on_gpu(shape, layer) for e in part]
+        on_gpu = [e for part in self._on_gpu(shape, layer) for e in part]
+        kept = on_gpu if self.bits < BF16 else []
+        return kept + sorted(set(range(shape.num_experts)) - set(on_gpu)) if self.keeps_on_cpu else kept
 
     def stored(self, weights: ExpertWeights | PackedLayerFiles) -> ExpertWeights | PackedLayerFiles:
         """A layer's weights in `kt_expert_dtype`: as they are, or quantized, and then `weights` are emptied."""
@@ -329,7 +334,7 @@ class Packer:
 
     def _share_backward(self) -> bool:
         """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
-        if self.backend == "torch":
+        if self.backend == "torch" or OPERATORS[self.backend].shares_backward is not None:
             return False
         saved = self.saved
         if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights

@@ -87,7 +87,7 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
     smoothed = s.run.stage == "sft" and s.trainer.get("label_smoothing_factor")  # TRL takes all logits for it
     return MemoryBudget(
         tokens,
-        m.other_parameters * _width(s),
+        m.rest_bytes(_width(s), s.run),
         m.layers,
         m.vocabulary,
         bits=_bits(s, m),
@@ -200,11 +200,16 @@ def _experts_in_host(
     if not kernel:
         host["experts"] = on_cpu * _width(s)
     else:
-        packed = int(on_cpu * OPERATORS[backend(s)].bytes_per_weight)
-        memory.shared_backward = _shares(s, packed, host_free, m.other_parameters * _width(s))
+        operators = OPERATORS[backend(s)]
+        packed, forced = int(on_cpu * operators.bytes_per_weight), operators.shares_backward
+        asked = _shares(s, packed, host_free, m.rest_bytes(_width(s), s.run))
+        memory.shared_backward = asked if forced is None else forced
         host["experts packed"] = packed
-        host["backward copies"] = packed // layers if memory.shared_backward else packed
-        larger = on_cpu * _width(s) - packed - host["backward copies"]
+        if memory.shared_backward:
+            host["backward copies"] = packed // layers
+        elif forced is None:
+            host["backward copies"] = packed
+        larger = on_cpu * _width(s) - packed - host.get("backward copies", 0)
         if not _streams(s) and larger > 0:  # as they were loaded, before the first is packed
             host["experts before packing"] = larger
     # The operators' copies (twice) and gradient, or the gradient as it comes from the GPU; then LoRA's master,
@@ -223,7 +228,7 @@ def _outside_experts(other: dict[str, int], s: TrainSettings, m: ModelSizes, T: 
         source = m.expert_parameters * _width(s)
         other["experts"] = source
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
-    other["attention, embeddings and the rest"] = m.other_parameters * _width(s)
+    other["attention, embeddings and the rest"] = m.rest_bytes(_width(s), s.run)
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)
     other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.quantization import known_quantization
+from ..dense_rest import bytes_per_weight
 from ..discovery import find_experts, skeleton
 from ..lora import linear_targets
 from ..placement.assembly import linear_widths
@@ -26,6 +27,7 @@ class ModelSizes:
         layers: All decoder layers.
         expert_parameters: In routed experts, all layers.
         other_parameters: Everywhere else.
+        linear_parameters: Of those, in linear layers that `quantization_bit` is for.
         lora_experts: LoRA parameters on experts.
         lora_others: LoRA parameters elsewhere.
         vocabulary: V.
@@ -50,6 +52,18 @@ class ModelSizes:
     kv_width: int
     inner_bytes: int = 0
     bits: float = BF16
+    linear_parameters: int = 0
+
+    def rest_bytes(self, width: int, keys: RunKeys) -> int:
+        """Bytes of the weights outside of routed experts.
+
+        Args:
+            width: Of a weight in the model's dtype.
+            keys: The run's keys that are not TRL's.
+        """
+        low = self.linear_parameters if keys.quantization_bit in (4, 8) else 0
+        one = bytes_per_weight(keys.quantization_bit or 8, keys.double_quantization) if low else 0
+        return (self.other_parameters - low) * width + int(low * one)
 
 
 def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
@@ -97,6 +111,7 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         kv_width=kv,
         inner_bytes=inner_bytes(H, linear_widths(model), text.num_hidden_layers),
         bits=_bits(config, keys.torch_dtype),
+        linear_parameters=sum(m.weight.numel() for _, m in _linears(model)),
     )
 
 

@@ -182,7 +182,7 @@ def load_model(
             try:
                 return load_kt_model(
                     name, streamed, dtype=keys.torch_dtype, config=config, console=console, placement=placement,
-                    tokens_per_step=tokens, **_revision(keys),
+                    tokens_per_step=tokens, **_revision(keys), **_quantization(keys, config),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
@@ -192,6 +192,20 @@ def load_model(
     except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
         raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from error
     return patched(model)
+
+
+def _quantization(keys: RunKeys, config: Any) -> dict[str, Any]:
+    """What `load_kt_model` takes for `quantization_bit`."""
+    import torch
+
+    from ..dense_rest import bits_and_bytes
+
+    if keys.quantization_bit is None:
+        return {}
+    dtype = getattr(torch, str(config.dtype or "bfloat16").removeprefix("torch."))
+    dtype = dtype if keys.torch_dtype == "auto" else getattr(torch, keys.torch_dtype)
+    made = bits_and_bytes(keys.quantization_bit, keys.quantization_type, keys.double_quantization, dtype)
+    return {"quantization_config": made}
 
 
 def _builtin_model(keys: RunKeys) -> Any:
@@ -211,6 +225,11 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     name, trusted = keys.model_name_or_path, _trusted(keys, config)
+    if keys.quantization_bit is not None:
+        raise KTAMXConfigError(
+            f"quantization_bit={keys.quantization_bit}: the model is loaded whole here (no safetensors, code of "
+            "its own, or a placement that counts first), which goes without it. Leave it out."
+        )
     kind = AutoModelForCausalLM if trusted else type(outline_of(keys, config))
     model, report = kind.from_pretrained(
         name, config=config, dtype=keys.torch_dtype, output_loading_info=True, **_revision(keys),

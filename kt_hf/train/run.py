@@ -235,6 +235,8 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
         callback.advises = False  # `Folding` does what it would advise
     kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
+    # With a quantized base TRL rounds what is trained to bf16, in which small steps of an optimizer vanish.
+    exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if settings.run.quantization_bit else []
     trainer = kind(
         model,
         args=args,
@@ -244,9 +246,20 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         peft_config=peft_config,
         callbacks=callbacks,
     )
+    if settings.run.quantization_bit:
+        _in_fp32(trainer.model, exact)
     _loraplus(settings, trainer)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
+
+
+def _in_fp32(model: Any, exact: list[tuple[Any, Any]]) -> None:
+    """Give trained parameters fp32 again: the values they had before, those that the trainer made as they are."""
+    for parameter, value in exact:
+        parameter.data = value.to(parameter.device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _loraplus(settings: TrainSettings, trainer: Any) -> None:
