@@ -303,6 +303,8 @@ class ExpertsRunner:
         if self.on_gpu:
             x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
             return x, ids, weights
+        if not (x.is_cuda or ids.is_cuda or weights.is_cuda):
+            return self._prepared(x, ids, weights)
         # Ids and weights are few: what is done with them takes the CPU less than launching it takes.
         dtypes = (self.backend.dtype, ids.dtype, weights.dtype)
         return self._prepared(*to_host((x, ids, weights), dtypes).wait())
