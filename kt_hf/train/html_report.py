@@ -137,7 +137,9 @@ def _examples(trainer: Any, ready: Any) -> str:
     import torch
 
     data = ready.eval_data or ready.train_data
-    if "labels" not in data.dataset.column_names or not hasattr(trainer.model, "disable_adapter"):
+    if "labels" not in (getattr(data.dataset, "column_names", None) or ()) or not hasattr(
+        trainer.model, "disable_adapter"
+    ):
         return "<p>None for this stage.</p>"
     model, tokenizer, rows = trainer.model, ready.tokenizer, []
     training = model.training
@@ -175,5 +177,5 @@ def _settings(settings: Any, args: Any) -> dict[str, Any]:
     """What the user set, and of the rest what a reader asks for first."""
     default = type(settings.run)()
     keys = {name: value for name, value in asdict(settings.run).items() if value != getattr(default, name)}
-    asked = {name: getattr(args, name) for name in _ASKED}
+    asked = {name: getattr(args, name) for name in _ASKED if hasattr(args, name)}
     return keys | asked | dict(settings.trainer) | settings.kt.changed() | {"python": platform.python_version()}
