@@ -299,7 +299,7 @@ class ExpertsRunner:
         return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
 
     def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The model's inputs in the shapes and dtypes that the backend takes, on its device; a CPU converts ids itself."""
+        """The model's inputs as the backend takes them: shapes, dtypes and device. The CPU converts ids itself."""
         if self.on_gpu:
             x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
             return x, ids, weights
