@@ -109,12 +109,12 @@ def load_kt_model(
     shapes = {site.name: site.shape for site in find_experts(outline, weightless=True)}
     if source.rest is not None:
         source.rest = for_rest(source.rest, outline, getattr(source.config, "quantization_config", None) is not None)
-    packer = _packer(cfg, shapes, source)
+    packer = _packer(cfg, shapes, source, tokens_per_step)
     placement = as_placement(placement)
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
     if cfg.kt_lora_rank is not None and (packer.backend in LOW_BIT or (cfg.kt_backend, packer.backend) == _MAY_BE_LOW):
-        packer = _packer(cfg, shapes, source, checkpoint.stored())
+        packer = _packer(cfg, shapes, source, tokens_per_step, checkpoint.stored())
     _place(packer, checkpoint, source, placement, _budget(outline, source, tokens_per_step))
     checkpoint.check_values()
     model = load_rest(source, checkpoint, outline)
@@ -153,10 +153,14 @@ def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str
 
 
 def _packer(
-    cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: Source, stored: Sequence[PackedMatrices] = ()
+    cfg: KTConfig,
+    shapes: Mapping[str, ExpertShape],
+    source: Source,
+    tokens: int | None,
+    stored: Sequence[PackedMatrices] = (),
 ) -> Packer:
     model_type = source.config.model_type
-    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=model_type, stored=stored)
+    packer = make_packer(cfg, shapes, source.dtype, True, model_type, stored, tokens)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "

@@ -58,12 +58,6 @@ class ExpertWeights:
         """Experts of the layer, those of low bits included."""
         return len(self.gate_up) + (len(self.low_bit.experts) if self.low_bit else 0)
 
-    def widened(self) -> ExpertWeights:
-        """The layer with all of its experts as the CPU computes them; itself if none is of low bits."""
-        if self.low_bit is None:
-            return self
-        return self.wide(range(self.num_experts), torch.device("cpu"), self.gate_up.dtype)
-
     def wide(self, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
         """Some experts of the layer, copied, those of low bits widened.
 

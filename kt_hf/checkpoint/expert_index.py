@@ -127,6 +127,8 @@ class ExpertCheckpoint:
         Raises:
             KTAMXError: The experts cannot be computed of it, naming file and tensor.
         """
+        for module in self._as_modules.values() if scales else ():
+            module.check_values()
         check_values([matrix for layer in self._matrices.values() for matrix in layer.values()], scales)
 
     def source_bytes(self, layer: str) -> int:

@@ -70,6 +70,7 @@ def make_packer(
     streamed: bool = False,
     model_type: str | None = None,
     stored: Sequence[PackedMatrices] = (),
+    tokens: int | None = None,
 ) -> Packer:
     """Choose the backend for layers of these shapes, and log which.
 
@@ -80,6 +81,7 @@ def make_packer(
         streamed: Whether the weights are read as they are packed, so that they are not in memory yet.
         model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
         stored: How the checkpoint stores experts of low bits that can stay so: a matrix of each kind.
+        tokens: Of a forward in training; None if unknown.
 
     Raises:
         KTAMXConfigError: Settings or saved weights that do not fit the model.
@@ -94,7 +96,7 @@ def make_packer(
         saved = for_run(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
     workers = threads.workers if cfg.kt_num_threads is None else None
     chosen = {
-        choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype, cfg.kt_lora_rank, stored)
+        choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype, cfg.kt_lora_rank, stored, tokens)
         for shape in shapes.values()
     }
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]

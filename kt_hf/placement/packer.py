@@ -15,6 +15,7 @@ from ..backends import (
     ExpertWeights,
     PackedLayerFiles,
     build_backend,
+    bytes_per_weight,
     most_tokens,
 )
 from ..backends.build_tiered import build_tiered
@@ -241,24 +242,16 @@ class Packer:
             self._share = self._share_backward()
 
         def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
-            return build_backend(
-                self.backend,
-                weights,
-                shape,
-                rank,
-                self.threads,
-                self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape)),
-                bool(self._share),
-                share_cache=not self.retain,
-                label=label,
-            )
+            longest = self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape))
+            shared = bool(self._share), not self.retain
+            return build_backend(self.backend, weights, shape, rank, self.threads, longest, *shared, label)
 
         if isinstance(weights, PackedLayerFiles):
             backend = on_cpu(weights, shape)
         elif weights.packed_as is not None:
             backend = weights.packed_as
         elif self.tiers is None or not self.tiers.need_gpu:
-            backend = on_cpu(weights.widened(), shape)
+            backend = on_cpu(weights, shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
@@ -342,7 +335,7 @@ class Packer:
             return True
         if self.config.kt_share_backward_weights is not None:
             return self.config.kt_share_backward_weights
-        copies = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
+        copies = int(self.cpu_bytes * bytes_per_weight(self.backend) / 2)
         # When all is packed once: source weights in memory are released layer by layer.
         free = available_memory() - copies + (-self._locked_bytes if self.streamed else self.cpu_bytes)
         share = shares_backward(copies, free)

@@ -28,7 +28,7 @@ from .engine import Cache, Engine
 from .gate_overflow import careful_backward
 from .idle_workers import CallGap
 from .input_checks import check_inputs, check_tensor, check_weights
-from .installation import check_available
+from .installation import bytes_per_weight, check_available
 from .kept_memory import KEPT
 from .low_bit_weights import packed_experts, point_to
 from .native_code import native_output_to_log, never_destroy
@@ -131,7 +131,7 @@ class KTKernelBackend:
                 self._load(weights, config)
         else:
             self._load(weights, config)
-        KEPT.add(int(shape.num_experts * expert_bytes(shape) * self._operators.bytes_per_weight / 2))
+        KEPT.add(int(shape.num_experts * expert_bytes(shape) * bytes_per_weight(backend) / 2))
 
     def _load(self, weights: ExpertWeights, config: Any) -> None:
         if self._operators.code:
