@@ -27,11 +27,12 @@ from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
 from .discovery import FLOATING, ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .patch import replace_experts
+from .patch import owned_shape, ranks_of_run, replace_experts
 from .placement.assembly import make_packer, memory_budget
 from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
 from .placement.packer import Packer
+from .ranks import Ranks
 from .shapes import ExpertShape
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
@@ -101,13 +102,14 @@ def load_kt_model(
     _check_arguments(path_or_name, kwargs)
     refuse_parallel(None)
     source = _source(path_or_name, dtype, kwargs)
-    outline = skeleton(source.config, source.trusted)
-    shapes = {site.name: site.shape for site in find_experts(outline, weightless=True)}
-    packer = _packer(cfg, shapes, source)
+    outline, ranks = skeleton(source.config, source.trusted), ranks_of_run()
+    shapes = {site.name: owned_shape(site, ranks) for site in find_experts(outline, weightless=True)}
+    packer = _packer(cfg, shapes, source, ranks)
     placement = as_placement(placement)
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
-    _place(packer, checkpoint, source, placement, memory_budget(outline, source.config, tokens_per_step, source.dtype))
+    budget = memory_budget(outline, source.config, tokens_per_step, source.dtype)
+    _place(packer, checkpoint, source, placement, budget, by_layer(shapes))
     model = _load_rest(source, checkpoint)
     _load_experts(model, packer, checkpoint, console)
     return model
@@ -161,8 +163,8 @@ def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str
     return _Source(path_or_name, config, asked, trusted, hub, kwargs)
 
 
-def _packer(cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: _Source) -> Packer:
-    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=source.config.model_type)
+def _packer(cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: _Source, ranks: Ranks | None) -> Packer:
+    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=source.config.model_type, ranks=ranks)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
@@ -177,13 +179,14 @@ def _place(
     source: _Source,
     placement: Placement | None,
     budget: MemoryBudget,
+    shapes: Mapping[int, ExpertShape],
 ) -> None:
     """Decide where each expert goes, and whether those that are streamed stay in 8 bits."""
     rank = packer.config.kt_lora_rank
     # Experts that are packed later, at the first adapter, are bf16 until then.
-    widened = packer.saved is not None or rank is None or source.dtype != torch.bfloat16
+    widened = packer.saved is not None or packer.ranks is not None or rank is None or source.dtype != torch.bfloat16
     budget = replace(budget, keep_8bit=not widened and checkpoint.keep_8bit())
-    packer.place(by_layer(checkpoint.shapes), placement, budget)
+    packer.place(shapes, placement, budget)
     if packer.tiers and packer.tiers.streamed and has_8_bits(source.config) and not budget.keep_8bit:
         reason = "not all of them are of 8 bits, and those of a layer of one dtype"
         if widened:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
+from .experts.holders import ExpertLora
 from .experts.lora_tensors import watch_optimizers
+from .peft_compat.internals import PREFIX
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
 from .placement.assembly import make_packer, memory_budget
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
+from .ranks import Ranks, Share, current_world
+from .shapes import ExpertShape
 from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)
@@ -73,7 +78,8 @@ def apply_kt_moe(
     base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
-    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step)
+    ranks = ranks_of_run()
+    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step, ranks)
     lora_on_experts = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
         model.requires_grad_(False)
@@ -102,14 +108,36 @@ def _patched_with_adapter(
     return load_adapter(patched, adapter)
 
 
-def _packer(model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None) -> Packer:
+def _packer(
+    model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None, ranks: Ranks | None
+) -> Packer:
     """Check that model and settings go together, and decide where each expert goes; the model stays as it is."""
-    shapes = {site.name: site.shape for site in find_experts(model)}
-    packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type)
+    shapes = {site.name: owned_shape(site, ranks) for site in find_experts(model)}
+    packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type, ranks=ranks)
     packer.place(by_layer(shapes), placement, memory_budget(model, base.config, tokens))
     if packer.saved is not None:
         packer.saved.check_model(model)
     return packer
+
+
+def ranks_of_run() -> Ranks | None:
+    """The processes among which this one trains a model; None if it is alone."""
+    world = current_world()
+    return Ranks(world) if world.size > 1 else None
+
+
+def owned_shape(site: ExpertsSite, ranks: Ranks | None) -> ExpertShape:
+    """Sizes of the part of a layer that this process owns.
+
+    Raises:
+        KTAMXConfigError: The layer's experts cannot be divided evenly among the ranks.
+    """
+    share = _share(site, ranks)
+    return site.shape if share is None else replace(site.shape, num_experts=share.count)
+
+
+def _share(site: ExpertsSite, ranks: Ranks | None) -> Share | None:
+    return None if ranks is None else Share.of(ranks.world, site.shape.num_experts, site.name)
 
 
 def replace_experts(
@@ -142,7 +170,34 @@ def replace_experts(
     base._kt_moe_lora_params = LoraParamsView(layers)
     base._kt_config = packer.config
     _guard_save(base)
+    if packer.ranks is not None:
+        before = getattr(base, "_ddp_params_and_buffers_to_ignore", ())
+        base._ddp_params_and_buffers_to_ignore = OwnedNames(base, before)
     return layers
+
+
+class OwnedNames:
+    """Names of the parameters that DDP must leave alone: LoRA of experts that one rank owns, and another does not have.
+
+    Read when DDP is built, so that adapters made meanwhile are among them (TRL's `ref`); with and without what PEFT
+    puts before a name, for DDP may be given the model or the PeftModel around it.
+
+    Args:
+        model: The patched transformers model; held weakly.
+        others: Names that somebody else wants to be left alone.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[str] = ()) -> None:
+        self._model = weakref.ref(model)
+        self._others = tuple(others)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._others
+        model = self._model()
+        for name, module in model.named_modules() if model is not None else ():
+            if isinstance(module, ExpertLora):
+                yield f"{name}.weight"
+                yield f"{PREFIX}{name}.weight"
 
 
 def _take_weights(site: ExpertsSite) -> ExpertWeights:
@@ -151,7 +206,11 @@ def _take_weights(site: ExpertsSite) -> ExpertWeights:
 
 def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    layer = KTExperts(weights, site.shape, layer_index(site.name, index), site.name, packer, fingerprint(weights))
+    ranks, share, mark = packer.ranks, _share(site, packer.ranks), fingerprint(weights)
+    if share is not None:
+        assert isinstance(weights, ExpertWeights)
+        weights = weights.part(share.experts)
+    layer = KTExperts(weights, site.shape, layer_index(site.name, index), site.name, packer, mark, share, ranks)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)
     site.experts = None  # its weights are released as they are packed

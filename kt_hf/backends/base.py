@@ -49,6 +49,16 @@ class ExpertWeights:
         held = [e for e in range(len(self.gate_up) + len(in_8_bits)) if e not in in_8_bits]
         return [held.index(e) for e in experts]
 
+    def part(self, experts: slice) -> ExpertWeights:
+        """Copies of the weights of consecutive experts; those of the others can then be released.
+
+        Args:
+            experts: Of the layer.
+        """
+        if self.scaled is not None:
+            raise NotImplementedError("experts in 8 bits are read by rank")
+        return ExpertWeights(self.gate_up[experts].clone(), self.down[experts].clone())
+
 
 class SavedForward:
     """A forward kept for its backward. Each backend has a class of its own for it, which only that backend reads."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, PackedLayerFiles, TorchBackend
 from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import pin
-from ..errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
+from ..errors import KTAMXConfigError, KTAMXError
+from ..ranks import Kind, Ranks, Share
 from ..shapes import PROJECTIONS, ExpertShape
-from .function import ExpertsFunction
+from .exchange import LayerExchange
+from .function import ExpertsFunction, forward_only
+from .input_checks import check_inputs
 from .lora_tensors import LoraTensors
 from .projections import NO_COPY, NO_PICKLE, ExpertProjection
 from .runner import ExpertsRunner
@@ -83,15 +88,19 @@ class KTExperts(nn.Module):
 
     Args:
         weights: Taken over: gate_up [E, 2I, H] and down [E, H, I]. Packed files and 8-bit weights are packed at once,
-            for the rank of the factory; others when the LoRA rank is known.
-        shape: Sizes of the layer.
+            for the rank of the factory; others when the LoRA rank is known. Of the owned experts only, if there is a
+            `share`.
+        shape: Sizes of the layer, of all its experts.
         layer_idx: Index among the model's layers.
         label: Full name in the model, for messages.
         factory: Builds the backends of all layers of a model.
         fingerprint: [4] int64 that tell this layer's base weights from others'.
+        share: The experts that this process owns, where they are divided among ranks.
+        ranks: The processes that they are divided among.
 
     Attributes:
         lora_dtype: Dtype of new LoRA tensors.
+        exchange: What the layer exchanges with the other ranks; None in a run of one process.
     """
 
     def __init__(
@@ -102,9 +111,15 @@ class KTExperts(nn.Module):
         label: str,
         factory: BackendFactory,
         fingerprint: Tensor,
+        share: Share | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.share = share
+        self.exchange: LayerExchange | None = None
+        if share is not None and ranks is not None:
+            self.exchange = LayerExchange(ranks, share, layer_idx, label, shape.top_k)
         self.layer_idx = layer_idx
         self.label = label
         self.factory = factory
@@ -115,7 +130,7 @@ class KTExperts(nn.Module):
             "down_proj": (shape.intermediate_size, shape.hidden_size),
         }
         for name, (inside, outside) in sizes.items():
-            self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self))
+            self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self, share))
         self._explicit_updates = 0  # calls of update_lora_pointers
         # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
         # keys precomputed reference log-probabilities by the state dict.
@@ -123,14 +138,25 @@ class KTExperts(nn.Module):
         self._unpacked: ExpertWeights | None = None
         if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
             with CALL_LOCK:
-                self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
+                self._runner = self._new_runner(
+                    factory.build(weights, self.owned_shape, factory.rank or 0, label, layer_idx)
+                )
             return
         # Until the LoRA rank is known: PyTorch on the weights as they are.
         self._unpacked = weights
-        self._runner = self._new_runner(TorchBackend(weights, shape))
+        self._runner = self._new_runner(TorchBackend(weights, self.owned_shape))
 
     def _new_runner(self, backend: ExpertsBackend) -> ExpertsRunner:
         return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks, self.factory.make_room)
+
+    @property
+    def owned_shape(self) -> ExpertShape:
+        """Sizes of the part of the layer that this process computes: all of it, unless ranks divide its experts."""
+        return self.shape if self.share is None else replace(self.shape, num_experts=self.share.count)
+
+    def _lora(self) -> LoraTensors:
+        scale = 1.0 if self.share is None else 1 / self.share.ranks
+        return LoraTensors(self.projections, self.owned_shape, scale)
 
     @property
     def projections(self) -> list[ExpertProjection]:
@@ -204,7 +230,7 @@ class KTExperts(nn.Module):
             if self._unpacked is None:  # another thread was faster
                 return
             # An interruption leaves the layer unpacked, to be packed at the next call.
-            backend = self.factory.build(self._unpacked, self.shape, rank, self.label, self.layer_idx)
+            backend = self.factory.build(self._unpacked, self.owned_shape, rank, self.label, self.layer_idx)
             self._runner, self._unpacked = self._new_runner(backend), None
 
     def take_load(self) -> tuple[int, Tensor]:
@@ -232,7 +258,7 @@ class KTExperts(nn.Module):
         if self.device.type == "cuda":
             for parameter in self.lora_params.values():
                 pin(parameter)
-        lora = LoraTensors(self.projections, self.shape)
+        lora = self._lora()
         self._begin_load(lora, lora.key(self._explicit_updates))
 
     def _begin_load(self, lora: LoraTensors, key: Hashable) -> None:
@@ -254,11 +280,26 @@ class KTExperts(nn.Module):
             [T, H], in hidden_states' dtype and on its device. The inputs are never written to.
 
         Raises:
-            KTAMXForwardError: A wrong shape or dtype, or an output that is not finite.
+            KTAMXForwardError: A wrong shape or dtype, or an output that is not finite; where ranks divide the experts,
+                also another rank that has failed, ended or is elsewhere.
         """
-        self._check(hidden_states, top_k_index, top_k_weights)
+        with contextlib.nullcontext() if self.exchange is None else self.exchange.telling(Kind.TOKENS):
+            lora = self._prepared(hidden_states, top_k_index, top_k_weights)
+        parameters = lora.parameters
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
+            if self.exchange is not None:
+                self.exchange.check_owners([p.tensors(name)[0] for p in self.projections for name in p.r])
+            inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
+            return ExpertsFunction.apply(
+                hidden_states, top_k_index, top_k_weights, self._runner, lora, self.exchange, *inputs
+            )
+        return forward_only(self._runner, self.exchange, hidden_states, top_k_index, top_k_weights)
+
+    def _prepared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> LoraTensors:
+        """Check a forward's inputs, and have the backend hold the LoRA values of now."""
+        check_inputs(self.label, self.shape, hidden_states, top_k_index, top_k_weights)
         self.pack()
-        lora = LoraTensors(self.projections, self.shape)
+        lora = self._lora()
         key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:
             self._begin_load(lora, key)
@@ -266,35 +307,7 @@ class KTExperts(nn.Module):
         if not in_backward():
             gradients = torch.is_grad_enabled() and hidden_states.requires_grad
             self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
-        parameters = lora.parameters
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
-            inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
-            return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
-        out, _ = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)
-        return out.to(hidden_states.dtype)
-
-    def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-        problem = None
-        if x.dim() != 2 or x.shape[1] != self.shape.hidden_size or not x.is_floating_point():
-            problem = (
-                f"hidden_states is {x.dtype}, {tuple(x.shape)}; it must be floating, [T, {self.shape.hidden_size}]"
-            )
-        elif ids.shape != weights.shape or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
-            problem = (
-                f"top_k_index is {tuple(ids.shape)} and top_k_weights {tuple(weights.shape)}; both must be "
-                f"[{x.shape[0]}, K]"
-            )
-        elif ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not weights.is_floating_point():
-            problem = f"top_k_index is {ids.dtype}, top_k_weights {weights.dtype}; they must be integer and floating"
-        elif ids.shape[1] > self.shape.top_k:
-            problem = (
-                f"top_k_index sends a token to {ids.shape[1]} experts, but the model's config says {self.shape.top_k} "
-                "(num_experts_per_tok): set it before apply_kt_moe"
-            )
-        elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-            problem = "experts on the CPU cannot be captured in a CUDA graph: switch CUDA graphs off"
-        if problem:
-            raise KTAMXForwardError(f"{self.label}: {problem}.")
+        return lora
 
     def extra_repr(self) -> str:
         """Sizes and backend, for `print(model)`."""

@@ -15,8 +15,10 @@ from torch import nn
 
 from ..backends import FEW_CORES, choose_backend, describe_cpu
 from ..config import KTConfig
+from ..errors import KTAMXConfigError
 from ..experts import kt_layers
 from ..quantized import for_run
+from ..ranks import Ranks
 from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
@@ -65,15 +67,17 @@ def make_packer(
     dtype: torch.dtype,
     streamed: bool = False,
     model_type: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Packer:
     """Choose the backend for layers of these shapes, and log which.
 
     Args:
         cfg: Settings.
-        shapes: Of all layers, by the names of their experts modules.
+        shapes: Of all layers, by the names of their experts modules; of the experts that this process owns.
         dtype: The model's.
         streamed: Whether the weights are read as they are packed, so that they are not in memory yet.
         model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
+        ranks: The processes that the experts are divided among; None in a run of one.
 
     Raises:
         KTAMXConfigError: Settings or saved weights that do not fit the model.
@@ -82,6 +86,11 @@ def make_packer(
     """
     threads = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
     saved = None
+    if cfg.kt_weight_path is not None and ranks is not None:
+        raise KTAMXConfigError(
+            f"kt_weight_path={cfg.kt_weight_path}: saved experts are packed for one process, and there are "
+            f"{ranks.size} (WORLD_SIZE). Leave it out: they are packed from the model's own weights."
+        )
     if cfg.kt_weight_path is not None:
         saved = for_run(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
     workers = threads.workers if cfg.kt_num_threads is None else None
@@ -95,6 +104,7 @@ def make_packer(
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
+    packer.ranks = ranks
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
         len(shapes), backend, reason, threads if backend != "torch" else "PyTorch's threads", describe_cpu(),

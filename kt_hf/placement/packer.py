@@ -24,6 +24,7 @@ from ..backends.gpu.weight_stream import CHUNK_BYTES, Streamer
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
+from ..ranks import Ranks
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
@@ -78,6 +79,8 @@ class Packer:
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
+        ranks: The processes that the layers' experts are divided among; None in a run of one. Shapes and weights that
+            the packer is given are then of the experts that this process owns.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Packer:
         self.tokens, self.keep_8bit = _TOKENS, False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
+        self.ranks: Ranks | None = None
         self.cpu_bytes = cpu_bytes
         self._locked_bytes = 0  # of host memory that streamed experts take
         self._resident_layers: frozenset[int] = frozenset()
@@ -219,7 +223,7 @@ class Packer:
         """
         if placement is not None and (self.tiers is None or self.tiers.need_gpu):
             for layer, shape in layers.items():
-                placement.check(layer, shape.num_experts)
+                placement.check(layer, shape.num_experts * (self.ranks.size if self.ranks else 1))
 
     def _with_lora(self, budget: MemoryBudget) -> MemoryBudget:
         """The budget with the experts' LoRA, of the rank that is expected."""
@@ -312,7 +316,10 @@ class Packer:
 
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of a layer's resident and of its streamed experts."""
-        order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))
+        order: Sequence[int] = self.placement.order[layer] if self.placement else range(shape.num_experts)
+        if self.placement and self.ranks:  # it is of all experts, whatever the number of ranks
+            first = self.ranks.rank * shape.num_experts
+            order = [expert - first for expert in order if 0 <= expert - first < shape.num_experts]
         if layer in self._resident_layers:
             return order, ()
         tiers = self.tiers or Tiers()
