@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from ..ranks import Kind, Place, Ranks, Share
 from .lora_tensors import optimizer_steps
 from .tickets import in_backward
 
+# The layers of this process, of whatever models, whose experts are divided among ranks.
+DIVIDED: weakref.WeakSet[Any] = weakref.WeakSet()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -51,15 +55,13 @@ class LayerExchange:
         share: The experts that this rank owns.
         layer_idx: Index of the layer in the model.
         label: Its full name, for messages.
-        top_k: K; fewer choices of a token are filled up with none.
     """
 
-    def __init__(self, ranks: Ranks, share: Share, layer_idx: int, label: str, top_k: int) -> None:
+    def __init__(self, ranks: Ranks, share: Share, layer_idx: int, label: str) -> None:
         self.ranks = ranks
         self.share = share
         self.layer_idx = layer_idx
         self.label = label
-        self.top_k = top_k
         self._checked: set[bool] = set()
 
     @contextlib.contextmanager
@@ -145,6 +147,11 @@ class LayerExchange:
                 "leave alone. Do not replace `_ddp_params_and_buffers_to_ignore` of the model, give DDP the model or "
                 "its PeftModel itself, and do not broadcast LoRA of experts."
             )
+
+    def joined_load(self, load: Tensor) -> Tensor:
+        """How often each of the layer's experts was used, [E], from what this rank counted of its own, [E/N] int64."""
+        self.ranks.agree(self._place(Kind.LOAD))
+        return self.ranks.all_values(load).flatten()
 
     def _place(self, kind: Kind, dtype: torch.dtype | None = None, columns: int = 0) -> Place:
         step = self.ranks.steps_since_first(optimizer_steps())

@@ -16,7 +16,7 @@ from ..backends.transfer import pin
 from ..errors import KTAMXConfigError, KTAMXError
 from ..ranks import Kind, Ranks, Share
 from ..shapes import PROJECTIONS, ExpertShape
-from .exchange import LayerExchange
+from .exchange import DIVIDED, LayerExchange
 from .function import ExpertsFunction, forward_only
 from .input_checks import check_inputs
 from .lora_tensors import LoraTensors
@@ -119,7 +119,8 @@ class KTExperts(nn.Module):
         self.share = share
         self.exchange: LayerExchange | None = None
         if share is not None and ranks is not None:
-            self.exchange = LayerExchange(ranks, share, layer_idx, label, shape.top_k)
+            self.exchange = LayerExchange(ranks, share, layer_idx, label)
+            DIVIDED.add(self)
         self.layer_idx = layer_idx
         self.label = label
         self.factory = factory
@@ -234,12 +235,15 @@ class KTExperts(nn.Module):
             self._runner, self._unpacked = self._new_runner(backend), None
 
     def take_load(self) -> tuple[int, Tensor]:
-        """Tokens that gradients were computed for since the last call, and how many each expert got, [E] int64, CPU."""
+        """Tokens that gradients were computed for since the last call, and how many each expert got, [E] int64, CPU.
+
+        Where ranks divide the experts these are all ranks' tokens, and all ranks call it together.
+        """
         runner = self._runner
         tokens, load = runner.tokens, runner.load.cpu().clone()
         runner.tokens = 0
         runner.load.zero_()
-        return tokens, load
+        return tokens, load if self.exchange is None else self.exchange.joined_load(load)
 
     def forget_recompute(self) -> None:
         """Let go what a backward that failed, for want of memory perhaps, has left of the layer in memory."""

@@ -35,11 +35,15 @@ class Ranks:
 
     Args:
         world: The processes; more than one.
+
+    Attributes:
+        gathered: Whether a save is under way, for which LoRA was gathered.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.rank, self.size = world.rank, world.size
+        self.gathered = False
         self._group: Any = None
         self._meetings = 0
         self._first_step: int | None = None

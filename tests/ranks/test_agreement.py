@@ -6,9 +6,8 @@ import contextlib
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.cases import TORCH_FP32
 from tests.support.models import FAMILIES, Family
@@ -39,7 +38,7 @@ def loss_and_gradients(model: Any, caller: Any, rows: list[Tensor]) -> tuple[flo
     total = 0.0
     for i, ids in enumerate(rows):
         last = i == len(rows) - 1
-        with caller.no_sync() if isinstance(caller, DDP) and not last else contextlib.nullcontext():
+        with caller.no_sync() if isinstance(caller, DistributedDataParallel) and not last else contextlib.nullcontext():
             loss = caller(input_ids=ids, labels=ids).loss / len(rows)
             loss.backward()
         total += float(loss.detach())
@@ -56,7 +55,7 @@ def check(
 
     def work(rank: int) -> tuple[float, dict[str, Tensor]]:
         model = model_of(family, checkpointing, **config)
-        return loss_and_gradients(model, DDP(model), rows[rank])
+        return loss_and_gradients(model, DistributedDataParallel(model), rows[rank])
 
     got = results(on_ranks(ranks, work))
     for (loss, _), (reference, _) in zip(got, whole, strict=True):

@@ -27,7 +27,7 @@ from kt_hf.experts.holders import ExpertLora
 TIMEOUT = 20.0  # seconds that a rank waits for another: far more than any of these tests takes
 
 
-class RanksFailed(AssertionError):  # noqa: N818
+class RanksFailed(AssertionError):
     """A rank raised what its test did not expect, or did not end."""
 
 
@@ -131,5 +131,5 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors, over the largest value of the second."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12))
+    """The norm of the difference of two tensors over that of the second."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
