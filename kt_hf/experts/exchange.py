@@ -80,18 +80,19 @@ class LayerExchange:
             yield
         self.ranks.agree(self._place(kind))
 
-    def gather(self, x: Tensor, ids: Tensor, weights: Tensor) -> Gathered:
+    def gather(self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool) -> Gathered:
         """The inputs of all ranks' forwards.
 
         Args:
             x: Hidden states of this rank, [T, H], any floating dtype and device.
             ids: [T, K] integers.
             weights: [T, K], floating.
+            gradients: Whether a backward may come.
 
         Raises:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
         """
-        lengths = self.ranks.agree(self._place(Kind.TOKENS, x.dtype, ids.shape[1]), x.shape[0])
+        lengths = self.ranks.agree(self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1]), x.shape[0])
         ids, weights = ids.detach().to(torch.int64), weights.detach().to(torch.float32)
         rows, layout = _packed([ids, weights, x.detach()])
         ids, weights, x = _unpacked(self.ranks.rows_to_all(rows, lengths), layout)
@@ -103,7 +104,7 @@ class LayerExchange:
         Raises:
             KTAMXBackwardError: The ranks are in different places, or one has failed or ended.
         """
-        self.ranks.agree(self._place(Kind.GRADIENTS, grad.dtype), grad.shape[0])
+        self.ranks.agree(self._place(Kind.GRADIENTS, dtype=grad.dtype), grad.shape[0])
         return self.ranks.rows_to_all(grad.detach(), lengths)
 
     def summed(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
@@ -132,7 +133,7 @@ class LayerExchange:
         if wrapped in self._checked or not tensors:
             return
         self._checked.add(wrapped)
-        self.ranks.agree(self._place(Kind.OWNERS))
+        self.ranks.agree(self._place(Kind.OWNERS, gradients=True))
         every = self.ranks.all_values(torch.tensor([_digest(tensor) for tensor in tensors], device="cpu")).tolist()
         same = [
             (first, second)
@@ -153,12 +154,10 @@ class LayerExchange:
         self.ranks.agree(self._place(Kind.LOAD))
         return self.ranks.all_values(load).flatten()
 
-    def _place(self, kind: Kind, dtype: torch.dtype | None = None, columns: int = 0) -> Place:
+    def _place(self, kind: Kind, gradients: bool = False, dtype: torch.dtype | None = None, columns: int = 0) -> Place:
         step = self.ranks.steps_since_first(optimizer_steps())
-        ddp = ddp_module()
-        synchronized = bool(getattr(ddp, "require_backward_grad_sync", False)) and torch.is_grad_enabled()
-        # In backward, grad mode says nothing.
-        mode = Place.mode_of(torch.is_grad_enabled(), synchronized, in_backward()) if kind is Kind.TOKENS else 0
+        synchronized = gradients and bool(getattr(ddp_module(), "require_backward_grad_sync", False))
+        mode = Place.mode_of(gradients, synchronized, in_backward() and kind is Kind.TOKENS)
         number = _DTYPES.index(dtype) if dtype in _DTYPES else -1
         return Place(kind, self.layer_idx, step, mode, number, columns, self.label)
 

@@ -105,7 +105,7 @@ def _forward(
     if exchange is None:
         out, ticket = runner.forward(x, ids, weights, save)
         return out.to(x.dtype), ticket, (x, ids, weights), []
-    every = exchange.gather(x, ids, weights)
+    every = exchange.gather(x, ids, weights, save)
     inputs = every.x, every.ids, every.weights
     with exchange.computing(Kind.OUTPUTS):
         out, ticket = runner.forward(*inputs, save)

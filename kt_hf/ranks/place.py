@@ -30,7 +30,7 @@ _WORDS = {
     Kind.OUTPUTS: "the forward of layer {}, computed",
     Kind.GRADIENTS: "the backward of layer {}",
     Kind.INPUT_GRADIENTS: "the backward of layer {}, computed",
-    Kind.OWNERS: "the first step, layer {}",
+    Kind.OWNERS: "the first forward of layer {}",
     Kind.NORM: "the gradient norm",
     Kind.SAVING: "the beginning of a save",
     Kind.SAVED: "the end of a save",
@@ -38,6 +38,7 @@ _WORDS = {
     Kind.PLAN: "the plan of the placement",
 }
 _ERRORS: dict[Kind, type[KTAMXError]] = {
+    Kind.OWNERS: KTAMXForwardError,
     Kind.TOKENS: KTAMXForwardError,
     Kind.OUTPUTS: KTAMXForwardError,
     Kind.GRADIENTS: KTAMXBackwardError,

@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class Ranks:
         self.rank, self.size = world.rank, world.size
         self.gathered = False
         self._group: Any = None
+        self._lost: str | None = None  # what was said when another rank was lost, after which nothing can be exchanged
         self._meetings = 0
         self._first_step: int | None = None
 
@@ -71,7 +72,7 @@ class Ranks:
         except RuntimeError as error:
             if failure is not None:
                 return []
-            self._lost(place, error)
+            raise place.error(self._told_of_loss(place, error)) from error
         if failure is not None:
             return []
         if failed:
@@ -131,6 +132,8 @@ class Ranks:
     @property
     def group(self) -> Any:
         """The gloo group of all ranks, for headers and for tensors on the CPU."""
+        if self._lost is not None:
+            raise RuntimeError(self._lost)
         if self._group is None:
             if not (dist.is_available() and dist.is_initialized()):
                 raise KTAMXConfigError(
@@ -176,13 +179,19 @@ class Ranks:
             "and saves, in one order: look for a batch more on one of them, or a forward that one of them alone does."
         )
 
-    def _lost(self, place: Place, error: RuntimeError) -> NoReturn:
-        absent = self._absent()
-        names = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
-        raise place.error(
-            f"{place}: rank {self.rank} waited in {in_words(place.numbers)} for {names}, which has ended or stands "
-            f"still; its own output says why ({_line(error)})."
-        ) from error
+    def _told_of_loss(self, place: Place, error: RuntimeError) -> str:
+        if self._lost is None:
+            where = f"{place}: rank {self.rank} waited in {in_words(place.numbers)} for"
+            # Neighbours that wait for this rank learn from the closed connection that somebody is gone.
+            group, self._group = self._group, None
+            self._lost = f"{where} another rank, which has ended"
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group(group)
+            del group
+            absent = self._absent()
+            names = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
+            self._lost = f"{where} {names}, which has ended or stands still; its own output says why ({_line(error)})."
+        return self._lost
 
     def _absent(self) -> list[int]:
         """The ranks that do not say, within a moment, that they too have lost somebody."""
