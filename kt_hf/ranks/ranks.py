@@ -24,7 +24,7 @@ from .world import World
 
 _HEADER = 8
 _MESSAGE = 1024  # bytes of a failing rank's error that the others are told
-_PATIENCE = 2.0  # seconds that ranks which lost another give each other to say that they are alive
+_PATIENCE = 3.0  # seconds that ranks which lost another give each other to say that they are alive
 
 
 class Ranks:
