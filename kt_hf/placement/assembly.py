@@ -99,7 +99,12 @@ def make_packer(
     if saved is not None:
         saved.check(shapes, backend, len(threads.pools), cfg.kt_share_backward_weights, model_type)
     gpu = experts_gpu.experts_device()
-    tiers = chosen_tiers(cfg, list(shapes.values()), backend, gpu)
+    count = ranks.size if ranks else 1
+    # The numbers of the settings are of a whole layer, as in a run of one process.
+    whole = [replace(shape, num_experts=shape.num_experts * count) for shape in shapes.values()]
+    tiers = chosen_tiers(cfg, whole, backend, gpu)
+    if tiers is not None and count > 1:
+        tiers = replace(tiers, resident=-(-tiers.resident // count), streamed=-(-tiers.streamed // count))
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
