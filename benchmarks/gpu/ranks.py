@@ -5,8 +5,8 @@
     python benchmarks/gpu/ranks.py --gpus 1 2 --shape tiny --layers 2          # try it on CPUs, connected by gloo
 
 Each cell is a run of its own by torchrun. Routing is spread (routing.py), weights are random, tokens of a rank are one
-row. Of a step: its median seconds, the host's seconds in headers (waiting for the other ranks included), and the
-exchanges' seconds on the GPU. Losses are of the same rows for any number of ranks where tokens x ranks are the same.
+row; steps are of the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median
+seconds, the host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU.
 """
 
 # ruff: noqa: E402
@@ -125,13 +125,13 @@ def train(given: argparse.Namespace, tier: str, tokens: int) -> None:
             return self.batch(len(rows), tokens, (self._count - 1) * size + rank)
 
     trainer = trainer_for(
-        card, model, 1, Rows(config.vocab_size, tokens), given.steps * size, callbacks=[Parts()],
-        gradient_accumulation_steps=given.accumulate // size or 1,
+        card, model, 1, Rows(config.vocab_size, tokens), given.steps * given.rows, callbacks=[Parts()],
+        gradient_accumulation_steps=max(1, given.rows // size),
     )  # fmt: skip
     trainer.args.max_steps = given.steps
     trainer.train()
     timed = trainer.timer.steps[2:]
-    per_step = tokens * size * (given.accumulate // size or 1)
+    per_step = tokens * size * max(1, given.rows // size)
     headers, rows, sent = (sorted(values)[len(values) // 2] for values in zip(*parts[2:], strict=True))
     if rank == 0:
         result = summary(timed, per_step)
@@ -155,7 +155,7 @@ def series(given: argparse.Namespace) -> int:
         for tokens in given.tokens:
             for gpus in given.gpus:
                 command = [
-                    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(gpus), "--master_port", "0",
+                    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(gpus), "--standalone",
                     __file__, *sys.argv[1:], "--cell", tier, str(tokens),
                 ]  # fmt: skip
                 done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit, check=False)
@@ -192,13 +192,14 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--accumulate", type=int, default=1, help="rows of a step, of all ranks together")
+    parser.add_argument("--rows", type=int, help="rows of a step, of all ranks together; default: as many as GPUs")
     parser.add_argument("--shape", choices=("real", "tiny"), default="real")
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "kt_hf_ranks")
     parser.add_argument("--csv", type=Path, help="file that rows are appended to, one JSON object a line")
     parser.add_argument("--limit", type=float, default=500, help="seconds that a cell may take")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.rows = given.rows or max(given.gpus)
     if given.cell:
         train(given, given.cell[0], int(given.cell[1]))
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,16 +25,23 @@ from tests.support.trl_runs import arguments, callbacks, distance, logged, prefe
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
     "accelerate": [
         "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/two_cpu_processes.yaml"),
-        "--main_process_port", "0",
     ],
 }  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
 def run(launcher: list[str], folder: Path, ranks: int) -> list[Any]:
     folder.mkdir()
+    if "accelerate.commands.launch" in launcher:
+        launcher = [*launcher, "--main_process_port", str(free_port())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     script = str(ROOT / "tests/support/rank_script.py")
     done = subprocess.run(
