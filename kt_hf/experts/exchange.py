@@ -92,9 +92,11 @@ class LayerExchange:
         Raises:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
         """
-        lengths = self.ranks.agree(self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1]), x.shape[0])
-        ids, weights = ids.detach().to(torch.int64), weights.detach().to(torch.float32)
-        rows, layout = _packed([ids, weights, x.detach()])
+        with self.telling(Kind.TOKENS):
+            columns = ids.shape[1]
+            ids, weights = ids.detach().to(torch.int64), weights.detach().to(torch.float32)
+            rows, layout = _packed([ids, weights, x.detach()])
+        lengths = self.ranks.agree(self._place(Kind.TOKENS, gradients, x.dtype, columns), x.shape[0])
         ids, weights, x = _unpacked(self.ranks.rows_to_all(rows, lengths), layout)
         return Gathered(x, ids - self.share.lo, weights, lengths)
 
@@ -179,7 +181,7 @@ def _digest(tensor: Tensor) -> int:
 def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[tuple[torch.dtype, tuple[int, ...], int]]]:
     """Tensors [T, …] of one device as rows of bytes, [T, B] uint8, and how to unpack them."""
     layout = [(t.dtype, tuple(t.shape[1:]), t.element_size() * math.prod(t.shape[1:])) for t in tensors]
-    rows = [t.reshape(t.shape[0], -1).contiguous().view(torch.uint8) for t in tensors]
+    rows = [t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors]
     return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], layout
 
 

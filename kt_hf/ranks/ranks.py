@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import KTAMXConfigError
+from ..errors import KTAMXConfigError, KTAMXError
 from .place import Place, in_words
 from .world import World
 
@@ -113,7 +113,7 @@ class Ranks:
         try:
             dist.all_gather_into_tensor(received, values.detach().reshape(-1).contiguous(), group=self.group)
         except RuntimeError as error:
-            raise KTAMXConfigError(f"rank {self.rank} lost the other ranks: {_line(error)}") from error
+            raise KTAMXError(f"rank {self.rank} lost the other ranks: {_line(error)}") from error
         return received.view(self.size, *values.shape)
 
     def gather(self, values: Tensor) -> list[Tensor] | None:
@@ -170,7 +170,13 @@ class Ranks:
 
     def _exchange(self, received: Tensor, sent: Tensor, out: list[int], into: list[int]) -> None:
         # On a GPU by the group that DDP uses: what both launch is then in one order on every rank.
-        dist.all_to_all_single(received, sent, out, into, group=self.group if sent.device.type == "cpu" else None)
+        group = self.group if sent.device.type == "cpu" else None
+        try:
+            dist.all_to_all_single(received, sent, out, into, group=group)
+        except RuntimeError as error:
+            raise KTAMXError(
+                f"rank {self.rank} lost the other ranks between a header and its rows: {_line(error)}"
+            ) from error
 
     def _apart(self, place: Place, places: list[list[int]]) -> Exception:
         where = "; ".join(f"rank {rank}: {in_words(numbers)}" for rank, numbers in enumerate(places))
