@@ -139,9 +139,8 @@ class KTExperts(nn.Module):
         self._unpacked: ExpertWeights | None = None
         if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
             with CALL_LOCK:
-                self._runner = self._new_runner(
-                    factory.build(weights, self.owned_shape, factory.rank or 0, label, layer_idx)
-                )
+                backend = factory.build(weights, self.owned_shape, factory.rank or 0, label, layer_idx)
+                self._runner = self._new_runner(backend)
             return
         # Until the LoRA rank is known: PyTorch on the weights as they are.
         self._unpacked = weights

@@ -119,3 +119,14 @@ def lora_copy_bytes(shape: ExpertShape, rank: int, experts: int) -> int:
     """
     padded = -(-rank // ALIGN) * ALIGN
     return 2 * experts * padded * (3 * shape.hidden_size + 5 * shape.intermediate_size)
+
+
+def shares_backward(copies: int, free: int | None) -> bool:
+    """Whether layers have to share one buffer of backward weights, for a copy for each would not leave memory enough.
+
+    Args:
+        copies: Bytes of a copy for each layer, all together.
+        free: Bytes of host memory that would be left beside the copies and the packed weights; None if unknown, which
+            counts as enough.
+    """
+    return free is not None and copies > 0.8 * free

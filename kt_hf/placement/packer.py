@@ -29,6 +29,7 @@ from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
 from .choice import Machine, where_to_begin
+from .expert_memory import shares_backward
 from .lora_device import LoraPlace
 from .memory_model import MemoryBudget, fitting_chunk
 from .order import Placement
@@ -42,17 +43,6 @@ DEFAULT_MAX_LEN = 32_768
 _TOKENS = 2_048
 _RANK = 16
 _NO_GPU = Tiers()
-
-
-def shares_backward(copies: int, free: int | None) -> bool:
-    """Whether layers have to share one buffer of backward weights, for a copy for each would not leave memory enough.
-
-    Args:
-        copies: Bytes of a copy for each layer, all together.
-        free: Bytes of host memory that would be left beside the copies and the packed weights; None if unknown, which
-            counts as enough.
-    """
-    return free is not None and copies > 0.8 * free
 
 
 class Packer:
