@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("auto", "cpu", "gpu")
 LORA_DEVICES = ("auto", "cpu", "gpu")
-BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "torch")
+EXPERT_DTYPES = ("bf16", "int4", "int8", "fp8")
+BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "MXFP4", "AMXFP8", "AMXInt4KGroup", "torch")
 
 # Keys of older integrations, with what took their place.
 _REMOVED = {
@@ -34,7 +35,9 @@ class KTConfig:
         kt_backend: What computes the experts: `auto` (AMX, then AVX512-BF16, then torch; torch as well on two cores
             without AMX, unless kt_num_threads is set), `AMXBF16` (kt-kernel's bf16 operators, on AMX or AVX512-BF16),
             `AMXInt8` or `AMXInt4` (the same, weights quantized as they are packed: a half and a quarter of the memory,
-            never chosen by `auto`), or `torch` (PyTorch, any device and dtype).
+            never chosen by `auto`), `MXFP4`, `AMXFP8` or `AMXInt4KGroup` (operators for checkpoints that are in these
+            formats, which they take as they are; others are rounded to them; see docs/low-bit.md), or `torch`
+            (PyTorch, any device and dtype).
         kt_num_threads: Worker threads of the operators. None plans them from the machine; more than it
             has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
@@ -48,6 +51,10 @@ class KTConfig:
             None is `auto` where there is a GPU, unless `kt_num_gpu_experts`, `kt_backend` or `kt_weight_path` is set.
         kt_weight_path: Folder of expert weights that `kt-hf quantize` wrote, used in place of the model's own
             (AMXInt8, AMXInt4; `kt_lora_rank` must be given).
+        kt_expert_dtype: What the experts' weights are stored in: `bf16`, which is as the checkpoint has them, or `int4`
+            (4.5 bits a weight: groups of 32, each with a searched scale), `int8` (a scale for each row) or `fp8` (one
+            for 128 x 128), quantized while they are loaded or packed, on the GPU if there is one. The GPU keeps them
+            so and widens them when they are multiplied; on the CPU they are widened again, which saves nothing.
         kt_moe_lora_device: Where the trainable LoRA tensors of the experts live, with their gradients and the
             optimizer's state: `cpu`; `gpu`, if the model is on one (16 bytes of its memory a parameter); or `auto`,
             which takes the GPU where that computes all experts, resident or streamed, for as many layers as its memory
@@ -72,6 +79,7 @@ class KTConfig:
     kt_num_gpu_experts: int | None = None
     kt_expert_placement: str | Mapping[str, int] | None = field(default=None, hash=False)
     kt_weight_path: str | Path | None = None
+    kt_expert_dtype: str = "bf16"
     kt_moe_lora_device: str = "auto"
     kt_expert_activations: str = "retain"
     kt_share_backward_weights: bool | None = None
@@ -103,6 +111,9 @@ class KTConfig:
                 "kt_max_cache_depth=%s is ignored: the operators keep one forward a layer.", kt_max_cache_depth
             )
         _choice("kt_backend", self.kt_backend, BACKENDS)
+        _choice("kt_expert_dtype", self.kt_expert_dtype, EXPERT_DTYPES)
+        if self.kt_expert_dtype != "bf16":
+            _alone(self.kt_expert_dtype, self.kt_backend, self.kt_weight_path)
         _choice("kt_moe_lora_device", self.kt_moe_lora_device, LORA_DEVICES)
         _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
         _integer("kt_num_threads", self.kt_num_threads, 1, "leave it out (None) to have it planned")
@@ -194,6 +205,23 @@ def _placement(value: Any) -> None:
                 f"{name}={value!r} has {key} that is not an integer of 0 or more: give a number of experts of each "
                 "layer (of layers for resident_layers), or leave it out."
             )
+
+
+# Operators that compute with what a dtype is stored as.
+_SAME = {"AMXInt4KGroup": "int4", "AMXFP8": "fp8"}
+
+
+def _alone(dtype: str, backend: str, path: object) -> None:
+    """Experts are quantized in one way."""
+    if backend not in ("auto", "torch", "AMXBF16") and _SAME.get(backend) != dtype:
+        raise KTAMXConfigError(
+            f"kt_expert_dtype={dtype!r} and kt_backend={backend!r} both quantize the experts: leave one out."
+        )
+    if path is not None:
+        raise KTAMXConfigError(
+            f"kt_expert_dtype={dtype!r} and kt_weight_path={str(path)!r}: the weights there are quantized already. "
+            "Leave one out."
+        )
 
 
 def _boolean(name: str, value: Any) -> None:

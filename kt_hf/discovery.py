@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 from .errors import KTAMXModelNotSupportedError
+from .forms.listed_block import BlockPlan, plan_block
+from .forms.listed_mlps import ExpertMlps, expert_mlps
+from .forms.stacked import Form, form_of, holds_experts
 from .shapes import ExpertShape
 
 # Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
-_SILU = ("SiLU", "SiLUActivation")
+_SUPPORTED = "Supported are stacked experts of a known gate, with or without biases."
 # What the families call the number of experts a token is sent to.
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+_TOP_K_NAMES = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k", "top_k_experts",
+)  # fmt: skip
 
 
 @dataclass
@@ -30,6 +35,9 @@ class ExpertsSite:
         attribute: Name of the experts module in `parent`.
         experts: The experts module; None once it has been taken out, so that the site does not keep its weights.
         shape: Sizes of the layer's experts.
+        form: How the module holds them, and how the model calls it.
+        mlps: The experts as a list of MLPs, if they are one.
+        plan: How the block around such a list is had to compute them together; None without weights.
     """
 
     name: str
@@ -37,6 +45,9 @@ class ExpertsSite:
     attribute: str
     experts: Any
     shape: ExpertShape
+    form: Form
+    mlps: ExpertMlps | None = None
+    plan: BlockPlan | None = None
 
 
 def layer_index(name: str, fallback: int) -> int:
@@ -68,8 +79,8 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
         weightless: The model is a `skeleton`: its parameters are on the meta device.
 
     Raises:
-        KTAMXModelNotSupportedError: The model has no routed experts, or experts that are not fused, have a bias, or
-            another activation than SiLU.
+        KTAMXModelNotSupportedError: The model has no routed experts, or experts that are not stacked, or whose gate is
+            not known.
     """
     base = base_model(model)
     text = _text_config(base)
@@ -78,74 +89,68 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
     modules = dict(model.named_modules())
     for name, module in modules.items():
         parent_name, _, attribute = name.rpartition(".")
-        if _is_fused(module):
-            problem = _problem(module, text, weightless)
-            if problem:
-                raise KTAMXModelNotSupportedError(
-                    f"{type(module).__name__} at {name}: {problem}. Supported are fused experts with a gated SiLU, "
-                    "without biases."
-                )
+        if holds_experts(module) and "shared" not in attribute:  # shared ones are the model's, stacked or not
+            form = form_of(module, getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None))
+            problem = form if isinstance(form, str) else _problem(module, weightless)
+            if isinstance(form, str) or problem:
+                raise KTAMXModelNotSupportedError(f"{type(module).__name__} at {name}: {problem}. {_SUPPORTED}")
             parent = modules[parent_name]
-            sites.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, module, name)))
+            sites.append(ExpertsSite(name, parent, attribute, module, _shape(base, parent, form, name), form))
         elif "expert" in attribute.lower() and "shared" not in name and not name.endswith("_gate"):
+            mlps = expert_mlps(module)
+            if mlps is not None:
+                sites.append(_listed(base, name, modules[parent_name], attribute, mlps, weightless))
+                continue
             strange.append(f"{name} ({type(module).__name__})")
-    if sites:
+    lists = [name for name in strange if name.endswith("(ModuleList)")]
+    if sites and not lists:
         return sites
-    kind = type(base).__name__
+    kind, strange = type(base).__name__, lists or strange
     if strange:
         raise KTAMXModelNotSupportedError(
             f"{kind} has experts of a form that is not supported: {', '.join(strange[:3])}. Supported are the fused "
-            "experts of transformers 5 (gate_up_proj and down_proj); with trust_remote_code=True leave that out, so "
-            "that transformers' own class is used."
+            "experts of transformers 5 (gate_up_proj and down_proj), and lists of equal MLPs of two or three Linear "
+            "layers without biases and a known activation; with trust_remote_code=True leave that out, so that "
+            "transformers' own class is used where it has one."
         )
     raise KTAMXModelNotSupportedError(
         f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"
     )
 
 
-def _is_fused(module: nn.Module) -> bool:
-    parameters = dict(module.named_parameters(recurse=False))
-    return any(p.dim() == 3 for n, p in parameters.items() if n in ("gate_up_proj", "down_proj", "up_proj"))
-
-
-def _problem(experts: nn.Module, text_config: Any, weightless: bool) -> str | None:
-    """Why these fused experts are not plain, or None. Decided by the module's attributes, not by the family's name."""
-    from transformers.integrations import moe
-
-    parameters = dict(experts.named_parameters(recurse=False))
-    if set(parameters) != {"gate_up_proj", "down_proj"}:
-        return f"parameters {sorted(parameters)} instead of gate_up_proj and down_proj alone"
-    flags = {"has_bias": False, "is_transposed": False, "is_concatenated": True, "has_gate": True,
-             "has_post_expert_norm": False, "_is_expert_parallel": False}  # fmt: skip
-    for flag, plain in flags.items():
-        if getattr(experts, flag, plain) != plain:
-            return f"{flag}={getattr(experts, flag)}"
-    default_gate = getattr(moe, "_default_apply_gate", None)
-    gate = getattr(type(experts), "_apply_gate", default_gate)
-    if gate is not default_gate:
-        return "a gate of its own (_apply_gate)"
-    activation = type(getattr(experts, "act_fn", None)).__name__
-    named = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
-    if type(experts).__module__.startswith("liger_kernel."):  # its class is for SiLU alone, and names none
-        activation = _SILU[0]
-    if activation not in _SILU:
-        return f"activation {activation} (hidden_act={named!r}) instead of SiLU"
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    E, H, I = down.shape  # noqa: E741
-    if tuple(gate_up.shape) != (E, 2 * I, H):
-        return f"gate_up_proj {tuple(gate_up.shape)} does not go with down_proj {tuple(down.shape)}"
+def _problem(experts: nn.Module, weightless: bool) -> str | None:
+    """What is wrong with the weights of fused experts, or None."""
+    weights = [p for p in experts.parameters() if p.dim() > 1]
     if weightless:
         return None
-    if gate_up.is_meta or down.is_meta:
+    if any(p.is_meta for p in weights):
         return "its weights are on the meta device: load the model without device_map"
-    if gate_up.dtype not in FLOATING or gate_up.dtype != down.dtype:
-        return f"weights of {gate_up.dtype} and {down.dtype}; load the model in bfloat16, float16 or float32"
+    dtypes = sorted({str(p.dtype) for p in weights})
+    if len(dtypes) > 1 or weights[0].dtype not in FLOATING:
+        return f"weights of {' and '.join(dtypes)}; load the model in bfloat16, float16 or float32"
     return None
 
 
-def _shape(model: Any, parent: nn.Module, experts: Any, name: str) -> ExpertShape:
-    E, H, I = experts.down_proj.shape  # noqa: E741
-    return ExpertShape(E, _top_k(model, parent, E, name), H, I)
+def _listed(
+    model: Any, name: str, parent: nn.Module, attribute: str, mlps: ExpertMlps, weightless: bool
+) -> ExpertsSite:
+    """The site of experts that are a list of MLPs."""
+    E, H, I = mlps.sizes  # noqa: E741
+    shape = ExpertShape(E, _top_k(model, parent, E, name), H, I, mlps.gate)
+    if (not weightless and len(mlps.dtypes) != 1) or not mlps.dtypes <= set(FLOATING):
+        names = ", ".join(sorted(map(str, mlps.dtypes)))
+        raise KTAMXModelNotSupportedError(
+            f"{name}: weights of {names}; load the model in bfloat16, float16 or float32."
+        )
+    plan = None if weightless else plan_block(parent, attribute, mlps, shape.top_k, name)
+    form = Form(E, H, I, mlps.gate, "listed")
+    return ExpertsSite(name, parent, attribute, getattr(parent, attribute), shape, form, mlps, plan)
+
+
+def _shape(model: Any, parent: nn.Module, form: Form, name: str) -> ExpertShape:
+    E = form.num_experts
+    top_k = _top_k(model, parent, E, name)
+    return ExpertShape(E, top_k, form.hidden_size, form.intermediate_size, form.gate, form.biased)
 
 
 def _top_k(model: Any, parent: nn.Module, experts: int, name: str) -> int:
@@ -174,7 +179,10 @@ def top_k_of(sources: Iterable[Any], experts: int) -> int | None:
 
 
 def _text_config(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
+    return _text_config_of(getattr(model, "config", None))
+
+
+def _text_config_of(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -189,15 +197,26 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
         KTAMXModelNotSupportedError: transformers has no class for it.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    without_quantization(config)
     named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     with torch.device("meta"):
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
+        # A checkpoint of a model that sees is loaded as one, where there is a class for its text alone too.
+        seeing = named == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+        if trust_remote_code or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not seeing):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if not hasattr(transformers, named):
             raise KTAMXModelNotSupportedError(f"transformers {transformers.__version__} has no class {named}.")
         return getattr(transformers, named)._from_config(config)
+
+
+def without_quantization(config: Any) -> None:
+    """Take out of a configuration, and of its language model's, how the checkpoint is quantized."""
+    for part in (config, _text_config_of(config)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config

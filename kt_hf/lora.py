@@ -16,9 +16,11 @@ from torch import nn
 from .discovery import base_model
 from .errors import KTAMXConfigError
 from .experts import KTExperts, kt_layers
+from .peft_compat.internals import refuses
 from .shapes import ALIASES, PROJECTIONS
 
-_NOT_TARGETS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+# Routers, whether they are a layer or hold some.
+_NOT_TARGETS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
 _OTHER_SENSES = re.compile(r"(^|\.)\w*(vision|visual|image|video|audio|speech)\w*\.")
 # The end of a class's name -> PEFT's task, by which PEFT trains the head in full beside LoRA.
@@ -94,13 +96,15 @@ def linear_targets(model: Any) -> list[str]:
         and "." in name  # else a head of the model's class: lm_head, score, qa_outputs
         and model.get_submodule(name) is not head
         and not _NOT_TARGETS.search(name)
+        and not refuses(model, name)
         and not any(_OTHER_SENSES.search(name.removeprefix(stem)) for stem in stems if name.startswith(stem))
     ]
 
 
 def expert_targets(model: nn.Module) -> list[str]:
     """The names that reach the experts, [] for a model without patched layers."""
-    return list(PROJECTIONS) if kt_layers(model) else []
+    held = {name for layer in kt_layers(model) for name in layer.shape.projections}
+    return [name for name in PROJECTIONS if name in held]
 
 
 def task_of(model: nn.Module) -> TaskType:
@@ -196,8 +200,18 @@ def _adaptable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, LoraLayer)) and not name.startswith(adapted)
+        if isinstance(module, (nn.Linear, LoraLayer)) and not name.startswith(adapted) and not _other_product(module)
     ]
+
+
+def _other_product(module: nn.Module) -> bool:
+    """Whether a model's own class computes something else with the weight of a `Linear`: in groups, for instance.
+
+    Quantized layers of other libraries, which PEFT knows, compute the same.
+    """
+    kind = type(module)
+    own = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return own and isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward
 
 
 def _language_model(model: nn.Module) -> tuple[str, ...]:

@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from .adapters import load_adapter, open_adapter
 from .backends import KEPT, ExpertWeights, PackedLayerFiles
+from .backends.quantizer import EXPERT_BITS
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
+from .experts.calls import BY_CALL
 from .experts.holders import ExpertLora
+from .experts.listed import ListedExperts
 from .experts.lora_tensors import watch_optimizers
 from .peft_compat.internals import PREFIX
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
-from .placement.assembly import make_packer, memory_budget
+from .placement.assembly import check_rank_for_low_bits, make_packer, memory_budget
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
 from .ranks import Ranks, Share, current_world
@@ -114,7 +117,9 @@ def _packer(
     """Check that model and settings go together, and decide where each expert goes; the model stays as it is."""
     shapes = {site.name: owned_shape(site, ranks) for site in find_experts(model)}
     packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type, ranks=ranks)
-    packer.place(by_layer(shapes), placement, memory_budget(model, base.config, tokens))
+    budget = memory_budget(model, base.config, tokens)
+    packer.place(by_layer(shapes), placement, replace(budget, bits=EXPERT_BITS[cfg.kt_expert_dtype]))
+    check_rank_for_low_bits(packer, list(shapes.values()))
     if packer.saved is not None:
         packer.saved.check_model(model)
     return packer
@@ -137,7 +142,14 @@ def owned_shape(site: ExpertsSite, ranks: Ranks | None) -> ExpertShape:
 
 
 def _share(site: ExpertsSite, ranks: Ranks | None) -> Share | None:
-    return None if ranks is None else Share.of(ranks.world, site.shape.num_experts, site.name)
+    if ranks is None:
+        return None
+    if site.form.call == "listed":
+        raise KTAMXConfigError(
+            f"{site.name}: a list of experts that their block calls one by one cannot be divided among processes "
+            f"(WORLD_SIZE={ranks.size}): a process without tokens for any would not meet the others. Start one."
+        )
+    return Share.of(ranks.world, site.shape.num_experts, site.name)
 
 
 def replace_experts(
@@ -201,18 +213,28 @@ class OwnedNames:
 
 
 def _take_weights(site: ExpertsSite) -> ExpertWeights:
-    return ExpertWeights(site.experts.gate_up_proj.detach(), site.experts.down_proj.detach())
+    if site.mlps is not None:
+        return ExpertWeights(*site.mlps.stacked())
+    gate_up, down, gate_up_bias, down_bias = site.form.taken(site.experts)
+    return ExpertWeights(gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
 
 def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
-    ranks, share, mark = packer.ranks, _share(site, packer.ranks), fingerprint(weights)
+    kind, more = BY_CALL[site.form.call], dict[str, Any]()
+    if site.form.call == "normed":
+        more["post_expert_norm"] = site.experts.post_expert_norm
+    ranks, share, label = packer.ranks, _share(site, packer.ranks), site.name
+    mark = fingerprint(weights, packer.config.kt_expert_dtype)
     if share is not None:
         assert isinstance(weights, ExpertWeights)
         weights = weights.part(share.experts)
-    layer = KTExperts(weights, site.shape, layer_index(site.name, index), site.name, packer, mark, share, ranks)
+    weights = packer.stored(weights)
+    layer = kind(weights, site.shape, layer_index(label, index), label, packer, mark, share, ranks, **more)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)
+    if site.plan is not None and isinstance(layer, ListedExperts):
+        site.plan.install(site.parent, layer.calls)
     site.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()

@@ -7,13 +7,17 @@ H  hidden size                   I  intermediate size of an expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .gates import PLAIN, Gate
 
 # The projections of an expert, by the names that PEFT's target_modules give them.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Mixtral's names in transformers 4, on the hub, and in people's configs.
 ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-# The order in which the six LoRA tensors of a layer are passed everywhere.
+# Bits of a weight that is not packed in fewer.
+BF16 = 16.0
+# The order in which the LoRA tensors of a layer are passed everywhere: all six, or the last four without a gate.
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -26,33 +30,59 @@ class ExpertShape:
         top_k: Experts a token is sent to, K.
         hidden_size: H.
         intermediate_size: I.
+        gate: How gate and up become the input of the down projection. Without a gate an expert has two matrices.
+        biased: Whether the projections have biases.
     """
 
     num_experts: int
     top_k: int
     hidden_size: int
     intermediate_size: int
+    gate: Gate = PLAIN
+    biased: bool = False
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those of `PROJECTIONS` that an expert has, in order: all three, or up and down without a gate."""
+        return PROJECTIONS if self.gate.gated else PROJECTIONS[1:]
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of an expert's first product: 2I of gate and up, or I of up alone."""
+        return self.gate.halves * self.intermediate_size
 
     @property
     def num_weights(self) -> int:
-        """Elements of all experts' weights, 3EHI."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+        """Elements of all experts' weights, 3EHI (2EHI without a gate); biases are not counted."""
+        return len(self.projections) * self.num_experts * self.hidden_size * self.intermediate_size
 
     def lora_shapes(self, rank: int) -> tuple[tuple[int, int, int], ...]:
-        """Shapes of the six LoRA tensors in the order of `LORA_NAMES`: A is [E, rank, in], B is [E, out, rank].
+        """Shapes of the LoRA tensors in the order of `LORA_NAMES`: A is [E, rank, in], B is [E, out, rank].
+
+        Six tensors, or the last four of them without a gate.
 
         Args:
             rank: LoRA rank, r.
         """
         E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
-        return (E, rank, H), (E, I, rank), (E, rank, H), (E, I, rank), (E, rank, I), (E, H, rank)
+        up = (E, rank, H), (E, I, rank)
+        return *up * self.gate.halves, (E, rank, I), (E, H, rank)
+
+    def part(self, experts: int) -> ExpertShape:
+        """The same for a part of the layer's experts.
+
+        Args:
+            experts: How many.
+        """
+        return replace(self, num_experts=experts)
 
 
-def expert_bytes(shape: ExpertShape, keep_8bit: bool = False) -> int:
-    """Bytes of one expert's three matrices in bf16.
+def expert_bytes(shape: ExpertShape, bits: float = BF16) -> int:
+    """Bytes of one expert's matrices.
 
     Args:
         shape: Sizes of the layer.
-        keep_8bit: Whether the matrices are in 8 bits instead; their scales are not counted.
+        bits: Of a weight as it is stored, its part of the scales included.
     """
-    return 3 * shape.hidden_size * shape.intermediate_size * (1 if keep_8bit else 2)
+    matrices = len(shape.projections)
+    return int(matrices * shape.hidden_size * shape.intermediate_size * bits / 8)

@@ -47,7 +47,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "
              "transformers.models.deepseek_v3.modeling_deepseek_v3")  # fmt: skip
 # Test files of a folder that run first, by how a module's name begins; and those that run last, for they are long.
 FIRST = {
-    "adapter": "test_corruption", "block_scaled": "test_8_bits", "buffer_pool": "test_buffer_pool",
+    "adapter": "test_corruption", "packed": "test_packed", "buffer_pool": "test_buffer_pool",
     "build": "test_three_tiers", "config_file": "test_settings", "convert": "test_convert",
     "embeddings": "test_other_tensors", "finite_checks": "test_tiered", "fit": "test_refused_in_time",
     "function": "test_gradients", "lora_tensors": "test_gradients", "manifest": "test_corruption",

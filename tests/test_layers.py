@@ -14,8 +14,9 @@ PACKAGE = Path(kt_hf.__file__).parent
 # need, and what is replaced in it, which needs adapters/.
 ROWS = (
     ("errors",),
-    ("ranks",),
+    ("ranks", "gates"),
     ("_versions", "shapes", "config", "system", "peft_compat.internals"),
+    ("forms",),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),
@@ -24,6 +25,7 @@ ROWS = (
     ("monitoring", "adapters"),
     ("peft_compat",),
     ("lora", "patch", "callback"),
+    ("bitsandbytes_rest",),
     ("loading",),
     ("",),  # kt_hf/__init__.py: the public names
     ("builtin",),

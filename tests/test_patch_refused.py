@@ -34,8 +34,20 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num
         "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip
 
 
-def gpt_oss() -> nn.Module:
-    return GptOssForCausalLM(GptOssConfig(**TINY, head_dim=16, num_local_experts=4, num_experts_per_tok=2))
+def one_bias() -> nn.Module:
+    model = GptOssForCausalLM(GptOssConfig(**TINY, head_dim=16, num_local_experts=4, num_experts_per_tok=2))
+    del model.model.layers[0].mlp.experts.down_proj_bias
+    return model
+
+
+def clamped() -> nn.Module:
+    """Its limit is nowhere but in its code."""
+    model = mixtral()
+    experts = model.model.layers[0].mlp.experts
+    plain = type(experts)._apply_gate
+    gate = {"_apply_gate": lambda self, gu: plain(self, gu.clamp(max=100.0))}
+    experts.__class__ = type("ClampedExperts", (type(experts),), gate)
+    return model
 
 
 def mixtral(**settings: Any) -> nn.Module:
@@ -53,6 +65,11 @@ class OldMoe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+
+class Steep(nn.Module):
+    def forward(self, g: torch.Tensor) -> torch.Tensor:
+        return g * torch.sigmoid(1.7 * g)
 
 
 def changed(**attributes: Any) -> Callable[[], nn.Module]:
@@ -81,8 +98,10 @@ def half_integer() -> nn.Module:
 
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "dense Llama": (lambda: LlamaForCausalLM(LlamaConfig(**TINY)), ("LlamaForCausalLM", "no routed experts")),
-    "gpt_oss": (gpt_oss, ("GptOssExperts", "model.layers.0.mlp.experts", "gate_up_proj_bias")),
-    "gelu": (lambda: mixtral(hidden_act="gelu"), ("MixtralExperts", "GELU", "hidden_act='gelu'")),
+    "one bias": (one_bias, ("GptOssExperts", "model.layers.0.mlp.experts", "gate_up_proj_bias")),
+    "tanh": (lambda: mixtral(hidden_act="tanh"), ("MixtralExperts", "hidden_act='tanh'", "gelu_tanh")),
+    "a limit of its own": (clamped, ("ClampedExperts", "_apply_gate")),
+    "a slope of its own": (changed(act_fn=Steep()), ("MixtralExperts",)),
     "ModuleList": (OldMoe, ("OldMoe", "experts (ModuleList)", "trust_remote_code")),
     "meta": (on_meta, ("MixtralExperts", "meta device", "device_map")),
     "transposed": (changed(is_transposed=True), ("MixtralExperts", "is_transposed=True")),

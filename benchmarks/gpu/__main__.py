@@ -6,6 +6,7 @@
     lora    what LoRA of streamed experts costs on the CPU, by part of a step
     products one layer: fused kernels on and off, the grouped product of kt_hf beside PyTorch
     placements  `auto` against other placements, stock and a peer, in parts
+    gated   layers of gpt-oss-120b's shape with its gate and biases, bf16 and MXFP4, beside plain ones
     folding gradient accumulation folded into larger batches, where experts are streamed
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
@@ -24,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import folding
 import fp8
+import gated
 import lora
 import placements
 import products
@@ -39,6 +41,7 @@ COMMANDS = {
     "placements": placements,
     "products": products,
     "folding": folding,
+    "gated": gated,
 }
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, the most valuable first; logs and the CSV go to a folder:
-#     bash benchmarks/gpu/all.sh OUT [STEP ...]      steps: tests cpu stock split check tiers fp8 products lora more (default: the first five)
+#     bash benchmarks/gpu/all.sh OUT [STEP ...]      steps: tests cpu stock split check tiers fp8 products gated lora more (default: the first five)
 set -u
 out=${1:?give a folder for the results}
 shift
@@ -31,6 +31,7 @@ for step in $steps; do
         ;;
     fp8) timeout 300 python -W ignore benchmarks/gpu fp8 --csv "$out/gpu_fp8.csv" 2>&1 | tee "$out/fp8.log" ;;
     products) timeout 300 python -W ignore benchmarks/gpu products --csv "$out/gpu_products.csv" 2>&1 | tee "$out/products.log" ;;
+    gated) timeout 400 python -W ignore benchmarks/gpu gated --csv "$out/gpu_gated.csv" 2>&1 | tee "$out/gated.log" ;;
     lora) timeout 180 python -W ignore benchmarks/gpu lora --csv "$out/gpu_lora.csv" 2>&1 | tee "$out/lora.log" ;;
     more)
         train off 300 --batch 1 4 --checkpointing off --steps 2

@@ -26,8 +26,6 @@ QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size":
 QWEN_30B = {"hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128,
             "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
             "vocab_size": 151936, "mlp_only_layers": [], "norm_topk_prob": True}  # fmt: skip
-
-
 QWEN_235B = QWEN_30B | {"hidden_size": 4096, "moe_intermediate_size": 1536, "intermediate_size": 12288,
                         "num_attention_heads": 64}  # fmt: skip
 QWENS = {"qwen3_moe": QWEN, "qwen3_30b": QWEN_30B, "qwen3_235b": QWEN_235B}
@@ -64,9 +62,9 @@ def experts_of(config: Any) -> int:
 
 
 @torch.no_grad()
-def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool = False) -> Any:
+def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool = False, experts: bool = True) -> Any:
     """Random weights: all but the experts on `device`; the experts shared by all layers on the CPU, or with `stock`
-    each layer's own on `device`, or with `own_memory` on the CPU."""
+    each layer's own on `device`, or with `own_memory` on the CPU, or without `experts` on the meta device."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -74,6 +72,8 @@ def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool 
     for name, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if name.endswith(".experts"):
+                if not experts:
+                    continue
                 if key not in shared:
                     made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
                     shared[key] = made if stock else made.cpu()
@@ -84,6 +84,7 @@ def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool 
             setattr(module, key, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    left = [name for name in left if experts or ".experts." not in name]
     assert not left, f"still without values: {left}"
     return model
 

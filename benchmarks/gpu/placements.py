@@ -8,6 +8,10 @@
     python -m benchmarks.gpu placements --part losses --out results       # losses of each placement
     python -m benchmarks.gpu placements --part peer --out results         # experts4bit-qlora beside it
     python -m benchmarks.gpu placements --part estimate --out results     # estimated against measured memory
+    python -m benchmarks.gpu placements --part low-bit --out results      # int4 beside bf16 and stock; the same with:
+    python -m benchmarks.gpu placements --part widening --out results     # the kernels alone
+    python -m benchmarks.gpu placements --part drawn --layers 48 --where resident --out results
+    python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rank 8 --caps 48 --out results
     python -m benchmarks.gpu placements --part cells --tiny --out results # try the script without a GPU
 
 Stock SFTTrainer trains Qwen3-30B-A3B's layers (random weights, routing spread as a trained model spreads it) with LoRA
@@ -29,7 +33,8 @@ from card import Card, Rows
 
 PARTS = {
     "cells": "cells", "full": "full", "resident": "full", "safety": "safety", "losses": "losses",
-    "estimate": "estimated", "peer": "peers", "large": "large",
+    "estimate": "estimated", "peer": "peers", "low-bit": "low_bit", "widening": "low_bit", "drawn": "low_bit",
+    "large": "large",
 }  # fmt: skip
 FAMILIES = ("qwen3_30b", "deepseek_v2", "qwen3_235b", "deepseek_v3")
 
@@ -40,10 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to try the script")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--cells", nargs="+", help="of part cells: GB/BATCH or GB/BATCH/BUS, copies made BUS times")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="of parts cells and large")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="of parts cells, large and drawn")
     parser.add_argument("--batch", type=int, nargs="+", help="rows of a batch; default: each part's")
     parser.add_argument("--caps", type=float, nargs="+", help="GB that PyTorch may have; default: each part's")
     parser.add_argument("--steps", type=int, help="of the optimizer, of parts safety and losses")
+    parser.add_argument("--dtypes", nargs="+", default=["int4", "bf16"], help="kt_expert_dtype, of part low-bit")
+    parser.add_argument("--where", choices=("streamed", "resident"), default="streamed", help="of part drawn")
+    parser.add_argument("--rank", type=int, default=8, help="of part drawn")
+    parser.add_argument("--lora", choices=("cpu", "gpu", "auto"), default="cpu", help="where LoRA is, of part drawn")
+    parser.add_argument("--offload", action="store_true", help="activation_offloading, of part drawn")
     checkpoint = Path(tempfile.gettempdir()) / "placements-checkpoints"
     parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="folder for checkpoints, kept for reuse")
 
@@ -55,5 +65,5 @@ def run(given: argparse.Namespace, device: torch.device) -> None:
     card = Card(device)
     rows = Rows(given.out, given.part, card)
     module: Any = importlib.import_module(PARTS[given.part])
-    run_part = module.run_resident if given.part == "resident" else module.run
+    run_part = getattr(module, f"run_{given.part}", module.run)
     run_part(given, card, rows)

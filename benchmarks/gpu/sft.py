@@ -35,12 +35,12 @@ def promotion_of(model: Any) -> Promotion | None:
     return promotion
 
 
-def lora(model: Any, patched: bool) -> LoraConfig:
-    """r=16 on attention and every expert: kt_hf's for a patched model, else PEFT's on the experts' parameters."""
+def lora(model: Any, patched: bool, rank: int = RANK) -> LoraConfig:
+    """LoRA on attention and every expert: kt_hf's for a patched model, else PEFT's on the experts' parameters."""
     if patched:
-        return kt_lora_config(model, lora_rank=RANK, lora_alpha=2 * RANK, lora_target="all")
+        return kt_lora_config(model, lora_rank=rank, lora_alpha=2 * rank, lora_target="all")
     return LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM",
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM",
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def summary(steps: Sequence[Step], tokens: int) -> dict[str, Any]:
 
 def trainer_for(
     card: Card, model: Any, batch: int, tokens: Tokens, steps: int, callbacks: Sequence[Any] = (),
-    patched: bool = True, adapt: bool = True, **settings: Any,
+    patched: bool = True, adapt: bool = True, rank: int = RANK, **settings: Any,
 ) -> SFTTrainer:  # fmt: skip
     """A stock SFTTrainer, bf16 and with gradient checkpointing; `timer` is its last callback.
 
@@ -128,6 +128,7 @@ def trainer_for(
         callbacks: Come between kt_hf's and the timer.
         patched: Whether kt_hf's callback and LoRA are taken.
         adapt: Whether the trainer adds the adapter.
+        rank: Of the adapter.
         **settings: Of SFTConfig, over these.
     """
     evaluated = 2 * batch if settings.get("eval_strategy") else 0
@@ -144,7 +145,7 @@ def trainer_for(
     trainer = SFTTrainer(
         model, SFTConfig(**arguments | settings), data_collator=tokens, train_dataset=rows,
         eval_dataset=evaluation if evaluated else None, processing_class=_tokenizer(),
-        peft_config=lora(model, patched) if adapt else None, callbacks=[KTMoECallback()] if patched else [],
+        peft_config=lora(model, patched, rank) if adapt else None, callbacks=[KTMoECallback()] if patched else [],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.timer = Timer(card, trainer.model)

@@ -13,13 +13,19 @@ from typing import Any
 
 from ..discovery import skeleton
 from ..errors import KTAMXConfigError, KTAMXError
+from ..forms.stacked import Form, form_of
 from ..shapes import ALIASES, PROJECTIONS
 
 _NAMES = {**ALIASES, **{name: name for name in PROJECTIONS}}
 _EXPERT = re.compile(rf"(.*\bexperts)\.(\d{{1,9}})\.({'|'.join(_NAMES)})\.weight$")
-_FUSED = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?$")
+_FUSED = re.compile(r"(.*\bexperts)\.(gate_up_proj|up_proj|down_proj)(?:\.weight)?$")
+# DBRX: all experts' matrices below each other, the down projection's turned.
+_FLAT = re.compile(r"(.*\bexperts)\.mlp\.(w1|v1|w2)$")
+_OF_FLAT = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
 _NUMBER = re.compile(r"\.(\d{1,9})\.[^.]+\.weight$")
-_OF_FUSED: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_OF_FUSED: dict[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class ModelTensor:
         expert: The only expert that it holds; None where it is a stack of all.
         transposed: Rows and columns are exchanged.
         interleaved: Rows of the projections take turns.
+        flat: The stack is of two dimensions, experts below each other.
         pieces: Of other modules' weights that are stored as one, (module, rows) in their order; () where it is one.
         operations: What transformers does to get the parameter, where that is something else; "" where nothing.
     """
@@ -42,6 +49,7 @@ class ModelTensor:
     expert: int | None = None
     transposed: bool = False
     interleaved: bool = False
+    flat: bool = False
     pieces: tuple[tuple[str, int], ...] = ()
     operations: str = ""
 
@@ -97,12 +105,16 @@ class BaseNames:
         converter = self._by_pattern.get(pattern) if pattern else None
         steps = [type(step).__name__ for step in converter.operations] if converter else []
         parameter = self._parameters.get(renamed)
-        fused = _FUSED.match(renamed)
+        flat, fused = _FLAT.match(renamed), _FUSED.match(renamed)
+        if flat and parameter is not None and parameter.dim() == 2 and not steps:
+            return ModelTensor(flat[1], "", (_OF_FLAT[flat[2]],), None, transposed=flat[2] == "w2", flat=True)
         if fused is None or parameter is None or parameter.dim() != 3:
             module, _, last = renamed.rpartition(".")
             pieces = self._pieces(renamed, converter) if steps in (["Split"], ["Chunk"]) else ()
             return ModelTensor(module, last, pieces=pieces, operations="" if pieces else ", ".join(steps))
-        return _experts(fused, name, steps, list(converter.source_patterns).index(pattern) if converter else 0)
+        form = form_of(self._model.get_submodule(fused[1]))
+        part = list(converter.source_patterns).index(pattern) if converter else 0
+        return _experts(fused, name, steps, part, form if isinstance(form, Form) else None)
 
     def _pieces(self, renamed: str, converter: Any) -> tuple[tuple[str, int], ...]:
         """Modules of which the checkpoint has one weight above the other, as attention's projections in one matrix."""
@@ -113,12 +125,24 @@ class BaseNames:
         return tuple((name.rpartition(".")[0], int(self._parameters[name].shape[0])) for name in names)
 
 
-def _experts(fused: re.Match[str], name: str, steps: list[str], part: int) -> ModelTensor:
-    """Experts' weights, of a fused parameter that is made of the checkpoint's tensors in these steps."""
+def _experts(fused: re.Match[str], name: str, steps: list[str], part: int, form: Form | None) -> ModelTensor:
+    """Experts' weights, of a fused parameter that is made of the checkpoint's tensors in these steps.
+
+    Args:
+        fused: The parameter's name, apart.
+        name: Of the checkpoint's tensor.
+        steps: The names of what transformers does.
+        part: Of several tensors that become one, which.
+        form: How the model holds its experts; None if that is not known.
+    """
     experts, every = fused[1], _OF_FUSED[fused[2]]
     number = _NUMBER.search(name)
+    if number and form is not None and int(number[1]) >= form.num_experts and form.call == "identity":
+        return ModelTensor(f"{experts}.{number[1]}", "weight")  # an expert that gives the token itself
     if steps in ([], ["Transpose"], ["Interleave"]):
-        return ModelTensor(experts, "", every, None, steps == ["Transpose"], steps == ["Interleave"])
+        turned = (form is not None and form.transposed) != (steps == ["Transpose"])
+        in_turns = len(every) == 2 and (form is not None and form.interleaved) != (steps == ["Interleave"])
+        return ModelTensor(experts, "", every, None, turned, in_turns)
     if steps == ["Concatenate"] and len(every) == 2:
         return ModelTensor(experts, "", (every[part],))
     if steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and number and part < len(every):

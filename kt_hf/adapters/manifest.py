@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import secrets
@@ -22,6 +23,8 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..checkpoint.tensor_files import read_header
 from ..errors import KTAMXError
@@ -32,6 +35,7 @@ from ..system.json_fields import Fields, read_json
 from .adapter import ADAPTER, CONFIG
 from .manifest_file import MANIFEST, VERSION, WRITER, Manifest, StoredFile, read_manifest
 
+logger = logging.getLogger(__name__)
 # Folder -> the mark of the save that this process has begun there.
 _MARKS: dict[Path, str] = {}
 # Fields of adapter_config.json that may change after the save: the base model has moved, the adapter is trained on.
@@ -211,16 +215,38 @@ def _compare(path: Path, entry: StoredFile) -> None:
 def check_base(where: Path, manifest: Manifest, model: Any) -> None:
     """Compare the base model that the adapter was trained on with this one. Its name and place may differ.
 
+    The same model with experts in other bits is a warning.
+
     Raises:
         KTAMXError: Naming the settings that differ.
     """
     saved, now = manifest.base, describe_base(model)
-    if not saved or not now or saved.config_sha256 == now["config_sha256"]:
+    if not saved or not now:
+        return
+    if saved.experts and now["experts"] and saved.experts != now["experts"]:
+        logger.warning(
+            "%s was trained on %r with experts of %s; those of this model (%r) are of %s, so that its results differ a "
+            "little from those in training. Train on, or load the base that it was trained on.",
+            where, saved.name, saved.experts, now["name"], now["experts"],
+        )  # fmt: skip
+    if saved.config_sha256 == now["config_sha256"]:
         return
     old, new = saved.architecture, now["architecture"]
     keys = [key for key in _ARCHITECTURE if old.get(key) != new.get(key)]
     shown = ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys[:4])
     raise KTAMXError(f"{where} was trained on another base model ({saved.name!r}): {shown}.")
+
+
+def _setting(config: Any, key: str) -> Any:
+    """A setting of a model; None if it has none, or another in each layer, which transformers raises for."""
+    try:
+        return getattr(config, key, None)
+    except AttributeError:
+        return None
+    except Exception as error:
+        if "PerLayer" not in type(error).__name__:
+            raise
+        return None
 
 
 def describe_base(model: Any) -> dict[str, Any] | None:
@@ -230,10 +256,17 @@ def describe_base(model: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    architecture = {key: getattr(text, key) for key in _ARCHITECTURE if getattr(text, key, None) is not None}
+    settings = {key: _setting(text, key) for key in _ARCHITECTURE}
+    architecture = {key: value for key, value in settings.items() if value is not None}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()
     name = getattr(base, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
-    return {"name": name, "architecture": architecture, "config_sha256": digest}
+    packer = packer_of(base) if isinstance(base, nn.Module) else None
+    return {
+        "name": name,
+        "architecture": architecture,
+        "config_sha256": digest,
+        "experts": packer.stored_as if packer else None,
+    }
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -48,11 +48,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a manifest says of the base model: name, shape-deciding settings, and their checksum."""
+    """What a manifest says of the base model: name, shape-deciding settings, their checksum, and its experts' bits."""
 
     name: str | None
     architecture: dict[str, Any]
     config_sha256: str
+    experts: str | None = None
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -107,4 +108,6 @@ def _stored_tensor(entry: Field) -> tuple[str, list[int]]:
 def _base_model(base: Fields) -> BaseModel:
     name = base.get("name")
     architecture = dict(base["architecture"].object().values())
-    return BaseModel(name.text() if name else None, architecture, base["config_sha256"].hexadecimal())
+    experts = base.get("experts")
+    digest = base["config_sha256"].hexadecimal()
+    return BaseModel(name.text() if name else None, architecture, digest, experts.text() if experts else None)

@@ -25,6 +25,7 @@ from ..system.json_fields import read_json
 from .adapter import FLOATING, Adapter, Projection
 from .base_names import BaseNames, ModelTensor
 from .embeddings import EmbeddingPlan, plan_embeddings
+from .low_bit_base import Shards, widened
 from .merged_module import merged_weight
 
 _NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|.*\.index\.json$")
@@ -128,11 +129,16 @@ class _Merger:
         known = [one for one in loras if one is not None]
         rows, parts = known[0].b.shape[1], len(loras)
         shape = (known[0].a.shape[0], rows * parts, known[0].a.shape[2])
-        self._fits(name, tensor, (shape[0], shape[2], shape[1]) if target.transposed else shape)
+        turned, flipped = target.transposed, (shape[0], shape[2], shape[1])
+        if not target.flat and shape != flipped:  # transformers takes some families' stacks both ways round
+            turned = tensor.shape == flipped
+        stored = flipped if turned else shape
+        self._fits(name, tensor, (stored[0] * stored[1], stored[2]) if target.flat else stored)
         self.left -= {one.module for one in known}
 
         def merged(weight: Tensor) -> Tensor:
-            matrices = weight.transpose(1, 2) if target.transposed else weight
+            matrices = weight.view(stored)
+            matrices = matrices.transpose(1, 2) if turned else matrices
             for index, one in enumerate(loras):
                 if one is None:
                     continue
@@ -220,6 +226,8 @@ def _refuse_variants(adapter: Adapter) -> None:
 def merge(adapter: Adapter, base: Path, output: Path) -> None:
     """Write base + adapter to a new folder, with everything else (config, tokenizer) copied.
 
+    A base of low bits is widened, and the merged checkpoint is in bf16, which is logged.
+
     Args:
         adapter: Of any format.
         base: Folder of the base model, of safetensors files with or without an index.
@@ -233,7 +241,9 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
     shards = list(dict.fromkeys(read_index(base).values())) or [SINGLE]
     _refuse_variants(adapter)
     names = BaseNames(base)
-    tensors = {shard: stored_tensors(base / shard) for shard in sorted(shards)}
+    tensors: Shards = {shard: stored_tensors(base / shard) for shard in sorted(shards)}
+    wide = widened(base, tensors)
+    tensors = wide or tensors
     plan = plan_embeddings(adapter, names, tensors, base)
     merger = _Merger(adapter, names, plan)
     for shard_tensors in tensors.values():  # before anything is written: does everything find its place?
@@ -241,8 +251,8 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
             merger.change(name, tensor)
     merger.check_all_used(base)
     copied = [file for file in sorted(base.iterdir()) if file.is_file() and not _NOT_COPIED.match(file.name)]
-    sizes = [file.stat().st_size for file in [*copied, *(base / shard for shard in shards)]]
-    check_space(output, sum(sizes) + plan.more_bytes)
+    size = sum(tensor.size for content in tensors.values() for tensor in content.values())
+    check_space(output, size + sum(file.stat().st_size for file in copied) + plan.more_bytes)
     with new_folder(output) as folder:
         for shard, shard_tensors in tensors.items():
             parts = [plan.parts.get(name) or _merged(merger, name, tensor) for name, tensor in shard_tensors.items()]
@@ -250,13 +260,19 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
         for file in copied:
             shutil.copyfile(file, folder / file.name)
         if (base / INDEX).is_file():
-            write_json(folder / INDEX, _index(base, plan))
+            write_json(folder / INDEX, _index(base, plan, wide, size))
+        if wide:
+            config = dict(read_json(base / "config.json").object().values())
+            write_json(folder / "config.json", {k: v for k, v in config.items() if k != "quantization_config"})
         plan.write_config(folder)
 
 
-def _index(base: Path, plan: EmbeddingPlan) -> dict[str, Any]:
-    """The base's index, and in it what is added."""
+def _index(base: Path, plan: EmbeddingPlan, wide: Shards | None, size: int) -> dict[str, Any]:
+    """The base's index, with the names of `wide` if it was of low bits, and in it what is added."""
     index = dict(read_json(base / INDEX).object().values())
+    if wide:
+        index["weight_map"] = {name: shard for shard, content in wide.items() for name in content}
+        index["metadata"] = {"total_size": size}
     added = {name: shard for shard, parts in plan.added.items() for part in parts for name in part.specs}
     if added or plan.more_bytes:
         index["weight_map"] = {**index["weight_map"], **added}

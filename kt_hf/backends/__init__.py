@@ -4,7 +4,7 @@ from ..shapes import LORA_NAMES, ExpertShape
 from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
 from .base import SavedForward as Saved  # Saved, QUANTISED, SavedLayer, pack and save_packed: the names of 0.1.0
 from .kt_kernel.kept_memory import KEPT
-from .kt_kernel.operators import OPERATORS, QUANTIZED, most_tokens, shape_problem
+from .kt_kernel.operators import LOW_BIT, OPERATORS, QUANTIZED, most_tokens, shape_problem
 from .kt_kernel.operators import QUANTIZED as QUANTISED
 from .kt_kernel.packed_files import PackedLayerFiles
 from .kt_kernel.packed_files import PackedLayerFiles as SavedLayer
@@ -25,6 +25,7 @@ __all__ = [
     "FEW_CORES",
     "KEPT",
     "LORA_NAMES",
+    "LOW_BIT",
     "OPERATORS",
     "QUANTISED",
     "QUANTIZED",

@@ -9,13 +9,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..shapes import ExpertShape
-from .block_scaled import ScaledExperts
+from .packed import PackedExperts, PackedMatrices
 
 # Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer.
 CALL_LOCK = threading.RLock()
@@ -29,35 +29,92 @@ class ExpertWeights:
     """The frozen weights of a layer's experts as transformers holds them: fused and stacked.
 
     Attributes:
-        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's.
+        gate_up: [E, 2I, H], floating, on any device: the gate's rows before the up-projection's. Without a gate the
+            up-projection's alone, [E, I, H].
         down: [E, H, I], of the same dtype and device.
         packed_as: The backend that holds the packed weights. It is set before packing returns, so that a caller who is
             interrupted in between finds it.
-        scaled: Experts kept in 8 bits for streaming. gate_up and down then hold the other experts only, in order.
+        low_bit: Experts kept in 4 or 8 bits. gate_up and down then hold the other experts only, in order.
+        gate_up_bias: [E, 2I] of all experts, in the order of gate_up's rows; None without biases.
+        down_bias: [E, H] of all experts; None without. Backends do not read it: the layer adds what it gives.
     """
 
     gate_up: Tensor
     down: Tensor
     packed_as: ExpertsBackend | None = None
-    scaled: ScaledExperts | None = None
+    low_bit: PackedExperts | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def rows_of(self, experts: Sequence[int]) -> list[int]:
         """The rows of `gate_up` and `down` where these experts of the layer are."""
-        if self.scaled is None:
+        if self.low_bit is None:
             return list(experts)
-        in_8_bits = set(self.scaled.experts)
-        held = [e for e in range(len(self.gate_up) + len(in_8_bits)) if e not in in_8_bits]
-        return [held.index(e) for e in experts]
+        row = {e: i for i, e in enumerate(e for e in range(self.num_experts) if e not in set(self.low_bit.experts))}
+        return [row[e] for e in experts]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer, those of low bits included."""
+        return len(self.gate_up) + (len(self.low_bit.experts) if self.low_bit else 0)
+
+    def widened(self) -> ExpertWeights:
+        """The layer with all of its experts as the CPU computes them; itself if none is of low bits."""
+        if self.low_bit is None:
+            return self
+        return self.wide(range(self.num_experts), torch.device("cpu"), self.gate_up.dtype)
+
+    def wide(self, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+        """Some experts of the layer, copied, those of low bits widened.
+
+        Args:
+            experts: Their ids.
+            device: Where the copies go.
+            dtype: Floating, of the copies.
+        """
+        packed = [] if self.low_bit is None else sorted(set(experts) & set(self.low_bit.experts))
+        plain = [e for e in experts if e not in set(packed)]
+        order = [*plain, *packed]
+        back = [order.index(e) for e in experts]
+        low = self.low_bit.select(packed) if self.low_bit is not None and packed else None
+
+        def stacked(held: Tensor, stored: PackedMatrices | None) -> Tensor:
+            index = torch.tensor(self.rows_of(plain), dtype=torch.int64, device=held.device)
+            rows = held.detach().index_select(0, index).to(device, dtype) if plain or stored is None else None
+            if stored is None:
+                return cast(Tensor, rows)
+            wide = stored.to(device).dequantized(dtype)
+            both = wide if rows is None else torch.cat([rows, wide])
+            return both if back == sorted(back) else both[back]
+
+        gate_up = stacked(self.gate_up, low.gate_up if low else None)
+        down, bias = stacked(self.down, low.down if low else None), self.bias_of(experts)
+        return ExpertWeights(gate_up, down, gate_up_bias=None if bias is None else bias.to(device, dtype))
+
+    def bias_of(self, experts: Sequence[int]) -> Tensor | None:
+        """The biases of gate and up of some experts of the layer, copied, [n, 2I]; None without biases."""
+        return None if self.gate_up_bias is None else self.gate_up_bias.detach()[list(experts)]
 
     def part(self, experts: slice) -> ExpertWeights:
-        """Copies of the weights of consecutive experts; those of the others can then be released.
+        """Copies of the weights of consecutive experts, by ids from 0; those of the others can then be released.
+
+        Biases of the down projections stay those of all experts.
 
         Args:
             experts: Of the layer.
         """
-        if self.scaled is not None:
-            raise NotImplementedError("experts in 8 bits are read by rank")
-        return ExpertWeights(self.gate_up[experts].clone(), self.down[experts].clone())
+        ids = range(*experts.indices(self.num_experts))
+        packed = [] if self.low_bit is None else [e for e in self.low_bit.experts if e in ids]
+        rows = self.rows_of([e for e in ids if e not in set(packed)])
+        wide = slice(rows[0], rows[-1] + 1) if rows else slice(0)
+        low = self.low_bit.select(packed) if self.low_bit is not None and packed else None
+        return ExpertWeights(
+            self.gate_up[wide].clone(),
+            self.down[wide].clone(),
+            low_bit=PackedExperts([e - ids.start for e in packed], low.gate_up, low.down) if low else None,
+            gate_up_bias=self.bias_of(ids),
+            down_bias=self.down_bias,
+        )
 
 
 class SavedForward:

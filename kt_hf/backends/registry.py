@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights
 from .gpu.resident import gpu_backend
 from .kt_kernel import installation
 from .kt_kernel.backend import KTKernelBackend
-from .kt_kernel.operators import check_shape, shape_problem
+from .kt_kernel.operators import OPERATORS, check_rank, check_shape, shape_problem
 from .kt_kernel.packed_files import PackedLayerFiles
+from .packed import PackedMatrices
 from .torch_loop import TorchBackend
 
 # Measured on two AVX512-BF16 cores: a SmolLM2 step of 512 tokens takes 3.2 s so, 4.6 with the operators' one worker
@@ -26,9 +28,13 @@ FEW_CORES = (
 _ONE_THREAD = "PyTorch has one thread here, as OMP_NUM_THREADS=1 makes it: OMP_NUM_THREADS=2 uses both cores"
 
 
-def kernel_availability() -> Availability:
-    """Whether kt-kernel's SFT operators run on this machine, and why or why not."""
-    return installation.availability()
+def kernel_availability(backend: str = "AMXBF16") -> Availability:
+    """Whether kt-kernel's SFT operators run on this machine, and why or why not.
+
+    Args:
+        backend: The value of `kt_backend` that asks for them: MXFP4 runs where the others do not.
+    """
+    return installation.availability(backend)
 
 
 def choose_backend(
@@ -37,6 +43,8 @@ def choose_backend(
     pools: int = 1,
     workers: int | None = None,
     dtype: torch.dtype | None = None,
+    rank: int | None = None,
+    stored: Sequence[PackedMatrices] = (),
 ) -> tuple[str, str]:
     """The name of the backend for a value of `kt_backend`, and the reason in words. `auto` never quantizes.
 
@@ -46,19 +54,25 @@ def choose_backend(
         pools: Number of pools of the operators' worker threads.
         workers: Number of worker threads that was planned; None where the user has set it.
         dtype: The model's dtype; None for bf16.
+        rank: LoRA rank; None if it is not known yet.
+        stored: How the checkpoint stores experts of low bits: a matrix of each kind; none for bf16.
 
     Raises:
         KTAMXNotAvailableError: A backend was asked for by name that does not run here.
-        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in `pools` pools.
+        KTAMXConfigError: A backend was asked for by name that cannot compute experts of this shape in `pools` pools, or
+            LoRA of this rank.
     """
     if requested == "torch":
         return "torch", "asked for"
     if requested != "auto":
         available = installation.check_available(requested)
         check_shape(shape, pools, requested)
+        check_rank(rank, requested)
         return requested, available.reason
     available = installation.availability()
     if not available.ok:
+        if keeps_packed("MXFP4", stored) and _mxfp4_alone(shape, pools):
+            return "MXFP4", "the checkpoint is in MXFP4 and is computed as it is; " + available.reason
         return "torch", available.reason
     if problem := shape_problem(shape, pools):
         return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
@@ -69,6 +83,22 @@ def choose_backend(
         threads = torch.get_num_threads()
         return "torch", FEW_CORES if threads > 1 else f"{FEW_CORES}; {_ONE_THREAD}"
     return "AMXBF16", available.reason
+
+
+def keeps_packed(backend: str, stored: Sequence[PackedMatrices]) -> bool:
+    """Whether a backend on the CPU computes with experts as their checkpoint stores them, without rounding.
+
+    Args:
+        backend: The name of a backend.
+        stored: A matrix of each kind that there is.
+    """
+    operators = OPERATORS.get(backend)
+    return operators is not None and bool(stored) and all(operators.takes(matrix) for matrix in stored)
+
+
+def _mxfp4_alone(shape: ExpertShape, pools: int) -> bool:
+    """Whether MXFP4's operators run where those in bf16 do not (AVX2): there they are faster than PyTorch."""
+    return installation.availability("MXFP4").ok and shape_problem(shape, pools, "MXFP4") is None
 
 
 def build_backend(
@@ -85,7 +115,7 @@ def build_backend(
     """Build a backend around a layer's weights, which it takes over.
 
     Args:
-        name: "torch", "AMXBF16", "AMXInt8" or "AMXInt4".
+        name: "torch", or a key of `OPERATORS`.
         weights: gate_up [E, 2I, H] and down [E, H, I]; the operators copy and empty them. Or the files of packed
             weights, for AMXInt8 and AMXInt4 alone.
         shape: The layer's sizes.
@@ -103,6 +133,9 @@ def build_backend(
     if name == "torch":
         if isinstance(weights, PackedLayerFiles):
             raise KTAMXConfigError(f"{label}: kt_backend=torch cannot load weights saved for kt-kernel's operators.")
+        if weights.low_bit is not None:
+            device, dtype = weights.gate_up.device, weights.gate_up.dtype
+            weights = weights.wide(range(shape.num_experts), device, dtype)
         return gpu_backend(weights, shape) if weights.gate_up.is_cuda else TorchBackend(weights, shape)
     return KTKernelBackend(weights, shape, rank, plan, max_len, share_backward, share_cache, label, name)
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from ..errors import KTAMXBackwardError
 from ..shapes import ExpertShape
 from .base import ExpertWeights, Gradients, SavedForward
 from .buffer_pool import empty, empty_rows
+from .torch_lora import TorchLora
 from .transfer import split_lora
 
 # Where the CPU has no 16-bit matrix products, one in fp32 pays for widening the weights from this many rows on in
@@ -37,9 +37,6 @@ _WIDEN_FROM_ROWS = 4
 # which the experts of a few layers exceed (a quarter of a SmolLM2 step). So an expert's rows are filled to a multiple
 # of this, or below it to a power of two.
 _ROW_STEP = 16
-# The B of gate and up are one block-diagonal matrix up to this rank: few rows take 20 µs whatever the size.
-# Half of it are zeros, and from rank 64 on these take longer.
-_ONE_B_TO_RANK = 32
 
 
 @dataclass
@@ -86,61 +83,7 @@ class _TorchForward(SavedForward):
     x: Tensor  # [S, H], sorted
     gu: Tensor  # [S, 2I], before the activation
     xa: Tensor  # [S, 2r], x through the A of gate and of up
-    lora: _Lora | None
-
-
-class _Lora(NamedTuple):
-    """LoRA tensors as they are multiplied: gate's A above up's, and their B as one where that is faster."""
-
-    a: Tensor  # [E, 2r, H]
-    b: tuple[Tensor, ...]  # [E, 2I, 2r], block-diagonal; or gate's and up's, [E, I, r]
-    down_a: Tensor
-    down_b: Tensor
-
-    @classmethod
-    def of(cls, tensors: tuple[Tensor, ...]) -> _Lora:
-        gate_a, gate_b, up_a, up_b, down_a, down_b = tensors
-        E, inner, r = gate_b.shape
-        if r <= _ONE_B_TO_RANK:
-            whole = gate_b.new_zeros(E, 2 * inner, 2 * r)
-            whole[:, :inner, :r], whole[:, inner:, r:] = gate_b, up_b
-            b: tuple[Tensor, ...] = (whole,)
-        else:
-            b = gate_b.clone(), up_b.clone()
-        return cls(torch.cat([gate_a, up_a], 1), b, down_a.clone(), down_b.clone())
-
-    @property
-    def rank(self) -> int:
-        return self.down_a.shape[1]
-
-    def projections(self) -> tuple[Tensor, ...]:
-        """Views as the six tensors of `set_lora`."""
-        r, inner = self.rank, self.down_a.shape[2]
-        whole = self.b[0]
-        gate_b, up_b = self.b if len(self.b) == 2 else (whole[:, :inner, :r], whole[:, inner:, r:])
-        return self.a[:, :r], gate_b, self.a[:, r:], up_b, self.down_a, self.down_b
-
-    def add_b(self, e: int, xa: Tensor, to: Tensor) -> None:
-        """Multiply `xa` [S, 2r] (x times both A) by the B of expert e, and add it to `to` [S, 2I]."""
-        if len(self.b) == 1:
-            to.addmm_(xa, self.b[0][e].t())
-            return
-        for b, part, target in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
-            target.addmm_(part, b[e].t())
-
-    def back_through_b(self, e: int, dgu: Tensor) -> Tensor:
-        """Multiply the gradient of gate and up, [S, 2I], by both transposed B of expert e: [S, 2r]."""
-        if len(self.b) == 1:
-            return dgu @ self.b[0][e]
-        return torch.cat([part @ b[e] for b, part in zip(self.b, dgu.chunk(2, 1), strict=True)], 1)
-
-    def b_gradients(self, dgu: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of gate's and of up's B, each [I, r]."""
-        (dg, du), (gate, up) = dgu.chunk(2, 1), xa.chunk(2, 1)
-        if len(self.b) == 2:
-            return dg.t() @ gate, du.t() @ up
-        both = dgu.t() @ xa  # off the diagonal it is of no use
-        return both[: dg.shape[1], : gate.shape[1]], both[dg.shape[1] :, gate.shape[1] :]
+    lora: TorchLora | None
 
 
 class TorchBackend:
@@ -150,8 +93,9 @@ class TorchBackend:
     in fp32.
 
     Args:
-        weights: gate_up [E, 2I, H] and down [E, H, I], floating, on any device; taken over, not copied.
-        shape: The layer's sizes.
+        weights: gate_up [E, 2I, H] and down [E, H, I], floating, on any device, and biases of gate_up if any; taken
+            over, not copied.
+        shape: The layer's sizes, and its gate.
     """
 
     name = "torch"
@@ -168,7 +112,8 @@ class TorchBackend:
         self._widen = self.device.type == "cpu" and narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._fill = self.device.type == "cpu" and narrow and not self._widen
         self._math = torch.float32 if self._widen else self.dtype
-        self._lora: _Lora | None = None
+        self._bias = None if weights.gate_up_bias is None else weights.gate_up_bias.to(self.device, self._math)
+        self._lora: TorchLora | None = None
 
     @property
     def rank(self) -> int:
@@ -176,14 +121,14 @@ class TorchBackend:
         return self._lora.rank if self._lora else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
-        """Copy six LoRA tensors of one rank to the device; () switches LoRA off. Saved forwards stay good."""
+        """Copy the LoRA tensors, of one rank, to the device; () switches LoRA off. Saved forwards stay good."""
         # New tensors, never the old ones changed: saved forwards keep reading theirs.
         self._lora = None
         if tensors:
-            self._lora = _Lora.of(tuple(t.detach().to(self.device, self._math) for t in tensors))
+            self._lora = TorchLora.of(tuple(t.detach().to(self.device, self._math) for t in tensors))
 
     def lora_copy(self) -> tuple[Tensor, ...]:
-        """The six LoRA tensors: views of tensors that are never written to again; () without LoRA."""
+        """The LoRA tensors: views of tensors that are never written to again; () without LoRA."""
         return self._lora.projections() if self._lora else ()
 
     def can_backward(self, saved: SavedForward) -> bool:
@@ -193,20 +138,22 @@ class TorchBackend:
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Compute expert by expert; the output [T, H] is of `dtype`, and with `save` activations are kept."""
         groups = self._group(ids)
-        I, r, lora = self.shape.intermediate_size, self.rank, self._lora  # noqa: E741
+        width, r, lora = self.shape.up_rows, self.shape.gate.halves * self.rank, self._lora
         xs = groups.taken(x.to(self._math))
         ws = groups.spread(weights.reshape(-1).index_select(0, groups.order).to(self._math).unsqueeze(1))
         scratch = self._scratch()
-        gu, xa = empty_rows(xs.shape[0] if save else 0, xs, 2 * I), xs.new_empty(xs.shape[0], 2 * r)
+        gu, xa = empty_rows(xs.shape[0] if save else 0, xs, width), xs.new_empty(xs.shape[0], r)
         y = empty_rows(xs.shape[0], xs)
         # Expert by expert to the end: what is between the products stays in the cache.
         for e, rows in groups:
-            inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, 2 * I), y[rows]
+            inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, width), y[rows]
             self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch)
             if lora:
                 torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
                 lora.add_b(e, xa[rows], inner)
-            h = _silu(inner[:, :I]).mul_(inner[:, I:])
+            if self._bias is not None:
+                inner.add_(self._bias[e])
+            h = self._gated(inner)
             self._product(h, self.weights.down[e], True, out, scratch)
             if lora:
                 out.addmm_(h @ lora.down_a[e].t(), lora.down_b[e].t())
@@ -227,10 +174,8 @@ class TorchBackend:
         if self.weights.down.numel() == 0:
             raise KTAMXBackwardError("The experts were packed between this forward and its backward: forward again.")
         groups, ws, xs, lora = saved.groups, saved.weights, saved.x, saved.lora
-        I = self.shape.intermediate_size  # noqa: E741
-        r = lora.rank if lora else 0
         grad = groups.taken(grad_output.to(self._math))
-        grads = self._new_gradients(r, groups) if lora else ()
+        grads = self._new_gradients(lora.rank, groups) if lora else ()
         scratch = self._scratch()
         dx, dw = (
             empty_rows(grad.shape[0], grad),
@@ -238,38 +183,57 @@ class TorchBackend:
         )
         for e, rows in groups:
             d, w, out = grad[rows], ws[rows], dx[rows]
-            g, u = saved.gu[rows, :I], saved.gu[rows, I:]
-            s = torch.sigmoid(g)
-            silu = g * s
-            h = silu * u
+            h, slopes = self._gated_with_slopes(saved.gu[rows])
             q = torch.empty_like(h)
             self._product(d, self.weights.down[e], False, q, scratch)
             if lora:
                 db = d @ lora.down_b[e]
                 q.addmm_(db, lora.down_a[e])
-                grads[4][e] = db.mul_(w).t() @ h
-                grads[5][e] = d.t() @ (h @ lora.down_a[e].t()).mul_(w)
+                grads[-2][e] = db.mul_(w).t() @ h
+                grads[-1][e] = d.t() @ (h @ lora.down_a[e].t()).mul_(w)
             torch.sum(q.float() * h, 1, out=dw[rows])
-            q.mul_(w)
-            dgu = q.new_empty(q.shape[0], 2 * I)
-            # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-            torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :I])
-            torch.mul(q, silu, out=dgu[:, I:])
+            dgu = slopes(q.mul_(w))
             self._product(dgu, self.weights.gate_up[e], False, out, scratch)
             if lora:
                 da = lora.back_through_b(e, dgu)
                 out.addmm_(da, lora.a[e])
-                both = da.t() @ xs[rows]
-                grads[0][e], grads[2][e] = both[:r], both[r:]
-                grads[1][e], grads[3][e] = lora.b_gradients(dgu, saved.xa[rows])
+                for grad_a, part in zip(grads[:-2:2], (da.t() @ xs[rows]).split(lora.rank), strict=True):
+                    grad_a[e] = part
+                for grad_b, part in zip(grads[1:-2:2], lora.b_gradients(dgu, saved.xa[rows]), strict=True):
+                    grad_b[e] = part
         grad_weights = torch.zeros(groups.T * groups.K, dtype=torch.float32, device=self.device)
         grad_weights.index_copy_(0, groups.order, groups.gathered(dw.unsqueeze(1)).squeeze(1))
         return Gradients(
             self._sum_by_token(dx, groups), grad_weights.view(groups.T, groups.K), grads, lora_is_free=True
         )
 
+    def _gated(self, gu: Tensor) -> Tensor:
+        """The gated product of rows, [S, 2I] -> [S, I]."""
+        gate, inner = self.shape.gate, self.shape.intermediate_size
+        return _silu(gu[:, :inner]).mul_(gu[:, inner:]) if gate.plain else gate.applied(gu)
+
+    def _gated_with_slopes(self, gu: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """`_gated`, and what brings its gradient [S, I] back to gu's, [S, 2I]."""
+        gate, inner = self.shape.gate, self.shape.intermediate_size
+        if not gate.plain:
+            h, by_gu = gate.with_derivatives(gu)
+            parts = by_gu.view(len(gu), gate.halves, inner)
+            return h.to(gu.dtype), lambda q: parts.mul_(q.unsqueeze(1)).view(gu.shape).to(gu.dtype)
+        g, u = gu[:, :inner], gu[:, inner:]
+        s = torch.sigmoid(g)
+        silu = g * s
+
+        def back(q: Tensor) -> Tensor:
+            dgu = torch.empty_like(gu)
+            # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+            torch.mul(q * u, s + silu * (1 - s), out=dgu[:, :inner])
+            torch.mul(q, silu, out=dgu[:, inner:])
+            return dgu
+
+        return silu * u, back
+
     def _new_gradients(self, rank: int, groups: _Groups) -> tuple[Tensor, ...]:
-        """Memory for the six LoRA gradients: views of one fp32 tensor, zero if any expert has no rows."""
+        """Memory for the LoRA gradients: views of one fp32 tensor, zero if any expert has no rows."""
         sizes = self.shape.lora_shapes(rank)
         flat = empty((sum(map(math.prod, sizes)),), torch.float32, self.device)
         return split_lora(flat if len(groups.spans) == self.shape.num_experts else flat.zero_(), sizes)
@@ -297,7 +261,7 @@ class TorchBackend:
     def _scratch(self) -> Tensor | None:
         """Memory for one weight converted to fp32; None where weights are not converted."""
         shape = self.shape
-        size = 2 * shape.intermediate_size * shape.hidden_size
+        size = shape.up_rows * shape.hidden_size
         return torch.empty(size, dtype=torch.float32, device=self.device) if self._widen else None
 
     def _product(self, x: Tensor, weight: Tensor, transpose: bool, out: Tensor, scratch: Tensor | None) -> None:

@@ -16,27 +16,30 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# How six LoRA tensors lie in one memory: the A of all projections before the B, so that these are scaled in one pass.
-_IN_MEMORY = (0, 2, 4, 1, 3, 5)
+
+def _in_memory(count: int) -> tuple[int, ...]:
+    """How LoRA tensors lie in one memory: the A of all projections before the B, which are scaled in one pass."""
+    return *range(0, count, 2), *range(1, count, 2)
 
 
 def split_lora(flat: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Six LoRA tensors of these sizes, as views of a flat one that has all of their elements.
+    """LoRA tensors of these sizes, as views of a flat one that has all of their elements.
 
     Args:
         flat: [the sum of all elements], of any dtype and device.
-        sizes: The six shapes, in the order of `LORA_NAMES`.
+        sizes: The shapes of the six (four without a gate), in the order of `LORA_NAMES`.
     """
-    pieces = flat.split([math.prod(sizes[i]) for i in _IN_MEMORY])
-    views = {i: piece.view(tuple(sizes[i])) for i, piece in zip(_IN_MEMORY, pieces, strict=True)}
+    order = _in_memory(len(sizes))
+    pieces = flat.split([math.prod(sizes[i]) for i in order])
+    views = {i: piece.view(tuple(sizes[i])) for i, piece in zip(order, pieces, strict=True)}
     return tuple(views[i] for i in range(len(sizes)))
 
 
 def flat_lora(lora: Sequence[Tensor]) -> Tensor | None:
-    """The flat tensor that six LoRA tensors are views of, as `split_lora` makes them; None if they are not."""
+    """The flat tensor that all LoRA tensors are views of, as `split_lora` makes them; None if they are not."""
     first = lora[0]
     memory, at = first.untyped_storage().data_ptr(), first.storage_offset()
-    for i in _IN_MEMORY:
+    for i in _in_memory(len(lora)):
         tensor = lora[i]
         if (
             tensor.storage_offset() != at
@@ -50,7 +53,7 @@ def flat_lora(lora: Sequence[Tensor]) -> Tensor | None:
 
 
 def lora_b_part(flat: Tensor, lora: Sequence[Tensor]) -> Tensor:
-    """The part of `flat` that holds the B of all projections; `lora` are the six views that `split_lora` made of it."""
+    """The part of `flat` that holds the B of all projections; `lora` are the views that `split_lora` made of it."""
     return flat[sum(tensor.numel() for tensor in lora[::2]) :]
 
 

@@ -20,12 +20,12 @@ import torch
 
 from ..discovery import skeleton
 from ..errors import KTAMXError, KTAMXModelNotSupportedError
-from .eight_bit import SCALE_PATTERN, has_8_bits
+from .dense_rest import DenseRest
 from .expert_index import ExpertCheckpoint
+from .quantization import known_quantization, quantization_of, stored_config
 from .tensor_files import INDEX, SINGLE, TensorFiles
 
 _SHOWN = 3
-_SCALE = re.compile(rf"{SCALE_PATTERN}$")
 _ROUTED = re.compile(r"\.experts\.")
 
 
@@ -38,7 +38,7 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
         trust_remote_code: As transformers has it.
 
     Returns:
-        Names of tensors that the model has no place for, sorted; scales of 8-bit weights left out. Of a checkpoint
+        Names of tensors that the model has no place for, sorted; parts of low-bit weights left out. Of a checkpoint
         quantized in another way only the files are checked.
 
     Raises:
@@ -47,20 +47,20 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
         KTAMXConfigError: The folder has no safetensors checkpoint.
     """
     files = TensorFiles(folder)
-    if getattr(config, "quantization_config", None) is not None and not has_8_bits(config):
+    if stored_config(config) is not None and not known_quantization(config):
         return []
     outline = skeleton(config, trust_remote_code)
     experts_checked = True
     try:  # it names an expert that is missing, where transformers' loader tells only that something is not converted
-        ExpertCheckpoint(folder, config, model=outline)
+        ExpertCheckpoint(folder, config, model=outline).check_values(scales=False)
     except KTAMXModelNotSupportedError:
         experts_checked = False  # experts of another kind, which transformers alone may know how to load
+    rest = DenseRest(files, quantization_of(config), outline._keys_to_ignore_on_load_unexpected or ())
+    tensors = rest.outline()
+    if not experts_checked:
+        routed = {name: stored for name, stored in files.tensors.items() if _ROUTED.search(name)}
+        tensors |= {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in routed.items()}
     config = copy.deepcopy(outline.config)
-    tensors = {
-        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-        for name, stored in files.tensors.items()
-        if not (experts_checked and _ROUTED.search(name))
-    }
     with _quiet() as report:
         try:
             _, info = type(outline).from_pretrained(
@@ -85,7 +85,7 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
             f"{_where(files, folder)} has no {shown} ({len(missing)} of the model's weights missing). Copy the "
             "checkpoint again: with random values in their place training would be worth nothing."
         )
-    return sorted(name for name in info["unexpected_keys"] if not _SCALE.search(name))
+    return sorted(info["unexpected_keys"])
 
 
 def _where(files: TensorFiles, folder: Path) -> Path:

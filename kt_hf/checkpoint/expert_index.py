@@ -1,38 +1,36 @@
 """`ExpertCheckpoint`: the routed experts of a safetensors checkpoint, checked from the headers and read layer by layer.
 
-Three layouts are known, recognized by the tensors' names, whatever the family: one tensor an expert and projection
+Three layouts are known, recognized by the tensors' names, whatever the family: a linear layer an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
-(`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in 8 bits with scales (`eight_bit`).
+(`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in one of the low-bit formats that `quantization` tells apart.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..backends import ExpertWeights
-from ..backends.block_scaled import EIGHT_BIT, ScaledExperts, ScaledMatrices
-from ..backends.gpu.pinned_weights import own_pages
-from ..discovery import FLOATING, find_experts, skeleton
+from ..backends.packed import PackedExperts, PackedMatrices
+from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
-from ..shapes import ALIASES, ExpertShape
-from .eight_bit import KNOWN, SCALE_PATTERN, block_size, check_scales
-from .expert_reader import Matrix, read_matrices
-from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index, read_tensors
+from ..shapes import ALIASES, BF16, ExpertShape
+from .as_module import ModuleTensors
+from .expert_names import ExpertName, expert_name, plain_name
+from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices
+from .formats import KNOWN, Kind
+from .quantization import quantization_of
+from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index
 
-_ONE_EXPERT = re.compile(
-    rf"(.*\bexperts)\.(\d{{1,9}})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight({SCALE_PATTERN})?$"
-)
-_FUSED = re.compile(rf"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?({SCALE_PATTERN})?$")
-_OTHER = re.compile(r"(.*\bexperts)\.(.*)$")
-# A checkpoint may hold the model without its head, or call the block that has the experts as its authors did.
-_ROOT = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)*")
-_BLOCK = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.experts$")
+# Of a layer, by (expert, projection).
+_Weights = dict[tuple[int, str], dict[str, StoredTensor]]
+_Matrices = dict[tuple[int, str], Matrix]
 
 
 class ExpertCheckpoint:
@@ -47,10 +45,11 @@ class ExpertCheckpoint:
     Attributes:
         layers: Full names of the experts modules, in the order of the model's layers (`model.layers.3.mlp.experts`).
         shapes: Layer -> sizes of its experts.
+        forms: Layer -> how the model's module holds its experts, and how it is called.
         model_class: The class by which transformers loads the model.
         expert_classes: The classes of its experts modules.
         files: The checkpoint's tensors.
-        block: Rows and columns of an 8-bit weight that share a scale.
+        quantization: How the configuration says that weights are stored.
 
     Raises:
         KTAMXModelNotSupportedError: A model without experts that can be computed, or saved under unknown names.
@@ -63,117 +62,154 @@ class ExpertCheckpoint:
     ) -> None:
         model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
+        for site in sites:
+            _refuse_unread(site)
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
-        self.block = block_size(config)
+        self.forms = {site.name: site.form for site in sites}
+        self.quantization = quantization_of(config)
         _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))
+        self._as_modules = self._find_modules()
         self._matrices = self._find()
 
-    def read(self, layer: str, dtype: torch.dtype, in_8bit: Sequence[int] = ()) -> ExpertWeights:
+    def read(self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
         """A layer's weights, stacked and fused, in memory of their own on the CPU.
 
         Args:
             layer: One of `layers`.
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
-            in_8bit: Ids of experts that stay in 8 bits, as the files have them; `keep_8bit` says whether they can.
+            low_bit: Ids of experts that are to stay in low bits, as the files have them. Those that cannot be stacked
+                with the others of the layer are widened nevertheless.
 
         Returns:
-            gate_up [E, 2I, H] and down [E, H, I] of the experts that are not `in_8bit`, and those in `scaled`.
+            Stacks of the widened experts, [n, 2I, H] and [n, H, I], and those that stay packed in its `low_bit`.
 
         Raises:
             KTAMXError: A file has changed since it was checked.
         """
         if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
+        if layer in self._as_modules:
+            return self._as_modules[layer].read(dtype, low_bit)
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
-        rest = [e for e in range(shape.num_experts) if e not in set(in_8bit)]
-        gate_up = torch.empty(len(rest), 2 * I, H, dtype=dtype, device="cpu")
+        kept = sorted(set(low_bit) & self._stackable(layer))
+        rest = [e for e in range(shape.num_experts) if e not in set(kept)]
+        gate_up = torch.empty(len(rest), shape.up_rows, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
+        places = {"gate_up_proj": gate_up, "down_proj": down, "gate_proj": gate_up[:, :I], "up_proj": gate_up[:, -I:]}
         row = {e: i for i, e in enumerate(rest)}
-        targets = _targets(gate_up, down)
-        read_matrices([(matrix, targets[name][row[e]]) for (e, name), matrix in matrices.items() if e in row])
-        return ExpertWeights(gate_up, down, scaled=self._read_scaled(layer, sorted(in_8bit)) if in_8bit else None)
+        read_matrices([(matrix, Wide(places[name][row[e]])) for (e, name), matrix in matrices.items() if e in row])
+        return ExpertWeights(gate_up, down, low_bit=self._read_packed(layer, kept) if kept else None)
 
-    def keep_8bit(self) -> bool:
-        """Whether experts can stay in 8 bits: all of them are, those of a layer in one dtype."""
-        for matrices in self._matrices.values():
-            kinds = {(m.weight.dtype, m.scales.dtype if m.scales else None) for m in matrices.values()}
-            if len(kinds) != 1 or kinds.pop()[0] not in EIGHT_BIT:
-                return False
-        return True
+    def bits(self) -> float:
+        """Bits of an expert's weight as it is kept, its part of the scales included; 16 for those that are widened."""
+        stored = sum(module.kept_size for module in self._as_modules.values())
+        for layer in self._matrices:
+            shape = self.shapes[layer]
+            stackable = self._stackable(layer)
+            stored += (shape.num_experts - len(stackable)) * shape.num_weights / shape.num_experts * BF16 / 8
+            for (expert, _), matrix in self._matrices[layer].items():
+                if expert in stackable and matrix.kind is not None:
+                    stored += matrix.kind.size(*matrix.shape)
+        return 8 * stored / sum(shape.num_weights for shape in self.shapes.values())
 
-    def _read_scaled(self, layer: str, experts: list[int]) -> ScaledExperts:
-        """Experts of a layer as they are in the files."""
-        shape, matrices = self.shapes[layer], self._matrices[layer]
-        H, I, n = shape.hidden_size, shape.intermediate_size, len(experts)  # noqa: E741
-        fused = (experts[0], "gate_up_proj") in matrices
-        dtype = matrices[experts[0], "down_proj"].weight.dtype
-        gate_up, down = own_pages((n, 2 * I, H), dtype), own_pages((n, H, I), dtype)
-        targets = _targets(gate_up, down)
-        jobs: list[tuple[StoredTensor, Tensor]] = []
-        scales: dict[str, Tensor] = {}
-        for name in ["gate_up_proj"] * fused or ["gate_proj", "up_proj"]:
-            scales[name] = self._scales_of(layer, name, experts, jobs)
-        scales["down_proj"] = self._scales_of(layer, "down_proj", experts, jobs)
-        jobs += [(matrices[e, name].weight, targets[name][i]) for i, e in enumerate(experts) for name in scales]
-        read_tensors(jobs)
-        *above, below = (stored.float() for stored in scales.values())
-        return ScaledExperts(
-            experts,
-            ScaledMatrices(gate_up, torch.stack(above, 1), self.block),
-            ScaledMatrices(down, below[:, None], self.block),
-        )
+    def check_values(self, scales: bool = True) -> None:
+        """Read what tells how weights are stored, and look through it.
 
-    def _scales_of(self, layer: str, name: str, experts: list[int], jobs: list[tuple[StoredTensor, Tensor]]) -> Tensor:
-        """Memory [n, R, C] for the scales of a projection of some experts; what is to be read is added to `jobs`."""
-        stored = [scales for e in experts if (scales := self._matrices[layer][e, name].scales) is not None]
-        memory = torch.empty(len(experts), *stored[0].shape, dtype=stored[0].dtype, device="cpu")
-        jobs += zip(stored, memory, strict=True)
-        return memory
+        Args:
+            scales: Whether to look through the scales of low-bit weights too, for what is not a finite number: a ninth
+                of a checkpoint of 4 bits.
+
+        Raises:
+            KTAMXError: The experts cannot be computed of it, naming file and tensor.
+        """
+        check_values([matrix for layer in self._matrices.values() for matrix in layer.values()], scales)
 
     def source_bytes(self, layer: str) -> int:
         """Bytes of a layer's experts in the files."""
-        return sum(tensor.size for matrix in self._matrices[layer].values() for tensor in matrix.tensors)
+        module = self._as_modules.get(layer)
+        return module.size if module else sum(matrix.size for matrix in self._matrices[layer].values())
 
-    def _find(self) -> dict[str, dict[tuple[int, str], Matrix]]:
+    def _stackable(self, layer: str) -> set[int]:
+        """The experts of a layer that can be stacked in low bits: those of the kinds that most of them have."""
+        kinds: dict[int, set[tuple[str, Kind | None]]] = {}
+        for (expert, name), matrix in self._matrices[layer].items():
+            above = "gate and up" if name in ("gate_proj", "up_proj") else name
+            kinds.setdefault(expert, set()).add((above, matrix.kind))
+        alike = {e: frozenset(of) for e, of in kinds.items() if len(of) == 2 and all(kind for _, kind in of)}
+        most = Counter(alike.values()).most_common(1)
+        return {e for e, of in alike.items() if of == most[0][0]}
+
+    def stored(self) -> list[PackedMatrices]:
+        """How experts of low bits are stored: two matrices of each layer's first expert; [] if any is widened."""
+        if self._as_modules or any(len(self._stackable(name)) < self.shapes[name].num_experts for name in self.layers):
+            return []
+        packed = [self._read_packed(layer, [0]) for layer in self.layers]
+        return [matrix for one in packed for matrix in (one.gate_up, one.down)]
+
+    def _read_packed(self, layer: str, experts: list[int]) -> PackedExperts:
+        """Experts of a layer as they are in the files."""
+        shape, matrices = self.shapes[layer], self._matrices[layer]
+        H, I, n = shape.hidden_size, shape.intermediate_size, len(experts)  # noqa: E741
+        names = ["gate_up_proj"] if (experts[0], "gate_up_proj") in matrices else list(shape.projections[:-1])
+        above, below = matrices[experts[0], names[0]].kind, matrices[experts[0], "down_proj"].kind
+        assert above
+        assert below
+        gate_up, down = above.allocate(n, shape.up_rows, H, len(names)), below.allocate(n, H, I)
+        jobs = []
+        for i, e in enumerate(experts):
+            jobs += [(matrices[e, name], Slot(gate_up, i, part, len(names))) for part, name in enumerate(names)]
+            jobs.append((matrices[e, "down_proj"], Slot(down, i)))
+        read_matrices(jobs)
+        return PackedExperts(experts, gate_up, down)
+
+    def _find_modules(self) -> dict[str, ModuleTensors]:
+        """Layer -> its experts, of those whose module is laid out otherwise than experts are computed."""
+        layers = {plain_name(name): name for name, form in self.forms.items() if form.stored_otherwise}
+        stored: dict[str, dict[str, StoredTensor]] = {name: {} for name in layers.values()}
+        for name, tensor in self.files.tensors.items() if layers else ():
+            inside = ".experts." in name and name.partition(".experts.")
+            layer = layers.get(plain_name(f"{inside[0]}.experts")) if inside else None
+            if inside and layer:
+                stored[layer][inside[2]] = tensor
+        return {name: ModuleTensors(name, self.forms[name], tensors) for name, tensors in stored.items()}
+
+    def _find(self) -> dict[str, _Matrices]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
-        layers = {_plain(name): name for name in self.layers}
-        weights: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
-        scales: dict[str, dict[tuple[int, str], StoredTensor]] = {name: {} for name in self.layers}
+        layers = {plain_name(name): name for name in self.layers if name not in self._as_modules}
+        weights: dict[str, _Weights] = {name: {} for name in layers.values()}
         strange: dict[str, StoredTensor] = {}
         for name, tensor in self.files.tensors.items():
-            match = _ONE_EXPERT.match(name) or _FUSED.match(name) or _OTHER.match(name)
-            layer = layers.get(_plain(match[1])) if match else None
-            if match is None or layer is None:
+            known = expert_name(name)
+            layer = layers.get(plain_name(known.layer)) if known else None
+            if known is None or layer is None:
                 continue  # not an expert's, or of a layer the model does not have (multi-token prediction)
-            if match.re is _OTHER:
+            if not known.projection:
                 strange.setdefault(layer, tensor)
                 continue
-            target = (scales if match.groups()[-1] else weights)[layer]
             shape = self.shapes[layer]
-            for key, part in _parts(match, tensor, shape):
-                if key in target:
-                    raise KTAMXError(f"{tensor} and {target[key]} are the same weight of expert {key[0]} of {layer}.")
-                target[key] = part
-        if not any(weights.values()) and not strange:
+            for expert, part in _of_experts(known, tensor, shape):
+                if expert >= shape.num_experts and self.forms[layer].call == "identity":
+                    continue  # stored for an expert that gives the token itself
+                parts = weights[layer].setdefault((expert, known.projection), {})
+                if known.part in parts:
+                    raise KTAMXError(
+                        f"{tensor} and {parts[known.part]} are the same weight of expert {expert} of {layer}."
+                    )
+                parts[known.part] = part
+        if layers and not any(weights.values()) and not strange:
             raise KTAMXModelNotSupportedError(
                 f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
                 f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
                 "from_pretrained and apply_kt_moe."
             )
-        return {name: self._checked(name, weights[name], scales[name], strange.get(name)) for name in self.layers}
+        return {name: self._checked(name, weights[name], strange.get(name)) for name in layers.values()}
 
-    def _checked(
-        self,
-        layer: str,
-        weights: dict[tuple[int, str], StoredTensor],
-        scales: dict[tuple[int, str], StoredTensor],
-        strange: StoredTensor | None,
-    ) -> dict[tuple[int, str], Matrix]:
+    def _checked(self, layer: str, weights: _Weights, strange: StoredTensor | None) -> _Matrices:
         """A layer's matrices, all there and of the right size."""
         shape = self.shapes[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
@@ -184,59 +220,58 @@ class ExpertCheckpoint:
                 "one tensor an expert or fused."
             )
         for expert in range(shape.num_experts):
-            for name in ("gate_proj", "up_proj", "down_proj"):
+            for name in shape.projections:
                 if (expert, name) not in weights and (name == "down_proj" or (expert, "gate_up_proj") not in weights):
                     raise KTAMXError(self._missing(layer, expert, name, weights))
                 if name != "down_proj" and (expert, name) in weights and (expert, "gate_up_proj") in weights:
-                    part, fused = weights[expert, name], weights[expert, "gate_up_proj"]
-                    raise KTAMXError(f"{part} and {fused} are the same weight of expert {expert} of {layer}.")
-        matrices = {}
-        for (expert, name), weight in weights.items():
+                    one, fused = (next(iter(weights[expert, n].values())) for n in (name, "gate_up_proj"))
+                    raise KTAMXError(f"{one} and {fused} are the same weight of expert {expert} of {layer}.")
+        for (expert, _), parts in weights.items():
             if expert >= shape.num_experts:
-                raise KTAMXError(f"{weight}: {layer} has {shape.num_experts} experts by the model's config.")
-            if weight.shape != sizes[name]:
-                raise KTAMXError(
-                    f"{weight} has the shape {list(weight.shape)} an expert; by the model's config it is "
-                    f"{list(sizes[name])}."
-                )
-            matrices[expert, name] = Matrix(weight, self._scales(weight, scales.get((expert, name))), self.block)
-        return matrices
+                stored = next(iter(parts.values()))
+                raise KTAMXError(f"{stored}: {layer} has {shape.num_experts} experts by the model's config.")
+        return {(e, name): self._matrix(layer, e, name, parts, sizes[name]) for (e, name), parts in weights.items()}
 
-    def _scales(self, weight: StoredTensor, scales: StoredTensor | None) -> StoredTensor | None:
-        if weight.dtype in FLOATING and scales is None:
-            return None
-        if weight.dtype not in EIGHT_BIT and scales is None:
-            raise KTAMXError(f"{weight} is of {weight.dtype}; known are {KNOWN}.")
-        return check_scales(weight, scales, self.block).scales
+    def _matrix(
+        self, layer: str, expert: int, name: str, parts: dict[str, StoredTensor], shape: tuple[int, int]
+    ) -> Matrix:
+        """A projection of an expert, checked by its parts."""
+        if "bias" in parts:
+            raise KTAMXModelNotSupportedError(
+                f"{parts['bias']}: biases of experts cannot be computed for this model, whose experts have none."
+            )
+        form = self.quantization.format_of(f"{layer}.{expert}.{name}", parts)
+        if form is None and parts["weight"].shape != shape:
+            raise KTAMXError(
+                f"{parts['weight']} has the shape {list(parts['weight'].shape)} an expert; by the model's config it is "
+                f"{list(shape)}."
+            )
+        return Matrix(shape, parts, form, form.kind(parts, shape) if form else None)
 
-    def _missing(self, layer: str, expert: int, name: str, weights: dict[tuple[int, str], StoredTensor]) -> str:
-        """What to say of a weight that is not there: its name and file as those of its neighbours suggest them."""
-        names = [f"experts.{expert}.{name}.weight"]
-        names += [f"experts.{expert}.{old}.weight" for old, new in ALIASES.items() if new == name]
+    def _missing(self, layer: str, expert: int, name: str, weights: _Weights) -> str:
+        """What to say of a weight that is not there: its name and file as those of its neighbors suggest them."""
+        like = next((stored for parts in weights.values() for stored in parts.values()), None)
+        known = expert_name(like.name) if like else None
+        part = known.part if known else "weight"
+        aliases = [old for old, new in ALIASES.items() if new == name]
+        names = [f"experts.{expert}.{called}.{part}" for called in (name, *aliases)]
         fused = "down_proj" if name == "down_proj" else "gate_up_proj"
         listed = ""
         for other, file in self.files.unlisted.items():
             if other.endswith((*names, f"experts.{fused}")) and self._layer(other) == layer:
                 listed = f" {file} has {other}, but {INDEX} does not list it."
-        like = next(iter(weights.values()), None)
-        if like is None:
+        if like is None or known is None:
             return f"{layer}.{expert}.{name}.weight is missing; nothing in {self.files.folder} is of {layer}.{listed}"
-        if like.name.endswith(("gate_up_proj", "down_proj")):
-            called = like.name.rpartition(".")[0] + "." + fused
+        if known.expert is None:
+            missing = like.name.replace(known.projection, fused)
         else:
-            mixtral = re.search(r"\.w[123]\.weight$", like.name) is not None
-            called = like.name.rpartition("experts.")[0] + names[1 if mixtral else 0]
-        return f"{called} is missing (expert {expert} of {layer}); {like.file} has {like.name}.{listed}"
+            mixtral = re.search(r"\.w[123]\.", like.name) is not None
+            missing = like.name.rpartition("experts.")[0] + names[1 if mixtral else 0]
+        return f"{missing} is missing (expert {expert} of {layer}); {like.file} has {like.name}.{listed}"
 
     def _layer(self, tensor: str) -> str | None:
-        match = _OTHER.match(tensor)
-        return next((name for name in self.layers if match and _plain(name) == _plain(match[1])), None)
-
-
-def _targets(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """Projection -> where its matrices [n, out, in] are in gate_up [n, 2I, H] and down [n, H, I]."""
-    I = down.shape[2]  # noqa: E741
-    return {"gate_proj": gate_up[:, :I], "up_proj": gate_up[:, I:], "gate_up_proj": gate_up, "down_proj": down}
+        known = expert_name(tensor)
+        return next((name for name in self.layers if known and plain_name(name) == plain_name(known.layer)), None)
 
 
 def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
@@ -269,25 +304,27 @@ def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
     return index.parent
 
 
-def _plain(name: str) -> str:
-    """The name of an experts module without what checkpoints and models of one family differ in."""
-    return _BLOCK.sub(".experts", _ROOT.sub("", name))
-
-
-def _parts(
-    match: re.Match[str], tensor: StoredTensor, shape: ExpertShape
-) -> Iterator[tuple[tuple[int, str], StoredTensor]]:
-    """(expert, projection) -> the part of the tensor that is its weight, or its scales."""
-    if match.re is _ONE_EXPERT:
-        yield (int(match[2]), ALIASES.get(match[3], match[3])), tensor
+def _of_experts(known: ExpertName, tensor: StoredTensor, shape: ExpertShape) -> Iterator[tuple[int, StoredTensor]]:
+    """(expert, its part) of a tensor: the tensor, or a row of a stack."""
+    if known.expert is not None:
+        yield known.expert, tensor
         return
-    if len(tensor.shape) != 3 or tensor.shape[0] != shape.num_experts:
+    if not tensor.shape or tensor.shape[0] != shape.num_experts or (known.part == "weight" and len(tensor.shape) != 3):
         raise KTAMXError(
             f"{tensor} has the shape {list(tensor.shape)}; by the model's config it is a stack of {shape.num_experts} "
             "experts' matrices."
         )
     for expert in range(shape.num_experts):
-        yield (expert, match[2]), tensor.row(expert)
+        yield expert, tensor.row(expert)
+
+
+def _refuse_unread(site: ExpertsSite) -> None:
+    """Experts that are not read by themselves: in a list, or with a norm, which their module would bring."""
+    if site.mlps or site.form.call == "normed":
+        what = "a norm behind each expert" if site.form.call == "normed" else "its experts in a list, each by itself"
+        raise KTAMXModelNotSupportedError(
+            f"{site.name} has {what}, which cannot be streamed. Use from_pretrained and apply_kt_moe."
+        )
 
 
 def _refuse_transposed(model: Any) -> None:

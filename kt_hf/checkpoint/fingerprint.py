@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends import ExpertWeights, PackedLayerFiles
-from ..backends.block_scaled import ScaledMatrices
+from ..backends.packed import PackedMatrices
+from ..backends.quantizer import quantized_row
 from ..discovery import FLOATING
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
@@ -44,40 +45,60 @@ def fingerprint_of(tensor: Tensor) -> Fingerprint:
 
 
 def fingerprints_of_weights(weights: ExpertWeights) -> dict[str, Fingerprint]:
-    """The fingerprints of a layer's experts, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+    """The fingerprints of a layer's experts: `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I], and biases if any.
 
-    They are the same whether or not some experts are still in 8 bits.
+    They are the same whether or not some experts are still in low bits.
     """
-    if weights.scaled is None:
-        return {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
-    scaled = weights.scaled
-    return {
-        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, scaled.gate_up, scaled.experts),
-        "down_proj": _fingerprint_of_parts(weights, weights.down, scaled.down, scaled.experts),
+    biases = {"gate_up_proj_bias": weights.gate_up_bias, "down_proj_bias": weights.down_bias}
+    of_biases = {name: fingerprint_of(bias) for name, bias in biases.items() if bias is not None}
+    if weights.low_bit is None:
+        of_weights = {"gate_up_proj": fingerprint_of(weights.gate_up), "down_proj": fingerprint_of(weights.down)}
+        return of_weights | of_biases
+    packed = weights.low_bit
+    return of_biases | {
+        "gate_up_proj": _fingerprint_of_parts(weights, weights.gate_up, packed.gate_up, packed.experts),
+        "down_proj": _fingerprint_of_parts(weights, weights.down, packed.down, packed.experts),
     }
 
 
 def _fingerprint_of_parts(
-    weights: ExpertWeights, wide: Tensor, scaled: ScaledMatrices, experts: Sequence[int]
+    weights: ExpertWeights, wide: Tensor, packed: PackedMatrices, experts: Sequence[int]
 ) -> Fingerprint:
-    """Of all experts' matrices: those of `experts` are in `scaled`, the others in `wide`."""
+    """Of all experts' matrices: those of `experts` are in `packed`, the others in `wide`."""
     number, (height, columns) = len(wide) + len(experts), wide.shape[1:]
     rows = []
     for index in _sample(number * height):
         expert, row = divmod(index, height)
         if expert in experts:
-            rows.append(scaled.row(experts.index(expert), row, wide.dtype))
+            rows.append(packed.row(experts.index(expert), row, wide.dtype))
         else:
             rows.append(wide[weights.rows_of([expert])[0], row])
     return _fingerprint([number, height, columns], wide.dtype, torch.stack(rows))
 
 
-def fingerprint(weights: ExpertWeights | PackedLayerFiles) -> Tensor:
-    """[4] int64 on the CPU that tell a layer's base weights from others', by a sample of them."""
-    digest = (
-        weights.fingerprint if isinstance(weights, PackedLayerFiles) else combined(fingerprints_of_weights(weights))
-    )
+def fingerprint(weights: ExpertWeights | PackedLayerFiles, to: str = "bf16") -> Tensor:
+    """[4] int64 on the CPU that tell a layer's base weights from others', by a sample of them.
+
+    Args:
+        weights: The layer's, of all experts.
+        to: A `kt_expert_dtype`, to which they will be quantized; "bf16" if they stay as they are.
+    """
+    if isinstance(weights, PackedLayerFiles):
+        digest = weights.fingerprint
+    elif to == "bf16" or weights.low_bit is not None:
+        digest = combined(fingerprints_of_weights(weights))
+    else:
+        quantized = {"gate_up_proj": _as_quantized(weights.gate_up, to), "down_proj": _as_quantized(weights.down, to)}
+        digest = combined(fingerprints_of_weights(weights) | quantized)
     return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.int64).clone()
+
+
+def _as_quantized(stack: Tensor, to: str) -> Fingerprint:
+    """Of matrices [E, rows, columns] as they will be, of which only the rows of the sample are quantized for it."""
+    number, height, _ = stack.shape
+    places = [divmod(index, height) for index in _sample(number * height)]
+    rows = [quantized_row(stack[expert].detach(), row, to, stack.dtype) for expert, row in places]
+    return _fingerprint(list(stack.shape), stack.dtype, torch.stack(rows))
 
 
 def combined(fingerprints: Mapping[str, Fingerprint]) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, PackedLayerFiles, TorchBackend
-from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import pin
 from ..errors import KTAMXConfigError, KTAMXError
 from ..ranks import Kind, Ranks, Share
-from ..shapes import PROJECTIONS, ExpertShape
+from ..shapes import ExpertShape
 from .exchange import DIVIDED, LayerExchange
+from .factory import BackendFactory
 from .function import ExpertsFunction, forward_only
 from .input_checks import check_inputs
 from .lora_tensors import LoraTensors
@@ -25,71 +25,13 @@ from .runner import ExpertsRunner
 from .tickets import in_backward
 
 
-class BackendFactory(Protocol):
-    """What a layer asks of the model's placement: to build its backend, and how LoRA is to be held.
-
-    Attributes:
-        checks: Where results on a GPU are left to be checked, for all layers of the model.
-    """
-
-    checks: DeferredChecks
-
-    @property
-    def rank(self) -> int | None:
-        """LoRA rank that the operators are built for; None takes the first adapter's."""
-
-    @property
-    def max_rank(self) -> int | None:
-        """Largest rank that a layer which is not packed yet may get; None if there is no limit."""
-
-    @property
-    def retain(self) -> bool:
-        """Whether a first forward is kept for a recompute in backward."""
-
-    def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
-        """Whether a layer's LoRA parameters move to a GPU with the model, decided by the rank of the first adapter."""
-
-    def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
-        """A layer's forward begins, which is no recompute: the time to move weights.
-
-        Args:
-            layer_idx: Of the layer.
-            tokens: Of the forward.
-            gradients: Whether a backward may follow.
-            training: Whether the layer is in training mode.
-        """
-
-    def make_room(self, label: str) -> bool:
-        """Free what a GPU can do without, of which it has too little for a layer; whether there was anything.
-
-        Args:
-            label: The layer's name in the model, for messages.
-        """
-
-    def build(
-        self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int
-    ) -> ExpertsBackend:
-        """Build the backend of a layer.
-
-        Args:
-            weights: The layer's, taken over.
-            shape: Sizes of the layer.
-            rank: Largest LoRA rank; 0 for inference.
-            label: The layer's name in the model, for messages.
-            layer_idx: Its index among the model's layers.
-        """
-
-    def warn_dropout(self, dropout: float) -> None:
-        """Say once a model that experts train without LoRA dropout."""
-
-
 class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
 
     Args:
-        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I]. Packed files and 8-bit weights are packed at once,
-            for the rank of the factory; others when the LoRA rank is known. Of the owned experts only, if there is a
-            `share`.
+        weights: Taken over: gate_up [E, 2I, H] and down [E, H, I], and biases if any. Packed files and 8-bit weights
+            are packed at once, for the rank of the factory; others when the LoRA rank is known. Of the owned experts
+            only, if there is a `share`; but for down_bias, which is of all.
         shape: Sizes of the layer, of all its experts.
         layer_idx: Index among the model's layers.
         label: Full name in the model, for messages.
@@ -101,7 +43,10 @@ class KTExperts(nn.Module):
     Attributes:
         lora_dtype: Dtype of new LoRA tensors.
         exchange: What the layer exchanges with the other ranks; None in a run of one process.
+        down_bias: Biases of the down projections, [E, H]; None without.
     """
+
+    down_bias: Tensor | None
 
     def __init__(
         self,
@@ -125,19 +70,18 @@ class KTExperts(nn.Module):
         self.label = label
         self.factory = factory
         self.lora_dtype = torch.bfloat16 if isinstance(weights, PackedLayerFiles) else weights.gate_up.dtype
-        sizes = {
-            "gate_proj": (shape.hidden_size, shape.intermediate_size),
-            "up_proj": (shape.hidden_size, shape.intermediate_size),
-            "down_proj": (shape.intermediate_size, shape.hidden_size),
-        }
-        for name, (inside, outside) in sizes.items():
-            self.add_module(name, ExpertProjection(shape.num_experts, inside, outside, self, share))
+        for name in shape.projections:
+            inside, outside = shape.hidden_size, shape.intermediate_size
+            sizes = (outside, inside) if name == "down_proj" else (inside, outside)
+            self.add_module(name, ExpertProjection(shape.num_experts, *sizes, self, share))
         self._explicit_updates = 0  # calls of update_lora_pointers
         # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
         # keys precomputed reference log-probabilities by the state dict.
         self.register_buffer("base_fingerprint", fingerprint)
+        down_bias = weights.down_bias if isinstance(weights, ExpertWeights) else None
+        self.register_buffer("down_bias", down_bias, persistent=False)
         self._unpacked: ExpertWeights | None = None
-        if isinstance(weights, PackedLayerFiles) or weights.scaled is not None:
+        if isinstance(weights, PackedLayerFiles) or weights.low_bit is not None:
             with CALL_LOCK:
                 backend = factory.build(weights, self.owned_shape, factory.rank or 0, label, layer_idx)
                 self._runner = self._new_runner(backend)
@@ -160,8 +104,8 @@ class KTExperts(nn.Module):
 
     @property
     def projections(self) -> list[ExpertProjection]:
-        """The gate, up and down projection, in this order."""
-        return [getattr(self, name) for name in PROJECTIONS]
+        """The gate, up and down projection, in this order; up and down of experts without a gate."""
+        return [getattr(self, name) for name in self.shape.projections]
 
     @property
     def backend(self) -> ExpertsBackend:
@@ -182,9 +126,10 @@ class KTExperts(nn.Module):
     def lora_params(self) -> dict[str, nn.Parameter]:
         """The active adapter's parameters, gate_lora_a … down_lora_b; {} without one, fewer if it has fewer."""
         params: dict[str, nn.Parameter] = {}
-        for projection, name in zip(self.projections, ("gate", "up", "down"), strict=True):
+        for projection, name in zip(self.projections, self.shape.projections, strict=True):
             for adapter in projection.computed_adapters:
-                params[f"{name}_lora_a"], params[f"{name}_lora_b"] = projection.tensors(adapter)
+                short = name.removesuffix("_proj")
+                params[f"{short}_lora_a"], params[f"{short}_lora_b"] = projection.tensors(adapter)
         return params
 
     def lora_on_gpu(self, rank: int) -> bool:
@@ -286,17 +231,26 @@ class KTExperts(nn.Module):
             KTAMXForwardError: A wrong shape or dtype, or an output that is not finite; where ranks divide the experts,
                 also another rank that has failed, ended or is elsewhere.
         """
-        with contextlib.nullcontext() if self.exchange is None else self.exchange.telling(Kind.TOKENS):
+        with self.telling(Kind.TOKENS):
             lora = self._prepared(hidden_states, top_k_index, top_k_weights)
         parameters = lora.parameters
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
             if self.exchange is not None:
                 self.exchange.check_owners([p.tensors(name)[0] for p in self.projections for name in p.r])
             inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
-            return ExpertsFunction.apply(
+            out = ExpertsFunction.apply(
                 hidden_states, top_k_index, top_k_weights, self._runner, lora, self.exchange, *inputs
             )
-        return forward_only(self._runner, self.exchange, hidden_states, top_k_index, top_k_weights)
+        else:
+            out = forward_only(self._runner, self.exchange, hidden_states, top_k_index, top_k_weights)
+        if self.down_bias is None:
+            return out
+        # Once, by each token's own rank: not what ranks sum.
+        return out + _weighted_biases(self.down_bias, top_k_index, top_k_weights).to(out.dtype)
+
+    def telling(self, kind: Kind) -> contextlib.AbstractContextManager[None]:
+        """While this is open, other ranks are told of an error, which they would wait for; alone there is nobody."""
+        return contextlib.nullcontext() if self.exchange is None else self.exchange.telling(kind)
 
     def _prepared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> LoraTensors:
         """Check a forward's inputs, and have the backend hold the LoRA values of now."""
@@ -348,3 +302,11 @@ def update_lora(layers: Sequence[KTExperts]) -> None:
     finally:
         for layer in begun:
             layer._runner.finish_load()
+
+
+def _weighted_biases(biases: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The biases [E, H] of the down projections, which backends leave out: the weighted sum of each token's, [T, H]."""
+    none = (ids < 0) | (ids >= len(biases))
+    by_expert = weights.new_zeros(len(ids), len(biases))
+    by_expert = by_expert.scatter_add(1, ids.long().masked_fill(none, 0), weights.masked_fill(none, 0))
+    return by_expert.to(biases.dtype) @ biases

@@ -80,7 +80,7 @@ class LoraTensors:
     """The active adapters of a layer, as they are now.
 
     Args:
-        projections: The layer's gate, up and down projection.
+        projections: The layer's gate, up and down projection; without a gate up and down.
         shape: Sizes of the layer's experts.
         gradient_scale: What gradients are multiplied by: 1 / N where each of N ranks owns a part of the experts, whose
             gradients sum over all ranks' tokens, while those of other parameters are the ranks' mean.
@@ -218,8 +218,9 @@ class LoraTensors:
         return [torch.full(p.shape, value, dtype=torch.float32, device=p.device) for p in self.parameters]
 
     def _one_adapter_of(self, rank: int) -> bool:
-        """Whether each projection has one adapter of this rank: the six tensors are its parameters then."""
-        return len(self.parts) == 3 and all(part.rank == rank and part.offset == 0 for part in self.parts)
+        """Whether each projection has one adapter of this rank: the backend's tensors are its parameters then."""
+        one_each = len(self.parts) == len(self.shape.projections)
+        return one_each and all(part.rank == rank and part.offset == 0 for part in self.parts)
 
 
 def _of_one_adapter(

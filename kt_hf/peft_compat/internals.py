@@ -31,6 +31,20 @@ def targets(config: Any, name: str) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
+def refuses(model: Any, name: str) -> bool:
+    """Whether PEFT refuses LoRA on a module of this name in such a model: projections that Mamba's kernels read."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    try:
+        if check is not None:
+            check(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
 def base_model(model: Any) -> Any:
     """The model that a PeftModel is around, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -11,7 +11,7 @@ import torch
 
 from ..backends.gpu.grouped_mm import aligned
 from ..config import KTConfig
-from ..shapes import ExpertShape, expert_bytes
+from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import free_device_memory
 from .calibration import copy_rate, measure_rates
@@ -72,9 +72,11 @@ def where_to_begin(
         logger.info("kt_hf: experts are computed on the CPU, though there is a GPU: %s.", reason)
         return Tiers(), None
     tokens, free = budget.tokens or 0, free_device_memory(machine.device)
-    streamed = all_streamed(shapes, host_room, budget.keep_8bit)
+    streamed = all_streamed(shapes, host_room, budget.bits)
     bus = copy_rate(machine.device)
-    if reason is None and not cpu_may_be_faster(shapes, tokens, bus, machine.threads.workers, machine.backend):
+    if reason is None and not cpu_may_be_faster(
+        shapes, tokens, bus, machine.threads.workers, machine.backend, budget.bits
+    ):
         logger.info(
             "kt_hf: experts are streamed to the GPU (%.0f GB/s), and stay there as the run leaves room.", bus / 1e9
         )
@@ -84,8 +86,8 @@ def where_to_begin(
     streaming = reason is None
     rates = measure_rates(shape, machine.device, machine.threads, machine.backend, tokens)
     for_experts = budget.free_for_experts(free, tokens, shape)
-    plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.keep_8bit)
-    if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens):
+    plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.bits)
+    if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens, budget.bits):
         logger.info("kt_hf: experts are streamed to the GPU: a part on the CPU would bring too little.")
         return streamed, None
     check_tiers(plan.tiers, config, shapes, machine.backend != "torch")
@@ -117,22 +119,27 @@ def unsuitable(device: torch.device, dtype: torch.dtype | None, shapes: Sequence
     return None
 
 
-def all_streamed(shapes: Sequence[ExpertShape], host_room: int | None, keep_8bit: bool = False) -> Tiers:
+def all_streamed(shapes: Sequence[ExpertShape], host_room: int | None, bits: float = BF16) -> Tiers:
     """All experts streamed, but for as many whole layers as host memory has no room for, which are resident.
 
     Args:
         shapes: Of the layers.
         host_room: Bytes of host memory for experts; None if they are there already.
-        keep_8bit: Whether streamed experts stay in 8 bits.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    sizes = [expert_bytes(shape, keep_8bit) * shape.num_experts for shape in shapes]
+    sizes = [expert_bytes(shape, bits) * shape.num_experts for shape in shapes]
     lacking = sum(sizes) - host_room if host_room is not None else 0
     resident = min(len(sizes), -(-lacking // max(sizes))) if lacking > 0 else 0
     return Tiers(0, max(shape.num_experts for shape in shapes), resident)
 
 
 def cpu_may_be_faster(
-    shapes: Sequence[ExpertShape], tokens: int, bytes_per_s: float, workers: int, backend: str
+    shapes: Sequence[ExpertShape],
+    tokens: int,
+    bytes_per_s: float,
+    workers: int,
+    backend: str,
+    bits: float = BF16,
 ) -> bool:
     """Whether it is worth measuring the CPU: it might compute experts faster than the bus brings them.
 
@@ -142,15 +149,18 @@ def cpu_may_be_faster(
         bytes_per_s: From host memory to the GPU, measured.
         workers: Threads of the CPU's operators.
         backend: What computes experts on the CPU.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
     shape = max(shapes, key=expert_bytes)
     rates = replace(assumed_rates(shape), pcie_bytes_per_s=bytes_per_s)
-    cpu, streamed = _seconds(rates, shape, len(shapes), tokens)
+    cpu, streamed = _seconds(rates, shape, len(shapes), tokens, bits)
     faster = _FASTER * max(1.0, workers / _ASSUMED_WORKERS) if backend != "torch" else 1.0
     return cpu / faster < streamed
 
 
-def is_worth_its_cpu(plan: TierPlan, rates: MachineRates, shape: ExpertShape, layers: int, tokens: int) -> bool:
+def is_worth_its_cpu(
+    plan: TierPlan, rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, bits: float = BF16
+) -> bool:
     """Whether a plan with a part on the CPU is that much faster than streaming everything.
 
     Args:
@@ -159,8 +169,9 @@ def is_worth_its_cpu(plan: TierPlan, rates: MachineRates, shape: ExpertShape, la
         shape: Of a layer.
         layers: How many there are.
         tokens: Of a forward in training.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    return plan.cpu > 0 and plan.seconds < _WORTH * _seconds(rates, shape, layers, tokens)[1]
+    return plan.cpu > 0 and plan.seconds < _WORTH * _seconds(rates, shape, layers, tokens, bits)[1]
 
 
 def hint(config: KTConfig, shapes: Sequence[ExpertShape], tokens: int) -> str | None:
@@ -186,8 +197,11 @@ def hint(config: KTConfig, shapes: Sequence[ExpertShape], tokens: int) -> str | 
     )
 
 
-def _seconds(rates: MachineRates, shape: ExpertShape, layers: int, tokens: int) -> tuple[float, float]:
+def _seconds(
+    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, bits: float = BF16
+) -> tuple[float, float]:
     """Seconds of a step if the CPU computes all experts; of the bus, if all that have tokens are streamed."""
     rates = replace(rates, pcie_bytes_per_s=max(rates.pcie_bytes_per_s, 1.0))
-    cpu, streamed = (expected(rates, shape, layers, tokens, tiers) for tiers in (Tiers(), Tiers(0, shape.num_experts)))
+    cpu = expected(rates, shape, layers, tokens, Tiers())
+    streamed = expected(rates, shape, layers, tokens, Tiers(0, shape.num_experts), bits)
     return cpu.seconds, streamed.stream_seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..backends.gpu.grouped_mm import ALIGN
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
-from ..shapes import ExpertShape, expert_bytes
+from ..shapes import BF16, ExpertShape, expert_bytes
 from .tiers import Tiers
 
 # Routing is not even: the rows of a chunk of experts, by those that it would have if it were.
@@ -27,76 +27,87 @@ def row_work(shape: ExpertShape, tokens: int, fused: bool = True) -> int:
     return tokens * shape.top_k * (4 * shape.hidden_size + width * shape.intermediate_size)
 
 
-def streamed_work(shape: ExpertShape, tokens: int, chunk_bytes: int = CHUNK_BYTES, keep_8bit: bool = False) -> int:
+def widest_chunk(bits: float = BF16) -> int:
+    """Bytes of a chunk in bf16, at most: low bits cross the bus faster, and small chunks would leave launches to wait.
+
+    Args:
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
+    """
+    return CHUNK_BYTES if bits >= BF16 else 2 * CHUNK_BYTES
+
+
+def streamed_work(shape: ExpertShape, tokens: int, chunk_bytes: int | None = None, bits: float = BF16) -> int:
     """Bytes of the rows of a streamed layer in backward: those of a chunk of experts, and all rows' results (2 H).
 
     Args:
         shape: Sizes of the layer.
         tokens: Of a forward.
-        chunk_bytes: Of a chunk.
-        keep_8bit: Whether experts are streamed in 8 bits.
+        chunk_bytes: Of a chunk in bf16; None for the widest.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    part = max(1, chunk_bytes // expert_bytes(shape, keep_8bit)) / shape.num_experts
+    part = max(1, (chunk_bytes or widest_chunk(bits)) // expert_bytes(shape)) / shape.num_experts
     return int(2 * tokens * shape.top_k * shape.hidden_size + min(1.0, _UNEVEN * part) * row_work(shape, tokens))
 
 
-def resident_extra(shape: ExpertShape, tokens: int, keep_8bit: bool = False) -> int:
-    """Bytes that backward of a resident layer takes more than that of a streamed one.
+def resident_extra(shape: ExpertShape, tokens: int, bits: float = BF16) -> int:
+    """Bytes that backward of a resident layer takes more than that of a streamed one; of low bits both come in chunks.
 
     Args:
         shape: Sizes of the layer.
         tokens: Of a forward.
-        keep_8bit: Whether experts are streamed in 8 bits.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    return max(0, row_work(shape, tokens) - streamed_work(shape, tokens, keep_8bit=keep_8bit))
+    return max(0, row_work(shape, tokens) - streamed_work(shape, tokens)) if bits >= BF16 else 0
 
 
-def resident_bytes(shape: ExpertShape, tiers: Tiers, layers: int, keep_8bit: bool = False) -> int:
-    """Bytes of the experts in the GPU's memory, of all layers; whole layers stay in 8 bits where streamed ones do.
+def resident_bytes(shape: ExpertShape, tiers: Tiers, layers: int, bits: float = BF16) -> int:
+    """Bytes of the experts in the GPU's memory, of all layers.
 
     Args:
         shape: Sizes of a layer.
         tiers: Where experts are.
         layers: How many layers have experts.
-        keep_8bit: Whether streamed experts stay in 8 bits.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
     E, whole = shape.num_experts, min(tiers.resident_layers, layers)
-    some = min(tiers.resident, E) * (layers - whole) * expert_bytes(shape)
-    return some + whole * E * expert_bytes(shape, keep_8bit)
+    return (min(tiers.resident, E) * (layers - whole) + whole * E) * expert_bytes(shape, bits)
 
 
-def chunk_bytes(room: int, shape: ExpertShape, streamed: int, keep_8bit: bool = False) -> int:
-    """Bytes of a chunk of streamed experts: 256 MiB, less where room is short, never too little for streaming.
+def chunk_bytes(room: int, shape: ExpertShape, streamed: int, bits: float = BF16) -> int:
+    """Bytes of a chunk of streamed experts in bf16: less than the widest where room is short, never too little.
 
     Args:
         room: Bytes of the GPU's memory for buffers.
         shape: Sizes of a layer.
         streamed: Experts of a layer that are streamed.
-        keep_8bit: Whether they stay in 8 bits.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    one = expert_bytes(shape, keep_8bit)
-    fitting = max(room // _chunks(keep_8bit), LEAST_CHUNK)
-    return max(one, min(CHUNK_BYTES, fitting, streamed * one))
+    one = expert_bytes(shape)
+    fitting = max(int(room / _chunks(bits)), int(LEAST_CHUNK * BF16 / bits))
+    return max(one, min(widest_chunk(bits), fitting, streamed * one))
 
 
 def buffer_bytes(
-    shape: ExpertShape, streamed: int, keep_8bit: bool = False, chunk_bytes: int = CHUNK_BYTES
+    shape: ExpertShape, streamed: int, bits: float = BF16, chunk_bytes: int | None = None, resident: bool = False
 ) -> int:  # fmt: skip
-    """Bytes of the GPU's buffers for streamed experts.
+    """Bytes of the GPU's buffers for experts: chunks on their way, and one that is widened from low bits.
 
     Args:
         shape: Sizes of a layer.
         streamed: Experts of a layer that are streamed.
-        keep_8bit: Whether they stay in 8 bits; the buffers then include a chunk in bf16.
-        chunk_bytes: Of a chunk.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
+        chunk_bytes: Of a chunk in bf16; None for the widest.
+        resident: Whether experts are resident: those of low bits are widened too.
     """
-    one = expert_bytes(shape, keep_8bit)
-    return _chunks(keep_8bit) * max(one, min(chunk_bytes, streamed * one)) if streamed else 0
+    one, widest = expert_bytes(shape), chunk_bytes or widest_chunk(bits)
+    if streamed:
+        return int(_chunks(bits) * max(one, min(widest, streamed * one)))
+    return max(one, min(widest, shape.num_experts * one)) if resident and bits < BF16 else 0
 
 
-def _chunks(keep_8bit: bool) -> int:
-    """Chunks in the buffers; one in bf16 is as large as two of 8 bits."""
-    return BUFFERS + 2 if keep_8bit else BUFFERS
+def _chunks(bits: float) -> float:
+    """Size of the buffers, in chunks of bf16: those on their way as they are stored, and a widened one."""
+    return BUFFERS if bits >= BF16 else BUFFERS * bits / BF16 + 1
 
 
 def lora_parameters(shape: ExpertShape, rank: int) -> int:

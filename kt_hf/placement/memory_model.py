@@ -17,8 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..backends.gpu.weight_stream import CHUNK_BYTES
-from ..shapes import ExpertShape
+from ..shapes import BF16, ExpertShape
 from .expert_memory import (
     buffer_bytes,
     chunk_bytes,
@@ -57,7 +56,7 @@ class MemoryBudget:
         dtype: The experts' dtype; None for bf16.
         lora_rank: Rank of the experts' LoRA if its parameters and their optimizer are on the GPU, else 0.
         lora_layers: Layers of which that is so; None for all of them.
-        keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
         computed_rank: Rank of the experts' LoRA if it is on the CPU and the GPU has a copy in bf16 to multiply with;
             that of a LoRA on the GPU (`lora_rank`) need not be given.
         other_lora: LoRA parameters outside the experts.
@@ -76,7 +75,7 @@ class MemoryBudget:
     dtype: torch.dtype | None = None
     lora_rank: int = 0
     lora_layers: int | None = None
-    keep_8bit: bool = False
+    bits: float = BF16
     computed_rank: int = 0
     other_lora: int = 0
     inner_bytes: int = 0
@@ -99,7 +98,7 @@ class MemoryBudget:
         """
         streamed = Tiers(0, shape.num_experts)
         taken = gpu_memory(self, shape, self.layers, tokens, streamed)
-        return max(0, room_for(free) - taken.total + buffer_bytes(shape, shape.num_experts, self.keep_8bit))
+        return max(0, room_for(free) - taken.total + buffer_bytes(shape, shape.num_experts, self.bits))
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def gpu_memory(
     expert_layers: int,
     tokens: int,
     tiers: Tiers,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     fragments: float = 0.0,
 ) -> GpuMemory:
     """What a step takes of the GPU's memory at its peak.
@@ -137,7 +136,7 @@ def gpu_memory(
         expert_layers: How many layers have experts.
         tokens: Of a forward.
         tiers: Where experts are.
-        chunk_bytes: Of a chunk of streamed experts.
+        chunk_bytes: Of a chunk of experts in bf16; None for the widest.
         fragments: Part of what comes and goes within a step that PyTorch's allocator takes beside it.
     """
     H, E = shape.hidden_size, shape.num_experts
@@ -149,8 +148,8 @@ def gpu_memory(
     kept, of_one = _kept(budget, shape, expert_layers, tokens, tiers)
     always = {
         "attention, embeddings and the rest": budget.rest_bytes,
-        "experts": resident_bytes(shape, tiers, expert_layers, budget.keep_8bit),
-        "buffers of streamed experts": buffer_bytes(shape, min(streamed, E), budget.keep_8bit, chunk_bytes),
+        "experts": resident_bytes(shape, tiers, expert_layers, budget.bits),
+        "buffers of experts": buffer_bytes(shape, min(streamed, E), budget.bits, chunk_bytes, tiers.need_gpu),
         "LoRA of experts, as it is multiplied": _copies(budget, shape, tiers) * expert_layers,
     }
     lora = {"LoRA of experts and its optimizer": masters, "LoRA of the rest and its optimizer": budget.other_lora}
@@ -201,7 +200,7 @@ def room_for(free: int) -> int:
 def fitting_chunk(
     budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: int, tiers: Tiers, free: int
 ) -> int:
-    """Bytes of a chunk of streamed experts for which there is room beside everything else.
+    """Bytes of a chunk of experts, in bf16, for which there is room beside everything else.
 
     Full logits are left out of account: buffers are no larger than 0.8 GB, and too small ones make each step slower.
 
@@ -214,8 +213,8 @@ def fitting_chunk(
         free: Bytes that are free on the GPU.
     """
     room = replace(budget, loss="chunked").free_for_experts(free, tokens, shape)
-    room -= resident_bytes(shape, tiers, expert_layers, budget.keep_8bit)
-    return chunk_bytes(room, shape, min(tiers.streamed, shape.num_experts), budget.keep_8bit)
+    room -= resident_bytes(shape, tiers, expert_layers, budget.bits)
+    return chunk_bytes(room, shape, min(tiers.streamed, shape.num_experts), budget.bits)
 
 
 def _kept(budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: int, tiers: Tiers) -> tuple[int, int]:
@@ -233,16 +232,16 @@ def _kept(budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: 
 
 
 def _expert_work(
-    shape: ExpertShape, tokens: int, tiers: Tiers, expert_layers: int, chunk_bytes: int, budget: MemoryBudget
+    shape: ExpertShape, tokens: int, tiers: Tiers, expert_layers: int, chunk_bytes: int | None, budget: MemoryBudget
 ) -> int:
     """Bytes that backward of one layer's experts takes on the GPU besides their weights."""
     H, lora = shape.hidden_size, _copies(budget, shape, tiers)
     if not tiers.need_gpu:
         return 6 * tokens * H  # on their way to the CPU and back
     whole = row_work(shape, tokens) + lora
-    if tiers.resident or tiers.resident_layers:
+    if (tiers.resident or tiers.resident_layers) and budget.bits >= BF16:
         return whole
-    return streamed_work(shape, tokens, chunk_bytes, budget.keep_8bit) + 2 * lora
+    return streamed_work(shape, tokens, chunk_bytes, budget.bits) + 2 * lora
 
 
 def _copies(budget: MemoryBudget, shape: ExpertShape, tiers: Tiers) -> int:

@@ -21,15 +21,16 @@ from ..backends.build_tiered import build_tiered
 from ..backends.finite_checks import DeferredChecks
 from ..backends.gpu.streamed import StreamedBackend
 from ..backends.gpu.weight_stream import CHUNK_BYTES, Streamer
+from ..backends.quantizer import quantized_experts
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
 from ..ranks import Ranks
-from ..shapes import ExpertShape, expert_bytes
+from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
+from .backward_copies import share_backward
 from .choice import Machine, where_to_begin
-from .expert_memory import shares_backward
 from .lora_device import LoraPlace
 from .memory_model import MemoryBudget, fitting_chunk
 from .order import Placement
@@ -65,7 +66,9 @@ class Packer:
         planned: What was expected of the tiers, where they were planned.
         lora: Where the experts' LoRA is.
         tokens: Of a forward in training, as far as is known.
-        keep_8bit: Whether streamed experts stay in 8 bits, as their checkpoint has them.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
+        keeps_on_cpu: Whether the CPU computes experts as their checkpoint stores them, in low bits.
+        stored_as: What all experts' weights are, in words, for an adapter's manifest.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
@@ -91,7 +94,8 @@ class Packer:
         self.planned: TierPlan | None = None
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
-        self.tokens, self.keep_8bit = _TOKENS, False
+        self.tokens, self.bits, self.stored_as = _TOKENS, BF16, config.kt_expert_dtype
+        self.keeps_on_cpu = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.ranks: Ranks | None = None
@@ -112,7 +116,8 @@ class Packer:
     @property
     def max_rank(self) -> int | None:
         """The largest rank of an adapter on layers that are not packed yet; None if there is no limit."""
-        return None if self.backend == "torch" else self.config.kt_lora_rank
+        only = OPERATORS[self.backend].rank if self.backend in OPERATORS else None
+        return None if self.backend == "torch" else self.config.kt_lora_rank or only
 
     @property
     def retain(self) -> bool:
@@ -168,13 +173,13 @@ class Packer:
             self.tiers, self.planned = where_to_begin(machine, self.config, shapes, budget_, popularity, host_room)
             if self.tiers.streamed:
                 self.promotion = Promotion(self.gpu_device, budget.vocabulary)
-        tiers, self.keep_8bit = self.tiers, budget.keep_8bit
+        tiers, self.bits = self.tiers, budget.bits
         indices = sorted(layers)
         self._resident_layers = frozenset(indices[i] for i in spread(tiers.resident_layers, len(indices)))
         others = [shape for layer, shape in layers.items() if layer not in self._resident_layers]
         self.cpu_bytes = sum(expert_bytes(shape) * tiers.on_cpu(shape.num_experts) for shape in others)
         self._locked_bytes = sum(
-            expert_bytes(shape, self.keep_8bit) * min(tiers.streamed, shape.num_experts) for shape in others
+            expert_bytes(shape, self.bits) * min(tiers.streamed, shape.num_experts) for shape in others
         )
         if not tiers.need_gpu:
             return
@@ -237,7 +242,8 @@ class Packer:
             KTAMXError: The system refuses to page-lock memory, or a packed file does not load.
         """
         if self._share is None:
-            self._share = self._share_backward()
+            freed = -self._locked_bytes if self.streamed else self.cpu_bytes
+            self._share = share_backward(self.config, self.backend, self.saved, self.cpu_bytes, freed)
 
         def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
             return build_backend(
@@ -257,7 +263,7 @@ class Packer:
         elif weights.packed_as is not None:
             backend = weights.packed_as
         elif self.tiers is None or not self.tiers.need_gpu:
-            backend = on_cpu(weights, shape)
+            backend = on_cpu(weights.widened(), shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
@@ -272,7 +278,7 @@ class Packer:
 
     def _note_streamed(self, backend: ExpertsBackend, label: str, layer_idx: int) -> None:
         """A layer that is streamed as a whole can be moved; memory that was not locked is logged once."""
-        if not isinstance(backend, StreamedBackend):
+        if not isinstance(backend, StreamedBackend) or backend.weights.resident is not None:
             return
         if self.promotion is not None:
             self.promotion.add(layer_idx, backend)
@@ -315,33 +321,21 @@ class Packer:
         tiers = self.tiers or Tiers()
         return order[: tiers.resident], order[tiers.resident : tiers.on_gpu]
 
-    def read_scaled(self, shape: ExpertShape, layer: int) -> Sequence[int]:
-        """Ids of the experts of a layer that stay in 8 bits, as their checkpoint has them.
+    def low_bit_experts(self, shape: ExpertShape, layer: int) -> Sequence[int]:
+        """Ids of the experts of a layer that stay in low bits, as their checkpoint has them, on the GPU or the CPU.
 
         Args:
             shape: Sizes of the layer.
             layer: Its index, by which the placement knows it.
         """
-        return self._on_gpu(shape, layer)[1] if self.keep_8bit else ()
+        if self.config.kt_expert_dtype != "bf16":
+            return ()
+        on_gpu = [e for part in self._on_gpu(shape, layer) for e in part]
+        kept = on_gpu if self.bits < BF16 else []
+        return kept + sorted(set(range(shape.num_experts)) - set(on_gpu)) if self.keeps_on_cpu else kept
 
-    def _share_backward(self) -> bool:
-        """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
-        if self.backend == "torch":
-            return False
-        saved = self.saved
-        if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights
-            logger.info("Backward weights of the experts: one buffer for all layers, for %s has none.", saved.path)
-            return True
-        if self.config.kt_share_backward_weights is not None:
-            return self.config.kt_share_backward_weights
-        copies = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
-        # When all is packed once: source weights in memory are released layer by layer.
-        free = available_memory() - copies + (-self._locked_bytes if self.streamed else self.cpu_bytes)
-        share = shares_backward(copies, free)
-        logger.info(
-            "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
-            "one buffer for all layers, slower" if share else "one copy a layer",
-            copies / 2**30,
-            free / 2**30,
-        )
-        return share
+    def stored(self, weights: ExpertWeights | PackedLayerFiles) -> ExpertWeights | PackedLayerFiles:
+        """A layer's weights in `kt_expert_dtype`: as they are, or quantized, and then `weights` are emptied."""
+        if isinstance(weights, PackedLayerFiles) or self.config.kt_expert_dtype == "bf16":
+            return weights
+        return quantized_experts(weights, self.config.kt_expert_dtype, self.gpu)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
-from ..shapes import ExpertShape, expert_bytes
+from ..shapes import BF16, ExpertShape, expert_bytes
 from .expert_memory import buffer_bytes, chunk_bytes, resident_bytes, resident_extra
 from .tiers import Tiers
 
@@ -102,7 +102,7 @@ class TierPlan:
         cpu_seconds: That the CPU computes experts in a step.
         gpu_seconds: That the GPU computes experts in a step.
         resident_layers: Layers that are resident whole.
-        chunk_bytes: Of a chunk of streamed experts.
+        chunk_bytes: Of a chunk of streamed experts, in bf16.
     """
 
     resident: int
@@ -140,7 +140,7 @@ def plan_tiers(
     free_gpu_bytes: int,
     popularity: Sequence[float] = (),
     streaming: bool = True,
-    keep_8bit: bool = False,
+    bits: float = BF16,
 ) -> TierPlan:
     """The plan whose experts take the least time in a step; of equals, that which takes the least GPU memory.
 
@@ -155,20 +155,20 @@ def plan_tiers(
         free_gpu_bytes: For weights of all layers' resident experts, and for the buffers if any are streamed.
         popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
         streaming: Whether experts can be streamed.
-        keep_8bit: Whether streamed experts stay in 8 bits (their scales are not counted).
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
     load = _Load.of(shape, tokens, popularity)
     plans: list[TierPlan] = []
     for tiers in _choices(shape, layers, load, streaming and rates.pcie_bytes_per_s > 0):
         streamed = tiers.streamed if tiers.resident_layers < layers else 0
-        left = free_gpu_bytes - resident_bytes(shape, tiers, layers, keep_8bit)
+        left = free_gpu_bytes - resident_bytes(shape, tiers, layers, bits)
         if tiers.resident or tiers.resident_layers:
-            left -= resident_extra(shape, tokens, keep_8bit)
-            least = chunk_bytes(0, shape, streamed, keep_8bit)
-            if left < buffer_bytes(shape, streamed, keep_8bit, least):
+            left -= resident_extra(shape, tokens, bits)
+            least = chunk_bytes(0, shape, streamed, bits)
+            if left < buffer_bytes(shape, streamed, bits, least):
                 continue
-        chunk = chunk_bytes(left, shape, streamed, keep_8bit)
-        plans.append(predicted(rates, shape, layers, load, tiers, keep_8bit, chunk))
+        chunk = chunk_bytes(left, shape, streamed, bits)
+        plans.append(predicted(rates, shape, layers, load, tiers, bits, chunk))
 
     def cost(plan: TierPlan) -> tuple[float, int, int, int]:
         seconds = plan.seconds * (_MARGIN if plan.cpu == 0 else 1)
@@ -209,7 +209,7 @@ class _Load:
 
 
 def expected(
-    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, tiers: Tiers, keep_8bit: bool = False
+    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, tiers: Tiers, bits: float = BF16
 ) -> TierPlan:
     """What tiers that were chosen by other means should take, if no expert is more popular than another.
 
@@ -219,9 +219,9 @@ def expected(
         layers: How many layers have such experts.
         tokens: Tokens of a step's forward.
         tiers: How many experts of a layer are where, and how many layers are resident whole.
-        keep_8bit: Whether streamed experts stay in 8 bits.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
-    return predicted(rates, shape, layers, _Load.of(shape, tokens, ()), tiers, keep_8bit)
+    return predicted(rates, shape, layers, _Load.of(shape, tokens, ()), tiers, bits)
 
 
 def predicted(
@@ -230,7 +230,7 @@ def predicted(
     layers: int,
     load: _Load,
     tiers: Tiers,
-    keep_8bit: bool = False,
+    bits: float = BF16,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TierPlan:
     """The plan of one choice of tiers: how long each tier should take.
@@ -241,15 +241,15 @@ def predicted(
         layers: How many layers have such experts.
         load: Tokens by expert.
         tiers: How many experts of a layer are where, and how many layers are resident whole.
-        keep_8bit: Whether streamed experts stay in 8 bits.
-        chunk_bytes: Of a chunk of streamed experts.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
+        chunk_bytes: Of a chunk of streamed experts, in bf16.
     """
     E, resident, on_gpu, whole = shape.num_experts, tiers.resident, tiers.on_gpu, tiers.resident_layers
     others, streamed = layers - whole, tiers.streamed if whole < layers else 0
     stream = ahead = 0.0
     if streamed:
-        moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, keep_8bit)
-        stream, ahead = (size / rates.pcie_bytes_per_s for size in (moved, BUFFERS * chunk_bytes))
+        moved = (load.touched[on_gpu] - load.touched[resident]) * expert_bytes(shape, bits)
+        stream, ahead = (size / rates.pcie_bytes_per_s for size in (moved, BUFFERS * chunk_bytes * bits / BF16))
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
     for line, gpu_rate, rest in (

@@ -28,12 +28,14 @@ class CpuFeatures:
         amx: Whether it has AMX with bf16 and INT8.
         avx512_bf16: Whether it has AVX512 with BF16.
         avx2: Whether it has AVX2.
+        avx512_vbmi: Whether it has AVX512 with VBMI.
     """
 
     name: str
     amx: bool
     avx512_bf16: bool
     avx2: bool
+    avx512_vbmi: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def cpu_features(root: Path = Path("/")) -> CpuFeatures:
         amx={"amx_tile", "amx_bf16", "amx_int8"} <= flags,
         avx512_bf16={"avx512f", "avx512bw", "avx512_bf16"} <= flags,
         avx2="avx2" in flags,
+        avx512_vbmi="avx512vbmi" in flags,
     )
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights
-from ..backends.block_scaled import ScaledExperts, ScaledMatrices
 from ..backends.gpu.pinned_weights import own_pages
+from ..backends.packed import PackedExperts, PackedMatrices
 from ..config import KTConfig
 from ..errors import KTAMXError
 from ..placement.assembly import make_packer
@@ -153,7 +153,7 @@ def _placed(asked: Asked, tokens: int) -> Packer:
     packer = make_packer(config, {f"layer {i}": shape for i, shape in layers.items()}, torch.bfloat16)
     sizes = asked.sizes
     budget = MemoryBudget(
-        tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, keep_8bit=sizes.keep_8bit,
+        tokens, sizes.other_parameters * 2, sizes.layers, sizes.vocabulary, bits=sizes.bits,
         inner_bytes=sizes.inner_bytes, loss="chunked",
     )  # fmt: skip
     packer.place(layers, None, budget)
@@ -161,14 +161,14 @@ def _placed(asked: Asked, tokens: int) -> Packer:
 
 
 def _layer(asked: Asked, packer: Packer) -> ExpertsBackend:
-    """A layer of random weights; experts that a run would stream in 8 bits, as the checkpoint has them, are so too."""
+    """A layer of random weights, of which the GPU's are in 8 bits if the checkpoint's are."""
     shape = asked.shape
-    H, I, in_8_bits = shape.hidden_size, shape.intermediate_size, packer.read_scaled(shape, 0)  # noqa: E741
+    H, I, in_8_bits = shape.hidden_size, shape.intermediate_size, packer.low_bit_experts(shape, 0)  # noqa: E741
     E = shape.num_experts - len(in_8_bits)
     weights = ExpertWeights(_repeated(E, 2 * I, H), _repeated(E, H, I))
     if in_8_bits:
         n = len(in_8_bits)
-        weights.scaled = ScaledExperts(
+        weights.low_bit = PackedExperts(
             sorted(in_8_bits), _random_8bit(n, 2 * I, H, parts=2), _random_8bit(n, H, I, parts=1)
         )
     layer = packer.build(weights, shape, asked.rank, "benchmark")
@@ -181,11 +181,11 @@ def _repeated(count: int, rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns).mul_(0.02).bfloat16().expand(count, -1, -1).contiguous()
 
 
-def _random_8bit(count: int, rows: int, columns: int, parts: int) -> ScaledMatrices:
+def _random_8bit(count: int, rows: int, columns: int, parts: int) -> PackedMatrices:
     values = own_pages((count, rows, columns), torch.float8_e4m3fn)
     values.view(torch.uint8).copy_(torch.randn(rows, columns).to(values.dtype).view(torch.uint8))
     scales = torch.full((count, parts, -(-rows // parts // 128), -(-columns // 128)), 0.02)
-    return ScaledMatrices(values, scales, (128, 128))
+    return PackedMatrices("e4m3", values, scales, (128, 128))
 
 
 def _times(layer: ExpertsBackend, tokens: int, runs: int) -> tuple[float, float]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ..checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from ..checkpoint.progress import LayersBar
 from ..errors import KTAMXConfigError
+from ..quantized.compressed import quantize_to_int4
 from ..quantized.write import quantize
 from ..system.cpu import ThreadPlan, plan_threads
+from ..system.gpu import experts_device
 
 
 def run(
@@ -37,6 +40,36 @@ def run(
         KTAMXError: There is no such model, or its experts cannot be quantized.
         OSError: The folder cannot be written.
     """
+    config, checkpoint = _opened(model, trust_remote_code)
+    with LayersBar(len(checkpoint.layers), console, "Quantizing the experts") as bar:
+        quantize(
+            checkpoint, config, out, backend, plan_for(pools), backward, model, trust_remote_code, on_layer=bar.advance
+        )
+
+
+def run_int4(model: str, out: Path, trust_remote_code: bool = False, console: Console | None = None) -> None:
+    """Write a model with its routed experts in int4 to a new folder, in compressed-tensors' layout.
+
+    Computed on the GPU if there is one.
+
+    Args:
+        model: The model's folder, or its name on the hub.
+        out: The folder to write.
+        trust_remote_code: Whether to run code that comes with the model, as transformers has it.
+        console: Where to show progress; None for stderr.
+
+    Raises:
+        KTAMXError: There is no such model, or its experts cannot be quantized.
+        OSError: The folder cannot be written.
+    """
+    _, checkpoint = _opened(model, trust_remote_code)
+    folder = checkpoint.files.folder
+    with LayersBar(len(checkpoint.files.files), console, "Quantizing the experts") as bar:
+        quantize_to_int4(folder, out, experts_device(), on_shard=bar.advance)
+
+
+def _opened(model: str, trust_remote_code: bool) -> tuple[Any, ExpertCheckpoint]:
+    """The model's configuration, and its experts, checked by the files' headers."""
     from transformers import AutoConfig
 
     folder = checkpoint_folder(model)
@@ -44,11 +77,7 @@ def run(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise KTAMXConfigError(f"{model!r}: {' '.join(str(error).split())}") from error
-    checkpoint = ExpertCheckpoint(folder, config, trust_remote_code)
-    with LayersBar(len(checkpoint.layers), console, "Quantizing the experts") as bar:
-        quantize(
-            checkpoint, config, out, backend, plan_for(pools), backward, model, trust_remote_code, on_layer=bar.advance
-        )
+    return config, ExpertCheckpoint(folder, config, trust_remote_code)
 
 
 def plan_for(pools: int | None) -> ThreadPlan:

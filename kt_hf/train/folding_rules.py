@@ -79,6 +79,8 @@ def why_not(trainer: Any) -> str | None:
     from trl import SFTTrainer
 
     args = trainer.args
+    if getattr(trainer, "_is_vision_dataset", False):
+        return "the rows have images, whose tokens are counted when their batch is made"
     if args.full_determinism:
         return "full_determinism leaves batches as they are written"
     if args.auto_find_batch_size:

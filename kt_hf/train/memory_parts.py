@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import OPERATORS
+from ..backends.quantizer import EXPERT_BITS
 from ..errors import KTAMXError
 from ..placement.choice import all_streamed, is_worth_its_cpu
 from ..placement.controller import RESERVE
+from ..placement.expert_memory import shares_backward
 from ..placement.lora_device import choose_lora_device
 from ..placement.memory_model import MemoryBudget, fitting_chunk, gpu_memory, most_resident_layers
-from ..placement.packer import shares_backward
 from ..placement.planner import TierPlan, assumed_rates, expected, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
-from ..shapes import ExpertShape
+from ..shapes import BF16, ExpertShape
 from .config.settings import BUILTIN_MODEL, TrainSettings
 from .model_sizes import ModelSizes
 
@@ -86,10 +87,10 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
     smoothed = s.run.stage == "sft" and s.trainer.get("label_smoothing_factor")  # TRL takes all logits for it
     return MemoryBudget(
         tokens,
-        m.other_parameters * _width(s),
+        m.rest_bytes(_width(s), s.run),
         m.layers,
         m.vocabulary,
-        keep_8bit=_streamed_width(s, m) == 1,
+        bits=_bits(s, m),
         computed_rank=s.run.lora_rank if m.lora_experts else 0,
         other_lora=m.lora_others,
         inner_bytes=m.inner_bytes,
@@ -129,19 +130,19 @@ def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: in
         return _Placed(asked, 0, on_gpu(asked))
     with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if lora == "gpu" else 0)
     rates, room = assumed_rates(shape), with_lora.free_for_experts(free, T, shape)
-    plan = plan_tiers(rates, shape, layers, T, room, keep_8bit=budget.keep_8bit)
-    if is_worth_its_cpu(plan, rates, shape, layers, T):
+    plan = plan_tiers(rates, shape, layers, T, room, bits=budget.bits)
+    if is_worth_its_cpu(plan, rates, shape, layers, T, budget.bits):
         memory.plan = plan
         return _Placed(plan.tiers, 0, on_gpu(plan.tiers))
     # All are streamed to begin with, and layers stay on the GPU as there is room.
     host_room = None if host_free is None else host_free - PROGRAM - CUDA_ON_HOST
-    begin = all_streamed([shape] * layers, host_room, budget.keep_8bit)
+    begin = all_streamed([shape] * layers, host_room, budget.bits)
     placed = _Placed(begin, 0, on_gpu(begin))
     with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank, lora_layers=placed.lora_layers)
     fitting = most_resident_layers(with_lora, shape, layers, T, free - CUDA_CONTEXT, RESERVE)
     placed.in_host_too = max(0, fitting - begin.resident_layers)
     placed.tiers = dataclasses.replace(begin, resident_layers=begin.resident_layers + placed.in_host_too)
-    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.keep_8bit)
+    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.bits)
     return placed
 
 
@@ -195,15 +196,20 @@ def _experts_in_host(
     streamed = (min(tiers.streamed, m.experts) * others + m.experts * placed.in_host_too) * one
     on_cpu = tiers.on_cpu(m.experts) * others * one
     if streamed:
-        host["experts streamed"] = streamed * _streamed_width(s, m)
+        host["experts streamed"] = int(streamed * _bits(s, m) / 8)
     if not kernel:
         host["experts"] = on_cpu * _width(s)
     else:
-        packed = int(on_cpu * OPERATORS[backend(s)].bytes_per_weight)
-        memory.shared_backward = _shares(s, packed, host_free, m.other_parameters * _width(s))
+        operators = OPERATORS[backend(s)]
+        packed, forced = int(on_cpu * operators.bytes_per_weight), operators.shares_backward
+        asked = _shares(s, packed, host_free, m.rest_bytes(_width(s), s.run))
+        memory.shared_backward = asked if forced is None else forced
         host["experts packed"] = packed
-        host["backward copies"] = packed // layers if memory.shared_backward else packed
-        larger = on_cpu * _width(s) - packed - host["backward copies"]
+        if memory.shared_backward:
+            host["backward copies"] = packed // layers
+        elif forced is None:
+            host["backward copies"] = packed
+        larger = on_cpu * _width(s) - packed - host.get("backward copies", 0)
         if not _streams(s) and larger > 0:  # as they were loaded, before the first is packed
             host["experts before packing"] = larger
     # The operators' copies (twice) and gradient, or the gradient as it comes from the GPU; then LoRA's master,
@@ -222,7 +228,7 @@ def _outside_experts(other: dict[str, int], s: TrainSettings, m: ModelSizes, T: 
         source = m.expert_parameters * _width(s)
         other["experts"] = source
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
-    other["attention, embeddings and the rest"] = m.other_parameters * _width(s)
+    other["attention, embeddings and the rest"] = m.rest_bytes(_width(s), s.run)
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)
     other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)
@@ -257,9 +263,11 @@ def _width(s: TrainSettings) -> int:
     return 4 if s.run.torch_dtype == "float32" else 2
 
 
-def _streamed_width(s: TrainSettings, m: ModelSizes) -> int:
-    """Bytes of a weight of a streamed expert."""
-    return 1 if m.keep_8bit and _streams(s) else 2
+def _bits(s: TrainSettings, m: ModelSizes) -> float:
+    """Of a weight of experts on the GPU, as it is stored there."""
+    if s.kt.kt_expert_dtype != "bf16" and _width(s) == 2:
+        return EXPERT_BITS[s.kt.kt_expert_dtype]
+    return m.bits if _streams(s) else BF16
 
 
 def backend(s: TrainSettings) -> str:

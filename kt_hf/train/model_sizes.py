@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.eight_bit import has_8_bits
-from ..discovery import skeleton, top_k_of
-from ..errors import KTAMXModelNotSupportedError
+from ..bitsandbytes_rest import bytes_per_weight
+from ..checkpoint.quantization import known_quantization
+from ..discovery import find_experts, skeleton
 from ..lora import linear_targets
 from ..placement.assembly import linear_widths
 from ..placement.memory_model import inner_bytes
-from ..shapes import ALIASES
+from ..shapes import ALIASES, BF16
 from .config.settings import RunKeys
 from .targets import lora_targets
 
@@ -27,13 +27,14 @@ class ModelSizes:
         layers: All decoder layers.
         expert_parameters: In routed experts, all layers.
         other_parameters: Everywhere else.
+        linear_parameters: Of those, in linear layers that `quantization_bit` is for.
         lora_experts: LoRA parameters on experts.
         lora_others: LoRA parameters elsewhere.
         vocabulary: V.
         attention_width: Heads times head size, the larger of keys' and values'.
         kv_width: What a token leaves in the keys and values of a layer, in elements.
         inner_bytes: What a token leaves for backward inside of a layer, outside its routed experts.
-        keep_8bit: Whether the checkpoint's weights are, and the model is to be bf16, so that streamed experts stay so.
+        bits: Of a weight of experts on the GPU as it is stored, scales included.
     """
 
     expert_layers: int
@@ -50,7 +51,19 @@ class ModelSizes:
     attention_width: int
     kv_width: int
     inner_bytes: int = 0
-    keep_8bit: bool = False
+    bits: float = BF16
+    linear_parameters: int = 0
+
+    def rest_bytes(self, width: int, keys: RunKeys) -> int:
+        """Bytes of the weights outside of routed experts.
+
+        Args:
+            width: Of a weight in the model's dtype.
+            keys: The run's keys that are not TRL's.
+        """
+        low = self.linear_parameters if keys.quantization_bit in (4, 8) else 0
+        one = bytes_per_weight(keys.quantization_bit or 8, keys.double_quantization) if low else 0
+        return (self.other_parameters - low) * width + int(low * one)
 
 
 def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
@@ -67,22 +80,14 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
     if model is None:
         model = skeleton(config)
     text = config.get_text_config()
-    stacked = [(name, p) for name, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", name)]
-    down = [p for name, p in stacked if name.endswith("down_proj") and p.dim() == 3]
-    if not down:
-        raise KTAMXModelNotSupportedError(
-            f"{type(model).__name__} has no routed experts that kt_hf can compute (fused gate_up_proj, down_proj)."
-        )
-    E, H, I = down[0].shape  # noqa: E741
-    top_k = top_k_of([text], E)
-    if top_k is None:
-        raise KTAMXModelNotSupportedError(
-            f"{type(model).__name__}: its configuration does not tell how many experts a token is sent to."
-        )
+    layers = [site.shape for site in find_experts(model, weightless=True)]
+    E, top_k, H, I = (  # noqa: E741
+        layers[0].num_experts, layers[0].top_k, layers[0].hidden_size, layers[0].intermediate_size,
+    )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
-    in_experts = sum(p.numel() for _, p in stacked)
+    in_experts = sum(shape.num_weights for shape in layers)
     targets = _target_names(model, keys)
-    projections = 3 if targets is None else len({"gate_proj", "up_proj", "down_proj"} & targets)
+    projections = len(layers[0].projections if targets is None else set(layers[0].projections) & targets)
     others = [m for name, m in _linears(model) if targets is None or name.rsplit(".", 1)[-1] in targets]
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or H // heads
@@ -91,7 +96,7 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         head = max(text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim)
     kv = latent + text.qk_rope_head_dim if latent else 2 * head * text.num_key_value_heads
     return ModelSizes(
-        expert_layers=len(down),
+        expert_layers=len(layers),
         experts=E,
         top_k=top_k,
         hidden=H,
@@ -99,19 +104,22 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         layers=text.num_hidden_layers,
         expert_parameters=in_experts,
         other_parameters=total - in_experts,
-        lora_experts=len(down) * E * projections * keys.lora_rank * (H + I),
+        lora_experts=len(layers) * E * projections * keys.lora_rank * (H + I),
         lora_others=keys.lora_rank * sum(m.in_features + m.out_features for m in others),
         vocabulary=text.vocab_size,
         attention_width=heads * head,
         kv_width=kv,
         inner_bytes=inner_bytes(H, linear_widths(model), text.num_hidden_layers),
-        keep_8bit=_of_8_bits(config, keys.torch_dtype),
+        bits=_bits(config, keys.torch_dtype),
+        linear_parameters=sum(m.weight.numel() for _, m in _linears(model)),
     )
 
 
-def _of_8_bits(config: Any, asked: str) -> bool:
+def _bits(config: Any, asked: str) -> float:
+    """Of a weight of experts on the GPU, as it is stored there."""
     dtype = str(getattr(config, "dtype", None) or "bfloat16") if asked == "auto" else asked
-    return dtype.removeprefix("torch.") == "bfloat16" and has_8_bits(config)
+    stored = known_quantization(config)
+    return stored.bits if stored and dtype.removeprefix("torch.") == "bfloat16" else BF16
 
 
 def _target_names(model: Any, keys: RunKeys) -> set[str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpoint.eight_bit import has_8_bits
+from ..checkpoint.quantization import known_quantization
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, RunKeys
@@ -145,10 +145,9 @@ def load_model(
 ) -> Any:
     """The model in its dtype, on the CPU, patched where `kt` is given.
 
-    The experts of a safetensors checkpoint are streamed into the backend, never all in memory as transformers holds
-    them; they are packed for the run's LoRA rank. Not so where `placing` has to count first which of them go to the
-    GPU: that takes the whole model. A placement that is planned goes by `tokens`, those of a step's forward. `rank` is
-    the LoRA rank that experts are packed for, `lora_rank` without.
+    The experts of a safetensors checkpoint are streamed into the backend, packed for the run's LoRA rank. Not so where
+    `placing` has to count first which of them go to the GPU: that takes the whole model. A placement that is planned
+    goes by `tokens`, those of a step's forward. `rank` is the LoRA rank to pack for, `lora_rank` without.
 
     Raises:
         KTAMXConfigError: Its weights cannot be had.
@@ -163,9 +162,9 @@ def load_model(
     counted = kt is not None and order_matters(kt)
     placement = placing.saved() if placing and (planned or counted) else None
     profile = placing.profile if placing and counted and placement is None else None
-    if profile and has_8_bits(config):
+    if profile and known_quantization(config):
         logger.warning(
-            "%s is of 8 bits: it is not loaded whole to count which experts are used most, and the first of each layer "
+            "%s is quantized: it is not loaded whole to count which experts are used most, and the first of each layer "
             "go to the GPU.", name,
         )  # fmt: skip
         profile = None
@@ -183,7 +182,7 @@ def load_model(
             try:
                 return load_kt_model(
                     name, streamed, dtype=keys.torch_dtype, config=config, console=console, placement=placement,
-                    tokens_per_step=tokens, **_revision(keys),
+                    tokens_per_step=tokens, **_revision(keys), **_quantization(keys, config),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
@@ -193,6 +192,20 @@ def load_model(
     except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
         raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from error
     return patched(model)
+
+
+def _quantization(keys: RunKeys, config: Any) -> dict[str, Any]:
+    """What `load_kt_model` takes for `quantization_bit`."""
+    import torch
+
+    from ..bitsandbytes_rest import bits_and_bytes
+
+    if keys.quantization_bit is None:
+        return {}
+    dtype = getattr(torch, str(config.dtype or "bfloat16").removeprefix("torch."))
+    dtype = dtype if keys.torch_dtype == "auto" else getattr(torch, keys.torch_dtype)
+    made = bits_and_bytes(keys.quantization_bit, keys.quantization_type, keys.double_quantization, dtype)
+    return {"quantization_config": made}
 
 
 def _builtin_model(keys: RunKeys) -> Any:
@@ -211,10 +224,16 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
     """By transformers, which goes on with random values where a weight is missing: that is refused."""
     from transformers import AutoModelForCausalLM
 
-    name = keys.model_name_or_path
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=keys.torch_dtype, trust_remote_code=_trusted(keys, config), output_loading_info=True,
-        **_revision(keys),
+    name, trusted = keys.model_name_or_path, _trusted(keys, config)
+    if keys.quantization_bit is not None:
+        raise KTAMXConfigError(
+            f"quantization_bit={keys.quantization_bit}: the model is loaded whole here (no safetensors, code of "
+            "its own, or a placement that counts first), which goes without it. Leave it out."
+        )
+    kind = AutoModelForCausalLM if trusted else type(outline_of(keys, config))
+    model, report = kind.from_pretrained(
+        name, config=config, dtype=keys.torch_dtype, output_loading_info=True, **_revision(keys),
+        **({"trust_remote_code": True} if trusted else {}),
     )  # fmt: skip
     lost = sorted(report["missing_keys"])
     if lost:
@@ -265,6 +284,36 @@ def load_tokenizer(keys: RunKeys, chat: bool) -> tuple[Any, list[str]]:
         tokenizer.chat_template = CHAT_TEMPLATES[name]
         notes.append(f"The tokenizer has no chat template: {name} is used, and saved with the adapter.")
     return tokenizer, notes
+
+
+def sees(config: Any) -> bool:
+    """Whether a model of this configuration takes images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_processor(keys: RunKeys, tokenizer: Any) -> Any:
+    """The processor of a model that sees, with the run's tokenizer.
+
+    Raises:
+        KTAMXConfigError: There is none, or a package it needs is missing.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    name = keys.model_name_or_path
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=keys.trust_remote_code, **_revision(keys))
+    except Exception as error:  # ImportError of torchvision, say
+        raise KTAMXConfigError(
+            f"model_name_or_path={name!r}: the data have images, and its processor cannot be made: {_in_a_line(error)}"
+        ) from None
+    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
+        raise KTAMXConfigError(
+            f"model_name_or_path={name!r}: the data have images, and the folder has no processor for them "
+            "(processor_config.json or preprocessor_config.json): copy it from the model."
+        )
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.tokenizer = tokenizer
+    return processor
 
 
 def _probe(tokenizer: Any, name: str) -> None:

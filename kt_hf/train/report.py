@@ -64,6 +64,11 @@ def show_example(console: Console, trainer: Any, tokenizer: Any) -> None:
         console.print(_shown(tokenizer, row["chosen_ids"]), style="green", highlight=False, soft_wrap=True)
         console.print(_shown(tokenizer, row["rejected_ids"]), style="red", highlight=False, soft_wrap=True)
         return
+    if "images" in row:
+        console.print(f"The first example, with {len(row['images'])} images: question, then [green]answer[/green]")
+        for column, style in (("prompt", "dim"), ("completion", "green")):
+            console.print(_of_parts(row[column]), style=style, highlight=False, markup=False, soft_wrap=True)
+        return
     ids = row["input_ids"]
     labels = row.get("labels") or ids
     trained = [label != -100 for label in labels]
@@ -75,6 +80,11 @@ def show_example(console: Console, trainer: Any, tokenizer: Any) -> None:
             console.print(_shown(tokenizer, ids[start:end]), style=style, end="", highlight=False, soft_wrap=True)
             start = end
     console.print()
+
+
+def _of_parts(messages: Any) -> str:
+    parts = [part for message in messages for part in message["content"]]
+    return printable("".join("<image>" if part["type"] == "image" else part["text"] for part in parts))
 
 
 def show_result(console: Console, settings: TrainSettings, summary: dict[str, Any], rank: int) -> None:

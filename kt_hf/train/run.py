@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from ..system.text import printable
 from .checkpoints import SUMMARY, clear_earlier_run
 from .config.read import on_this_machine, trainer_config
 from .config.settings import TrainSettings
-from .data.rows import training_and_evaluation
+from .data.rows import Rows, training_and_evaluation
 from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
+from .data.vision import check_options, example, prepare_vision
 from .dry_run import try_out
 from .expert_profile import ProfileRun, as_before, with_lora_as_before
 from .folding import Folding
@@ -31,7 +33,7 @@ from .lock import OutputLock
 from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
-from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
+from .models import check_weights, load_config, load_model, load_processor, load_tokenizer, outline_of, sees
 from .optimizer import use_loraplus
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, TokenCounter
@@ -94,14 +96,14 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     if resume:
         changes = check_settings(resume, content)
         _print_notes(console, [f"Resuming from {resume.folder}, after step {resume.step}.", *resume.notes, *changes])
-    train_rows, eval_rows = training_and_evaluation(settings)
+    config, more = load_config(keys)
+    train_rows, eval_rows = training_and_evaluation(settings, sees(config))
     content = with_rows(content, train_rows.rows)
     if resume:
         check_rows(resume, content)
         resume = check_left(resume, settings)
-    config, notes = load_config(keys)
-    tokenizer, more = load_tokenizer(keys, chat=train_rows.conversational)
-    _print_notes(console, notes + more)
+    tokenizer, notes = load_tokenizer(keys, chat=train_rows.conversational)
+    _print_notes(console, more + notes)
     _print_notes(console, [note for rows in (train_rows, eval_rows) if rows for note in rows.notes])
     outline = outline_of(keys, config)
     check_targets(outline, keys)
@@ -111,18 +113,18 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     _print_notes(console, notes + check_weights(keys, config))
     options = _trainer_options(settings, len(train_rows.rows))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
-    how = reading(keys, options, tokenizer, vocabulary)
+    processor, prepared = _reader(settings, options, tokenizer, vocabulary, (train_rows, eval_rows))
     with _working(console, "Tokenizing"):
-        train_data = prepare(train_rows, how, keys.stage, "train")
-        eval_data = prepare(eval_rows, how, keys.stage, "eval") if eval_rows else None
+        train_data = prepared(train_rows, "train")
+        eval_data = prepared(eval_rows, "eval") if eval_rows else None
     _print_notes(console, [note for data in (train_data, eval_data) if data for note in data.notes])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
     _check_batch(options, len(train_data.dataset))
-    try_out(settings, options, tokenizer, train_data.dataset.select([0]))
+    try_out(settings, options, tokenizer, example(train_data) if processor else train_data.dataset.select([0]))
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
-    return _Ready(config, tokenizer, train_data, eval_data, options, memory, resume, content, rank)
+    return _Ready(config, processor or tokenizer, train_data, eval_data, options, memory, resume, content, rank)
 
 
 def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         trainer.add_callback(callback)
     rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
     show_start(console, settings, trainer, in_words(ready.memory), *rows)
-    show_example(console, trainer, ready.tokenizer)
+    show_example(console, trainer, getattr(ready.tokenizer, "tokenizer", ready.tokenizer))
     if keys.overwrite_output_dir and not ready.resume:
         removed = clear_earlier_run(Path(trainer.args.output_dir))
         if removed:
@@ -177,6 +179,20 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     if stop.number is not None:
         raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)
     return summary
+
+
+def _reader(
+    settings: TrainSettings, options: dict[str, Any], tokenizer: Any, vocabulary: int, rows: Sequence[Rows | None]
+) -> tuple[Any, Callable[[Rows, str], Prepared]]:
+    """(the processor of a run that has images, None for one that has not; what makes data of rows)."""
+    keys = settings.run
+    if not any(part.pictured for part in rows if part):
+        how = reading(keys, options, tokenizer, vocabulary)
+        return None, lambda part, purpose: prepare(part, how, keys.stage, purpose)
+    check_options(keys, options)
+    processor = load_processor(keys, tokenizer)
+    most = options.get("max_length", 1024)
+    return processor, lambda part, purpose: prepare_vision(part, processor, most, vocabulary, purpose)
 
 
 def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estimate:
@@ -219,6 +235,8 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
         callback.advises = False  # `Folding` does what it would advise
     kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
+    # With a quantized base TRL rounds what is trained to bf16, in which small steps of an optimizer vanish.
+    exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if settings.run.quantization_bit else []
     trainer = kind(
         model,
         args=args,
@@ -228,9 +246,20 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         peft_config=peft_config,
         callbacks=callbacks,
     )
+    if settings.run.quantization_bit:
+        _in_fp32(trainer.model, exact)
     _loraplus(settings, trainer)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
+
+
+def _in_fp32(model: Any, exact: list[tuple[Any, Any]]) -> None:
+    """Give trained parameters fp32 again: the values they had before, those that the trainer made as they are."""
+    for parameter, value in exact:
+        parameter.data = value.to(parameter.device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _loraplus(settings: TrainSettings, trainer: Any) -> None:

@@ -16,14 +16,17 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_mm as grouped
-from kt_hf.backends.gpu import kernels
+from kt_hf.backends.gpu import kernels, widen_kernels
 from kt_hf.backends.gpu.grouped_mm import GroupedExperts
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.resident import GroupedBackend
 from kt_hf.backends.gpu.rows import Addends, Rows
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
+from kt_hf.gates import Gate
 from kt_hf.shapes import LORA_NAMES, ExpertShape
+from tests.support.gates import GATES, by_hand
+from tests.support.packed import KINDS, random_matrices
 from tests.support.reference import (
     BaseWeights,
     assert_all_close,
@@ -239,34 +242,37 @@ def test_the_outer_product(counts: list[int], m: int, n: int) -> None:
         assert counts[e] or not found[e].any()
 
 
-def test_the_gates_derivatives() -> None:
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_the_gates_derivatives(name: str, biased: bool) -> None:
     """Against autograd in fp32, with gates far out; rows of no expert are not written to."""
     from kt_hf.backends.gpu import fused_kernels, torch_rows
 
-    gu, q = (drawn(21, size, seed=size, scale=6).bfloat16() for size in (2 * I, I))
+    gate = GATES[name]
+    gu, q = (drawn(21, size, seed=size, scale=6).bfloat16() for size in (gate.halves * I, I))
     weights, ends = torch.rand(21) + 0.1, torch.tensor([4, 17], dtype=torch.int32)
-    g, u = (t.float().requires_grad_() for t in gu.chunk(2, 1))
-    h = torch.nn.functional.silu(g) * u
+    bias, experts = drawn(3, gate.halves * I, seed=7).bfloat16(), torch.tensor([0] * 4 + [2] * 13 + [3] * 4)
+    of_rows = bias.float()[experts.clamp(max=2)] if biased else torch.zeros_like(gu, dtype=torch.float32)
+    wide = (gu.float() + of_rows).requires_grad_()
+    h = by_hand(gate, wide)
     (h * (q.float() * weights[:, None])).sum().backward()
-    wanted = torch.cat([g.grad, u.grad], 1), h.detach() * weights[:, None], (h.detach() * q.float()).sum(1)  # type: ignore[list-item]
+    wanted = wide.grad, h.detach() * weights[:, None], (h.detach() * q.float()).sum(1)
     for module in (fused_kernels, torch_rows):
         given, product, none = gu.clone().to(DEVICE), q.clone().to(DEVICE), torch.zeros_like
         on = weights.to(DEVICE), ends.to(DEVICE)
-        by_row = module.gate_gradients_(given, none(given), product, none(product), *on)
+        more = (bias.to(DEVICE), experts.short().to(DEVICE)) if biased else (None, None)
+        product_only = module.gated(gu.clone().to(DEVICE), none(given), ends.to(DEVICE), gate, *more)
+        assert_close(product_only[:17].cpu(), h.detach()[:17], 8e-3, module.__name__)
+        by_row = module.gate_gradients_(given, none(given), product, none(product), *on, gate, *more)
         for found, value in zip((given, product, by_row), wanted, strict=True):
-            assert_close(found[:17].cpu(), value[:17], 8e-3, module.__name__)
+            assert value is not None
+            assert_close(found[:17].cpu(), value[:17], 1.2e-2 if biased else 8e-3, module.__name__)
         assert module is torch_rows or torch.equal(given[17:].cpu(), gu[17:])
 
 
 def test_an_unknown_gate_is_refused() -> None:
-    from kt_hf.backends.gpu import fused_kernels, torch_rows
-
-    for module in (fused_kernels, torch_rows):
-        with pytest.raises(KTAMXConfigError, match=r"gate='no_such' .*silu"):
-            module.gated(torch.ones(1, 16).bfloat16().to(DEVICE), None, torch.ones(1).int().to(DEVICE), "no_such")
-        rows, one = torch.ones(1, 16).bfloat16().to(DEVICE), torch.ones(1).to(DEVICE)
-        with pytest.raises(KTAMXConfigError, match=r"gate='no_such' .*silu"):
-            module.gate_gradients_(rows, None, rows[:, :8].contiguous(), None, one, one.int(), "no_such")
+    with pytest.raises(KTAMXConfigError, match=r"activation='no_such' .*silu"):
+        Gate("no_such")
 
 
 @pytest.mark.slow
@@ -299,3 +305,16 @@ def test_rows_that_come_in_pieces_are_summed_as_at_once(way: str) -> None:
     assert torch.equal(rows.sum_by_token(Addends(*(p.clone() for p in parts)), weighted=True), pieces)
     y = sum(p.float() for p in parts)[rows.place.long()].view(TOKENS, K, H) * weights[..., None]  # type: ignore[index]
     assert_close(pieces.cpu(), y.masked_fill((ids < 0)[..., None], 0).sum(1).cpu(), FORWARD, "sum")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_widened_to_the_bit(kind: str) -> None:
+    """Low bits of every format, matrices that fill no program, special values among scales and codes."""
+    matrices = random_matrices(kind, 3, 24, 64)
+    if matrices.scales.dtype == torch.uint8:
+        matrices.scales.view(-1)[:4] = torch.tensor([0, 1, 254, 255], dtype=torch.uint8)
+    if matrices.code == "e4m3":  # every code, both NaN among them
+        matrices.codes.view(torch.uint8).view(-1)[:256] = torch.arange(256, dtype=torch.int64).to(torch.uint8)
+    found, expected = widen_kernels.widened(matrices.to(DEVICE)).cpu(), matrices.dequantized(torch.bfloat16)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from kt_hf.gates import PLAIN
+from tests.support.gates import GATES
+
 CASES = Path(__file__).with_name("kernel_cases.py")
-# Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, 5090.
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+# Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, B200, 5090.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -97,22 +100,48 @@ def test_the_products_of_lora_compile(sm: int) -> None:
         assert "mma" in one.asm["ptx"]
 
 
+ROW_POINTERS = {
+    "tokens": "*i32", "place": "*i32", "ends": "*i32", "experts": "*i16", "weights": "*fp32", "by_row": "*fp32",
+}  # fmt: skip
+VALUE_POINTERS = dict.fromkeys(("x", "out", "gu", "lora", "bias", "h", "gu_lora", "q", "q_lora", "base"), "*bf16")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "gpt_oss" else pytest.mark.slow) for n in GATES])
+@pytest.mark.parametrize("sm", ALL)
+def test_the_kernels_of_every_gate_compile(sm: int, name: str) -> None:
+    """With biases, which are read as wide as rows are."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import fused_kernels as module
+    from kt_hf.backends.gpu.gate_kernels import constants
+
+    gate = GATES[name]
+    fixed = {
+        "GATE": constants(gate), "GATED": gate.gated, "LORA": True, "BIAS": True, "ROWS": module._ROWS,
+        "COLUMNS": module._COLUMNS,
+    }  # fmt: skip
+    for kernel in (module._gate, module._gate_gradients):
+        ptx = compiled(kernel, sm, ROW_POINTERS | VALUE_POINTERS, {"width": 768, "last": 1 << 4}, **fixed).asm["ptx"]
+        assert ptx.count("ld.global.v4") + ptx.count("ld.global.L1::evict_last.v4") >= 3 * gate.halves, kernel
+        assert "st.global.v4" in ptx, kernel
+
+
 @pytest.mark.parametrize("sm", ALL)
 def test_the_fused_kernels_compile(sm: int) -> None:
     """Those of the large tensors read and write 16 bytes at a time."""
     pytest.importorskip("triton")
     from kt_hf.backends.gpu import fused_kernels as module
     from kt_hf.backends.gpu import grouped_product
+    from kt_hf.backends.gpu.gate_kernels import constants
 
-    rows = {"tokens": "*i32", "place": "*i32", "ends": "*i32", "weights": "*fp32", "by_row": "*fp32"}
-    values = dict.fromkeys(("x", "out", "gu", "lora", "h", "gu_lora", "q", "q_lora", "base"), "*bf16")
-    tile, gate = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}, {"GATE": "silu", "LORA": True}
-    for kernel, constants in (
+    rows, values = ROW_POINTERS, VALUE_POINTERS
+    tile = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}
+    gate = {"GATE": constants(PLAIN), "GATED": True, "LORA": True, "BIAS": False}
+    for kernel, fixed in (
         (module._gather, tile), (module._gate, gate | tile), (module._gate_gradients, gate | tile),
         (module._weight, {"LORA": True, "WEIGHTED": True} | tile),
         (module._sum, {"K": 8, "LORA": True, "WEIGHTED": True, "COLUMNS": module._WIDE}),
     ):  # fmt: skip
-        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **constants).asm["ptx"]
+        ptx = compiled(kernel, sm, rows | values, {"H": 2048, "width": 768, "last": 1 << 4}, **fixed).asm["ptx"]
         assert "ld.global.v4" in ptx or "ld.global.L1::evict_last.v4" in ptx, kernel
         assert "st.global.v4" in ptx, kernel
     compiled(module._indexed, sm, rows | {"order": "*i64"}, {"K": 8, "count": 16}, INDICES=module._INDICES)
@@ -120,3 +149,27 @@ def test_the_fused_kernels_compile(sm: int) -> None:
         grouped_product._list_tiles, sm, dict.fromkeys(("ends", "tile_expert", "tile_row"), "*i32"), {}, HEIGHT=64,
         EXPERTS=128, AT_ONCE=64,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("sm", [pytest.param(sm, marks=() if sm in (80, 120) else pytest.mark.slow) for sm in SHARED])
+def test_widening_compiles(sm: int) -> None:
+    """Every code and kind of scale, floats of 8 bits among them where a GPU has none; stores are of 16 bytes."""
+    pytest.importorskip("triton")
+    from kt_hf.backends.gpu import widen_kernels as module
+
+    numbers = {"count": 2**20, "part_words": 2**12}
+    pointers = {"words": "*i32", "zeros": "*u8", "factors": "*fp32", "table": "*fp32", "out": "*bf16"}
+    for code, kind, scale, zero, factor in (
+        (0, 0, "*bf16", False, 0), (0, 0, "*fp16", True, 0), (1, 1, "*u8", False, 0), (1, 2, "*u8", False, 1),
+        (1, 2, "*u8", False, 2), (2, 0, "*fp32", False, 0),
+    ):  # fmt: skip
+        done = compiled(
+            module._widen4, sm, pointers | {"scales": scale}, numbers, CODE=code, SCALE=kind, ZERO=zero, FACTOR=factor,
+            GROUP=2 if kind == 2 else 4, BLOCK=module._WORDS, num_warps=module._WARPS,
+        )  # fmt: skip
+        assert "st.global.v4" in done.asm["ptx"], (code, kind)
+    sizes = {"rows": 1536, "columns": 2048, "part_rows": 768, "R": 6, "C": 16, "height": 128, "width": 128}
+    for values, fp8 in (("*u8", True), ("*i8", False)):
+        types = {"values": values, "scales": "*fp32", "out": "*bf16"}
+        done = compiled(module._widen8, sm, types, sizes, FP8=fp8, COLUMNS=module._COLUMNS)
+        assert "st.global.v4" in done.asm["ptx"], values

@@ -22,6 +22,9 @@ PARTS = {
     "resident": ["--layers", "2", "--batch", "1"],
     "safety": ["--layers", "2", "--caps", "24", "--steps", "8"],
     "losses": ["--layers", "2", "--steps", "4"],
+    "low-bit": ["--layers", "2", "--batch", "1", "--dtypes", "int4"],
+    "widening": [],
+    "drawn": ["--layers", "2", "--where", "resident"],
     "estimate": [],
     "peer": [],
 }

@@ -162,7 +162,7 @@ def test_what_saves_memory_does() -> None:
     assert total(loss="full") > plain + 14 * GB
     layer = 128 * 3 * 2048 * 768 * 2
     assert total(Tiers(0, 128, 3)) - total(Tiers(0, 128, 2)) == layer
-    eight = total(Tiers(0, 128, 3), keep_8bit=True) - total(Tiers(0, 128, 2), keep_8bit=True)
+    eight = total(Tiers(0, 128, 3), bits=8) - total(Tiers(0, 128, 2), bits=8)
     assert eight == layer // 2, "layers that are streamed in 8 bits stay so on the GPU"
     assert total(Tiers()) < plain
 

@@ -58,16 +58,16 @@ def brute_force(
             continue
         if not cpu and 0 < r < E and sum(used) >= 0.95 * E:  # whole layers are better
             continue
-        chunks = (BUFFERS if width == 2 else BUFFERS + 2) if s else 0  # a chunk is made bf16 for the products
-        left = free - r * size * layers - whole * E * stored
-        least = max(stored, min(LEAST_CHUNK, s * stored))
+        chunks = (BUFFERS if width == 2 else BUFFERS / 2 + 1) if s else 0  # of bf16; a widened one among them
+        left = free - r * stored * layers - whole * E * stored
+        least = max(size, min(LEAST_CHUNK * 2 // width, s * size))
         if r or whole:
-            left -= resident_extra(shape, tokens, width == 1)
-            if left < chunks * least:
+            left -= resident_extra(shape, tokens, 8 * width)
+            if left < int(chunks * least):
                 continue
-        chunk = max(least, min(CHUNK_BYTES, s * stored, left // chunks)) if s else 0
+        chunk = max(least, min(CHUNK_BYTES * 2 // width, s * size, int(left / chunks))) if s else 0
         stream = sum(used[e] for e in range(r, r + s)) * stored / rates.pcie_bytes_per_s
-        ahead = BUFFERS * chunk / rates.pcie_bytes_per_s
+        ahead = BUFFERS * chunk * width / 2 / rates.pcie_bytes_per_s
         seconds = 0.0
         for line, gpu, attention in (
             (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, ATTENTION_SECONDS[0]),
@@ -99,7 +99,7 @@ def test_it_is_the_best_there_is(seed: int) -> None:
     shares = [share / sum(shares) for share in shares]
     tokens, free = rng.choice([1, 30, 500, 20_000]), rng.choice([0, 10**6, 10**7, 3 * 10**7, 10**9])
     width, layers = 1 + seed % 2, rng.choice([2, 5])
-    found = plan_tiers(GENERAL, SMALL, layers, tokens, free, shares, keep_8bit=width == 1)
+    found = plan_tiers(GENERAL, SMALL, layers, tokens, free, shares, bits=8 * width)
     every = brute_force(GENERAL, SMALL, layers, tokens, free, shares, width)
     chosen = found.resident, found.streamed, found.resident_layers
     cost = {split: seconds * (0.9 if sum(split[:2]) == 12 else 1) for split, seconds in every.items()}
@@ -153,7 +153,7 @@ def test_what_it_chooses() -> None:
     assert plan_tiers(RATES, LITE, 26, 8192, 2 * GB, streaming=False).streamed == 0
     slow = dataclasses.replace(RATES, pcie_bytes_per_s=2e9)
     assert plan_tiers(slow, LITE, 26, 512, 2 * GB).streamed < 8
-    eight = plan_tiers(RATES, LITE, 26, 2048, 2 * GB, keep_8bit=True)
+    eight = plan_tiers(RATES, LITE, 26, 2048, 2 * GB, bits=8)
     assert eight.seconds < 0.7 * plan_tiers(RATES, LITE, 26, 2048, 2 * GB).seconds, "half the bytes cross the bus"
     skewed = [0.5, 0.3] + [0.2 / 62] * 62
     for tokens, streaming in ((16, True), (8192, False)):
@@ -211,7 +211,7 @@ def test_buffers_are_as_large_as_there_is_room() -> None:
         assert size > one
     assert chunk_bytes(0, LITE, 64) == expert_bytes(LITE), "an expert is larger than 16 MiB"
     assert chunk_bytes(2**40, LITE, 2) == 2 * expert_bytes(LITE)
-    assert chunk_bytes(2**27, ExpertShape(128, 8, 2048, 768), 128, keep_8bit=True) == 2**27 // 5
+    assert chunk_bytes(2**27, ExpertShape(128, 8, 2048, 768), 128, bits=8) == int(2**27 / 2.5)
 
 
 def test_fitting() -> None:
@@ -276,8 +276,8 @@ def test_auto(backend: str, tokens: int | None, expected: int, measured: list[An
     counts = {i: torch.tensor([1, 9, 1, 5, 1, 1, 1, 1]) for i in (0, 1)}
     config = make_config(backend, kt_expert_placement="auto", kt_lora_rank=8)
     model = apply_kt_moe(MIXTRAL(torch.bfloat16), config, placement=counts, tokens_per_step=tokens)
-    ((_, shape, layers, given_tokens, free, popularity, streaming, keep_8bit),) = measured
-    assert (shape.num_experts, layers, given_tokens, streaming, keep_8bit) == (8, 2, expected, True, False)
+    ((_, shape, layers, given_tokens, free, popularity, streaming, bits),) = measured
+    assert (shape.num_experts, layers, given_tokens, streaming, bits) == (8, 2, expected, True, 16)
     assert popularity == pytest.approx([0.45, 0.25, *[0.05] * 6])
     assert free > 0
     parts = model._kt_wrappers[0]._runner.backend.parts

@@ -59,8 +59,11 @@ def test_command_writes_a_folder_and_train_uses_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to", "int2"], "--to=int2: it must be int8 or int4"),
-        (["--to", "int4"], "kt_backend=AMXInt4: the hidden size 64 is not a multiple of 128. kt_backend=AMXBF16 and"),
+        (["--to", "int2"], "--to=int2: it must be int4 or int8"),
+        (
+            ["--to", "AMXInt4"],
+            "kt_backend=AMXInt4: the hidden size 64 is not a multiple of 128. kt_backend=AMXBF16 and",
+        ),
         (["--pools", "2"], "64 does not split into 2 pools of multiples of 64"),
         (["somewhere"], "neither a folder nor a model of the hub"),
     ],

@@ -109,5 +109,5 @@ def streamed_parts(model: Any) -> list[StreamedBackend]:
     for layer in model._kt_wrappers:
         backend = layer._runner.backend
         parts = [part.backend for part in backend.parts] if isinstance(backend, TieredBackend) else [backend]
-        found += [part for part in parts if isinstance(part, StreamedBackend)]
+        found += [part for part in parts if isinstance(part, StreamedBackend) and part.name == "streamed"]
     return found

@@ -56,13 +56,13 @@ def test_a_quantised_model_is_not_loaded_whole(
     made = packing.Packer.build
 
     def watched(*args: Any) -> Any:
-        seen.append(args[1].scaled)
+        seen.append(args[1].low_bit)
         return made(*args)
 
     monkeypatch.setattr("kt_hf.train.expert_profile.count_experts", lambda *_: pytest.fail("counted"))
     monkeypatch.setattr(packing.Packer, "build", watched)
     trained(tmp_path, model, ROWS, "kt_expert_placement={resident: 1, streamed: 1}")
-    assert [list(one.experts) for one in seen] == [[1], [1]]
+    assert [list(one.experts) for one in seen] == [[0, 1], [0, 1]]
     assert "is of 8 bits: it is not loaded whole" in caplog.text
     assert read_placement(tmp_path / "out") is None
 

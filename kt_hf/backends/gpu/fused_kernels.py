@@ -4,7 +4,7 @@ Each is one pass over its rows, in fp32 inside, bf16 outside. Imported only wher
 `torch_rows.py` has the same functions without it. LoRA's part of a row comes as a tensor of its own and is added here,
 which saves a pass. Rows after the last expert's end are of no expert: they are neither read nor written.
 
-A gate is a pair of device functions below, chosen by its name: the gated product, and that with its two derivatives.
+Gates are compile-time constants (`gate_kernels.py`).
 """
 # mypy: allow-untyped-defs
 # (the kernels: their arguments are pointers and numbers of the GPU)
@@ -16,27 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .torch_rows import check_gate
+from ...gates import PLAIN, Gate
+from .gate_kernels import activated, constants, times_up
 
 _ROWS, _COLUMNS = 4, 256  # of a tile: each of four warps has a row, each thread 16 bytes of it
 _WIDE = 1024  # columns of a tile of one row
 _INDICES = 512
-
-
-@triton.jit
-def _gated(g, u, GATE: tl.constexpr):
-    """The product of the activated gate g and up u."""
-    tl.static_assert(GATE == "silu", "no such gate")
-    return g * tl.sigmoid(g) * u
-
-
-@triton.jit
-def _gated_with_derivatives(g, u, GATE: tl.constexpr):
-    """The product of the activated gate g and up u, its derivative by g, and that by u."""
-    tl.static_assert(GATE == "silu", "no such gate")
-    s = tl.sigmoid(g)
-    silu = g * s
-    return silu * u, (s + silu * (1 - s)) * u, silu  # silu'(g) = s (1 + g (1 - s))
 
 
 @triton.jit
@@ -45,6 +30,15 @@ def _read(base, lora, at, inside, LORA: tl.constexpr):
     value = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     if LORA:
         value += tl.load(lora + at, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _read_biased(base, lora, bias, at, at_bias, inside, LORA: tl.constexpr, BIAS: tl.constexpr):
+    """Values in fp32, with LoRA's part and the biases added."""
+    value = _read(base, lora, at, inside, LORA)
+    if BIAS:
+        value += tl.load(bias + at_bias, mask=inside, other=0.0).to(tl.float32)
     return value
 
 
@@ -69,22 +63,47 @@ def _gather(x, tokens, out, ends, last, H, ROWS: tl.constexpr, COLUMNS: tl.const
     tl.store(out + row[:, None] * H + column[None, :], value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["last"])
+@triton.jit(do_not_specialize=["last"], do_not_specialize_on_alignment=["experts"])
 def _gate(
-    gu, lora, h, ends, last, width, GATE: tl.constexpr, LORA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    gu,
+    lora,
+    bias,
+    experts,
+    h,
+    ends,
+    last,
+    width,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    LORA: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < tl.load(ends + last))[:, None] & (column < width)[None, :]
-    at = row[:, None] * (2 * width) + column[None, :]
-    value = _gated(_read(gu, lora, at, inside, LORA), _read(gu, lora, at + width, inside, LORA), GATE)
+    valid = row < tl.load(ends + last)
+    inside = valid[:, None] & (column < width)[None, :]
+    halves = 2 if GATED else 1
+    at = row[:, None] * (halves * width) + column[None, :]
+    at_bias = at
+    if BIAS:
+        expert = tl.load(experts + row, mask=valid, other=0).to(tl.int64)
+        at_bias = expert[:, None] * (halves * width) + column[None, :]
+    g = _read_biased(gu, lora, bias, at, at_bias, inside, LORA, BIAS)
+    value, by_g = activated(g, GATE)
+    if GATED:
+        u = _read_biased(gu, lora, bias, at + width, at_bias + width, inside, LORA, BIAS)
+        value, by_g, _ = times_up(value, by_g, u, GATE)
     tl.store(h + row[:, None] * width + column[None, :], value.to(h.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["last"], do_not_specialize_on_alignment=["weights"])
+@triton.jit(do_not_specialize=["last"], do_not_specialize_on_alignment=["weights", "experts"])
 def _gate_gradients(
     gu,
     gu_lora,
+    bias,
+    experts,
     q,
     q_lora,
     weights,
@@ -93,26 +112,38 @@ def _gate_gradients(
     last,
     width,
     GATE: tl.constexpr,
+    GATED: tl.constexpr,
     LORA: tl.constexpr,
+    BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < tl.load(ends + last)
     weight = tl.load(weights + row, mask=valid, other=0.0)[:, None]
+    halves = 2 if GATED else 1
+    if BIAS:
+        expert = tl.load(experts + row, mask=valid, other=0).to(tl.int64)[:, None] * (halves * width)
     total = tl.zeros([ROWS], dtype=tl.float32)
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = valid[:, None] & (column < width)[None, :]
-        at = row[:, None] * (2 * width) + column[None, :]
+        at = row[:, None] * (halves * width) + column[None, :]
         at_q = row[:, None] * width + column[None, :]
-        g, u = _read(gu, gu_lora, at, inside, LORA), _read(gu, gu_lora, at + width, inside, LORA)
+        at_bias = at
+        if BIAS:
+            at_bias = expert + column[None, :]
+        g = _read_biased(gu, gu_lora, bias, at, at_bias, inside, LORA, BIAS)
+        h, by_g = activated(g, GATE)
+        if GATED:
+            u = _read_biased(gu, gu_lora, bias, at + width, at_bias + width, inside, LORA, BIAS)
+            h, by_g, by_u = times_up(h, by_g, u, GATE)
         d = _read(q, q_lora, at_q, inside, LORA)
-        h, by_g, by_u = _gated_with_derivatives(g, u, GATE)
         total += tl.sum(d * h, axis=1)
         d *= weight
         tl.store(gu + at, (d * by_g).to(gu.dtype.element_ty), mask=inside)
-        tl.store(gu + at + width, (d * by_u).to(gu.dtype.element_ty), mask=inside)
+        if GATED:
+            tl.store(gu + at + width, (d * by_u).to(gu.dtype.element_ty), mask=inside)
         if LORA:
             tl.store(q + at_q, (h * weight).to(q.dtype.element_ty), mask=inside)
     tl.store(by_row + row, total, mask=valid)
@@ -209,59 +240,62 @@ def gathered(x: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def gated(gu: Tensor, lora: Tensor | None, ends: Tensor, gate: str = "silu") -> Tensor:
-    """The gated product: for SiLU, silu(gate) times up.
+def gated(
+    gu: Tensor, lora: Tensor | None, ends: Tensor, gate: Gate = PLAIN, bias: Tensor | None = None,
+    experts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The gated product: of the plain gate, silu(gate) times up.
 
     Args:
-        gu: Gate beside up, [S, 2I] bf16. The memory may be overwritten.
+        gu: Gate beside up, [S, 2I] bf16; up alone, [S, I], without a gate. The memory may be overwritten.
         lora: What LoRA adds to them, [S, 2I] bf16; None without.
         ends: [E] int32, the row after each expert's last.
-        gate: The gate's name.
+        gate: How gate and up are multiplied.
+        bias: Added to gate and up before, [experts, 2I] bf16; None without.
+        experts: The row of `bias` for each row, [S] integers; read only with a bias.
 
     Returns:
         [S, I] bf16; undefined for rows of no expert.
-
-    Raises:
-        KTAMXConfigError: There is no such gate.
     """
-    check_gate(gate)
-    S, I = gu.shape[0], gu.shape[1] // 2  # noqa: E741
+    S, I = gu.shape[0], gu.shape[1] // gate.halves  # noqa: E741
     h = gu.new_empty(S, I)
     grid = triton.cdiv(S, _ROWS), triton.cdiv(I, _COLUMNS)
     with torch.cuda.device_of(gu):
-        _gate[grid](gu, lora, h, ends, len(ends) - 1, I, GATE=gate, LORA=lora is not None, ROWS=_ROWS, COLUMNS=_COLUMNS)
+        _gate[grid](
+            gu, lora, bias, None if bias is None else experts, h, ends, len(ends) - 1, I, GATE=constants(gate),
+            GATED=gate.gated, LORA=lora is not None, BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
+        )  # fmt: skip
     return h
 
 
 def gate_gradients_(
     gu: Tensor, gu_lora: Tensor | None, q: Tensor, q_lora: Tensor | None, weights: Tensor, ends: Tensor,
-    gate: str = "silu",
+    gate: Gate = PLAIN, bias: Tensor | None = None, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The backward of the gated product h and of the routing weights, in place.
 
     Args:
-        gu: Gate beside up, [S, 2I] bf16; overwritten by the gradients of both.
+        gu: Gate beside up, [S, 2I] bf16 (up alone, [S, I], without a gate); overwritten by the gradients of both.
         gu_lora: What LoRA adds to them, [S, 2I] bf16; None without.
         q: The gradient of h before it is multiplied by the routing weight, [S, I] bf16; with LoRA overwritten by h
             times the routing weight, without it undefined afterwards.
         q_lora: What LoRA adds to q, [S, I] bf16; given if `gu_lora` is.
         weights: Routing weights of the rows, [S] fp32.
         ends: [E] int32, the row after each expert's last.
-        gate: The gate's name.
+        gate: How gate and up are multiplied.
+        bias: Added to gate and up before, [experts, 2I] bf16; None without.
+        experts: The row of `bias` for each row, [S] integers; read only with a bias.
 
     Returns:
         The gradient of each row's routing weight, [S] fp32. This and all else is undefined for rows of no expert.
-
-    Raises:
-        KTAMXConfigError: There is no such gate.
     """
-    check_gate(gate)
     S, I = q.shape  # noqa: E741
     by_row = torch.empty_like(weights)
     with torch.cuda.device_of(gu):
         _gate_gradients[triton.cdiv(S, _ROWS),](
-            gu, gu_lora, q, q_lora, weights, by_row, ends, len(ends) - 1, I, GATE=gate, LORA=gu_lora is not None,
-            ROWS=_ROWS, COLUMNS=_COLUMNS,
+            gu, gu_lora, bias, None if bias is None else experts, q, q_lora, weights, by_row, ends, len(ends) - 1, I,
+            GATE=constants(gate), GATED=gate.gated, LORA=gu_lora is not None, BIAS=bias is not None, ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
         )  # fmt: skip
     return by_row
 

@@ -4,7 +4,8 @@ No function of this module waits for a GPU. All T*K rows are kept (`rows.py`), a
 each expert's rows end: `torch._grouped_mm` where that is fast, else a kernel of this package (`kernels.py` decides).
 
 The LoRA of gate and up is one: A of gate above that of up, [E, 2r, H], B block-diagonal, [E, 2I, 2r]. Ranks are padded
-to multiples of 8, for `_grouped_mm` wants strides of 16 bytes.
+to multiples of 8, for `_grouped_mm` wants strides of 16 bytes. Experts without a gate have up's alone: what is 2I and
+2r here is I and r then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ...errors import KTAMXConfigError
 from ...shapes import ExpertShape
 from ..transfer import to_device
 from . import kernels
-from .rows import Addends, Rows
+from .rows import PLAINLY, Addends, Gating, Rows
 
 ALIGN = 8  # elements of 16 bits in 16 bytes
 DTYPE = torch.bfloat16
@@ -43,15 +44,16 @@ class Lora(NamedTuple):
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...], shape: ExpertShape, device: torch.device) -> Lora:
-        """Copy the six tensors that `set_lora` is given, of any dtype and device, to new tensors on `device`."""
+        """Copy the tensors that `set_lora` is given, of any dtype and device, to new tensors on `device`."""
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
-        gate_a, gate_b, up_a, up_b, down_a, down_b = (to_device(t.detach(), device, DTYPE) for t in tensors)
-        r = gate_a.shape[1]
+        *up, down_a, down_b = (to_device(t.detach(), device, DTYPE) for t in tensors)
+        halves, r = len(up) // 2, down_a.shape[1]
         p = -(-r // ALIGN) * ALIGN
-        a, b = gate_a.new_zeros(E, 2 * p, H), gate_a.new_zeros(E, 2 * I, 2 * p)
-        a[:, :r], a[:, p : p + r] = gate_a, up_a
-        b[:, :I, :r], b[:, I:, p : p + r] = gate_b, up_b
-        wide_a, wide_b = gate_a.new_zeros(E, p, I), gate_a.new_zeros(E, H, p)
+        a, b = down_a.new_zeros(E, halves * p, H), down_a.new_zeros(E, halves * I, halves * p)
+        for i, (one_a, one_b) in enumerate(zip(up[::2], up[1::2], strict=True)):
+            a[:, i * p : i * p + r] = one_a
+            b[:, i * I : (i + 1) * I, i * p : i * p + r] = one_b
+        wide_a, wide_b = down_a.new_zeros(E, p, I), down_a.new_zeros(E, H, p)
         wide_a[:, :r], wide_b[:, :, :r] = down_a, down_b
         return cls(a, b, wide_a, wide_b, r)
 
@@ -70,11 +72,14 @@ class Lora(NamedTuple):
         return Lora(a, b, down_a, down_b, self.rank)
 
     def projections(self) -> tuple[Tensor, ...]:
-        """Views as the six tensors of `set_lora`, of the rank before padding."""
+        """Views as the tensors of `set_lora`, of the rank before padding."""
         a, b, down_a, down_b, r = self
         I, p = down_a.shape[2], down_a.shape[1]  # noqa: E741
-        gate, up = slice(0, r), slice(p, p + r)
-        return a[:, gate], b[:, :I, gate], a[:, up], b[:, I:, up], down_a[:, :r], down_b[:, :, :r]
+        pairs: list[Tensor] = []
+        for i in range(a.shape[1] // p):
+            ranks = slice(i * p, i * p + r)
+            pairs += a[:, ranks], b[:, i * I : (i + 1) * I, ranks]
+        return *pairs, down_a[:, :r], down_b[:, :, :r]
 
 
 class RowGradients(NamedTuple):
@@ -91,7 +96,9 @@ class RowGradients(NamedTuple):
     lora: Lora | None
 
 
-def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows) -> Addends:
+def outputs(
+    x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows, gating: Gating = PLAINLY
+) -> Addends:
     """Compute each row by its expert; the routing weights are for whoever sums the rows.
 
     Args:
@@ -100,12 +107,13 @@ def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: R
         down: [E, H, I] bf16.
         lora: LoRA of these experts; None without.
         rows: The rows' tokens, experts and weights.
+        gating: The layer's gate, and its experts' biases.
 
     Returns:
         [S, H] bf16; undefined for rows of no expert.
     """
     gu, _ = _up(rows.of_tokens(x), gate_up, lora, rows)
-    h = rows.gated(gu)
+    h = rows.gated(gu, gating)
     del gu
     y = _product(h, down.transpose(1, 2), rows)
     if lora is None:
@@ -115,8 +123,14 @@ def outputs(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: R
 
 
 def gradients(
-    x: Tensor, grad_output: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows
-) -> RowGradients:  # fmt: skip
+    x: Tensor,
+    grad_output: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    lora: Lora | None,
+    rows: Rows,
+    gating: Gating = PLAINLY,
+) -> RowGradients:
     """Gradients of each row's hidden state, of its routing weight and of the LoRA.
 
     The forward is computed again from its inputs: a product more (0.3 ms a DeepSeek-V2-Lite layer on an H200) is
@@ -129,6 +143,7 @@ def gradients(
         down: [E, H, I] bf16.
         lora: LoRA of these experts; None without.
         rows: The rows' tokens, experts and weights.
+        gating: The layer's gate, and its experts' biases.
 
     Returns:
         The gradients; those of rows of no expert are undefined.
@@ -137,11 +152,11 @@ def gradients(
     gu, xa = _up(x, gate_up, lora, rows)
     if lora is None:
         q = _product(d, down, rows)
-        by_row = rows.gate_gradients_(gu, Addends(q, None))
+        by_row = rows.gate_gradients_(gu, Addends(q, None), gating)
         return RowGradients(Addends(_product(gu.base, gate_up, rows), None), by_row, None)
     through = _product(d, lora.down_b, rows)
     q = _product(d, down, rows)
-    by_row = rows.gate_gradients_(gu, Addends(q, _product(through, lora.down_a, rows)))
+    by_row = rows.gate_gradients_(gu, Addends(q, _product(through, lora.down_a, rows)), gating)
     dgu, h = gu.base, q  # what their memory holds now: h with its routing weight, as both gradients want it
     del gu, q
     grad_down_a = _outer(through, h, rows)
@@ -179,8 +194,9 @@ class GroupedExperts:
     """Base class of the backends that compute by grouped products: it holds the sizes, and LoRA on the device.
 
     Args:
-        shape: The layer's sizes; H and I must be multiples of 8.
+        shape: The layer's sizes, and its gate; H and I must be multiples of 8.
         device: The device that computes.
+        bias: Of gate and up, [E, 2I] on any device, copied to `device`; None without.
 
     Raises:
         KTAMXConfigError: Other sizes.
@@ -191,7 +207,7 @@ class GroupedExperts:
     max_rank: int | None = None
     max_len: int | None = None
 
-    def __init__(self, shape: ExpertShape, device: torch.device) -> None:
+    def __init__(self, shape: ExpertShape, device: torch.device, bias: Tensor | None = None) -> None:
         if not aligned(shape):
             raise KTAMXConfigError(
                 f"Experts of hidden size {shape.hidden_size} and intermediate size {shape.intermediate_size}: grouped "
@@ -201,6 +217,7 @@ class GroupedExperts:
         self.device = device
         self._numbers = torch.arange(shape.num_experts, dtype=torch.int16, device=device)
         self._lora: Lora | None = None
+        self._gating = Gating(shape.gate, None if bias is None else bias.to(device, DTYPE).contiguous())
 
     @property
     def rank(self) -> int:
@@ -208,14 +225,14 @@ class GroupedExperts:
         return self._lora.rank if self._lora else 0
 
     def set_lora(self, tensors: tuple[Tensor, ...]) -> None:
-        """Copy six LoRA tensors of one rank to the device, in bf16; () switches LoRA off. Saved forwards stay good."""
+        """Copy the LoRA tensors, of one rank, to the device in bf16; () switches LoRA off. Saved forwards stay good."""
         # New tensors, never the old ones changed: saved forwards keep reading theirs.
         self._lora = None
         if tensors:
             self._lora = Lora.of(tensors, self.shape, self.device)
 
     def lora_copy(self) -> tuple[Tensor, ...]:
-        """The six LoRA tensors in bf16: views of tensors that are never written to again; () without LoRA."""
+        """The LoRA tensors in bf16: views of tensors that are never written to again; () without LoRA."""
         return self._lora.projections() if self._lora else ()
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> None:

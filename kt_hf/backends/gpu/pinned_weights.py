@@ -16,20 +16,21 @@ from torch import Tensor
 
 from ...errors import KTAMXError
 from ..base import ExpertWeights
-from ..block_scaled import ScaledExperts, ScaledMatrices
+from ..packed import PackedExperts, PackedMatrices
+
+Matrices = Tensor | PackedMatrices
 
 
 class HostWeights:
     """A layer's streamed experts in contiguous host memory, page-locked as long as this object lives.
 
-    A GPU may hold them too: then nothing has to be copied when they are used.
+    A GPU may hold them too, or instead: then nothing has to be copied when they are used.
 
     Args:
-        gate_up: [E, 2I, H] on the CPU, bf16, or 8-bit values if there are scales; taken over.
-        down: [E, H, I], of the same dtype; taken over.
-        scales: The scales of gate_up and of down, laid out as in `ScaledMatrices`; () for bf16.
-        block: Rows and columns that share a scale.
+        gate_up: [E, 2I, H] on the CPU, bf16 or packed in low bits; taken over.
+        down: [E, H, I], likewise.
         must_lock: Whether it is an error if the system refuses to lock them; else they stay as they are.
+        resident: Whether they are in a GPU's memory, and nowhere else: nothing is locked then.
 
     Attributes:
         refusal: Why the system did not lock them; None if it did. Copies of such memory go through the CUDA driver's
@@ -40,20 +41,13 @@ class HostWeights:
         KTAMXError: The system refuses to lock them.
     """
 
-    def __init__(
-        self,
-        gate_up: Tensor,
-        down: Tensor,
-        scales: tuple[Tensor, ...] = (),
-        block: tuple[int, int] = (1, 1),
-        must_lock: bool = True,
-    ) -> None:
+    def __init__(self, gate_up: Matrices, down: Matrices, must_lock: bool = True, resident: bool = False) -> None:
         self.gate_up, self.down = gate_up, down
-        self._scales, self._block = scales, block
         self.refusal: str | None = None
-        self.resident: tuple[Tensor, ...] | None = None
+        self.resident: tuple[Tensor, ...] | None = self.tensors if resident else None
         try:
-            self._lock()
+            if not resident:
+                self._lock()
         except KTAMXError as error:
             if must_lock:
                 raise
@@ -67,8 +61,8 @@ class HostWeights:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors to copy to the GPU: gate_up, down, and the scales if any; the first dimension is the experts'."""
-        return self.gate_up, self.down, *self._scales
+        """The tensors to copy to the GPU: those of gate_up, then those of down; the first dimension is the experts'."""
+        return *_tensors(self.gate_up), *_tensors(self.down)
 
     @property
     def nbytes(self) -> int:
@@ -95,25 +89,24 @@ class HostWeights:
         self.resident = None
 
     @property
-    def scaled(self) -> bool:
-        """Whether the weights are of 8 bits, so that copies must be dequantized before they are multiplied."""
-        return bool(self._scales)
+    def packed(self) -> bool:
+        """Whether the weights are of low bits, so that copies must be widened before they are multiplied."""
+        return isinstance(self.down, PackedMatrices)
 
     @property
-    def expert_elements(self) -> int:
-        """The number of weights of an expert."""
-        return self.gate_up[0].numel() + self.down[0].numel()
+    def num_experts(self) -> int:
+        """How many experts these are."""
+        return len(self.tensors[0])
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights in bf16."""
+        return 2 * sum(torch.Size(part.shape[1:]).numel() for part in (self.gate_up, self.down))
 
     def products_of(self, copied: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """gate_up and down in bf16, on the device of `copied`: the `tensors` of some experts, or copies of these."""
-        if not self._scales:
-            return copied[0], copied[1]
-        gate_up, down, *scales = copied
-        weights = [
-            ScaledMatrices(values, factors, self._block).dequantized(torch.bfloat16)
-            for values, factors in zip((gate_up, down), scales, strict=True)
-        ]
-        return weights[0], weights[1]
+        count = len(_tensors(self.gate_up))
+        return _wide(self.gate_up, copied[:count]), _wide(self.down, copied[count:])
 
     @classmethod
     def copied(cls, weights: ExpertWeights, experts: Sequence[int], must_lock: bool = True) -> HostWeights:
@@ -139,13 +132,18 @@ class HostWeights:
         return cls.copied(weights, range(len(weights.gate_up)), must_lock)
 
     @classmethod
-    def of_scaled(cls, experts: ScaledExperts, must_lock: bool = True) -> HostWeights:
-        """Experts of 8 bits: their values, which must be in memory of `own_pages`, are taken over, scales copied."""
-        scales = []
-        for matrices in (experts.gate_up, experts.down):
-            copy = own_pages(tuple(matrices.scales.shape), torch.float32)
-            scales.append(copy.copy_(matrices.scales))
-        return cls(experts.gate_up.values, experts.down.values, tuple(scales), experts.down.block, must_lock)
+    def of_packed(cls, experts: PackedExperts, must_lock: bool = True) -> HostWeights:
+        """Experts of low bits; what is not in pages of its own (`own_pages`) is copied to such."""
+        gate_up, down = (
+            part.with_tensors([_in_own_pages(tensor) for tensor in part.tensors])
+            for part in (experts.gate_up, experts.down)
+        )
+        return cls(gate_up, down, must_lock)
+
+    @classmethod
+    def on_gpu(cls, experts: PackedExperts, device: torch.device) -> HostWeights:
+        """Experts of low bits that are resident on a GPU (on the CPU, where tests have none), and nowhere else."""
+        return cls(experts.gate_up.to(device), experts.down.to(device), resident=True)
 
 
 def lock_pages(tensor: Tensor) -> bool:
@@ -184,3 +182,21 @@ def own_pages(size: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Ten
     count = torch.Size(size).numel()
     pages = mmap.mmap(-1, dtype.itemsize * max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype, count=max(count, 1))[:count].view(size)
+
+
+def _tensors(matrices: Matrices) -> tuple[Tensor, ...]:
+    return matrices.tensors if isinstance(matrices, PackedMatrices) else (matrices,)
+
+
+def _wide(matrices: Matrices, copied: Sequence[Tensor]) -> Tensor:
+    """Copies of the tensors of `matrices` in bf16."""
+    if isinstance(matrices, PackedMatrices):
+        return matrices.with_tensors(copied).dequantized(torch.bfloat16)
+    return copied[0]
+
+
+def _in_own_pages(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory does not begin with a page, or is not contiguous on the CPU."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() % mmap.PAGESIZE == 0:
+        return tensor
+    return own_pages(tuple(tensor.shape), tensor.dtype).copy_(tensor)

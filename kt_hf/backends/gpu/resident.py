@@ -15,7 +15,7 @@ from ..base import ExpertWeights, Gradients, SavedForward
 from ..torch_loop import TorchBackend
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora, aligned
-from .rows import Rows
+from .rows import PLAINLY, Gating, Rows
 
 
 @dataclass
@@ -29,7 +29,7 @@ class GroupedBackend(GroupedExperts):
     """Experts in bf16 on the device of their weights, computed without a wait for it.
 
     Args:
-        weights: gate_up [E, 2I, H] and down [E, H, I] in bf16; taken over, not copied.
+        weights: gate_up [E, 2I, H] and down [E, H, I] in bf16, and biases if any; taken over, not copied.
         shape: The layer's sizes; H and I must be multiples of 8.
 
     Raises:
@@ -39,7 +39,7 @@ class GroupedBackend(GroupedExperts):
     name = "torch"
 
     def __init__(self, weights: ExpertWeights, shape: ExpertShape) -> None:
-        super().__init__(shape, weights.gate_up.device)
+        super().__init__(shape, weights.gate_up.device, weights.gate_up_bias)
         if not fits(weights, shape):
             raise KTAMXConfigError(f"Experts of {weights.gate_up.dtype}: grouped products need bfloat16.")
         self.weights = weights
@@ -51,17 +51,19 @@ class GroupedBackend(GroupedExperts):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Launch the products; the output [T, H] is bf16 on `device`, and with `save` the inputs are kept."""
         rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
-        out = resident_output(x, self.weights.gate_up, self.weights.down, lora, rows)
+        out = resident_output(x, self.weights.gate_up, self.weights.down, lora, rows, self._gating)
         return out, _GroupedForward(rows, x, lora) if save else None
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the products of a backward; all gradients are new tensors on `device`, those of LoRA in bf16."""
         assert isinstance(saved, _GroupedForward)
         gate_up, down = self.weights.gate_up, self.weights.down
-        return resident_gradients(saved.x, grad_output, gate_up, down, saved.lora, saved.rows)
+        return resident_gradients(saved.x, grad_output, gate_up, down, saved.lora, saved.rows, self._gating)
 
 
-def resident_output(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows) -> Tensor:
+def resident_output(
+    x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows, gating: Gating = PLAINLY
+) -> Tensor:
     """Compute a layer whose weights are on the GPU, without a wait.
 
     Args:
@@ -70,15 +72,22 @@ def resident_output(x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None,
         down: [E, H, I] bf16.
         lora: LoRA of the experts; None without.
         rows: The T*K rows, sorted by expert.
+        gating: The layer's gate, and its experts' biases.
 
     Returns:
         [T, H] bf16.
     """
-    return rows.sum_by_token(grouped.outputs(x, gate_up, down, lora, rows), weighted=True)
+    return rows.sum_by_token(grouped.outputs(x, gate_up, down, lora, rows, gating), weighted=True)
 
 
 def resident_gradients(
-    x: Tensor, grad_output: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows
+    x: Tensor,
+    grad_output: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    lora: Lora | None,
+    rows: Rows,
+    gating: Gating = PLAINLY,
 ) -> Gradients:
     """The gradients of `resident_output`, as new tensors on the GPU, those of LoRA in bf16; without a wait.
 
@@ -89,8 +98,9 @@ def resident_gradients(
         down: [E, H, I] bf16.
         lora: LoRA of the experts in that forward; None without.
         rows: The T*K rows, sorted by expert.
+        gating: The layer's gate, and its experts' biases.
     """
-    gradients = grouped.gradients(x, grad_output, gate_up, down, lora, rows)
+    gradients = grouped.gradients(x, grad_output, gate_up, down, lora, rows, gating)
     of_lora = gradients.lora.projections() if gradients.lora else ()
     grad_x = rows.sum_by_token(gradients.x, weighted=False)
     return Gradients(grad_x, rows.by_choice(gradients.weights), of_lora)

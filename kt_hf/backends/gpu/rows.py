@@ -15,7 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...gates import PLAIN, Gate
 from . import kernels
+
+
+class Gating(NamedTuple):
+    """What becomes of gate and up.
+
+    Attributes:
+        gate: How they become the input of the down projection.
+        bias: Added to them before, [E, 2I] bf16 of all the layer's experts; None without.
+    """
+
+    gate: Gate
+    bias: Tensor | None
+
+
+PLAINLY = Gating(PLAIN, None)
 
 
 class Addends(NamedTuple):
@@ -37,6 +53,7 @@ class Rows:
     Attributes:
         tokens: [S] integers: row i is of token `tokens[i]`.
         ends: [E] int32: the row after each expert's last.
+        experts: [S] integers: row i is of expert `experts[i]` of all; an id that no expert has for rows of none.
         weights: [S] fp32: the routing weights.
         place: [T*K] integers: the sorted row of each unsorted one, of all rows.
         span: These rows among all.
@@ -46,6 +63,7 @@ class Rows:
 
     tokens: Tensor
     ends: Tensor
+    experts: Tensor
     weights: Tensor
     place: Tensor
     span: slice
@@ -67,12 +85,13 @@ class Rows:
         ends = torch.searchsorted(key, numbers, right=True, out_int32=True)
         operations = kernels.row_operations(ids.device)
         tokens, by_row, place = operations.indexed(order, weights.reshape(-1), K)
-        return cls(tokens, ends, by_row, place, slice(0, len(order)), K, len(order) / max(1, len(numbers)))
+        return cls(tokens, ends, key, by_row, place, slice(0, len(order)), K, len(order) / max(1, len(numbers)))
 
     def part(self, experts: slice, span: slice) -> Rows:
         """The rows `span` of all of these, which must be exactly those of `experts`."""
         ends = self.ends[experts] - span.start
-        return Rows(self.tokens[span], ends, self.weights[span], self.place, span, self.K, self.per_expert)
+        tokens, numbers, weights = (values[span] for values in (self.tokens, self.experts, self.weights))
+        return Rows(tokens, ends, numbers, weights, self.place, span, self.K, self.per_expert)
 
     @functools.cached_property
     def idle(self) -> Tensor:
@@ -93,22 +112,23 @@ class Rows:
         """The rows of x [T, H]: [S, H]."""
         return self._operations.gathered(x, self.tokens, self.ends)
 
-    def gated(self, gu: Addends) -> Tensor:
+    def gated(self, gu: Addends, gating: Gating) -> Tensor:
         """The gated product of gate and up: [S, 2I] -> [S, I]; it may overwrite gu."""
-        return self._operations.gated(*gu, self.ends)
+        return self._operations.gated(*gu, self.ends, *gating, self.experts)
 
-    def gate_gradients_(self, gu: Addends, q: Addends) -> Tensor:
+    def gate_gradients_(self, gu: Addends, q: Addends, gating: Gating) -> Tensor:
         """The backward of `gated` and of the routing weights; see `fused_kernels.gate_gradients_`.
 
         Args:
             gu: Gate and up, [S, 2I]; `base` is overwritten by their gradients.
             q: The gradient of `gated` before the routing weight, [S, I]; with LoRA, `base` is overwritten by `gated`
                 times the routing weight.
+            gating: What `gated` was given.
 
         Returns:
             Gradients of the routing weights, [S] fp32.
         """
-        return self._operations.gate_gradients_(*gu, *q, self.weights, self.ends)
+        return self._operations.gate_gradients_(*gu, *q, self.weights, self.ends, *gating, self.experts)
 
     def keep(self, rows: Addends, weighted: bool, everything: Tensor) -> None:
         """Write these rows, times their routing weights if `weighted`, to where they are among all rows [T*K, H]."""

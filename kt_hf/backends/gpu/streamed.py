@@ -1,4 +1,4 @@
-"""Experts whose weights are in host memory and are copied to the GPU each time they are used, chunk by chunk.
+"""Experts that come to the products chunk by chunk: copied from host memory each time, or widened from low bits.
 
 The mathematics is that of `grouped_mm`, over the rows of one chunk of experts at a time. The host has to know how many
 rows each expert has: a chunk's rows are then an exact slice, and an expert without any is not copied. `TieredBackend`
@@ -34,27 +34,36 @@ class _StreamedForward(SavedForward):
 
 
 class StreamedBackend(GroupedExperts):
-    """Experts whose weights are in host memory, computed in bf16 on a GPU; the only wait is that for the row counts.
+    """Experts computed in bf16 on a GPU, chunk by chunk; the only wait is that for the row counts.
 
     Args:
-        weights: The weights in host memory; taken over.
+        weights: The weights, in host memory or, of low bits, resident on the GPU; taken over.
         shape: The layer's sizes; H and I must be multiples of 8.
         streamer: The model's streamer; its device computes the experts and holds their LoRA.
+        bias: Of gate and up, [E, 2I], kept on that device: too little to be streamed; None without.
 
     Raises:
         KTAMXConfigError: Other sizes.
     """
 
-    name = "streamed"
-
-    def __init__(self, weights: HostWeights, shape: ExpertShape, streamer: Streamer) -> None:
-        super().__init__(shape, streamer.device)
+    def __init__(
+        self, weights: HostWeights, shape: ExpertShape, streamer: Streamer, bias: Tensor | None = None
+    ) -> None:
+        super().__init__(shape, streamer.device, bias)
         self.weights = weights
+        self.name = "streamed" if weights.resident is None else "resident"
         self._streamer = streamer
 
-    def _resident_now(self) -> tuple[Tensor, ...] | None:
-        """The weights on the GPU as they are multiplied, for which nothing is copied or waited; None if not there."""
-        return None if self.weights.scaled else self.weights.resident
+    @property
+    def _at_once(self) -> bool:
+        """Whether the layer is computed as a whole, without row counts: on the GPU, and of low bits in one chunk."""
+        weights = self.weights
+        return weights.resident is not None and (not weights.packed or self._streamer.in_one_chunk(weights))
+
+    def _resident_now(self) -> tuple[Tensor, Tensor] | None:
+        """gate_up and down on the GPU as they are multiplied; None if they come in chunks."""
+        resident = self.weights.resident
+        return self.weights.products_of(resident) if resident is not None and self._at_once else None
 
     def can_backward(self, saved: SavedForward) -> bool:
         """Whether `saved` is of this backend: a saved forward stays good."""
@@ -66,8 +75,8 @@ class StreamedBackend(GroupedExperts):
         return flat.new_zeros(self.shape.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
-        """Wait for the row counts, then compute as `forward_counted`; without a wait if the weights are resident."""
-        if self._resident_now() is not None:
+        """Wait for the row counts, then compute as `forward_counted`; without a wait if the layer is one chunk."""
+        if self._at_once:
             return self.forward_counted(x, ids, weights, save, None)
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return self.forward_counted(x, ids, weights, save, counts.tolist())
@@ -82,7 +91,7 @@ class StreamedBackend(GroupedExperts):
             ids: [T, K] int64, -1 for no expert.
             weights: Routing weights [T, K], fp32.
             save: Whether to keep the inputs for a backward.
-            counts: The values of `row_counts(ids)`; None will do if the weights are resident.
+            counts: The values of `row_counts(ids)`; None will do if the layer is one chunk that is not copied.
 
         Returns:
             The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
@@ -92,13 +101,14 @@ class StreamedBackend(GroupedExperts):
         if (resident := self._resident_now()) is not None:
             gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=False)
-            return resident_output(x, gate_up, down, lora, rows), saved
+            return resident_output(x, gate_up, down, lora, rows, self._gating), saved
         assert counts is not None, "row counts are needed to stream"
         everything = x.new_empty(ids.numel(), x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
             chunk_lora = lora.part(chunk.experts) if lora else None
-            part.keep(grouped.outputs(x, chunk.gate_up, chunk.down, chunk_lora, part), True, everything)
-            del chunk
+            outputs = grouped.outputs(x, chunk.gate_up, chunk.down, chunk_lora, part, self._gating)
+            part.keep(outputs, True, everything)
+            del chunk, outputs
         return rows.sum_by_token(Addends(everything, None), weighted=False), saved
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
@@ -108,14 +118,16 @@ class StreamedBackend(GroupedExperts):
         if (resident := self._resident_now()) is not None:
             gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=True)
-            return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows)
+            return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows, self._gating)
         counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
         everything = grad_output.new_empty(len(rows.tokens), grad_output.shape[1])
         by_row = torch.empty_like(rows.weights)
         whole = lora.zeros() if lora else None
         for chunk, part in self._chunks(rows, counts, backward=True):
             chunk_lora = lora.part(chunk.experts) if lora else None
-            gradients = grouped.gradients(saved.x, grad_output, chunk.gate_up, chunk.down, chunk_lora, part)
+            gradients = grouped.gradients(
+                saved.x, grad_output, chunk.gate_up, chunk.down, chunk_lora, part, self._gating
+            )
             part.keep(gradients.x, False, everything)
             by_row[part.span] = gradients.weights
             if whole and gradients.lora:

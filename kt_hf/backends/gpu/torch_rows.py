@@ -5,40 +5,11 @@ Both modules have the same functions; what they take and give is said in `fused_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import silu as _silu
 
-from ...errors import KTAMXConfigError
-
-
-def _silu_gradients(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(g) u and its derivatives by g and by u."""
-    s = torch.sigmoid(g)
-    silu = g * s
-    # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-    return silu * u, (s + silu * (1 - s)).mul_(u), silu
-
-
-# By name: the gated product of gate and up, and the same with its two derivatives.
-_GATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], tuple[Tensor, ...]]]] = {
-    "silu": (lambda g, u: _silu(g).mul_(u), _silu_gradients)
-}
-
-
-def check_gate(gate: str) -> None:
-    """Refuse a gate that nobody computes.
-
-    Args:
-        gate: Its name.
-
-    Raises:
-        KTAMXConfigError: Naming those that there are.
-    """
-    if gate not in _GATES:
-        raise KTAMXConfigError(f"gate={gate!r} is not one of the gates of experts: {', '.join(_GATES)}.")
+from ...gates import PLAIN, Gate
 
 
 def indexed(order: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,28 +24,41 @@ def gathered(x: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     return x.index_select(0, tokens)
 
 
-def gated(gu: Tensor, lora: Tensor | None, ends: Tensor, gate: str = "silu") -> Tensor:
+def gated(
+    gu: Tensor, lora: Tensor | None, ends: Tensor, gate: Gate = PLAIN, bias: Tensor | None = None,
+    experts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `fused_kernels.gated`."""
-    check_gate(gate)
-    g, u = _added(gu, lora).chunk(2, dim=1)
-    return _GATES[gate][0](g, u)
+    gu = _biased(_added(gu, lora), bias, experts)
+    if not gate.plain:
+        return gate.applied(gu)
+    g, u = gu.chunk(2, dim=1)
+    return _silu(g).mul_(u)
 
 
 def gate_gradients_(
     gu: Tensor, gu_lora: Tensor | None, q: Tensor, q_lora: Tensor | None, weights: Tensor, ends: Tensor,
-    gate: str = "silu",
+    gate: Gate = PLAIN, bias: Tensor | None = None, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `fused_kernels.gate_gradients_`."""
-    check_gate(gate)
-    g, u = _added(gu, gu_lora).chunk(2, dim=1)
-    h, by_g, by_u = _GATES[gate][1](g, u)
+    gu = _biased(_added(gu, gu_lora), bias, experts)
+    h, by_gu = _plain_with_derivatives(gu) if gate.plain else gate.with_derivatives(gu)
     by_row = (_added(q, q_lora).float() * h).sum(1)
     scale = weights.unsqueeze(1)
     q.mul_(scale)
-    g.copy_(by_g.mul_(q))
-    u.copy_(by_u.mul_(q))
+    by_gu.view(len(q), gate.halves, -1).mul_(q.unsqueeze(1))
+    gu.copy_(by_gu)
     q.copy_(h.mul_(scale))
     return by_row
+
+
+def _plain_with_derivatives(gu: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(g) u and its derivative by each element, in the rows' dtype."""
+    g, u = gu.chunk(2, dim=1)
+    s = torch.sigmoid(g)
+    silu = g * s
+    # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+    return silu * u, torch.cat([(s + silu * (1 - s)).mul_(u), silu], dim=1)
 
 
 def weighted(base: Tensor, lora: Tensor | None, weights: Tensor | None, out: Tensor) -> None:
@@ -97,3 +81,11 @@ def summed(
 def _added(base: Tensor, lora: Tensor | None) -> Tensor:
     """The sum, in the memory of `base`."""
     return base if lora is None else base.add_(lora)
+
+
+def _biased(rows: Tensor, bias: Tensor | None, experts: Tensor | None) -> Tensor:
+    """The sum of rows and their experts' biases, in the memory of `rows`."""
+    if bias is None:
+        return rows
+    assert experts is not None, "a bias is an expert's"
+    return rows.add_(bias.index_select(0, experts.clamp(max=len(bias) - 1).int()))

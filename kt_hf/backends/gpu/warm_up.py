@@ -26,8 +26,9 @@ def warm_up(shape: ExpertShape, device: torch.device, rank: int) -> None:
     if not (aligned(shape) and kernels.triton_runs(device)):
         return
     K, H, I = shape.top_k, shape.hidden_size, shape.intermediate_size  # noqa: E741
-    gate_up, down = (torch.zeros(1, *size, dtype=DTYPE, device=device) for size in ((2 * I, H), (H, I)))
-    one = GroupedBackend(ExpertWeights(gate_up, down), ExpertShape(1, K, H, I))
+    gate_up, down = (torch.zeros(1, *size, dtype=DTYPE, device=device) for size in ((shape.up_rows, H), (H, I)))
+    bias = gate_up[:, :, 0] if shape.biased else None
+    one = GroupedBackend(ExpertWeights(gate_up, down, gate_up_bias=bias), shape.part(1))
     if rank:
         one.set_lora(tuple(torch.zeros(size, device=device) for size in one.shape.lora_shapes(rank)))
     for rows in (1, 17, 257):  # one each of the tiles that `grouped_product` has

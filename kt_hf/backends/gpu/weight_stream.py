@@ -9,8 +9,8 @@ attention is computed, and layers whose weights the GPU holds already. Expected 
 steps the time before. (Two, because after a layer's forward that checkpointing computes again comes its backward, and
 not the next layer's forward.) A wrong guess costs the time of its copies.
 
-Weights of 8 bits are copied in 8 bits: half the bytes. They are dequantized to bf16 on the GPU, into new memory, and
-their buffer is free at once.
+Weights of 4 and 8 bits are copied as they are: a quarter or half of the bytes. They are widened to bf16 on the GPU,
+into new memory, and their buffer is free at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from ..transfer import runs
 from .pinned_weights import HostWeights
 
-CHUNK_BYTES = 256 * 2**20  # of a chunk as it is copied
+CHUNK_BYTES = 256 * 2**20  # of a chunk of bf16
 BUFFERS = 3  # chunks on the device at a time
 
 
@@ -83,7 +83,7 @@ class Streamer:
 
     Args:
         device: A GPU; or the CPU, where the weights are used in place.
-        chunk_bytes: Size in bytes of a chunk as it is copied; a chunk has one expert at least.
+        chunk_bytes: Size in bytes of a chunk as it is multiplied, in bf16; a chunk has one expert at least.
         buffers: Chunks on the device at a time.
         copies: Whether weights are copied to buffers; None means if the device is a GPU.
     """
@@ -158,7 +158,7 @@ class Streamer:
                     self._idle.append(early.buffer)
                 send_for_more()
                 loaded = self._arrived(pending[0])
-                if weights.scaled:  # the buffer is free before the products
+                if weights.packed:  # the buffer is free before the products
                     self._give_back(pending.popleft())
                     send_for_more()
                     yield loaded
@@ -213,11 +213,14 @@ class Streamer:
         size, chunks = self._experts_in_a_chunk(weights), dict[int, list[int]]()
         for e in active:
             chunks.setdefault(e // size * size, []).append(e)
-        return [(slice(first, min(first + size, len(weights.down))), chunks[first]) for first in sorted(chunks)]
+        return [(slice(first, min(first + size, weights.num_experts)), chunks[first]) for first in sorted(chunks)]
+
+    def in_one_chunk(self, weights: HostWeights) -> bool:
+        """Whether all experts of a layer are one chunk."""
+        return self._experts_in_a_chunk(weights) == weights.num_experts
 
     def _experts_in_a_chunk(self, weights: HostWeights) -> int:
-        one = weights.expert_elements * weights.down.element_size()
-        return min(max(1, self._chunk_bytes // one), len(weights.down))
+        return min(max(1, self._chunk_bytes // weights.expert_bytes), weights.num_experts)
 
     def _make_buffers(self, weights: HostWeights) -> None:
         needed = self._spans_of(weights, self._experts_in_a_chunk(weights))[-1].stop

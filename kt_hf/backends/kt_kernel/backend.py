@@ -1,4 +1,4 @@
-"""Experts by kt-kernel's SFT operators (Intel AMX or AVX512-BF16) in bf16, INT8 or INT4.
+"""Experts by kt-kernel's SFT operators: in bf16, INT8 or INT4 on AMX or AVX512-BF16, and others of low bits.
 
 The modules of `kt_hf/backends/kt_kernel/` are the only ones that import kt_kernel. Its operators take raw pointers and
 check nothing: a wrong size or dtype ends the process or gives wrong gradients. So every rule they have is checked in
@@ -8,7 +8,7 @@ tests/backends/kt_kernel pins those that are relied on.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import math
 import os
@@ -30,16 +30,13 @@ from .idle_workers import CallGap
 from .input_checks import check_inputs, check_tensor, check_weights
 from .installation import check_available
 from .kept_memory import KEPT
+from .low_bit_weights import packed_experts, point_to
 from .native_code import native_output_to_log, never_destroy
-from .operators import OPERATORS, check_shape, most_tokens
+from .operator_config import operator_config
+from .operators import OPERATORS, check_rank, check_shape, most_tokens
 from .packed_files import PackedLayerFiles, check_saved, folder_to_load, folder_to_save
 
 logger = logging.getLogger(__name__)
-
-# The operators key a process-wide pool by layer_idx: drawn once, never given again.
-_layer_keys = itertools.count()
-# INT8 and INT4 are built for lengths that are multiples of this only.
-_LENGTH_STEP = 32
 
 
 @dataclass
@@ -52,16 +49,17 @@ class KTKernelBackend:
     """Experts of one layer, packed for the operators of one arithmetic.
 
     Args:
-        weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied. Or a
-            `PackedLayerFiles`, what `save_to` once wrote, of the same operators and number of pools.
-        shape: Sizes; H, and I by the number of pools, are multiples of 32 (AMXBF16), 64 (AMXInt8) or 128 (AMXInt4).
+        weights: bf16 or castable to it, on any device. Emptied: the source is released as soon as it is copied. Those
+            of low bits are taken as they are by the operators that compute with them, and widened for the others. Or
+            a `PackedLayerFiles`, what `save_to` once wrote, of the same operators and number of pools.
+        shape: Sizes; H, and I by the number of pools, are multiples of what `OPERATORS` has: 32, 64 or 128.
         rank: LoRA rank the operator is built for; smaller ones are padded with zeros. 0 packs for inference.
         plan: Worker threads.
         max_len: Most tokens in a call. Costs virtual memory only.
         share_backward: One buffer of backward weights for all layers instead of one a layer.
         share_cache: One saved forward for all layers (little memory) instead of one a layer.
         label: The layer's name, for messages.
-        backend: AMXBF16, AMXInt8 or AMXInt4.
+        backend: A key of `OPERATORS`.
         save_to: Also write the packed weights there (AMXInt8, AMXInt4); the folder is made. The backward weights are
             left out with `share_backward`.
 
@@ -92,6 +90,7 @@ class KTKernelBackend:
         self._engine = Engine.get(plan)
         pools = len(self._engine.plan.pools)
         check_shape(shape, pools, backend, label)
+        check_rank(rank, backend, label)
         if save_to is not None and pools != len(plan.pools):
             raise KTAMXConfigError(
                 f"{label}: this process computes on {pools} pools of threads already, and the weights are to be saved "
@@ -108,17 +107,20 @@ class KTKernelBackend:
             check_weights(weights, shape, label)
         else:
             check_saved(weights, self._operators, pools, share_backward, label)
+        forced = self._operators.shares_backward
+        share_backward = share_backward if forced is None else forced
+        rank, share_cache = self._operators.packed_rank(rank), share_cache and not self._operators.one_saved
         self.shape, self.label, self.max_rank, self.max_len = shape, label, rank, max_len
-        self.overflow_noted = False
-        self._lora_on = False
+        self._unused: int | None = None  # tokens of a saved forward without its backward, where that matters
+        self.overflow_noted = self._lora_on = False
         self._lora = tuple(host_empty(size, torch.bfloat16).zero_() for size in shape.lora_shapes(rank) if rank)
         self._grads: tuple[Tensor, ...] = ()
         self._cache = self._engine.shared_cache if share_cache else Cache()
-        self._pauses: dict[str, CallGap] = {}
+        self._pauses, self._moe = dict[str, CallGap](), None
         self._expert_map = torch.arange(shape.num_experts, dtype=torch.int64, device="cpu")
-        self._moe: Any = None
         never_destroy(self)
-        config = self._config(share_backward, share_cache)
+        pool = self._engine.cpu_infer.backend_
+        config = operator_config(shape, self._lora, max_len, share_backward, share_cache, self._expert_map, pool)
         if isinstance(weights, PackedLayerFiles):
             with folder_to_load(weights.folder, config.layer_idx) as path:
                 config.load, config.path = True, path
@@ -131,33 +133,18 @@ class KTKernelBackend:
             self._load(weights, config)
         KEPT.add(int(shape.num_experts * expert_bytes(shape) * self._operators.bytes_per_weight / 2))
 
-    def _config(self, share_backward: bool, share_cache: bool) -> Any:
-        from kt_kernel import kt_kernel_ext
-
-        shape = self.shape
-        config = kt_kernel_ext.moe.MOESFTConfig()
-        config.expert_num = shape.num_experts
-        config.num_experts_per_tok = shape.top_k
-        config.hidden_size = shape.hidden_size
-        config.intermediate_size = shape.intermediate_size
-        config.lora_rank = self.max_rank
-        config.lora_alpha = float(self.max_rank)  # alpha / rank = 1: scalings are folded into B
-        config.lora_dropout = 0.0
-        config.max_cache_depth = 1
-        config.max_len = -(-self.max_len // _LENGTH_STEP) * _LENGTH_STEP
-        config.layer_idx = next(_layer_keys)
-        config.share_backward_bb = share_backward
-        config.share_cache_pool = share_cache
-        config.full_weight_grad = False
-        config.authoritative_optimizer_grads = bool(self.max_rank)
-        config.physical_to_logical_map = self._expert_map.data_ptr()
-        config.swiglu_limit = 0.0
-        for name, tensor in zip(LORA_NAMES, self._lora, strict=False):
-            setattr(config, name, tensor.data_ptr())
-        config.pool = self._engine.cpu_infer.backend_
-        return config
-
-    def _load(self, weights: ExpertWeights, config: Any) -> Any:
+    def _load(self, weights: ExpertWeights, config: Any) -> None:
+        if self._operators.code:
+            packed = packed_experts(weights, self.shape, self._operators, self.label)
+            kept = point_to(config, packed, self.shape, self._operators)
+            self._moe = self._build(config)
+            weights.packed_as = self
+            weights.gate_up, weights.down, weights.low_bit = torch.empty(0), torch.empty(0), None
+            del kept
+            return
+        if weights.low_bit is not None:
+            wide = weights.wide(range(self.shape.num_experts), torch.device("cpu"), torch.bfloat16)
+            weights.gate_up, weights.down, weights.low_bit = wide.gate_up, wide.down, None
         inner = self.shape.intermediate_size
         gate = weights.gate_up[:, :inner].to("cpu", torch.bfloat16, copy=True).contiguous()
         up = weights.gate_up[:, inner:].to("cpu", torch.bfloat16, copy=True).contiguous()
@@ -188,6 +175,7 @@ class KTKernelBackend:
                 moe.update_lora_weights(*(t.data_ptr() for t in self._lora))
         return moe
 
+    _moe: Any
     kept = False  # becomes true at the interpreter's end and in a fork: `never_destroy`
 
     def natives(self) -> list[Any]:
@@ -262,6 +250,9 @@ class KTKernelBackend:
         T, K = ids.shape
         out = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         length = torch.tensor([T], dtype=torch.int32, device="cpu")
+        if save:
+            self._drop_saved()
+            self._unused = T if self._operators.one_saved else None
         # Any forward spoils the one saved before, also one without save: backward goes by the last list of experts.
         self._cache.holds = 0
         # A checkpointed layer's forward is followed by attention, its recompute by the backward.
@@ -289,8 +280,13 @@ class KTKernelBackend:
         if not self.can_backward(saved):
             raise KTAMXBackwardError(f"{self.label}: the saved forward is gone; compute the forward again.")
         assert isinstance(saved, _KernelForward)
-        T, H, K = saved.tokens, self.shape.hidden_size, self.shape.top_k
-        check_tensor(grad_output, "grad_output", (T, H), torch.bfloat16, self.label, KTAMXBackwardError)
+        size = saved.tokens, self.shape.hidden_size
+        check_tensor(grad_output, "grad_output", size, torch.bfloat16, self.label, KTAMXBackwardError)
+        return self._backward(grad_output)
+
+    def _backward(self, grad_output: Tensor) -> Gradients:
+        """The backward of the forward that the operator holds."""
+        T, K = len(grad_output), self.shape.top_k
         if self.max_rank and not self._grads:
             # Buffers of this layer alone: the operator adds into experts that it has not written to before, and clears
             # those it has. Buffers shared between layers gave wrong gradients where an expert had no tokens.
@@ -301,18 +297,28 @@ class KTKernelBackend:
                 flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.bfloat16, device="cpu")
                 self._grads = split_lora(flat, sizes)
         wait_for_reads(self._grads)  # copies to a GPU, of the backward before
-        grad_input = host_empty((T, H), torch.bfloat16)
+        grad_input = host_empty((T, self.shape.hidden_size), torch.bfloat16)
         grad_weights = host_empty((T, K), torch.float32)
         if not self._operators.clears_gradients:
             for buffer in self._grads:
                 buffer.zero_()
         pointers = [t.data_ptr() for t in self._grads] if self.max_rank else [0] * 6
-        self._cache.holds = 0  # one backward a saved forward
+        self._cache.holds, self._unused = 0, None  # one backward a saved forward
         with self._engine.workers.at_work(self._pauses, "backward"):
             self._moe.backward(
                 grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
             )
         return Gradients(grad_input, grad_weights, self._grads)
+
+    def _drop_saved(self) -> None:
+        """Have the operator forget a saved forward whose backward never came, where the next would end the process.
+
+        There is no other way than that backward, for nothing. (An evaluation with gradients, two losses of one layer.)
+        """
+        if self._unused is not None:
+            with contextlib.suppress(RuntimeError):  # the forward raised, and nothing was saved
+                self._backward(torch.zeros(self._unused, self.shape.hidden_size, dtype=torch.bfloat16, device="cpu"))
+            self._unused = None
 
     def careful_backward(self, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, bad: Tensor) -> Gradients:
         """Gradients where tokens `bad` [T] (bool) have gates too far below zero: see `gate_overflow`."""
@@ -330,6 +336,7 @@ class KTKernelBackend:
         """
         self._check_process()
         self._cache.holds = 0
+        self._drop_saved()
         self._engine.workers.gather()
         return self._moe
 

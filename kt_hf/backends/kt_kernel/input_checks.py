@@ -76,6 +76,15 @@ def check_weights(weights: ExpertWeights, shape: ExpertShape, label: str) -> Non
         KTAMXConfigError: A tensor has another shape, or is not floating.
     """
     E, H, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    low = weights.low_bit
+    if low is not None:
+        sizes = low.gate_up.shape[1:], low.down.shape[1:]
+        if weights.num_experts != E or sizes != ((2 * inner, H), (H, inner)):
+            raise KTAMXConfigError(
+                f"{label}: {weights.num_experts} experts, those of low bits {sizes[0]} and {sizes[1]}; they must "
+                f"be {E} experts of {(2 * inner, H)} and {(H, inner)}."
+            )
+        E -= len(low.experts)
     for name, tensor, size in (
         ("gate_up_proj", weights.gate_up, (E, 2 * inner, H)),
         ("down_proj", weights.down, (E, H, inner)),

@@ -9,14 +9,19 @@ from ...errors import KTAMXNotAvailableError
 from ...system.cpu import cpu_features
 from ..base import Availability
 from .native_code import native_output_to_log
+from .operators import OPERATORS
 
 logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def availability() -> Availability:
-    """Whether the SFT operators run on this machine: the package, its variant, and the CPU's instructions."""
-    features = cpu_features()
+def availability(backend: str = "AMXBF16") -> Availability:
+    """Whether SFT operators run on this machine: the package, its variant, and the CPU's instructions.
+
+    Args:
+        backend: The value of `kt_backend` that asks for them.
+    """
+    features, operators = cpu_features(), OPERATORS[backend]
     try:
         with native_output_to_log(logger):
             import kt_kernel
@@ -27,14 +32,16 @@ def availability() -> Availability:
         )
     variant = kt_kernel.__cpu_variant__
     details = {"variant": variant, "version": kt_kernel.__version__, "cpu": features.name}
-    if not hasattr(kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
-        return Availability(
-            False, f"kt-kernel's {variant} variant has no SFT operators (they need AMX or AVX512-BF16)", details
-        )
+    if variant not in operators.variants or not hasattr(kt_kernel_ext.moe, operators.class_name):
+        which = "SFT operators" if backend == "AMXBF16" else f"operators for {backend}"
+        needed = "AMX, AVX512-BF16 or AVX2" if "avx2" in operators.variants else "AMX or AVX512-BF16"
+        return Availability(False, f"kt-kernel's {variant} variant has no {which} (they need {needed})", details)
     # The variant can be forced by KT_KERNEL_CPU_VARIANT; instructions the CPU lacks would end the process.
-    needed = features.amx if variant == "amx" else features.avx512_bf16
-    if not needed:
+    has = {"amx": features.amx, "avx512_bf16": features.avx512_bf16, "avx2": features.avx2}
+    if not has[variant]:
         return Availability(False, f"kt-kernel's {variant} variant needs instructions this CPU lacks", details)
+    if lacking := [name for name in operators.needs if not getattr(features, name)]:
+        return Availability(False, f"{backend} needs {', '.join(lacking)}, which this CPU lacks", details)
     return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
 
 
@@ -42,12 +49,12 @@ def check_available(backend: str) -> Availability:
     """What `availability` says where the operators run.
 
     Args:
-        backend: The value of `kt_backend` that asks for them, for the message.
+        backend: The value of `kt_backend` that asks for them, also for the message.
 
     Raises:
         KTAMXNotAvailableError: They do not run on this machine; saying why, and what does.
     """
-    available = availability()
+    available = availability(backend)
     if not available.ok:
         raise KTAMXNotAvailableError(
             f"kt_backend={backend} cannot run: {available.reason}. kt_backend=torch runs on any machine "

@@ -15,7 +15,7 @@ from ..checkpoints import files_in_the_way, numbered, would_be_rotated
 from ..data.rows import mixing_problem
 from ..data.sources import dataset_dir_problem, dataset_problem
 from . import aliases as names
-from .settings import BUILTIN_DATA, BUILTIN_MODEL, DTYPES, STAGES, RunKeys
+from .settings import BUILTIN_DATA, BUILTIN_MODEL, CHOICES, RunKeys
 from .yaml_file import Problem, Setting, key_shown, shown
 
 # Key -> smallest value, and whether it is allowed itself.
@@ -150,11 +150,13 @@ def _ranges(c: Checked) -> None:
 
 
 def _choices(c: Checked) -> None:
-    for key, allowed in (("stage", STAGES), ("torch_dtype", DTYPES), ("finetuning_type", ("lora",))):
+    if c.run.quantization_bit and (not c.run.use_kt or c.run.model_name_or_path.startswith("builtin:")):
+        c.problem("quantization_bit", "quantization_bit needs use_kt and safetensors files: leave it out")
+    for key, allowed in CHOICES.items():
         value = getattr(c.run, key)
         if value not in allowed:
             instead = names.INSTEAD.get(f"{key}={value}", "")
-            c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(allowed)}{instead}")
+            c.problem(key, f"{key}={shown(value)}: it must be {' or '.join(map(str, filter(None, allowed)))}{instead}")
     sampling = c.trainer.get("train_sampling_strategy")
     if sampling is not None and sampling not in _SAMPLING:
         c.problem(
@@ -244,9 +246,8 @@ def _with_kt(c: Checked, purpose: str) -> None:
     if world.isdigit() and int(world) > 1:
         c.problem(
             "",
-            f"{world} processes were started (WORLD_SIZE): kt-hf train runs in one, while a script with a Trainer runs "
-            "in several, each with a part of the experts (docs/ranks.md). Start one: accelerate launch --num_processes "
-            "1, or kt-hf train by itself",
+            f"{world} processes were started (WORLD_SIZE): kt-hf train runs in one, a script with a Trainer in several "
+            "(docs/ranks.md). Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
         )
 
 

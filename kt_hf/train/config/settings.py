@@ -21,6 +21,17 @@ MIX_STRATEGIES = {
 }
 
 
+# What keys of `RunKeys` may be.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "stage": STAGES,
+    "torch_dtype": DTYPES,
+    "finetuning_type": ("lora",),
+    "quantization_bit": (None, 4, 8),
+    "quantization_method": ("bnb",),
+    "quantization_type": ("nf4", "fp4"),
+}
+
+
 @dataclass(frozen=True)
 class RunKeys:
     """The keys that are not TRL's: name, type and default. `convert` checks their types as it does TRL's."""
@@ -31,6 +42,10 @@ class RunKeys:
     trust_remote_code: bool = False
     torch_dtype: str = "auto"
     attn_implementation: str | None = None
+    quantization_bit: int | None = None
+    quantization_method: str = "bnb"
+    quantization_type: str = "nf4"
+    double_quantization: bool = True
     stage: str = "sft"
     finetuning_type: str = "lora"
     use_kt: bool = True

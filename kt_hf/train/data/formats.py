@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from .images import with_images
 from .messages import BadRow, Message, check_plain, check_turns, is_empty, messages_of, parsed, without_nulls
 
 Row = dict[str, Any]
 
 # Columns of pictures and sound, which a text model cannot use.
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+IMAGES = frozenset({"image", "images"})
+# Formats whose rows may have images.
+_PICTURED = frozenset({"messages", "sharegpt", "prompt and completion"})
 # Arguments of apply_chat_template itself, which the data must not set.
 _RESERVED = frozenset(
     {
@@ -64,16 +69,29 @@ class Format:
     stage: str
     convert: Callable[[Columns], Row]
 
-    def row(self, row: Row, used: set[str]) -> Row:
+    def row(self, row: Row, used: set[str], sees: bool = False, folder: Path | None = None) -> Row:
         """A row in TRL's form; the columns that went into it are added to `used`.
+
+        Args:
+            row: As it was read.
+            used: Gets the names of columns that are used.
+            sees: Whether the model takes images.
+            folder: Where relative paths of images begin.
 
         Raises:
             BadRow: It cannot be used, and why.
         """
-        for column in MEDIA & row.keys():
+        for column in (MEDIA - IMAGES if sees else MEDIA) & row.keys():
             if row[column]:
-                raise BadRow(f"it has {column}, and this trains text models")
-        return self.convert(Columns(row, used))
+                raise BadRow(f"it has {column}, and this trains {'images' if sees else 'text models'}")
+        pictured = with_images(row, folder) if sees and self.name in _PICTURED else row
+        if sees and pictured is row and any(row.get(column) for column in IMAGES):
+            raise BadRow(f"it has images, which go with {', '.join(sorted(_PICTURED))}")
+        converted = self.convert(Columns(pictured, used))
+        if pictured is row:
+            return converted
+        used |= IMAGES
+        return converted | {"images": pictured["images"]}
 
 
 def recognize(columns: set[str], stage: str | None = None) -> Format | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...errors import KTAMXConfigError
@@ -35,6 +36,11 @@ class Rows:
     places: list[str] = field(default_factory=list)
 
     @property
+    def pictured(self) -> bool:
+        """Whether any of the rows has images."""
+        return any(row.get("images") for row in self.rows)
+
+    @property
     def conversational(self) -> bool:
         """Whether any of the rows is a conversation, so that a chat template is needed."""
         return any(messages_column(row) for row in self.rows)
@@ -60,6 +66,7 @@ def load_rows(
     most: int | None = None,
     dataset_dir: str | None = None,
     text_column: str = _TEXT_COLUMN,
+    sees: bool = False,
 ) -> Rows:
     """The usable rows of several data sets, one after the other.
 
@@ -70,16 +77,19 @@ def load_rows(
         most: Rows taken of each data set.
         dataset_dir: The folder of LLaMA-Factory's `dataset_info.json`.
         text_column: What TRL's `dataset_text_field` calls the column `text`.
+        sees: Whether the model takes images.
 
     Raises:
         KTAMXConfigError: A data set that cannot be read, has no known columns or the other stage's, or more than 1 %
             of unusable rows.
     """
-    parts = [_load(spec, purpose, stage, most, dataset_dir, text_column) for spec in specs]
+    parts = [_load(spec, purpose, stage, most, dataset_dir, text_column, sees) for spec in specs]
     return _one_form(_joined(parts), stage)
 
 
-def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: str | None, text_column: str) -> Rows:
+def _load(
+    spec: str, purpose: str, stage: str, most: int | None, dataset_dir: str | None, text_column: str, sees: bool
+) -> Rows:
     sources = read_source(spec, purpose, stage, most, dataset_dir)
     result, bad = Rows(), list[tuple[str, str]]()
     used, filled, by_format = set[str](), set[str](), dict[str, list[int]]()
@@ -88,12 +98,13 @@ def _load(spec: str, purpose: str, stage: str, most: int | None, dataset_dir: st
         if text_column != _TEXT_COLUMN:
             source.rows = [(place, _renamed(row, text_column)) for place, row in source.rows]
         form = _format_of(source, spec, stage)
+        folder = Path(source.name).parent if Path(source.name).is_file() else None
         count = by_format.setdefault(form.name, [0, 0]) if form else [0, 0]
         for place, row in source.rows:
             assert form is not None
             filled |= {column for column in row.keys() - filled if row[column] is not None and row[column] != ""}
             try:
-                result.rows.append(form.row(row, used))
+                result.rows.append(form.row(row, used, sees, folder))
                 result.places.append(place)
                 count[0] += 1
             except BadRow as error:
@@ -241,8 +252,12 @@ def _mixed(parts: Sequence[Rows], keys: RunKeys, seed: int) -> Rows:
     return mixed
 
 
-def training_and_evaluation(settings: TrainSettings) -> tuple[Rows, Rows | None]:
+def training_and_evaluation(settings: TrainSettings, sees: bool = False) -> tuple[Rows, Rows | None]:
     """The data that a configuration names; evaluation rows from `eval_dataset` or `val_size`.
+
+    Args:
+        settings: The configuration.
+        sees: Whether the model takes images.
 
     Raises:
         KTAMXConfigError: They cannot be had, or not be used.
@@ -251,7 +266,7 @@ def training_and_evaluation(settings: TrainSettings) -> tuple[Rows, Rows | None]
     column = settings.trainer.get("dataset_text_field") or _TEXT_COLUMN
 
     def load(specs: Sequence[str], purpose: str) -> list[Rows]:
-        return [_load(spec, purpose, keys.stage, keys.max_samples, keys.dataset_dir, column) for spec in specs]
+        return [_load(spec, purpose, keys.stage, keys.max_samples, keys.dataset_dir, column, sees) for spec in specs]
 
     train = _one_form(_mixed(load(keys.dataset, "train"), keys, seed), keys.stage)
     evaluation = None

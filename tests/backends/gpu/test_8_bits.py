@@ -11,13 +11,13 @@ from peft import get_peft_model
 from torch import Tensor
 
 from kt_hf import load_kt_model
-from kt_hf.backends import block_scaled as scaled
-from kt_hf.backends.block_scaled import ScaledExperts, ScaledMatrices
+from kt_hf.backends import packed
 from kt_hf.backends.gpu import grouped_mm as grouped
 from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.gpu.weight_stream import Streamer
+from kt_hf.backends.packed import PackedExperts, PackedMatrices
 from kt_hf.placement import packer as packing
 from kt_hf.shapes import ExpertShape
 from tests.support.cases import KERNEL_MARKS, make_config
@@ -33,11 +33,12 @@ ONE = 3 * MIXTRAL.hidden * MIXTRAL.intermediate * 2  # bytes of an expert in bf1
 SLEEP = 2_000_000  # cycles: about a millisecond
 
 
-def quantised(stack: Tensor, kind: str, block: tuple[int, int]) -> ScaledMatrices:
+def quantised(stack: Tensor, kind: str, block: tuple[int, int]) -> PackedMatrices:
     way = EIGHT_BITS[kind]
     found = [to_8_bits(matrix, way.block(block), way) for matrix in stack]
     values, scales, _ = (torch.stack(x) for x in zip(*found, strict=True))
-    return ScaledMatrices(values, scales.float()[:, None], way.block(block))
+    code = "int8" if values.dtype == torch.int8 else "e4m3"
+    return PackedMatrices(code, values, scales.float()[:, None], way.block(block))
 
 
 @pytest.mark.parametrize("block", [(128, 128), (32, 16), (20, 7)], ids=str)
@@ -47,11 +48,11 @@ def test_widened_as_on_the_cpu(
     kernel: bool, kind: str, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = quantised(layer_weights().gate_up, kind, block)
-    there = ScaledMatrices(given.values.cuda(), given.scales.cuda(), given.block)
-    known = there.values.dtype, there.values.device
-    monkeypatch.setattr(scaled, "_kernel_runs", {} if kernel else {known: False})
+    there = given.to(torch.device("cuda", 0))
+    known = there.code, there.scales.dtype, there.codes.device
+    monkeypatch.setattr(packed, "_kernel_runs", {} if kernel else {known: False})
     assert torch.equal(there.dequantized(torch.bfloat16).cpu(), given.dequantized(torch.bfloat16))
-    assert scaled._kernel_runs == {known: kernel}
+    assert packed._kernel_runs == {known: kernel}
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -59,9 +60,14 @@ def test_large_matrices_are_widened_to_the_bit(parts: int) -> None:
     """More columns than a program computes, and not a multiple; gate and up of their own blocks."""
     values = torch.randn(3, 2 * 700, 1300, device="cuda").mul_(20).to(torch.float8_e4m3fn)
     scales = torch.rand(3, parts, -(-2 * 700 // parts // 128), -(-1300 // 128), device="cuda")
-    given = ScaledMatrices(values, scales, (128, 128))
-    wanted = ScaledMatrices(values.cpu(), scales.cpu(), (128, 128)).dequantized(torch.bfloat16)
+    given = PackedMatrices("e4m3", values, scales, (128, 128))
+    wanted = given.to(torch.device("cpu")).dequantized(torch.bfloat16)
     assert torch.equal(given.dequantized(torch.bfloat16).cpu(), wanted)
+
+
+def storage(part: StreamedBackend) -> torch.dtype:
+    down = part.weights.down
+    return down.codes.dtype if isinstance(down, PackedMatrices) else down.dtype
 
 
 def backends(chunk: int, buffers: int) -> tuple[StreamedBackend, StreamedBackend]:
@@ -70,12 +76,11 @@ def backends(chunk: int, buffers: int) -> tuple[StreamedBackend, StreamedBackend
     gate_up, down = (quantised(t, "fp8", (20, 7)) for t in (layer.gate_up, layer.down))
     made = []
     for weights in (
-        HostWeights.of_scaled(ScaledExperts(range(E), gate_up, down)),
+        HostWeights.of_packed(PackedExperts(range(E), gate_up, down)),
         HostWeights(gate_up.dequantized(torch.bfloat16), down.dequantized(torch.bfloat16)),
     ):
         device = torch.device("cuda", torch.cuda.current_device())
-        same = chunk // 2 if weights.scaled else chunk  # as many experts
-        one = StreamedBackend(weights, shape, Streamer(device, same, buffers))
+        one = StreamedBackend(weights, shape, Streamer(device, chunk, buffers))
         one.set_lora(tuple(random_lora(MIXTRAL).values()))
         made.append(one)
     return made[0], made[1]
@@ -132,7 +137,7 @@ def test_load_kt_model(
     for folder in both(tmp_path, (32, 16), "fp8"):
         config = make_config(backend, kt_expert_placement=tiers, kt_lora_rank=8, kt_moe_lora_device=where)
         model = load_kt_model(folder, config, dtype=torch.bfloat16)
-        (dtype,) = {part.weights.down.dtype for part in streamed_parts(model)}
+        (dtype,) = {storage(part) for part in streamed_parts(model)}
         assert all(t.is_pinned() for part in streamed_parts(model) for t in part.weights.tensors)
         model = get_peft_model(model, lora_config(V3)).cuda().train()
         fill_lora(model, 3)

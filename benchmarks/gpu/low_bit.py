@@ -1,0 +1,230 @@
+"""Parts `low-bit`, `widening` and `drawn`: experts of four bits beside bf16 and stock, the kernels, and whole models.
+
+`low-bit` trains the same layers, quantized while they are loaded, streamed and resident, in turn with bf16 and stock.
+`widening` times each kernel alone, and as a share of what a copy within the card's memory reaches.
+`drawn` trains a whole model whose codes are drawn on the GPU and left there (`--where resident`) or copied to
+page-locked host memory (`--where streamed`): there is no checkpoint, so that models larger than the disk can be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from card import GB, Card, Rows
+from checkpoints import make_checkpoint
+from full import FAMILY, stock_model
+from models import experts_of, make_config, make_model
+from routing import Spread
+from sft import Tokens, summary, trainer_for
+
+from kt_hf import KTConfig, load_kt_model
+from kt_hf.backends import ExpertWeights
+from kt_hf.backends.gpu.pinned_weights import own_pages
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.packed import PackedExperts, PackedMatrices
+from kt_hf.backends.quantizer import EXPERT_BITS
+from kt_hf.discovery import ExpertsSite, by_layer, find_experts
+from kt_hf.patch import replace_experts
+from kt_hf.placement.assembly import make_packer, memory_budget
+
+WARM, STEPS = 2, 4  # steps that are not timed, and those that are
+INT4_SCALE = 0.0043  # uniform codes times it deviate by 0.02
+
+
+# ---- low-bit: 12 layers beside stock
+
+
+def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
+    config = make_config(FAMILY, given.shape, given.layers)
+    folder = given.checkpoint / f"{FAMILY}-{given.shape}-{given.layers}"
+    make_checkpoint(config, folder, card.device)
+    batches, stock = given.batch or [1, 4], dict[int, float]()
+    card.limit(card.total_gb)
+    model, adapt = stock_model(given, card, given.layers), True
+    for batch in batches:
+        found, model = timed(card, model, batch, given, patched=False, adapt=adapt)
+        stock[batch], adapt = found["step"], False
+        rows.add(case="stock", layers=given.layers, batch=batch, **found)
+    del model
+    for dtype in given.dtypes:
+        for where in ("streamed", "resident"):
+            card.clear()
+            card.limit((given.caps or [24.0])[0])
+            try:
+                _low_bit_case(given, card, rows, folder, dtype, where, batches, stock)
+            except RuntimeError as error:  # no room for it, for one
+                rows.add(case=where, dtype=dtype, cap_gb=card.cap, error=_first_line(error))
+
+
+def _low_bit_case(
+    given: argparse.Namespace, card: Card, rows: Rows, folder: Path, dtype: str, where: str, batches: list[int],
+    stock: dict[int, float],
+) -> None:  # fmt: skip
+    E = experts_of(make_config(FAMILY, given.shape, given.layers))
+    placement = {"streamed": E} if where == "streamed" else {"resident_layers": given.layers}
+    settings = KTConfig(kt_lora_rank=16, kt_expert_placement=placement, kt_expert_dtype=dtype, kt_moe_lora_device="gpu")
+    begin, before = time.perf_counter(), card.host_peak_gb()
+    model = load_kt_model(folder, settings, tokens_per_step=max(batches) * given.sequence)
+    loading = {"loading": time.perf_counter() - begin, "host_peak_gb": card.host_peak_gb() - before}
+    spread, adapt = Spread(model), True
+    model.config.use_cache = False
+    row = {"case": where, "dtype": dtype, "layers": given.layers, "cap_gb": card.cap, "host_gb": host_gb(model)}
+    for batch in batches:
+        found, model = timed(card, model, batch, given, adapt=adapt)
+        adapt = False
+        ratio = found["step"] / stock[batch]
+        rows.add(**row, batch=batch, **found, **loading, of_stock=ratio, touched=spread.describe())
+
+
+def timed(card: Card, model: Any, batch: int, given: argparse.Namespace, **how: Any) -> tuple[dict[str, Any], Any]:
+    """The summary of timed steps, and the model with its adapter."""
+    card.reset()
+    tokens = Tokens(model.config.vocab_size, given.sequence)
+    trainer = trainer_for(card, model, batch, tokens, WARM + STEPS, **how)
+    trainer.train()
+    return summary(trainer.timer.steps[WARM:], batch * given.sequence), trainer.model
+
+
+def host_gb(model: Any) -> float:
+    """Of experts' weights in host memory."""
+    backends = [layer.backend for layer in model._kt_wrappers]
+    streamed = [b.weights for b in backends if isinstance(b, StreamedBackend) and b.name == "streamed"]
+    return sum(weights.nbytes for weights in streamed) / GB
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+# ---- widening: the kernels alone
+
+
+def run_widening(given: argparse.Namespace, card: Card, rows: Rows) -> None:
+    from kt_hf.backends.gpu import widen_kernels
+
+    n, height, width = (2, 64, 64) if card.tiny else (54, 1536, 2048)  # 170 M weights, a chunk of 340 MB in bf16
+    copied = torch.empty(1000 if card.tiny else 500_000_000, dtype=torch.bfloat16, device=card.device)
+    target = torch.empty_like(copied)
+    copy = 2 * copied.nbytes / _seconds(card, lambda: target.copy_(copied))
+    rows.add(case="copy", gb_per_s=copy / GB)
+    for kind, matrices in _of_every_kind(n, height, width, card.device):
+        if card.tiny:
+            weights, seconds = matrices.dequantized(torch.bfloat16), 1.0
+        else:
+            weights = widen_kernels.widened(matrices)
+            seconds = _seconds(card, lambda one=matrices: widen_kernels.widened(one))
+            assert torch.equal(weights.cpu().nan_to_num(), _cpu(matrices).nan_to_num()), kind
+        moved = (matrices.nbytes + weights.nbytes) / seconds
+        rows.add(case="widening", kind=kind, bits=matrices.bits, weights_per_s=weights.numel() / seconds,
+                 gb_per_s=moved / GB, of_copy=moved / copy)  # fmt: skip
+
+
+def _cpu(matrices: PackedMatrices) -> torch.Tensor:
+    return matrices.to(torch.device("cpu")).dequantized(torch.bfloat16)
+
+
+def _seconds(card: Card, call: Callable[[], Any], times: int = 20) -> float:
+    """The median of some calls, timed by events on a GPU."""
+    found = []
+    for _ in range(3 if card.tiny else times + 3):
+        if card.tiny:
+            begin = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - begin)
+            continue
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize()
+        found.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(found[-times:])
+
+
+def _of_every_kind(n: int, rows: int, columns: int, device: torch.device) -> Iterator[tuple[str, PackedMatrices]]:
+    codes = torch.randint(0, 256, (n, rows, columns // 2), dtype=torch.uint8, device=device)
+
+    def scales(group: int) -> torch.Tensor:
+        return torch.rand(n, rows, columns // group, device=device) * 0.01 + 0.001
+
+    zeros = torch.randint(0, 16, (n, rows, columns // 32), dtype=torch.uint8, device=device)
+    yield "int4", PackedMatrices("int4", codes, scales(32).bfloat16())
+    yield "int4 zeros", PackedMatrices("int4", codes, scales(32).half(), zeros=zeros)
+    yield "mxfp4", PackedMatrices("e2m1", codes, zeros + 112)
+    factor = torch.rand(n, 2, device=device)
+    yield "nvfp4", PackedMatrices("e2m1", codes, (scales(16) * 1e3).to(torch.float8_e4m3fn), factor=factor)
+    yield "nf4", PackedMatrices("nf4", codes, scales(64))
+    eight = torch.randn(n, rows, columns, device=device)
+    blocks = torch.rand(n, 2, -(-rows // 256), -(-columns // 128), device=device)
+    yield "fp8", PackedMatrices("e4m3", eight.to(torch.float8_e4m3fn), blocks, (128, 128))
+    yield "int8", PackedMatrices("int8", (eight * 30).to(torch.int8), blocks, (128, 128))
+
+
+# ---- drawn: whole models without a checkpoint
+
+
+def run_drawn(given: argparse.Namespace, card: Card, rows: Rows) -> None:
+    family = given.family[0] if given.family else FAMILY
+    config = make_config(family, given.shape, given.layers)
+    card.limit((given.caps or [24.0])[0])
+    begin = time.perf_counter()
+    model = drawn_model(config, card, _settings(given, config), max(given.batch or [1]) * given.sequence)
+    row = {"case": given.where, "family": family, "layers": given.layers, "cap_gb": card.cap, "rank": given.rank,
+           "host_gb": host_gb(model), "drawing": time.perf_counter() - begin}  # fmt: skip
+    spread, adapt = Spread(model), True
+    for batch in given.batch or [1]:
+        how = {"activation_offloading": True} if given.offload else {}
+        try:
+            found, model = timed(card, model, batch, given, adapt=adapt, rank=given.rank, **how)
+        except RuntimeError as error:
+            rows.add(**row, batch=batch, error=_first_line(error), peak=card.peak()["allocated_gb"])
+            continue
+        adapt = False
+        rows.add(**row, batch=batch, offload=given.offload, **found, host_peak_gb=card.host_peak_gb(),
+                 touched=spread.describe())  # fmt: skip
+
+
+def _settings(given: argparse.Namespace, config: Any) -> KTConfig:
+    streamed = {"streamed": experts_of(config)}
+    placement = streamed if given.where == "streamed" else {"resident_layers": config.num_hidden_layers}
+    return KTConfig(kt_lora_rank=given.rank, kt_expert_placement=placement, kt_moe_lora_device=given.lora)
+
+
+@torch.no_grad()
+def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int) -> Any:
+    """A patched model with experts of int4, drawn on the card; attention and the rest are bf16 there."""
+    model = make_model(config, card.device, stock=False, experts=False)
+    sites = find_experts(model, weightless=True)
+    shapes = {site.name: site.shape for site in sites}
+    packer = make_packer(settings, shapes, torch.bfloat16, streamed=True, model_type=config.model_type)
+    budget = replace(memory_budget(model, config, tokens, torch.bfloat16), bits=EXPERT_BITS["int4"], loss="chunked")
+    packer.place(by_layer(shapes), None, budget)
+    packer.stored_as = "int4"
+    assert packer.tiers is not None
+    resident = packer.tiers.resident_layers > 0
+
+    def weights_of(site: ExpertsSite) -> ExpertWeights:
+        shape = site.shape
+        E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
+        parts = [_drawn(E, *size, card.device, resident) for size in ((2 * I, H), (H, I))]
+        gate_up, down = (torch.empty((0, *size), dtype=torch.bfloat16) for size in ((2 * I, H), (H, I)))
+        return ExpertWeights(gate_up, down, low_bit=PackedExperts(list(range(E)), *parts))
+
+    model.requires_grad_(False)
+    replace_experts(model, sites, packer, weights_of)
+    return model
+
+
+def _drawn(n: int, rows: int, columns: int, device: torch.device, resident: bool) -> PackedMatrices:
+    codes = torch.randint(0, 256, (n, rows, columns // 2), dtype=torch.uint8, device=device)
+    scales = torch.rand(n, rows, columns // 32, device=device).mul_(INT4_SCALE).add_(INT4_SCALE / 2).bfloat16()
+    if resident:
+        return PackedMatrices("int4", codes, scales)
+    return PackedMatrices("int4", own_pages(tuple(codes.shape), torch.uint8).copy_(codes), scales.cpu())
