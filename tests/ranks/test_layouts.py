@@ -118,5 +118,5 @@ def test_lists_of_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     site: Any = SimpleNamespace(name="layer", form=SimpleNamespace(call="listed"), shape=None)
-    with pytest.raises(KTAMXConfigError, match="layer: a list of experts.*WORLD_SIZE=2"):
+    with pytest.raises(KTAMXConfigError, match=r"layer: a list of experts.*WORLD_SIZE=2"):
         owned_shape(site, ranks_of_run())
