@@ -22,14 +22,15 @@ from .backends import LOW_BIT
 from .backends.packed import PackedMatrices
 from .backends.quantizer import EXPERT_BITS
 from .bitsandbytes_rest import for_rest, saved_bytes
-from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
+from .checkpoint.expert_index import ExpertCheckpoint
+from .checkpoint.hub import checkpoint_folder
 from .checkpoint.model_rest import NoExperts, Source, checked_dtype, load_rest
 from .checkpoint.progress import LayersBar
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .patch import owned_shape, ranks_of_run, replace_experts
+from .patch import OwnedWeights, owned_shape, owned_weights, ranks_of_run, replace_experts, share_of
 from .placement.assembly import make_packer, memory_budget
 from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
@@ -203,21 +204,33 @@ def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, cons
         saved.check_model(model)
     sites = [_experts_site(model, name, checkpoint) for name in checkpoint.layers]
     model.requires_grad_(False)
-    kept = [_kept(site, layer_index(site.name, i), packer) for i, site in enumerate(sites)]
-    jobs = list(zip(checkpoint.layers, kept, strict=True))
-    stream = read_ahead(jobs, lambda job: checkpoint.read(job[0], expert_dtype, job[1]))
+    jobs = [
+        (site, packer.low_bit_experts(owned_shape(site, packer.ranks), layer_index(site.name, i)))
+        for i, site in enumerate(sites)
+    ]
+    stream = read_ahead(jobs, lambda job: _owned_weights(job[0], packer, checkpoint, expert_dtype, job[1]))
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
     with LayersBar(len(sites), console) as bar, closing(stream) as weights:
         counted = bar.each(sites, sizes)
-        replace_experts(model, counted, packer, lambda site: saved.layer(site.name) if saved else next(weights))
+        replace_experts(
+            model,
+            counted,
+            packer,
+            lambda site: owned_weights(site, packer, saved.layer(site.name)) if saved else next(weights),
+        )
     return_freed_memory()
 
 
-def _kept(site: ExpertsSite, layer: int, packer: Packer) -> list[int]:
-    """Ids of the experts of a layer that stay in low bits; of those that another process owns, none."""
-    owned = owned_shape(site, packer.ranks)
-    first = packer.ranks.rank * owned.num_experts if packer.ranks else 0
-    return [first + expert for expert in packer.low_bit_experts(owned, layer)]
+def _owned_weights(
+    site: ExpertsSite, packer: Packer, checkpoint: ExpertCheckpoint, dtype: torch.dtype, low_bit: Sequence[int]
+) -> OwnedWeights:
+    """Read the experts of a layer that this process owns, of which some stay in low bits."""
+    share = share_of(site, packer.ranks)
+    if share is None:
+        return owned_weights(site, packer, checkpoint.read(site.name, dtype, low_bit))
+    mark = checkpoint.fingerprint(site.name, dtype, packer.config.kt_expert_dtype)
+    kept = [share.lo + expert for expert in low_bit]
+    return checkpoint.read(site.name, dtype, kept, share.experts), mark
 
 
 def _config(

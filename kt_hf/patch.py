@@ -36,6 +36,9 @@ from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)
 
+# A layer's weights, of the experts that this process owns; and the fingerprint of the whole layer.
+OwnedWeights = tuple[ExpertWeights | PackedLayerFiles, Tensor]
+
 
 def apply_kt_moe(
     model: Any,
@@ -88,7 +91,10 @@ def apply_kt_moe(
         model.requires_grad_(False)
     saved = packer.saved
     layers = replace_experts(
-        base, find_experts(model), packer, (lambda site: saved.layer(site.name)) if saved else _take_weights
+        base,
+        find_experts(model),
+        packer,
+        lambda site: owned_weights(site, packer, saved.layer(site.name) if saved else _take_weights(site)),
     )
     lora_on_experts.restore(layers)
     for layer in layers:
@@ -137,11 +143,16 @@ def owned_shape(site: ExpertsSite, ranks: Ranks | None) -> ExpertShape:
     Raises:
         KTAMXConfigError: The layer's experts cannot be divided evenly among the ranks.
     """
-    share = _share(site, ranks)
+    share = share_of(site, ranks)
     return site.shape if share is None else replace(site.shape, num_experts=share.count)
 
 
-def _share(site: ExpertsSite, ranks: Ranks | None) -> Share | None:
+def share_of(site: ExpertsSite, ranks: Ranks | None) -> Share | None:
+    """The experts of a layer that this process owns; None for all of them.
+
+    Raises:
+        KTAMXConfigError: The layer's experts cannot be divided evenly among the ranks.
+    """
     if ranks is None:
         return None
     if site.form.call == "listed":
@@ -156,7 +167,7 @@ def replace_experts(
     base: Any,
     sites: Iterable[ExpertsSite],
     packer: Packer,
-    weights_of: Callable[[ExpertsSite], ExpertWeights | PackedLayerFiles],
+    weights_of: Callable[[ExpertsSite], OwnedWeights],
 ) -> list[KTExperts]:
     """Put `KTExperts` in the place of each experts module of a model, one after the other.
 
@@ -167,7 +178,7 @@ def replace_experts(
         base: The transformers model.
         sites: Its experts modules, in layer order.
         packer: Builds the layers' backends.
-        weights_of: Gives a layer's weights, which are taken over.
+        weights_of: Gives a layer's weights, which are taken over, and its fingerprint.
 
     Returns:
         The new layers, in the same order.
@@ -212,6 +223,21 @@ class OwnedNames:
                 yield f"{PREFIX}{name}.weight"
 
 
+def owned_weights(site: ExpertsSite, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> OwnedWeights:
+    """The part of a layer's weights that this process owns, and the fingerprint of all.
+
+    Args:
+        site: The layer.
+        packer: That will build its backend.
+        weights: Of all experts.
+    """
+    mark, share = fingerprint(weights, packer.config.kt_expert_dtype), share_of(site, packer.ranks)
+    if share is None:
+        return weights, mark
+    assert isinstance(weights, ExpertWeights)
+    return weights.part(share.experts), mark
+
+
 def _take_weights(site: ExpertsSite) -> ExpertWeights:
     if site.mlps is not None:
         return ExpertWeights(*site.mlps.stacked())
@@ -219,17 +245,13 @@ def _take_weights(site: ExpertsSite) -> ExpertWeights:
     return ExpertWeights(gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
 
-def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> KTExperts:
+def _replace(site: ExpertsSite, index: int, packer: Packer, owned: OwnedWeights) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
+    weights, mark = packer.stored(owned[0]), owned[1]
     kind, more = BY_CALL[site.form.call], dict[str, Any]()
     if site.form.call == "normed":
         more["post_expert_norm"] = site.experts.post_expert_norm
-    ranks, share, label = packer.ranks, _share(site, packer.ranks), site.name
-    mark = fingerprint(weights, packer.config.kt_expert_dtype)
-    if share is not None:
-        assert isinstance(weights, ExpertWeights)
-        weights = weights.part(share.experts)
-    weights = packer.stored(weights)
+    ranks, share, label = packer.ranks, share_of(site, packer.ranks), site.name
     layer = kind(weights, site.shape, layer_index(label, index), label, packer, mark, share, ranks, **more)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)

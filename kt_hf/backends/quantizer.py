@@ -70,17 +70,11 @@ def quantized(stack: Tensor, to: str, device: torch.device | None = None) -> Pac
     return PackedMatrices(code, codes, scales, block)
 
 
-def quantized_row(matrix: Tensor, row: int, to: str, dtype: torch.dtype) -> Tensor:
-    """A row of a matrix [rows, columns] as it is worth once the matrix is quantized, on the CPU: [columns] of `dtype`.
-
-    Args:
-        matrix: Floating.
-        row: Which row.
-        to: int4, int8 or fp8.
-        dtype: Floating, of the result.
-    """
-    first = row - row % _BLOCK  # rows share a scale with those of their block at most
-    return quantized(matrix[None, first : first + _BLOCK].cpu(), to).row(0, row - first, dtype)
+def alike_rows(to: str, row: int, rows: int) -> tuple[int, int]:
+    """The first row, and the one after the last, that share scales with one of a matrix of so many rows."""
+    height = _KINDS[to][1][0]
+    first = row - row % height
+    return first, min(first + height, rows)
 
 
 def quantized_experts(weights: ExpertWeights, to: str, device: torch.device | None = None) -> ExpertWeights:

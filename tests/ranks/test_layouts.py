@@ -11,14 +11,18 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig
 
 from kt_hf import KTAMXConfigError, apply_kt_moe, kt_lora_config, load_kt_model
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.quantizer import quantized_experts
+from kt_hf.checkpoint import ExpertCheckpoint, expert_reader, tensor_files
 from kt_hf.checkpoint.fingerprint import combined, fingerprint, fingerprints_of_weights
+from kt_hf.checkpoint.tensor_files import read_tensors
 from kt_hf.experts import kt_layers
 from kt_hf.patch import owned_shape, ranks_of_run
 from tests.support.cases import TORCH_FP32, make_config
+from tests.support.checkpoints import saved
 from tests.support.families import VOCAB, tiny
 from tests.support.helpers import MIXTRAL
 from tests.support.low_bit_files import WAYS, stored
@@ -120,3 +124,40 @@ def test_lists_of_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     site: Any = SimpleNamespace(name="layer", form=SimpleNamespace(call="listed"), shape=None)
     with pytest.raises(KTAMXConfigError, match=r"layer: a list of experts.*WORLD_SIZE=2"):
         owned_shape(site, ranks_of_run())
+
+
+class Reads:
+    """Names of the tensors that are read from checkpoints, and how many bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes: dict[str, int] = {}
+        for module in (expert_reader, tensor_files):
+            monkeypatch.setattr(module, "read_tensors", lambda jobs: self._read(jobs))
+        self._original = read_tensors
+
+    def _read(self, jobs: Any) -> None:
+        for tensor, _ in jobs:
+            self.bytes[tensor.name] = self.bytes.get(tensor.name, 0) + tensor.size
+        self._original(jobs)
+
+
+@pytest.mark.parametrize("way", [None, "int4 group 32"])
+def test_a_rank_reads_the_experts_that_it_owns(
+    way: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the others no more than the fingerprint is of: 32 rows of a layer, or their matrices in low bits."""
+    folder = saved(MIXTRAL, tmp_path) if way is None else stored(WAYS[way], tmp_path)[0]
+    config = AutoConfig.from_pretrained(folder)
+    whole = ExpertCheckpoint(folder, config)
+    layer, kept = whole.layers[-1], range(8) if way else ()
+    everything = whole.read(layer, torch.float32, kept)
+    reads = Reads(monkeypatch)
+    part = ExpertCheckpoint(folder, config).read(layer, torch.float32, [e for e in kept if e >= 4], slice(4, 8))
+    assert sum(reads.bytes.values()) <= whole.source_bytes(layer) // 2
+    expected = everything.part(slice(4, 8))
+    assert torch.equal(part.widened().gate_up, expected.widened().gate_up)
+    assert torch.equal(part.widened().down, expected.widened().down)
+    for to in ("bf16",) if way else ("bf16", "int8"):  # what is of low bits is not quantized again
+        reads.bytes.clear()
+        assert torch.equal(whole.fingerprint(layer, torch.float32, to), fingerprint(everything, to))
+        assert way or sum(reads.bytes.values()) <= 64 * 4 * 96
