@@ -31,6 +31,7 @@ ROWS = (
     ("builtin",),
     ("train",),
     ("tools",),
+    ("use",),
     ("demo",),
     ("cli",),
     ("__main__",),
