@@ -144,7 +144,7 @@ def owned_shape(site: ExpertsSite, ranks: Ranks | None) -> ExpertShape:
         KTAMXConfigError: The layer's experts cannot be divided evenly among the ranks.
     """
     share = share_of(site, ranks)
-    return site.shape if share is None else replace(site.shape, num_experts=share.count)
+    return site.shape if share is None else replace(site.shape, num_experts=share.count, ranks=share.ranks)
 
 
 def share_of(site: ExpertsSite, ranks: Ranks | None) -> Share | None:

@@ -96,7 +96,9 @@ class KTExperts(nn.Module):
     @property
     def owned_shape(self) -> ExpertShape:
         """Sizes of the part of the layer that this process computes: all of it, unless ranks divide its experts."""
-        return self.shape if self.share is None else replace(self.shape, num_experts=self.share.count)
+        if self.share is None:
+            return self.shape
+        return replace(self.shape, num_experts=self.share.count, ranks=self.share.ranks)
 
     def _lora(self) -> LoraTensors:
         scale = 1.0 if self.share is None else 1 / self.share.ranks
