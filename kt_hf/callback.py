@@ -92,7 +92,8 @@ class KTMoECallback(TrainerCallback):
         """
         model = kwargs["model"]
         layers = _layers(model)
-        refuse_parallel_trainer(model, args.n_gpu, args.world_size)
+        refuse_parallel_trainer(model, args.n_gpu, args)
+        _check_world(layers, args.world_size)
         _refuse_another_forward(layers)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
@@ -286,6 +287,17 @@ def _layers(model: nn.Module) -> list[KTExperts]:
     if not layers:
         raise KTAMXConfigError("KTMoECallback: the trainer's model is not patched. Call apply_kt_moe(model) before.")
     return layers
+
+
+def _check_world(layers: list[KTExperts], processes: int) -> None:
+    """Refuse a model that was patched for another number of processes than train it."""
+    share = layers[0].share
+    patched = 1 if share is None else share.ranks
+    if patched != processes:
+        raise KTAMXConfigError(
+            f"The model was patched in a run of {patched} processes, and the trainer counts {processes} (WORLD_SIZE): "
+            "start the script with torchrun or accelerate launch, which tell each process before the model is patched."
+        )
 
 
 def _refuse_another_forward(layers: list[KTExperts]) -> None:

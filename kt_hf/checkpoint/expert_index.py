@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import ExpertWeights
 from ..backends.packed import PackedExperts, PackedMatrices
@@ -23,10 +23,11 @@ from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
 from .as_module import ModuleTensors
 from .expert_names import ExpertName, expert_name, plain_name
-from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices
+from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices, read_rows
+from .fingerprint import fingerprint, fingerprint_by_rows
 from .formats import KNOWN, Kind
 from .quantization import quantization_of
-from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index
+from .tensor_files import INDEX, StoredTensor, TensorFiles
 
 # Of a layer, by (expert, projection).
 _Weights = dict[tuple[int, str], dict[str, StoredTensor]]
@@ -37,7 +38,7 @@ class ExpertCheckpoint:
     """The routed experts of a checkpoint; nothing is read before `read`.
 
     Args:
-        folder: Of the checkpoint; `checkpoint_folder` finds the folder of a hub's model.
+        folder: Of the checkpoint; `kt_hf.checkpoint.checkpoint_folder` finds the folder of a hub's model.
         config: The model's configuration.
         trust_remote_code: Whether the model's own code may be run, as transformers has it.
         model: The `skeleton` of the configuration, where the caller has made one; it is made here without.
@@ -75,7 +76,9 @@ class ExpertCheckpoint:
         self._as_modules = self._find_modules()
         self._matrices = self._find()
 
-    def read(self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
+    def read(
+        self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = (), experts: slice | None = None
+    ) -> ExpertWeights:
         """A layer's weights, stacked and fused, in memory of their own on the CPU.
 
         Args:
@@ -83,6 +86,7 @@ class ExpertCheckpoint:
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
             low_bit: Ids of experts that are to stay in low bits, as the files have them. Those that cannot be stacked
                 with the others of the layer are widened nevertheless.
+            experts: The only ones to read, which get ids from 0 (those stored as the module has them are all read).
 
         Returns:
             Stacks of the widened experts, [n, 2I, H] and [n, H, I], and those that stay packed in its `low_bit`.
@@ -93,17 +97,53 @@ class ExpertCheckpoint:
         if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
         if layer in self._as_modules:
-            return self._as_modules[layer].read(dtype, low_bit)
+            weights = self._as_modules[layer].read(dtype, low_bit)
+            return weights if experts is None else weights.part(experts)
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
-        kept = sorted(set(low_bit) & self._stackable(layer))
-        rest = [e for e in range(shape.num_experts) if e not in set(kept)]
+        wanted = range(shape.num_experts)[experts or slice(None)]
+        kept = sorted(set(low_bit) & self._stackable(layer) & set(wanted))
+        rest = [e for e in wanted if e not in set(kept)]
         gate_up = torch.empty(len(rest), shape.up_rows, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
         places = {"gate_up_proj": gate_up, "down_proj": down, "gate_proj": gate_up[:, :I], "up_proj": gate_up[:, -I:]}
         row = {e: i for i, e in enumerate(rest)}
         read_matrices([(matrix, Wide(places[name][row[e]])) for (e, name), matrix in matrices.items() if e in row])
-        return ExpertWeights(gate_up, down, low_bit=self._read_packed(layer, kept) if kept else None)
+        packed = self._read_packed(layer, kept) if kept else None
+        if packed is not None:
+            packed.experts = [e - wanted.start for e in kept]
+        return ExpertWeights(gate_up, down, low_bit=packed)
+
+    def fingerprint(self, layer: str, dtype: torch.dtype, to: str = "bf16") -> Tensor:
+        """The `fingerprint` of a layer's weights, of which only the rows that it is of are read.
+
+        Of low bits they are whole matrices; of experts that are stored as their module has them, all.
+
+        Args:
+            layer: One of `layers`.
+            dtype: Floating, of the experts that are not of low bits.
+            to: As for `fingerprint`.
+
+        Raises:
+            KTAMXError: A file has changed since it was checked.
+        """
+        if layer in self._as_modules:
+            return fingerprint(self._as_modules[layer].read(dtype), to)
+        shape = self.shapes[layer]
+        E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
+        sizes = {"gate_up_proj": [E, shape.up_rows, H], "down_proj": [E, H, I]}
+        return fingerprint_by_rows(sizes, dtype, lambda *rows: self._rows(layer, dtype, *rows), to)
+
+    def _rows(self, layer: str, dtype: torch.dtype, name: str, expert: int, first: int, stop: int) -> Tensor:
+        """Rows `first` to before `stop` of an expert's `gate_up_proj` or `down_proj`."""
+        shape, matrices, begin = self.shapes[layer], self._matrices[layer], 0
+        names, rows = [name] if (expert, name) in matrices else list(shape.projections[:-1]), []
+        for matrix in (matrices[expert, one] for one in names):
+            end = begin + matrix.shape[0]
+            if first < end and stop > begin:
+                rows.append(read_rows(matrix, max(first, begin) - begin, min(stop, end) - begin, dtype))
+            begin = end
+        return torch.cat(rows)
 
     def bits(self) -> float:
         """Bits of an expert's weight as it is kept, its part of the scales included; 16 for those that are widened."""
@@ -274,36 +314,6 @@ class ExpertCheckpoint:
     def _layer(self, tensor: str) -> str | None:
         known = expert_name(tensor)
         return next((name for name in self.layers if known and plain_name(name) == plain_name(known.layer)), None)
-
-
-def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
-    """The folder of a local checkpoint, or that of a model of the hub, downloaded if it is not in the cache.
-
-    Args:
-        path_or_name: A folder, or a name of the hub.
-        **hub: revision, cache_dir, token and the like, as from_pretrained takes them.
-
-    Raises:
-        KTAMXConfigError: There is no such model, or none saved as safetensors.
-    """
-    name = str(path_or_name)
-    if Path(name).is_dir():
-        return Path(name) / (hub.get("subfolder") or "")
-    from transformers.utils.hub import cached_file, cached_files
-
-    try:
-        try:
-            return Path(str(cached_file(name, SINGLE, **hub))).parent
-        except OSError:
-            index = Path(str(cached_file(name, INDEX, **hub)))
-        shards = sorted(set(read_index(index.parent).values()))
-        cached_files(name, shards, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        problem = " ".join(str(error).split())
-        raise KTAMXConfigError(
-            f"{name!r} is neither a folder nor a model of the hub with safetensors files: {problem}"
-        ) from error
-    return index.parent
 
 
 def _of_experts(known: ExpertName, tensor: StoredTensor, shape: ExpertShape) -> Iterator[tuple[int, StoredTensor]]:
