@@ -23,7 +23,7 @@ OWN_FORMAT = {"ernie4_5_vl_moe", "inkling2_loop"}
 NOT_STREAMED = {
     "aria", "dbrx", "diffusion_gemma", "ernie4_5_vl_moe", "gpt_oss", "granitemoe", "granitemoehybrid",
     "granitemoeshared", "inkling2", "inkling2_loop", "llama4", "longcat_flash", "muse_spark", "nemotron_h",
-    "openai_privacy_filter", "qwen3_vl_moe", "step3p7",
+    "qwen3_vl_moe", "step3p7",
 }  # fmt: skip
 every_family = pytest.mark.parametrize("family", EVERY)
 
