@@ -131,8 +131,8 @@ def _refuse_classifiers(model: Any) -> None:
     )
     if kind in classes.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES and not any(kind in names for names in writing):
         raise KTAMXModelNotSupportedError(
-            f"{type(model).__name__}: {kind} is a token classifier, a family without a model that generates text. Train "
-            "it with transformers and PEFT as it is."
+            f"{type(model).__name__}: {kind} is a token classifier, a family without a model that generates text. "
+            "Train it with transformers and PEFT as it is."
         )
 
 
