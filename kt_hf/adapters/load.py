@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..discovery import base_model
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.holders import owned_lora
 from ..experts.layer import kt_layers
@@ -48,7 +49,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     path = as_path(path, "path")
     if path.is_dir():
         verify_adapter(path)
-    with open_adapter(path) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
+    config = base_model(model).config
+    with open_adapter(path, base=config) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
         adapter.check(finite=True)
         folder = path
         if adapter.format != "kt" or not folder.is_dir():
@@ -76,7 +78,7 @@ def start_from(model: Any, path: str | Path) -> None:
     path = as_path(path, "path")
     if path.is_dir():
         verify_adapter(path)
-    with open_adapter(path) as adapter:
+    with open_adapter(path, base=base_model(model).config) as adapter:
         adapter.check(finite=True)
         config = kt.config(adapter)
         parameters = saved_names(model, name) | saved_whole_names(model, name)

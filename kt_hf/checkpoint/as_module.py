@@ -26,6 +26,11 @@ from .tensor_files import StoredTensor, read_tensors
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
+def as_module(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a layer's tensors have the names of a module of the model, by the names behind the module's."""
+    return any(name.removesuffix("_blocks") in (*_STACKS, "mlp.w1") for name in stored)
+
+
 class ModuleTensors:
     """A layer's experts in a checkpoint, as the model's module names them; nothing is read before `read`.
 

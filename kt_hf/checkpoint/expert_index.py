@@ -3,6 +3,7 @@
 Three layouts are known, recognized by the tensors' names, whatever the family: a linear layer an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
 (`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in one of the low-bit formats that `quantization` tells apart.
+Others are read as the model's module has them (`as_module`), or by transformers' table of the family (`by_table`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..backends.packed import PackedExperts, PackedMatrices
 from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
-from .as_module import ModuleTensors
+from .as_module import ModuleTensors, as_module
+from .by_table import TableTensors, by_table
 from .expert_names import ExpertName, expert_name, plain_name
 from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices, read_rows
 from .fingerprint import fingerprint, fingerprint_by_rows
@@ -64,17 +66,16 @@ class ExpertCheckpoint:
         model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
         for site in sites:
-            _refuse_unread(site)
+            _refuse_unread(site, model)
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
         self.forms = {site.name: site.form for site in sites}
         self.quantization = quantization_of(config)
-        _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))
-        self._as_modules = self._find_modules()
-        self._matrices = self._find()
+        self._as_modules = self._find_modules(model)
+        self._matrices = self._find(model)
 
     def read(
         self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = (), experts: slice | None = None
@@ -209,8 +210,10 @@ class ExpertCheckpoint:
         read_matrices(jobs)
         return PackedExperts(experts, gate_up, down)
 
-    def _find_modules(self) -> dict[str, ModuleTensors]:
-        """Layer -> its experts, of those whose module is laid out otherwise than experts are computed."""
+    def _find_modules(self, model: nn.Module) -> dict[str, ModuleTensors | TableTensors]:
+        """Layer -> its experts, of those whose module or checkpoint is laid out otherwise than experts are computed."""
+        if _turns_experts(model):
+            return {**by_table(model, self.forms, self.files.tensors)}
         layers = {plain_name(name): name for name, form in self.forms.items() if form.stored_otherwise}
         stored: dict[str, dict[str, StoredTensor]] = {name: {} for name in layers.values()}
         for name, tensor in self.files.tensors.items() if layers else ():
@@ -218,9 +221,11 @@ class ExpertCheckpoint:
             layer = layers.get(plain_name(f"{inside[0]}.experts")) if inside else None
             if inside and layer:
                 stored[layer][inside[2]] = tensor
+        if layers and not any(map(as_module, stored.values())):
+            return {**by_table(model, {name: self.forms[name] for name in stored}, self.files.tensors)}
         return {name: ModuleTensors(name, self.forms[name], tensors) for name, tensors in stored.items()}
 
-    def _find(self) -> dict[str, _Matrices]:
+    def _find(self, model: nn.Module) -> dict[str, _Matrices]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
         layers = {plain_name(name): name for name in self.layers if name not in self._as_modules}
         weights: dict[str, _Weights] = {name: {} for name in layers.values()}
@@ -244,11 +249,8 @@ class ExpertCheckpoint:
                     )
                 parts[known.part] = part
         if layers and not any(weights.values()) and not strange:
-            raise KTAMXModelNotSupportedError(
-                f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
-                f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
-                "from_pretrained and apply_kt_moe."
-            )
+            self._as_modules |= by_table(model, {name: self.forms[name] for name in weights}, self.files.tensors)
+            return {}
         return {name: self._checked(name, weights[name], strange.get(name)) for name in layers.values()}
 
     def _checked(self, layer: str, weights: _Weights, strange: StoredTensor | None) -> _Matrices:
@@ -330,23 +332,23 @@ def _of_experts(known: ExpertName, tensor: StoredTensor, shape: ExpertShape) -> 
         yield expert, tensor.row(expert)
 
 
-def _refuse_unread(site: ExpertsSite) -> None:
-    """Experts that are not read by themselves: in a list, or with a norm, which their module would bring."""
-    if site.mlps or site.form.call == "normed":
+def _refuse_unread(site: ExpertsSite, model: Any) -> None:
+    """Experts that are not read by themselves: in a list, tied to others, or with a norm."""
+    tied = any(name.startswith(f"{site.name}.") for name in getattr(model, "all_tied_weights_keys", None) or ())
+    if tied or site.mlps or site.form.call == "normed":
         what = "a norm behind each expert" if site.form.call == "normed" else "its experts in a list, each by itself"
+        what = "its weights tied to those of other experts" if tied else what
         raise KTAMXModelNotSupportedError(
             f"{site.name} has {what}, which cannot be streamed. Use from_pretrained and apply_kt_moe."
         )
 
 
-def _refuse_transposed(model: Any) -> None:
-    """Some families' checkpoints have the fused matrices the other way round, which a square one would not show."""
+def _turns_experts(model: Any) -> bool:
+    """Whether its checkpoints have the fused matrices the other way round, which square ones would not show."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    for conversion in get_model_conversion_mapping(model):
-        turned = any(type(step).__name__ == "Transpose" for step in getattr(conversion, "operations", ()))
-        if turned and any("experts" in str(target) for target in conversion.target_patterns):
-            raise KTAMXModelNotSupportedError(
-                f"{type(model).__name__}: its checkpoints hold the experts transposed, which cannot be streamed. Use "
-                "from_pretrained and apply_kt_moe."
-            )
+    return any(
+        any(type(step).__name__ == "Transpose" for step in getattr(conversion, "operations", ()))
+        and any("experts" in str(target) for target in conversion.target_patterns)
+        for conversion in get_model_conversion_mapping(model)
+    )
