@@ -48,7 +48,7 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
         f"{in_experts / 1e6:.2f} in experts",
     )
     batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}"
-    length = args.max_length or "unlimited"
+    length = getattr(args, "max_length", None) or "unlimited"
     table.add_row("Data", f"{rows} examples, {eval_rows} to evaluate; batch {batch}, at most {length} tokens each")
     table.add_row("Stage", f"{keys.stage}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}")
     table.add_row("Memory", memory)
@@ -58,11 +58,8 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
 def show_example(console: Console, trainer: Any, tokenizer: Any) -> None:
     """The first example as the model sees it; what is trained stands out."""
     row = trainer.train_dataset[0]
-    if "chosen_ids" in row:
-        console.print("The first pair: prompt, then [green]chosen[/green], then [red]rejected[/red]")
-        console.print(_shown(tokenizer, row["prompt_ids"]), style="dim", highlight=False, soft_wrap=True)
-        console.print(_shown(tokenizer, row["chosen_ids"]), style="green", highlight=False, soft_wrap=True)
-        console.print(_shown(tokenizer, row["rejected_ids"]), style="red", highlight=False, soft_wrap=True)
+    if "input_ids" not in row and "images" not in row:
+        _show_tokenized(console, tokenizer, row)
         return
     if "images" in row:
         console.print(f"The first example, with {len(row['images'])} images: question, then [green]answer[/green]")
@@ -80,6 +77,36 @@ def show_example(console: Console, trainer: Any, tokenizer: Any) -> None:
             console.print(_shown(tokenizer, ids[start:end]), style=style, end="", highlight=False, soft_wrap=True)
             start = end
     console.print()
+
+
+def _show_tokenized(console: Console, tokenizer: Any, row: dict[str, Any]) -> None:
+    """A pair, a marked answer or a prompt, under the names that TRL's trainers give their tokens."""
+    ids = {name: row.get(f"{name}_ids", row.get(f"{name}_input_ids")) for name in ("prompt", "chosen", "rejected")}
+    ids["completion"] = row.get("completion_ids")
+    if ids["chosen"]:
+        console.print("The first pair: prompt, then [green]chosen[/green], then [red]rejected[/red]")
+    elif ids["completion"]:
+        good = bool(row["label"])
+        console.print(
+            f"The first example: prompt, then the answer, which is a {'[green]good' if good else '[red]bad'}[/] one"
+        )
+    else:
+        console.print("The first prompt")
+        prompt = row["prompt"]
+        ids["prompt"] = (
+            tokenizer(prompt)["input_ids"]
+            if isinstance(prompt, str)
+            else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+    style = {
+        "prompt": "dim",
+        "chosen": "green",
+        "rejected": "red",
+        "completion": "green" if row.get("label") else "red",
+    }
+    for name, tokens in ids.items():
+        if tokens:
+            console.print(_shown(tokenizer, tokens), style=style[name], highlight=False, soft_wrap=True)
 
 
 def _of_parts(messages: Any) -> str:

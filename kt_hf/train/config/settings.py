@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import KTConfig
+from .stages import STAGES
 
 # Models and data that come with Python packages: they need no network.
 BUILTIN_MODEL = "builtin:smollm2-moe"
 BUILTIN_DATA = "builtin:pydoc"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-STAGES = ("sft", "dpo")
 # LLaMA-Factory's ways to mix data sets -> when `datasets.interleave_datasets` stops; None for one after the other.
 MIX_STRATEGIES = {
     "concat": None,
@@ -23,7 +23,7 @@ MIX_STRATEGIES = {
 
 # What keys of `RunKeys` may be.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "stage": STAGES,
+    "stage": tuple(STAGES),
     "torch_dtype": DTYPES,
     "finetuning_type": ("lora",),
     "quantization_bit": (None, 4, 8),
@@ -66,6 +66,7 @@ class RunKeys:
     default_system: str | None = None
     enable_thinking: bool | None = None
     mask_history: bool = False
+    reward_funcs: list[str] = field(default_factory=list)
     max_samples: int | None = None
     plot_loss: bool = False
     overwrite_output_dir: bool = False
@@ -80,7 +81,7 @@ class TrainSettings:
         source: The file it was read from.
         run: The keys that are neither TRL's nor `kt_*`: model, LoRA, data.
         kt: The `kt_*` keys.
-        trainer: Keyword arguments of TRL's `SFTConfig` or `DPOConfig`, as far as they were given.
+        trainer: Keyword arguments of the stage's configuration of TRL (`SFTConfig` and so on), as far as they were given.
         notices: What the user should know of how the file was understood: translated, ignored, replaced.
         overrides: `key=value` of the command line, as typed.
         given: Names, as of today, of the settings that the file or the command line has.
