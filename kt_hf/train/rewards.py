@@ -66,7 +66,8 @@ def _imported(spec: str, file: Path) -> ModuleType:
         raise KTAMXConfigError(f"reward_funcs={spec!r}: there is no file {file}.")
     name = f"kt_hf_rewards_{file.stem}"
     made = importlib.util.spec_from_file_location(name, file.resolve())
-    assert made is not None and made.loader is not None  # the name ends in .py
+    assert made is not None  # the name ends in .py
+    assert made.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(made)
     folder = str(file.resolve().parent)
     sys.path.insert(0, folder)
@@ -121,7 +122,7 @@ def _check_arguments(spec: str, function: Any, columns: set[str]) -> None:
 
 def _checked(spec: str, function: Any) -> Any:
     """The function, whose results are looked at; a coroutine's are TRL's business."""
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return function
 
     @functools.wraps(function)
@@ -131,12 +132,13 @@ def _checked(spec: str, function: Any) -> Any:
             result = [None if reward is None else float(reward) for reward in rewards]
         except (TypeError, ValueError):
             raise KTAMXConfigError(
-                f"reward_funcs={spec!r} returned {type(rewards).__name__} that is no list of numbers: return one number "
-                "for each of completions, or None for one that it does not judge."
+                f"reward_funcs={spec!r} returned a {type(rewards).__name__} that is no list of numbers: return a "
+                "number for each of completions, or None for one that it does not judge."
             ) from None
         if len(result) != len(completions):
             raise KTAMXConfigError(
-                f"reward_funcs={spec!r} returned {len(result)} rewards for {len(completions)} completions: one for each."
+                f"reward_funcs={spec!r} returned {len(result)} rewards for {len(completions)} completions: return one "
+                "for each."
             )
         return result
 

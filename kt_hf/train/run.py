@@ -21,6 +21,7 @@ from ..system.text import printable
 from .checkpoints import SUMMARY, clear_earlier_run
 from .config.read import on_this_machine
 from .config.settings import TrainSettings
+from .config.stages import stage_of
 from .data.reading import reading
 from .data.rows import Rows, training_and_evaluation
 from .data.tokens import IN_THE_LABELS, Prepared, prepare
@@ -34,8 +35,9 @@ from .lock import OutputLock
 from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
-from .models import check_weights, load_config, load_model, load_processor, load_tokenizer, outline_of, sees
+from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
 from .plots import plot_expert_load, plot_losses
+from .processor import load_processor, sees
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
 from .resume import (
@@ -50,6 +52,7 @@ from .resume import (
     train,
     with_rows,
 )
+from .reward_model import check_head
 from .rewards import reward_functions
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
@@ -111,6 +114,8 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     _print_notes(console, [note for rows in (train_rows, eval_rows) if rows for note in rows.notes])
     outline = outline_of(keys, config)
     check_targets(outline, keys)
+    if stage_of(keys.stage).scores:
+        check_head(keys)
     rank, notes = check_start(keys, outline)
     memory = _before_loading(settings, config, outline)
     check_gpu(memory)
@@ -135,6 +140,8 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
 
 
 def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
+    from transformers import set_seed
+
     keys, train_data, eval_data = settings.run, ready.train_data, ready.eval_data
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
@@ -144,6 +151,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         kt, notes = as_before(kt, ready.resume.folder)
         budget = with_lora_as_before(budget, ready.resume.folder)
         _print_notes(console, notes)
+    if stage_of(keys.stage).scores:
+        set_seed(ready.options.get("seed", 42))  # the score head's start
     with training_as(budget):
         model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import KTConfig
-from .stages import STAGES
+from .stages import STAGES, stage_of
 
 # Models and data that come with Python packages: they need no network.
 BUILTIN_MODEL = "builtin:smollm2-moe"
 BUILTIN_DATA = "builtin:pydoc"
+_PROMPT = 512  # tokens
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # LLaMA-Factory's ways to mix data sets -> when `datasets.interleave_datasets` stops; None for one after the other.
 MIX_STRATEGIES = {
@@ -81,7 +82,7 @@ class TrainSettings:
         source: The file it was read from.
         run: The keys that are neither TRL's nor `kt_*`: model, LoRA, data.
         kt: The `kt_*` keys.
-        trainer: Keyword arguments of the stage's configuration of TRL (`SFTConfig` and so on), as far as they were given.
+        trainer: Keyword arguments of TRL's configuration of the stage (`SFTConfig` say), as far as they were given.
         notices: What the user should know of how the file was understood: translated, ignored, replaced.
         overrides: `key=value` of the command line, as typed.
         given: Names, as of today, of the settings that the file or the command line has.
@@ -99,6 +100,21 @@ class TrainSettings:
     def output_dir(self) -> str:
         """The folder that the run writes to; TRL's default where the file names none."""
         return str(self.trainer.get("output_dir") or "trainer_output")
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Tokens of a forward in training, at most; of GRPO, whose prompts are never cut, with prompts of 512."""
+        stage = stage_of(self.run.stage)
+        length = int(self.trainer.get("max_length", 1024) or 1024)
+        if stage.generates:
+            length = _PROMPT + int(self.trainer.get("max_completion_length", 256) or 256)
+        return int(self.trainer.get("per_device_train_batch_size", 8)) * length * (2 if stage.pairs else 1)
+
+    @property
+    def chunked_loss(self) -> bool:
+        """Whether TRL computes the loss by tiles of logits, or without any."""
+        stage = stage_of(self.run.stage)
+        return stage.chunked and not (stage.tokenized and self.trainer.get("label_smoothing_factor"))
 
     @property
     def checkpointing(self) -> bool:
