@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .errors import KTAMXModelNotSupportedError
-from .expert_form import Form, form_of, holds_experts
-from .listed.block import BlockPlan, plan_block
-from .listed.mlps import ExpertMlps, expert_mlps
+from .forms.listed_block import BlockPlan, plan_block
+from .forms.listed_mlps import ExpertMlps, expert_mlps
+from .forms.stacked import Form, form_of, holds_experts
 from .shapes import ExpertShape
 
 # Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.

@@ -21,12 +21,12 @@ from torch import nn
 from .backends import LOW_BIT
 from .backends.packed import PackedMatrices
 from .backends.quantizer import EXPERT_BITS
+from .bitsandbytes_rest import for_rest, saved_bytes
 from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
 from .checkpoint.model_rest import NoExperts, Source, checked_dtype, load_rest
 from .checkpoint.progress import LayersBar
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
-from .dense_rest import for_rest, saved_bytes
 from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .patch import replace_experts

@@ -480,7 +480,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "the next layer while one is packed": ("checkpoint/test_equal.py::test_layers_are_read_one_ahead",),
         "`kt_lora_rank` is needed": ("checkpoint/test_arguments.py::test_the_operators_need_a_rank",),
         "or fused, in one file or sharded": ("checkpoint/test_sources.py::test_fused",),
-        "They are dequantized on the way": (
+        "to the bit what compressed-tensors": (
             "checkpoint/test_sources.py::test_8_bits_are_dequantised",
             "checkpoint/test_sources.py::test_other_quantisation_is_refused",
         ),

@@ -16,7 +16,7 @@ ROWS = (
     ("errors",),
     ("gates",),
     ("_versions", "shapes", "config", "system", "peft_compat.internals"),
-    ("expert_form", "listed"),
+    ("forms",),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),
@@ -25,7 +25,7 @@ ROWS = (
     ("monitoring", "adapters"),
     ("peft_compat",),
     ("lora", "patch", "callback"),
-    ("dense_rest",),
+    ("bitsandbytes_rest",),
     ("loading",),
     ("",),  # kt_hf/__init__.py: the public names
     ("builtin",),

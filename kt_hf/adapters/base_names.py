@@ -13,7 +13,7 @@ from typing import Any
 
 from ..discovery import skeleton
 from ..errors import KTAMXConfigError, KTAMXError
-from ..expert_form import Form, form_of
+from ..forms.stacked import Form, form_of
 from ..shapes import ALIASES, PROJECTIONS
 
 _NAMES = {**ALIASES, **{name: name for name in PROJECTIONS}}

@@ -19,7 +19,7 @@ from ..backends import ExpertWeights
 from ..backends.packed import PackedExperts, PackedMatrices
 from ..discovery import FLOATING
 from ..errors import KTAMXError
-from ..expert_form import Form
+from ..forms.stacked import Form
 from .tensor_files import StoredTensor, read_tensors
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")

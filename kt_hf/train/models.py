@@ -205,7 +205,7 @@ def _quantization(keys: RunKeys, config: Any) -> dict[str, Any]:
     """What `load_kt_model` takes for `quantization_bit`."""
     import torch
 
-    from ..dense_rest import bits_and_bytes
+    from ..bitsandbytes_rest import bits_and_bytes
 
     if keys.quantization_bit is None:
         return {}
