@@ -37,5 +37,3 @@ def load_processor(keys: RunKeys, tokenizer: Any) -> Any:
     processor.chat_template = processor.chat_template or tokenizer.chat_template
     processor.tokenizer = tokenizer
     return processor
-
-

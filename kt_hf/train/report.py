@@ -14,6 +14,11 @@ from rich.table import Table
 from ..config import KTConfig
 from ..system.text import printable
 from .config.settings import TrainSettings
+from .config.stages import stage_of
+from .models import load_config
+
+# transformers' class that loads a model, by whether it has a score head.
+_AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSequenceClassification"}
 
 
 def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: str, rows: int, eval_rows: int) -> None:
@@ -83,6 +88,9 @@ def _show_tokenized(console: Console, tokenizer: Any, row: dict[str, Any]) -> No
     """A pair, a marked answer or a prompt, under the names that TRL's trainers give their tokens."""
     ids = {name: row.get(f"{name}_ids", row.get(f"{name}_input_ids")) for name in ("prompt", "chosen", "rejected")}
     ids["completion"] = row.get("completion_ids")
+    if "chosen_input_ids" in row:  # of ORPO's, which begin with the prompt
+        start = len(ids["prompt"] or ())
+        ids |= {name: row[f"{name}_input_ids"][start:] for name in ("chosen", "rejected")}
     if ids["chosen"]:
         console.print("The first pair: prompt, then [green]chosen[/green], then [red]rejected[/red]")
     elif ids["completion"]:
@@ -119,6 +127,8 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
     table = _table()
     if summary["loss"] is not None:
         table.add_row("Loss", f"{summary['loss']:.4f}")
+    for name, value in summary["metrics"].items():
+        table.add_row(name.capitalize(), f"{value:.4f}")
     if summary["eval_loss"] is not None:
         table.add_row("Evaluation loss", f"{summary['eval_loss']:.4f}")
     table.add_row(
@@ -146,12 +156,16 @@ def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]
         _, _, layers = name.partition("/")
         load = f"model, tokenizer = upcycle({f'num_layers={layers}' if layers else ''})"
     else:
-        lines += ["from transformers import AutoTokenizer" + ("" if keys.use_kt else ", AutoModelForCausalLM")]
+        lines += [
+            "from transformers import AutoTokenizer"
+            + ("" if keys.use_kt else f", {_AUTO[stage_of(keys.stage).scores]}")
+        ]
         more = f", revision={keys.model_revision!r}" if keys.model_revision else ""
+        more += _score_head(settings)
         call = (
             f"load_kt_model({name!r}, {_kt_config(settings, rank)}"
             if keys.use_kt
-            else f"AutoModelForCausalLM.from_pretrained({name!r}"
+            else f"{_AUTO[stage_of(keys.stage).scores]}.from_pretrained({name!r}"
         )
         load = f"model = {call}, dtype={dtype!r}{more})"
     if keys.use_kt:
@@ -187,3 +201,14 @@ def _table() -> Table:
 def _shown(tokenizer: Any, ids: list[int], most: int = 1500) -> str:
     text = printable(str(tokenizer.decode(ids)))
     return escape(text if len(text) <= most else f"{text[:most]} …")
+
+
+def _score_head(settings: TrainSettings) -> str:
+    """The arguments that make a reward model of a language model's checkpoint; "" in other stages."""
+    keys = settings.run
+    if not stage_of(keys.stage).scores:
+        return ""
+    if not keys.use_kt:
+        return ", num_labels=1"
+    kind = load_config(keys)[0].architectures[0]
+    return f", architectures=[{kind!r}], num_labels=1"

@@ -23,8 +23,9 @@ def as_reward_model(config: Any) -> Any:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise KTAMXConfigError(
             f"stage=rm: a reward model needs a class with a score head, and transformers {transformers.__version__} "
-            f"has none for {config.model_type} (ForSequenceClassification). It has one for mixtral, qwen2_moe, qwen3_moe, "
-            "qwen3_next, deepseek_v2, deepseek_v3, minimax, gpt_oss and others: take a model of these, or stage: dpo."
+            f"has none for {config.model_type} (ForSequenceClassification). It has one for mixtral, qwen2_moe, "
+            "qwen3_moe, qwen3_next, deepseek_v2, deepseek_v3, minimax, gpt_oss and others: take one of "
+            "these, or train stage: dpo."
         )
     config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
     config.num_labels = 1
@@ -43,8 +44,8 @@ def check_head(keys: RunKeys) -> None:
     if not keys.adapter_name_or_path:
         return
     file = Path(keys.adapter_name_or_path) / CONFIG
-    content = read_json(file) if file.is_file() else {}
-    if HEAD not in (content.get("modules_to_save") or ()):
+    saved = read_json(file).object().get("modules_to_save") if file.is_file() else None
+    if saved is None or HEAD not in saved.texts():
         raise KTAMXConfigError(
             f"adapter_name_or_path={keys.adapter_name_or_path!r} has no trained {HEAD} head: stage: rm goes on from an "
             "adapter of stage: rm alone. Merge it (kt-hf export --to merged), and train a reward model on that."

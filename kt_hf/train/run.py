@@ -38,7 +38,7 @@ from .model_sizes import model_sizes
 from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
 from .plots import plot_expert_load, plot_losses
 from .processor import load_processor, sees
-from .progress import ShowProgress, TokenCounter
+from .progress import ShowProgress, TokenCounter, last_metrics
 from .report import show_example, show_result, show_start
 from .resume import (
     KeepRecord,
@@ -313,6 +313,7 @@ def _finish(settings: TrainSettings, trainer: Any, progress: ShowProgress) -> di
         "steps": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         "eval_loss": evaluations[-1] if evaluations else None,
+        "metrics": last_metrics(history),
         "tokens": progress.counter.tokens,
         "seconds": round(progress.seconds, 2),
         "tokens_per_second": round(progress.tokens_per_second, 1),

@@ -70,6 +70,13 @@ IGNORED = {
     "kt_skip_expert_loading": "experts are always streamed to the operators",
     "kt_weight_lifecycle": _BY_ITSELF,
 }
+# Stage -> names that are taken without effect in it, and why.
+_ONE_LOSS = {"pref_loss": "it is for stage: dpo"}
+_NO_CUT = "GRPO cuts no prompt; max_completion_length bounds the answers"
+NOT_IN_STAGE = {
+    **dict.fromkeys(("kto", "orpo", "rm"), _ONE_LOSS),
+    "grpo": dict.fromkeys(("cutoff_len", "max_length", "max_seq_length"), _NO_CUT),
+}
 # Refused unless null or false, and what to write instead.
 REMOVED = {
     "kt_optimize_rule": "leave it out: experts are found by themselves, rule files are not used",

@@ -22,7 +22,6 @@ from .stages import STAGES, in_words, stage_of
 from .yaml_file import BadSettings, Problem, Setting, key_shown, read_settings, shown
 
 _KT_KEYS = [*(field.name for field in dataclasses.fields(KTConfig)), "kt_max_cache_depth"]
-_WITHOUT_PREF_LOSS = ("dpo", "kto", "orpo", "rm")
 _MOST_SUGGESTED = 20  # unknown settings of a file: looking for what was meant takes its time
 # In transformers before these names came, they were called otherwise.
 _CHECKPOINTING = {
@@ -53,7 +52,7 @@ def check_settings(
     """As `read_arguments`, for settings that have been read, with the problems found so far."""
     problems, notices = list(problems), list[str]()
     settings = _flatten_kt_config(settings, problems)
-    settings = _preference_loss(settings, notices)
+    settings = _of_stage(settings, notices)
     stage = settings["stage"].value if "stage" in settings else "sft"
     fields = trainer_fields(stage_of(stage).name)
     settings = _translate(settings, fields, problems, notices)
@@ -118,17 +117,22 @@ def on_this_machine(trainer: dict[str, Any], keys: RunKeys) -> dict[str, Any]:
     return result
 
 
-def _preference_loss(settings: dict[str, Setting], notices: list[str]) -> dict[str, Setting]:
-    """LLaMA-Factory asks for ORPO by `stage: dpo` with `pref_loss: orpo`, and reads `pref_loss` in no other stage."""
-    asked, stage = settings.get("pref_loss"), settings.get("stage")
+def _of_stage(settings: dict[str, Setting], notices: list[str]) -> dict[str, Setting]:
+    """What LLaMA-Factory's files have in stages where TRL has it under another name, or not at all.
+
+    It asks for ORPO by `stage: dpo` with `pref_loss: orpo`, and reads `pref_loss` in no other stage.
+    """
+    stage = settings.get("stage")
     name = stage.value if stage else None
-    if asked is None or stage is None or (name == "dpo" and asked.value != "orpo") or name not in _WITHOUT_PREF_LOSS:
-        return settings
-    rest = {key: setting for key, setting in settings.items() if key != "pref_loss"}
-    if name == "dpo":
+    rest = dict(settings)
+    if stage and name == "dpo" and "pref_loss" in rest and rest["pref_loss"].value == "orpo":
+        del rest["pref_loss"]
+        rest["stage"] = Setting("orpo", stage.where)
         notices.append("pref_loss: orpo is a trainer of its own in TRL: stage: orpo is used.")
-        return rest | {"stage": Setting("orpo", stage.where)}
-    notices.append(f"pref_loss has no effect: it is for stage: dpo, and this is stage: {name}.")
+    for key, why in names.NOT_IN_STAGE.get(name if isinstance(name, str) else "", {}).items():
+        if key in rest:
+            notices.append(f"{key} has no effect: {why}.")
+            del rest[key]
     return rest
 
 

@@ -23,6 +23,8 @@ def check_stage(c: Checked, purpose: str) -> None:
     """
     _ranges(c)
     _rewards(c, purpose)
+    if stage_of(c.run.stage).generates:
+        _answers(c)
     if c.run.stage == "kto":
         _kto(c)
     if c.run.stage == "orpo" and "max_length" in c.trainer and c.trainer["max_length"] is None:
@@ -63,6 +65,21 @@ def _rewards(c: Checked, purpose: str) -> None:
     if weights and len(weights) != len(c.run.reward_funcs):
         c.problem(
             "reward_weights", f"reward_weights has {len(weights)} numbers for {len(c.run.reward_funcs)} reward_funcs"
+        )
+
+
+def _answers(c: Checked) -> None:
+    """The answers of an optimizer step, unless something else is said: whole groups, each the answers to a prompt."""
+    get = c.trainer.get
+    group = get("num_generations") or 8
+    if get("generation_batch_size") is not None or get("steps_per_generation") is not None or group < 2:
+        return
+    batch, steps = get("per_device_train_batch_size", 8), get("gradient_accumulation_steps", 1)
+    if batch * steps % group:
+        c.problem(
+            "num_generations" if "num_generations" in c.settings else "per_device_train_batch_size",
+            f"num_generations={group} answers to a prompt do not fit per_device_train_batch_size={batch} x "
+            f"gradient_accumulation_steps={steps} answers of a step: make their product a multiple of {group}",
         )
 
 

@@ -107,6 +107,6 @@ def dataset_of(rows: Sequence[Row], stage: str, template: ChatTemplate) -> Any:
     else:
         kinds |= {column: Json() for column in _BESIDE if any(column in row for row in taken)}
         kinds |= {LABEL: Value("bool")} if LABEL in taken[0] else {}
-    filled = {"tools": None, "chat_template_kwargs": {}}
+    filled: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
     columns = {column: [(filled | row).get(column) for row in taken] for column in kinds}
     return Dataset.from_dict(columns, features=Features(kinds))

@@ -202,7 +202,7 @@ def _pydoc(purpose: str, stage: str) -> list[dict[str, Any]]:
     def says(role: str, content: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content}]
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, (item, other) in enumerate(zip(items, others, strict=True)):
         prompt, right, wrong = says("user", item.question), item.answer, other.answer
         if stage == "pt":
