@@ -233,18 +233,24 @@ class KTMoECallback(TrainerCallback):
             publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir))
 
 
+# Configurations of TRL's trainers: whose loss takes no full logits, whose batches are of pairs.
+_TILED = ("DPOConfig", "KTOConfig", "GRPOConfig", "RewardConfig")
+_PAIRS = ("DPOConfig", "ORPOConfig", "RewardConfig")
+
+
 def step_of(args: TrainingArguments) -> dict[str, Any]:
     """How a trainer with these arguments computes its steps: keyword arguments of `settle_lora_device`.
 
-    TRL's trainers compute the loss by tiles of logits (SFTTrainer's `nll` and DPOTrainer, since TRL 1.16), and DPO's
-    batches are of chosen and rejected answers.
+    TRL's trainers compute the loss by tiles of logits (SFTTrainer's `nll`, DPO, KTO and GRPO, since TRL 1.16; a reward
+    model has none), and batches of pairs are of chosen and rejected answers.
     """
-    dpo, sft = hasattr(args, "precompute_ref_log_probs"), getattr(args, "loss_type", None) == "nll"
+    kind = type(args).__name__
+    tiled, sft = kind in _TILED, getattr(args, "loss_type", None) == "nll"
     length = getattr(args, "max_length", None)
-    tokens = args.per_device_train_batch_size * length * (2 if dpo else 1) if length else None
+    tokens = args.per_device_train_batch_size * length * (2 if kind in _PAIRS else 1) if length else None
     return {
         "tokens": tokens,
-        "loss": "chunked" if dpo or (sft and not args.label_smoothing_factor) else "full",
+        "loss": "chunked" if tiled or (sft and not args.label_smoothing_factor) else "full",
         "checkpointing": args.gradient_checkpointing,
         "offloading": bool(getattr(args, "activation_offloading", False)),
         "accumulating": args.gradient_accumulation_steps > 1,

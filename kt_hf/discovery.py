@@ -218,6 +218,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
     config = copy.deepcopy(config)
@@ -226,7 +227,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     with torch.device("meta"):
         # A checkpoint of a model that sees is loaded as one, where there is a class for its text alone too.
         seeing = named == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-        if trust_remote_code or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not seeing):
+        scoring = named == MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+        if trust_remote_code or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (seeing or scoring)):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if not hasattr(transformers, named):
             raise KTAMXModelNotSupportedError(f"transformers {transformers.__version__} has no class {named}.")

@@ -146,3 +146,18 @@ def by_table(model: Any, layers: Mapping[str, Form], files: Mapping[str, StoredT
             f"{type(model).__name__}: experts saved under other names cannot be streamed. {_INSTEAD}"
         )
     return {layer: TableTensors(layer, layers[layer], tensors) for layer, tensors in stored.items()}
+
+
+def turns_experts(model: Any) -> bool:
+    """Whether a model's checkpoints have the fused matrices the other way round, which square ones would not show.
+
+    Args:
+        model: Of transformers, or its `skeleton`.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return any(
+        any(type(step).__name__ == "Transpose" for step in getattr(conversion, "operations", ()))
+        and any("experts" in str(target) for target in conversion.target_patterns)
+        for conversion in get_model_conversion_mapping(model)
+    )

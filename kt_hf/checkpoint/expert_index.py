@@ -23,7 +23,7 @@ from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
 from .as_module import ModuleTensors, as_module
-from .by_table import TableTensors, by_table
+from .by_table import TableTensors, by_table, turns_experts
 from .expert_names import ExpertName, expert_name, plain_name
 from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices, read_rows
 from .fingerprint import fingerprint, fingerprint_by_rows
@@ -212,7 +212,7 @@ class ExpertCheckpoint:
 
     def _find_modules(self, model: nn.Module) -> dict[str, ModuleTensors | TableTensors]:
         """Layer -> its experts, of those whose module or checkpoint is laid out otherwise than experts are computed."""
-        if _turns_experts(model):
+        if turns_experts(model):
             return {**by_table(model, self.forms, self.files.tensors)}
         layers = {plain_name(name): name for name, form in self.forms.items() if form.stored_otherwise}
         stored: dict[str, dict[str, StoredTensor]] = {name: {} for name in layers.values()}
@@ -341,14 +341,3 @@ def _refuse_unread(site: ExpertsSite, model: Any) -> None:
         raise KTAMXModelNotSupportedError(
             f"{site.name} has {what}, which cannot be streamed. Use from_pretrained and apply_kt_moe."
         )
-
-
-def _turns_experts(model: Any) -> bool:
-    """Whether its checkpoints have the fused matrices the other way round, which square ones would not show."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return any(
-        any(type(step).__name__ == "Transpose" for step in getattr(conversion, "operations", ()))
-        and any("experts" in str(target) for target in conversion.target_patterns)
-        for conversion in get_model_conversion_mapping(model)
-    )

@@ -13,7 +13,7 @@ from .checkpoints import SUMMARY
 from .config.settings import TrainSettings
 from .html_report import write_report
 from .plots import plot_expert_load, plot_losses
-from .progress import ShowProgress
+from .progress import ShowProgress, last_metrics
 
 
 def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProgress) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProg
         "steps": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         "eval_loss": evaluations[-1] if evaluations else None,
+        "metrics": last_metrics(history),
         "tokens": progress.counter.tokens,
         "seconds": round(progress.seconds, 2),
         "tokens_per_second": round(progress.tokens_per_second, 1),

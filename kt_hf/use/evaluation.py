@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from ..errors import KTAMXConfigError
+from ..train.data.reading import reading
 from ..train.data.rows import Rows, load_rows, messages_column
 from ..train.data.template import conversation
-from ..train.data.tokens import Prepared, prepare, reading
+from ..train.data.tokens import Prepared, prepare
 from .generation import Answerer, Sampling
 from .opening import Checked, Opened
 from .scores import Score, score

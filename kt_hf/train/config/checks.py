@@ -25,7 +25,7 @@ _FROM_ONE = (
     "dataloader_prefetch_factor",
 )
 _ABOVE_ZERO = (
-    *("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps", "beta"),
+    *("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps"),
     "loraplus_lr_ratio",
 )
 _FROM_ZERO = (
