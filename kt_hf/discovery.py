@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .errors import KTAMXModelNotSupportedError
-from .expert_form import Form, form_of, holds_experts
-from .listed.block import BlockPlan, plan_block
-from .listed.mlps import ExpertMlps, expert_mlps
+from .forms.listed_block import BlockPlan, plan_block
+from .forms.listed_mlps import ExpertMlps, expert_mlps
+from .forms.stacked import Form, form_of, holds_experts
 from .shapes import ExpertShape
 
 # Dtypes that expert weights may have in a model; 8 bits are dequantized to one of them.
@@ -80,9 +80,10 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
 
     Raises:
         KTAMXModelNotSupportedError: The model has no routed experts, or experts that are not stacked, or whose gate is
-            not known.
+            not known; or its family classifies tokens and nothing else.
     """
     base = base_model(model)
+    _refuse_classifiers(base)
     text = _text_config(base)
     sites: list[ExpertsSite] = []
     strange: list[str] = []
@@ -116,6 +117,23 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
     raise KTAMXModelNotSupportedError(
         f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"
     )
+
+
+def _refuse_classifiers(model: Any) -> None:
+    """Raise for a family whose only task is to classify tokens: transformers has no other class for it."""
+    from transformers.models.auto import modeling_auto as classes
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    writing = (
+        classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        classes.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    if kind in classes.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES and not any(kind in names for names in writing):
+        raise KTAMXModelNotSupportedError(
+            f"{type(model).__name__}: {kind} is a token classifier, a family without a model that generates text. "
+            "Train it with transformers and PEFT as it is."
+        )
 
 
 def _problem(experts: nn.Module, weightless: bool) -> str | None:
@@ -200,6 +218,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
     config = copy.deepcopy(config)
@@ -208,7 +227,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     with torch.device("meta"):
         # A checkpoint of a model that sees is loaded as one, where there is a class for its text alone too.
         seeing = named == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-        if trust_remote_code or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not seeing):
+        scoring = named == MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+        if trust_remote_code or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (seeing or scoring)):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if not hasattr(transformers, named):
             raise KTAMXModelNotSupportedError(f"transformers {transformers.__version__} has no class {named}.")

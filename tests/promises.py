@@ -275,10 +275,12 @@ DECISIONS: dict[int, tuple[str, Tests]] = {
         ),
     ),
     11: (
-        "one process until ranks come: several, and DataParallel, are refused",
+        "several processes each own a part of the experts; DataParallel, DeepSpeed and FSDP are refused",
         (
             "test_patch_refused.py::test_several_processes_by_environment",
             "test_patch_refused.py::test_data_parallel",
+            "ranks/test_agreement.py::test_two_ranks_compute_what_one_does",
+            "ranks/test_failures.py::test_an_error_of_one_rank_is_raised_on_all",
             "trainer/test_callback.py::test_runs_over_several_devices_are_refused",
         ),
     ),
@@ -480,7 +482,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "the next layer while one is packed": ("checkpoint/test_equal.py::test_layers_are_read_one_ahead",),
         "`kt_lora_rank` is needed": ("checkpoint/test_arguments.py::test_the_operators_need_a_rank",),
         "or fused, in one file or sharded": ("checkpoint/test_sources.py::test_fused",),
-        "They are dequantized on the way": (
+        "to the bit what compressed-tensors": (
             "checkpoint/test_sources.py::test_8_bits_are_dequantised",
             "checkpoint/test_sources.py::test_other_quantisation_is_refused",
         ),

@@ -14,9 +14,9 @@ PACKAGE = Path(kt_hf.__file__).parent
 # need, and what is replaced in it, which needs adapters/.
 ROWS = (
     ("errors",),
-    ("gates",),
+    ("ranks", "gates"),
     ("_versions", "shapes", "config", "system", "peft_compat.internals"),
-    ("expert_form", "listed"),
+    ("forms",),
     ("discovery",),
     ("backends",),
     ("experts", "checkpoint"),
@@ -25,12 +25,13 @@ ROWS = (
     ("monitoring", "adapters"),
     ("peft_compat",),
     ("lora", "patch", "callback"),
-    ("dense_rest",),
+    ("bitsandbytes_rest",),
     ("loading",),
     ("",),  # kt_hf/__init__.py: the public names
     ("builtin",),
     ("train",),
     ("tools",),
+    ("use",),
     ("demo",),
     ("cli",),
     ("__main__",),

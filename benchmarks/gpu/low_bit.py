@@ -3,7 +3,7 @@
 `low-bit` trains the same layers, quantized while they are loaded, streamed and resident, in turn with bf16 and stock.
 `widening` times each kernel alone, and as a share of what a copy within the card's memory reaches.
 `drawn` trains a whole model whose codes are drawn on the GPU and left there (`--where resident`) or copied into host
-memory that is page-locked already (`--where streamed`): there is no checkpoint, so that models larger than the disk can be tried.
+memory that is page-locked already (`--where streamed`): without a checkpoint models can be larger than the disk.
 With `--rest 4` its linear layers outside the experts are bitsandbytes'.
 """
 
@@ -33,10 +33,10 @@ from kt_hf.backends.gpu.pinned_weights import own_pages
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.packed import PackedExperts, PackedMatrices
 from kt_hf.backends.quantizer import EXPERT_BITS
-from kt_hf.dense_rest import check_installed
+from kt_hf.bitsandbytes_rest import check_installed
 from kt_hf.discovery import ExpertsSite, by_layer, find_experts
 from kt_hf.lora import linear_targets
-from kt_hf.patch import replace_experts
+from kt_hf.patch import owned_weights, replace_experts
 from kt_hf.placement.assembly import make_packer, memory_budget
 
 WARM, STEPS = 2, 4  # steps that are not timed, and those that are
@@ -232,7 +232,7 @@ def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int, rest_b
         return ExpertWeights(gate_up, down, low_bit=PackedExperts(list(range(E)), *parts))
 
     model.requires_grad_(False)
-    replace_experts(model, sites, packer, weights_of)
+    replace_experts(model, sites, packer, lambda site: owned_weights(site, packer, weights_of(site)))
     for layer in model._kt_wrappers if not resident else ():
         for tensor in layer.backend.weights.tensors:
             for part in tensor.split(max(1, AT_ONCE // tensor[0].numel())):

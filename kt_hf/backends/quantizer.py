@@ -72,6 +72,13 @@ def quantized(stack: Tensor, to: str, device: torch.device | None = None) -> Pac
     return PackedMatrices(code, codes, scales, block)
 
 
+def alike_rows(to: str, row: int, rows: int) -> tuple[int, int]:
+    """The first row, and the one after the last, that share scales with one of a matrix of so many rows."""
+    height = _KINDS[to][1][0]
+    first = row - row % height
+    return first, min(first + height, rows)
+
+
 def quantized_experts(weights: ExpertWeights, to: str, device: torch.device | None = None) -> ExpertWeights:
     """Quantize all experts of a layer; `weights` are emptied, gate_up before down is begun.
 
@@ -90,7 +97,9 @@ def quantized_experts(weights: ExpertWeights, to: str, device: torch.device | No
         parts.append(quantized(getattr(weights, name).detach(), to, device))
         setattr(weights, name, torch.empty(0))
     gate_up, down = (torch.empty((0, *size), dtype=dtype, device="cpu") for size in sizes)
-    return ExpertWeights(gate_up, down, low_bit=PackedExperts(experts, *parts))
+    biases = weights.gate_up_bias, weights.down_bias
+    low_bit = PackedExperts(experts, *parts)
+    return ExpertWeights(gate_up, down, low_bit=low_bit, gate_up_bias=biases[0], down_bias=biases[1])
 
 
 def _int4(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,16 @@ from ..backends import ExpertWeights
 from ..backends.packed import PackedExperts, PackedMatrices
 from ..discovery import FLOATING
 from ..errors import KTAMXError
-from ..expert_form import Form
+from ..forms.stacked import Form
 from .formats import finite
 from .tensor_files import StoredTensor, read_tensors
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def as_module(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a layer's tensors have the names of a module of the model, by the names behind the module's."""
+    return any(name.removesuffix("_blocks") in (*_STACKS, "mlp.w1") for name in stored)
 
 
 class ModuleTensors:

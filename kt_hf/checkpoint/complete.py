@@ -27,6 +27,7 @@ from .tensor_files import INDEX, SINGLE, TensorFiles
 
 _SHOWN = 3
 _ROUTED = re.compile(r"\.experts\.")
+_NEW_HEADS = ("score.weight",)
 
 
 def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -> list[str]:
@@ -78,7 +79,9 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
             f"{_where(files, folder)}: {name} has the shape {stored}, by the model's config it is {expected} "
             f"({len(mismatched)} weights differ). Are the weights and config.json of one model?"
         )
-    missing = sorted(name for name in info["missing_keys"] if not (experts_checked and _ROUTED.search(name)))
+    new = _NEW_HEADS if type(outline).__name__.endswith("ForSequenceClassification") else ()
+    known = {name for name in info["missing_keys"] if name in new or (experts_checked and _ROUTED.search(name))}
+    missing = sorted(set(info["missing_keys"]) - known)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
         raise KTAMXError(

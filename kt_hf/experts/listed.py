@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..listed.block import ExpertCalls
+from ..forms.listed_block import ExpertCalls
 from .layer import KTExperts
 
 
 class ListedExperts(KTExperts):
     """`KTExperts` with items: item e computes rows [..., H] by expert e.
 
-    While the block around it is computed as `kt_hf.listed.block` does it, all items' rows are computed together.
+    While the block around it is computed as `kt_hf.forms.listed_block` does it, all items' rows are computed together.
 
     Args:
         *args: As `KTExperts` takes them.

@@ -13,7 +13,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -21,8 +21,9 @@ from transformers import TrainerCallback
 from ..errors import KTAMXConfigError, KTAMXError
 from .config.read import trainer_config
 from .config.settings import TrainSettings
+from .config.stages import stage_of
 from .config.yaml_file import shown
-from .optimizer import use_loraplus
+from .trainers import loraplus, make_trainer
 
 _TOKENS = 32  # of a row in the step
 _STEPS = 1000  # that the schedule is built for, where the run's number is not known yet
@@ -35,9 +36,20 @@ _LEFT_OUT: dict[str, Any] = {
     "precompute_ref_log_probs": False, "auto_find_batch_size": False, "torch_empty_cache_steps": None,
     "router_aux_loss_coef": None,  # the tiny model has no routers
 }  # fmt: skip
+# KTO refuses a batch of one row, GRPO one of less than two answers; and the tiny model writes nonsense, not much of it.
+_OF_STAGE: dict[str, dict[str, Any]] = {
+    "kto": {"per_device_train_batch_size": 2},
+    "grpo": {
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "num_generations": 2,
+        "num_generations_eval": 2, "generation_batch_size": None, "steps_per_generation": None,
+        "max_completion_length": 4, "use_vllm": False, "log_completions": False, "log_completions_hub_repo": None,
+    },
+}  # fmt: skip
 
 
-def try_out(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any) -> None:
+def try_out(
+    settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any, rewards: Sequence[Any] = ()
+) -> None:
     """Train a tiny model for a step as the settings say.
 
     Args:
@@ -45,6 +57,7 @@ def try_out(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, ro
         options: The keyword arguments of TRL's configuration.
         tokenizer: The run's.
         rows: A few of the run's, as a `Dataset` in TRL's format.
+        rewards: Functions that judge what the model writes; they are called with what the tiny one does.
 
     Raises:
         KTAMXConfigError: What the libraries refuse, naming the setting where they do.
@@ -56,7 +69,7 @@ def try_out(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, ro
         with _quiet(), tempfile.TemporaryDirectory(prefix="kt-hf-try-") as folder:
             _report(settings, options)
             _hub(options)
-            _step(settings, options, tokenizer, rows, folder)
+            _step(settings, options, tokenizer, rows, folder, rewards)
     except KTAMXError:
         raise
     except MemoryError:
@@ -115,35 +128,32 @@ def _hub(options: dict[str, Any]) -> None:
         raise KTAMXConfigError(f"{about} cannot be used: {text} Or leave push_to_hub out.") from None
 
 
-def _step(settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any, folder: str) -> None:
+def _step(
+    settings: TrainSettings, options: dict[str, Any], tokenizer: Any, rows: Any, folder: str, rewards: Sequence[Any]
+) -> None:
     from peft import LoraConfig
-    from trl import DPOTrainer, SFTTrainer
 
-    more = dict(_LEFT_OUT)
+    stage = stage_of(settings.run.stage)
+    more = _LEFT_OUT | _OF_STAGE.get(stage.name, {})
     steps = options.get("max_steps") or -1
     more["max_steps"] = steps if steps > 0 else _STEPS
     if options.get("optim_target_modules"):
         more["optim_target_modules"] = "all-linear"  # the names are those of the run's model
-    fields = trainer_config(settings.run.stage).__dataclass_fields__
-    args = trainer_config(settings.run.stage)(
-        **(options | {key: value for key, value in more.items() if key in fields} | {"output_dir": folder})
-    )
-    kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
-    trainer = kind(
-        _tiny_model(settings, tokenizer),
-        args=args,
-        train_dataset=rows,
-        processing_class=_copy(tokenizer),
-        peft_config=LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-        callbacks=[_OneStep()],
-    )
-    trainer.train_dataset = trainer.train_dataset.select([0]).map(_shortened)
+    fields = stage.config_class().__dataclass_fields__
+    tried = options | {key: value for key, value in more.items() if key in fields} | {"output_dir": folder}
+    task = "SEQ_CLS" if stage.scores else "CAUSAL_LM"
+    trainer = make_trainer(
+        settings, tried, _tiny_model(settings, tokenizer), LoraConfig(r=1, target_modules=["q_proj"], task_type=task),
+        rows, None, _copy(tokenizer), rewards, [_OneStep()],
+    )  # fmt: skip
+    trainer.train_dataset = trainer.train_dataset.select([0])
+    if not stage.generates:
+        trainer.train_dataset = trainer.train_dataset.map(_shortened)
     with _about(("optim_args", "optim_target_modules", "loraplus_lr_ratio", "optim"), options):
-        if settings.run.loraplus_lr_ratio:
-            use_loraplus(trainer, settings.run.loraplus_lr_ratio)
+        loraplus(settings, trainer)
         trainer.create_optimizer()
     with _about(("lr_scheduler_kwargs", "lr_scheduler_type"), options):
-        trainer.create_scheduler(args.max_steps, trainer.optimizer)
+        trainer.create_scheduler(trainer.args.max_steps, trainer.optimizer)
     trainer.train()
     if settings.run.eval_dataset or settings.run.val_size:
         trainer.eval_dataset = trainer.train_dataset
@@ -169,7 +179,7 @@ def _check_metric(metrics: dict[str, float], metric: str | None) -> None:
 
 def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     vocabulary = max([len(tokenizer), *tokenizer.get_vocab().values()]) + 1
     config = LlamaConfig(
@@ -182,8 +192,11 @@ def _tiny_model(settings: TrainSettings, tokenizer: Any) -> Any:
     dtype = (
         torch.float32 if settings.run.torch_dtype in ("float32", "auto") else getattr(torch, settings.run.torch_dtype)
     )
+    kind: Any = LlamaForCausalLM
+    if stage_of(settings.run.stage).scores:
+        kind, config.num_labels = LlamaForSequenceClassification, 1
     with torch.random.fork_rng(devices=[]):
-        return LlamaForCausalLM(config).to(dtype)
+        return kind(config).to(dtype)
 
 
 def _copy(tokenizer: Any) -> Any:

@@ -17,6 +17,12 @@ from .trial_step import RandomState
 _DRAWN = 2_000  # rows for the estimate of padding, at least
 # Losses of TRL that are sums over tokens; and means over pairs, each pair's a function of it alone.
 _OVER_TOKENS = ("nll", "dft")
+# Trainers of TRL whose batches are never changed.
+_NEVER = {
+    "KTOTrainer": "KTO's loss compares each row with the others of its batch",
+    "GRPOTrainer": "GRPO's batches are the answers that the model writes to its prompts, and its loss is their mean",
+    "ORPOTrainer": "ORPO's loss is a mean over the tokens of a batch",
+}
 _OVER_PAIRS = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
     "discopop", "sigmoid_norm",
@@ -87,17 +93,19 @@ def why_not(trainer: Any) -> str | None:
         return "auto_find_batch_size changes batches by itself"
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         return "train_sampling_strategy=batch_rebalance parts the rows by itself"
+    if type(trainer).__name__ in _NEVER:
+        return _NEVER[type(trainer).__name__]
     if not (type(trainer) is SFTTrainer or over_pairs(trainer)) or trainer.compute_loss_func is not None:
         return "the loss is not TRL's own"
     if trainer.neftune_noise_alpha is not None:
         return "neftune_noise_alpha makes noise by the padded length of a batch"
-    if trainer.aux_loss_enabled:
+    if getattr(trainer, "aux_loss_enabled", False):
         return (
             f"the auxiliary loss of the routers (router_aux_loss_coef={trainer.router_aux_loss_coef}) is another one "
             "in larger batches; router_aux_loss_coef: 0 trains without it"
         )
     if over_pairs(trainer):
-        other = [name for name in trainer.loss_types if name not in _OVER_PAIRS]
+        other = [name for name in getattr(trainer, "loss_types", ()) if name not in _OVER_PAIRS]  # of DPO
         return f"loss_type={other[0]} looks at all pairs of a batch" if other else None
     if args.loss_type not in _OVER_TOKENS or not trainer.model_accepts_loss_kwargs:
         return f"loss_type={args.loss_type} is no sum over the tokens of a step"
@@ -107,10 +115,11 @@ def why_not(trainer: Any) -> str | None:
 
 
 def over_pairs(trainer: Any) -> bool:
-    """Whether the loss of a batch is a mean over its pairs, and that of a step the mean of its batches': DPO's."""
-    from trl import DPOTrainer
+    """Whether the loss of a batch is a mean over its pairs, and that of a step the mean of its batches': DPO's, and
+    that of reward models."""
+    from trl import DPOTrainer, RewardTrainer
 
-    return type(trainer) is DPOTrainer
+    return type(trainer) in (DPOTrainer, RewardTrainer)
 
 
 def whole_batches(args: Any, written: Split, factor: int, rows: int, pairs: bool) -> bool:
@@ -138,12 +147,14 @@ def row_lengths(trainer: Any) -> np.ndarray:
     import pyarrow.compute
 
     pairs = over_pairs(trainer)
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids") if pairs else ("input_ids",)
+    known = set(trainer.train_dataset.column_names)
+    prompts = ("prompt_ids",) if "prompt_ids" in known else ()  # in a reward model's answers it is part of each
+    columns = (*prompts, "chosen_ids", "rejected_ids") if pairs else ("input_ids",)
     table = trainer.train_dataset.select_columns(list(columns)).with_format("arrow")
     parts = []
     for rows in table.iter(batch_size=1000):
         sizes = [pyarrow.compute.list_value_length(rows[column]).to_numpy() for column in columns]
-        parts.append(sizes[0] + np.maximum(sizes[1], sizes[2]) if pairs else sizes[0])
+        parts.append(np.maximum(sizes[-1], sizes[-2]) + (sizes[0] if prompts else 0) if pairs else sizes[0])
     lengths = np.concatenate(parts).astype(np.int64)
     return np.minimum(lengths, trainer.args.max_length) if pairs and trainer.args.max_length else lengths
 

@@ -84,7 +84,6 @@ class Estimate:
 
 def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
     """The model outside of its experts, and how the run trains it; where LoRA of the experts is remains open."""
-    smoothed = s.run.stage == "sft" and s.trainer.get("label_smoothing_factor")  # TRL takes all logits for it
     return MemoryBudget(
         tokens,
         m.rest_bytes(_width(s), s.run),
@@ -94,7 +93,7 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
         computed_rank=s.run.lora_rank if m.lora_experts else 0,
         other_lora=m.lora_others,
         inner_bytes=m.inner_bytes,
-        loss="full" if smoothed else "chunked",
+        loss="chunked" if s.chunked_loss else "full",
         checkpointing=s.checkpointing,
         offloading=bool(s.trainer.get("activation_offloading")),
         retain=s.kt.kt_expert_activations == "retain",
@@ -159,7 +158,7 @@ def parts_of(
         host_free: Memory the process may take; None leaves the question open, and backward weights unshared.
         gpu_free: Likewise of the GPU; None plans for one of 80 GB.
     """
-    T = _tokens(s)
+    T = s.tokens_per_forward
     memory = Estimate(sizes=m, tokens=T, budget=_budget(s, m, T))
     memory.host["program"] = PROGRAM
     if gpu and s.run.use_kt:
@@ -231,7 +230,7 @@ def _outside_experts(other: dict[str, int], s: TrainSettings, m: ModelSizes, T: 
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
     other["activations"] = _other_activations(s, m, T)
     other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)
-    logits, chunked = T * m.vocabulary * 14, s.run.stage == "dpo" or not s.trainer.get("label_smoothing_factor")
+    logits, chunked = T * m.vocabulary * 14, s.chunked_loss
     tile = min(T, 4096) * min(m.vocabulary, 32_768) * (2 if gpu else _CHUNKED_ON_CPU)
     other["logits and loss"] = tile + 8 * T * m.hidden if chunked else logits
 
@@ -281,13 +280,6 @@ def backend(s: TrainSettings) -> str:
 def _streams(s: TrainSettings) -> bool:
     """Whether experts are read layer by layer; the built-in model is made whole."""
     return not s.run.model_name_or_path.startswith(BUILTIN_MODEL)
-
-
-def _tokens(s: TrainSettings) -> int:
-    """Tokens of one forward at most."""
-    length = s.trainer.get("max_length", 1024) or 1024
-    batch = s.trainer.get("per_device_train_batch_size", 8)
-    return int(batch * length * (2 if s.run.stage == "dpo" else 1))
 
 
 def _shares(s: TrainSettings, copy: int, host_free: int | None, rest: int) -> bool:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..bitsandbytes_rest import bytes_per_weight
 from ..checkpoint.quantization import known_quantization
-from ..dense_rest import bytes_per_weight
 from ..discovery import find_experts, skeleton
 from ..lora import linear_targets
 from ..placement.assembly import linear_widths

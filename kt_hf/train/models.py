@@ -13,8 +13,10 @@ from ..checkpoint.quantization import known_quantization
 from ..config import KTConfig
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
 from .config.settings import BUILTIN_MODEL, RunKeys
+from .config.stages import stage_of
 from .expert_profile import ProfileRun
 from .hub import configuration_of
+from .reward_model import HEAD, as_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +60,28 @@ def load_config(keys: RunKeys) -> tuple[Any, list[str]]:
     """
     name = keys.model_name_or_path
     if is_builtin(name):
-        return _with_attention(_builtin_config(builtin_layers(name)), keys), []
+        config = _builtin_config(builtin_layers(name))
+        return _with_attention(as_reward_model(config) if stage_of(keys.stage).scores else config, keys), []
     name = configuration_of(name, keys.model_revision)
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        kind = PreTrainedConfig.get_config_dict(name, **_revision(keys))[0].get("model_type")
+        kind = PreTrainedConfig.get_config_dict(name, **revision_of(keys))[0].get("model_type")
         native = kind in CONFIG_MAPPING
         trusted = keys.trust_remote_code and not native
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **_revision(keys))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **revision_of(keys))
     except Exception as error:  # what is in config.json may make it raise anything
-        raise KTAMXConfigError(f"model_name_or_path={name!r}: {_in_a_line(error)}") from None
-    config = _with_attention(config, keys)
+        raise KTAMXConfigError(f"model_name_or_path={name!r}: {in_a_line(error)}") from None
+    config = _with_attention(as_reward_model(config) if stage_of(keys.stage).scores else config, keys)
     notes = []
     if keys.trust_remote_code and native:
         notes.append(f"trust_remote_code: transformers has {kind} itself, so its own class is used, not the hub's.")
     return config, notes
 
 
-def _revision(keys: RunKeys) -> dict[str, str]:
+def revision_of(keys: RunKeys) -> dict[str, str]:
+    """`revision`, for libraries' `from_pretrained`, where one is named."""
     return {"revision": keys.model_revision} if keys.model_revision else {}
 
 
@@ -87,7 +91,8 @@ def _with_attention(config: Any, keys: RunKeys) -> Any:
     return config
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -104,7 +109,7 @@ def outline_of(keys: RunKeys, config: Any) -> Any:
     except KTAMXError:
         raise
     except Exception as error:
-        raise KTAMXConfigError(f"model_name_or_path={keys.model_name_or_path!r}: {_in_a_line(error)}") from None
+        raise KTAMXConfigError(f"model_name_or_path={keys.model_name_or_path!r}: {in_a_line(error)}") from None
 
 
 def check_weights(keys: RunKeys, config: Any) -> list[str]:
@@ -125,6 +130,8 @@ def check_weights(keys: RunKeys, config: Any) -> list[str]:
     if folder is None:
         return []
     spare = check_complete(folder, config, _trusted(keys, config))
+    if stage_of(keys.stage).scores:  # which takes the place of the language model's head
+        spare = [name for name in spare if not name.startswith("lm_head.")]
     if not spare:
         return []
     return [f"The checkpoint has {len(spare)} tensors that the model has no place for: {', '.join(spare[:3])}."]
@@ -182,7 +189,7 @@ def load_model(
             try:
                 return load_kt_model(
                     name, streamed, dtype=keys.torch_dtype, config=config, console=console, placement=placement,
-                    tokens_per_step=tokens, **_revision(keys), **_quantization(keys, config),
+                    tokens_per_step=tokens, **revision_of(keys), **_quantization(keys, config),
                 )  # fmt: skip
             except KTAMXModelNotSupportedError as error:  # of which patching tells more, if it cannot be patched either
                 logger.warning("The experts are loaded with the rest, not streamed: %s", error)
@@ -190,7 +197,7 @@ def load_model(
     except KTAMXError:
         raise
     except Exception as error:  # safetensors and pickles raise kinds of their own for files that are damaged
-        raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {_in_a_line(error)}") from error
+        raise KTAMXConfigError(f"model_name_or_path={name!r} cannot be loaded: {in_a_line(error)}") from error
     return patched(model)
 
 
@@ -198,7 +205,7 @@ def _quantization(keys: RunKeys, config: Any) -> dict[str, Any]:
     """What `load_kt_model` takes for `quantization_bit`."""
     import torch
 
-    from ..dense_rest import bits_and_bytes
+    from ..bitsandbytes_rest import bits_and_bytes
 
     if keys.quantization_bit is None:
         return {}
@@ -232,10 +239,10 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
         )
     kind = AutoModelForCausalLM if trusted else type(outline_of(keys, config))
     model, report = kind.from_pretrained(
-        name, config=config, dtype=keys.torch_dtype, output_loading_info=True, **_revision(keys),
+        name, config=config, dtype=keys.torch_dtype, output_loading_info=True, **revision_of(keys),
         **({"trust_remote_code": True} if trusted else {}),
     )  # fmt: skip
-    lost = sorted(report["missing_keys"])
+    lost = sorted(n for n in report["missing_keys"] if not (stage_of(keys.stage).scores and n == f"{HEAD}.weight"))
     if lost:
         raise KTAMXConfigError(f"model_name_or_path={name!r} has no weights for {lost[0]} ({len(lost)} missing).")
     return model
@@ -243,11 +250,11 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
 
 def _safetensors_folder(keys: RunKeys) -> Path | None:
     """Where the safetensors checkpoint is, None if there is none; one of the hub is downloaded."""
-    from ..checkpoint.expert_index import checkpoint_folder
+    from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.tensor_files import INDEX, SINGLE
 
     try:
-        folder = checkpoint_folder(keys.model_name_or_path, **_revision(keys))
+        folder = checkpoint_folder(keys.model_name_or_path, **revision_of(keys))
     except KTAMXConfigError:
         return None
     return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None
@@ -266,11 +273,11 @@ def load_tokenizer(keys: RunKeys, chat: bool) -> tuple[Any, list[str]]:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                keys.model_name_or_path, trust_remote_code=keys.trust_remote_code, **_revision(keys)
+                keys.model_name_or_path, trust_remote_code=keys.trust_remote_code, **revision_of(keys)
             )
         except Exception as error:  # a damaged tokenizer.json is a plain Exception of the tokenizers library
             raise KTAMXConfigError(
-                f"model_name_or_path={keys.model_name_or_path!r}: no tokenizer: {_in_a_line(error)}"
+                f"model_name_or_path={keys.model_name_or_path!r}: no tokenizer: {in_a_line(error)}"
             ) from None
     _probe(tokenizer, keys.model_name_or_path)
     notes = []
@@ -286,43 +293,13 @@ def load_tokenizer(keys: RunKeys, chat: bool) -> tuple[Any, list[str]]:
     return tokenizer, notes
 
 
-def sees(config: Any) -> bool:
-    """Whether a model of this configuration takes images."""
-    return getattr(config, "vision_config", None) is not None
-
-
-def load_processor(keys: RunKeys, tokenizer: Any) -> Any:
-    """The processor of a model that sees, with the run's tokenizer.
-
-    Raises:
-        KTAMXConfigError: There is none, or a package it needs is missing.
-    """
-    from transformers import AutoProcessor, ProcessorMixin
-
-    name = keys.model_name_or_path
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=keys.trust_remote_code, **_revision(keys))
-    except Exception as error:  # ImportError of torchvision, say
-        raise KTAMXConfigError(
-            f"model_name_or_path={name!r}: the data have images, and its processor cannot be made: {_in_a_line(error)}"
-        ) from None
-    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
-        raise KTAMXConfigError(
-            f"model_name_or_path={name!r}: the data have images, and the folder has no processor for them "
-            "(processor_config.json or preprocessor_config.json): copy it from the model."
-        )
-    processor.chat_template = processor.chat_template or tokenizer.chat_template
-    processor.tokenizer = tokenizer
-    return processor
-
-
 def _probe(tokenizer: Any, name: str) -> None:
     """transformers makes a tokenizer without a vocabulary of a folder that has no tokenizer's files."""
     try:
         ids = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     except Exception as error:
         raise KTAMXConfigError(
-            f"model_name_or_path={name!r}: its tokenizer cannot be used: {_in_a_line(error)}"
+            f"model_name_or_path={name!r}: its tokenizer cannot be used: {in_a_line(error)}"
         ) from None
     if all(token == tokenizer.unk_token_id for token in ids):
         raise KTAMXConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ class TokenCounter:
     def close(self) -> None:
         """Remove the hook; `tokens` keeps its value."""
         self._handle.remove()
+
+
+def last_metrics(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of what TRL's trainers log beside the loss, what says how a stage of rewards goes: the last values.
+
+    `reward` is GRPO's mean reward; `margin` how much better good answers are judged than bad ones, by the policy's log
+    probabilities (DPO, KTO, ORPO) or by a reward model's scores.
+    """
+    names = {"reward": "reward", "rewards/margins": "margin", "margin": "margin", "accuracy": "accuracy"}
+    last: dict[str, Any] = next((row for row in reversed(history) if "loss" in row), {})
+    return {word: float(last[name]) for name, word in names.items() if isinstance(last.get(name), int | float)}
 
 
 _EVERY = 30.0  # seconds between two lines of an evaluation, where there is no bar
@@ -92,8 +104,9 @@ class ShowProgress(TrainerCallback):
             rate = f"{tokens / seconds:.0f}" if seconds else "?"
             done = max(1, state.global_step - self._first_step)
             left = self.seconds / done * (state.max_steps - state.global_step)
+            more = "".join(f"{name} {value:.4f}  " for name, value in last_metrics([logs]).items())
             self.console.print(
-                f"  step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
+                f"  step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  {more}"
                 f"lr {float(logs.get('learning_rate', 0)):.2e}  {rate} tokens/s  {_clock(left)} left"
             )
 

@@ -35,7 +35,7 @@ _FIXED = (
     "stage", "model_name_or_path", "model_revision", "use_kt", "lora_rank", "lora_alpha", "use_rslora", "lora_target",
     "additional_target", "loraplus_lr_ratio", "dataset", "mix_strategy", "interleave_probs", "val_size", "max_samples",
     "template", "default_system", "enable_thinking", "mask_history", "packing", "packing_strategy",
-    "completion_only_loss", "assistant_only_loss", "beta", "loss_type",
+    "completion_only_loss", "assistant_only_loss", "beta", "loss_type", "reward_funcs",
 )  # fmt: skip
 _ANEW = "To start a new run from its adapter, write adapter_name_or_path: {folder} and another output_dir."
 _KEPT = "it has no effect: the optimizer goes on with the checkpoint's"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,17 @@ from rich.markup import escape
 from ..errors import KTAMXConfigError
 from ..placement.assembly import training_as
 from ..system.text import printable
-from .checkpoints import SUMMARY, clear_earlier_run
-from .config.read import on_this_machine, trainer_config
+from .checkpoints import clear_earlier_run
+from .config.read import on_this_machine
 from .config.settings import TrainSettings
+from .config.stages import stage_of
+from .data.reading import reading
 from .data.rows import Rows, training_and_evaluation
-from .data.tokens import IN_THE_LABELS, Prepared, prepare, reading
+from .data.tokens import IN_THE_LABELS, Prepared, prepare
 from .data.vision import check_options, example, prepare_vision
 from .dry_run import try_out
 from .expert_profile import ProfileRun, as_before, with_lora_as_before
+from .finish import finish
 from .folding import Folding
 from .folding_rules import recorded
 from .full_disk import full_disks
@@ -33,9 +34,8 @@ from .lock import OutputLock
 from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
-from .models import check_weights, load_config, load_model, load_processor, load_tokenizer, outline_of, sees
-from .optimizer import use_loraplus
-from .plots import plot_expert_load, plot_losses
+from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
+from .processor import load_processor, sees
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
 from .resume import (
@@ -50,9 +50,12 @@ from .resume import (
     train,
     with_rows,
 )
+from .reward_model import check_head
+from .rewards import reward_functions
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
+from .trainers import loraplus, make_trainer
 
 
 def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -86,6 +89,7 @@ class _Ready:
     resume: Resume | None
     record: dict[str, Any]
     expert_rank: int | None  # of the adapter to start from
+    rewards: Sequence[Callable[..., Any]]  # of stage: grpo
 
 
 def _prepare(settings: TrainSettings, console: Console) -> _Ready:
@@ -99,6 +103,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     config, more = load_config(keys)
     train_rows, eval_rows = training_and_evaluation(settings, sees(config))
     content = with_rows(content, train_rows.rows)
+    rewards = reward_functions(keys.reward_funcs, {column for row in train_rows.rows for column in row} - {"prompt"})
     if resume:
         check_rows(resume, content)
         resume = check_left(resume, settings)
@@ -107,6 +112,8 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     _print_notes(console, [note for rows in (train_rows, eval_rows) if rows for note in rows.notes])
     outline = outline_of(keys, config)
     check_targets(outline, keys)
+    if stage_of(keys.stage).scores:
+        check_head(keys)
     rank, notes = check_start(keys, outline)
     memory = _before_loading(settings, config, outline)
     check_gpu(memory)
@@ -120,14 +127,19 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     _print_notes(console, [note for data in (train_data, eval_data) if data for note in data.notes])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
     _check_batch(options, len(train_data.dataset))
-    try_out(settings, options, tokenizer, example(train_data) if processor else train_data.dataset.select([0]))
+    one = example(train_data) if processor else train_data.dataset.select([0])
+    try_out(settings, options, tokenizer, one, rewards)
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
-    return _Ready(config, processor or tokenizer, train_data, eval_data, options, memory, resume, content, rank)
+    return _Ready(
+        config, processor or tokenizer, train_data, eval_data, options, memory, resume, content, rank, rewards
+    )
 
 
 def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
+    from transformers import set_seed
+
     keys, train_data, eval_data = settings.run, ready.train_data, ready.eval_data
     if console.is_terminal:
         console.print("Loading the model")  # experts have a progress bar of their own
@@ -137,6 +149,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         kt, notes = as_before(kt, ready.resume.folder)
         budget = with_lora_as_before(budget, ready.resume.folder)
         _print_notes(console, notes)
+    if stage_of(keys.stage).scores:
+        set_seed(ready.options.get("seed", 42))  # the score head's start
     with training_as(budget):
         model = load_model(keys, ready.config, kt, console, placing, ready.memory.tokens, ready.expert_rank)
     peft_config = None
@@ -149,7 +163,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     stop, progress = StopOnSignal(console), ShowProgress(console, counter)
     with _working(console, "Packing the experts"):
         trainer = _make_trainer(settings, ready, model, peft_config)
-    folding = Folding(trainer, lambda line: _print_notes(console, [line]), lambda: _loraplus(settings, trainer))
+    folding = Folding(trainer, lambda line: _print_notes(console, [line]), lambda: loraplus(settings, trainer))
     for callback in (folding, stop, progress, KeepRecord(ready.record)):
         trainer.add_callback(callback)
     rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
@@ -174,7 +188,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         progress.close()
         counter.close()
     with full_disks(trainer):
-        summary = _finish(settings, trainer, progress)
+        summary = finish(settings, ready, trainer, progress)
     show_result(console, settings, summary, ready.expert_rank or keys.lora_rank)
     if stop.number is not None:
         raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)
@@ -223,48 +237,24 @@ def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estim
 
 def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_config: Any) -> Any:
     """TRL's trainer of the stage, around the model."""
-    from transformers import PrinterCallback, set_seed
-    from trl import DPOTrainer, SFTTrainer
+    from transformers import PrinterCallback
 
     from .. import KTMoECallback
 
-    args = trainer_config(settings.run.stage)(**ready.options)
-    set_seed(args.seed)  # LoRA's start
     callbacks = [KTMoECallback()] if settings.run.use_kt else []
     for callback in callbacks:  # which would look for checkpoints that are not complete; `find_checkpoint` has done it
         callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
         callback.advises = False  # `Folding` does what it would advise
-    kind = DPOTrainer if settings.run.stage == "dpo" else SFTTrainer
-    # With a quantized base TRL rounds what is trained to bf16, in which small steps of an optimizer vanish.
-    exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if settings.run.quantization_bit else []
-    trainer = kind(
-        model,
-        args=args,
-        train_dataset=ready.train_data.dataset,
-        eval_dataset=ready.eval_data.dataset if ready.eval_data else None,
-        processing_class=ready.tokenizer,
-        peft_config=peft_config,
-        callbacks=callbacks,
-    )
-    if settings.run.quantization_bit:
-        _in_fp32(trainer.model, exact)
-    _loraplus(settings, trainer)
+    evaluated = ready.eval_data.dataset if ready.eval_data else None
+    trainer = make_trainer(
+        settings, ready.options, model, peft_config, ready.train_data.dataset, evaluated, ready.tokenizer,
+        ready.rewards, callbacks,
+    )  # fmt: skip
+    for callback in callbacks:
+        callback.lead(trainer)
+    loraplus(settings, trainer)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
-
-
-def _in_fp32(model: Any, exact: list[tuple[Any, Any]]) -> None:
-    """Give trained parameters fp32 again: the values they had before, those that the trainer made as they are."""
-    for parameter, value in exact:
-        parameter.data = value.to(parameter.device)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def _loraplus(settings: TrainSettings, trainer: Any) -> None:
-    if settings.run.loraplus_lr_ratio:
-        use_loraplus(trainer, settings.run.loraplus_lr_ratio)
 
 
 def _trainer_options(settings: TrainSettings, rows: int) -> dict[str, Any]:
@@ -297,54 +287,6 @@ def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
     overrides = [one for one in settings.overrides if one.partition("=")[0].strip() not in gone]
     command = shlex.join(["kt-hf", "train", settings.source, *overrides, "resume_from_checkpoint=true"])
     return f"Stopped after step {step} of {trainer.state.max_steps}. {folder} has it all; go on with:\n  {command}"
-
-
-def _finish(settings: TrainSettings, trainer: Any, progress: ShowProgress) -> dict[str, Any]:
-    """Save the adapter, draw, and write the summary."""
-    folder = Path(trainer.args.output_dir)
-    trainer.save_model(str(folder))
-    trainer.save_state()
-    history = trainer.state.log_history
-    losses = [row["loss"] for row in history if "loss" in row]
-    evaluations = [row["eval_loss"] for row in history if "eval_loss" in row]
-    if any(not math.isfinite(value) for value in [*losses, *evaluations]):
-        raise KTAMXConfigError(
-            f"The loss is not finite. Lower learning_rate. The log is in {folder}/trainer_state.json."
-        )
-    plots = []
-    if settings.run.plot_loss and (losses or evaluations):
-        plots.append(plot_losses(history, folder / "loss.png", settings.run.model_name_or_path))
-    load = _expert_load(trainer)
-    if settings.run.plot_loss and load:
-        plots.append(plot_expert_load(load, folder / "expert_load.png", settings.run.model_name_or_path))
-    summary = {
-        "config": settings.source,
-        "settings": asdict(settings.run),
-        "steps": trainer.state.global_step,
-        "loss": losses[-1] if losses else None,
-        "eval_loss": evaluations[-1] if evaluations else None,
-        "tokens": progress.counter.tokens,
-        "seconds": round(progress.seconds, 2),
-        "tokens_per_second": round(progress.tokens_per_second, 1),
-        "adapter": str(folder),
-        "plots": [str(path) for path in plots],
-        "expert_load": load,
-    }
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return summary
-
-
-def _expert_load(trainer: Any) -> dict[int, list[float]]:
-    """Layer -> each expert's share of the tokens, 1 being even; {} for an unpatched model."""
-    from .. import KTMoECallback
-    from ..experts.layer import kt_layers
-
-    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, KTMoECallback)), None)
-    if callback is None:
-        return {}
-    callback.expert_load.collect(kt_layers(trainer.model))  # since the last log
-    total = callback.expert_load.total
-    return {layer: (c.double() / c.sum().clamp(min=1) * len(c)).tolist() for layer, c in total.items()}
 
 
 def _working(console: Console, words: str) -> contextlib.AbstractContextManager[Any]:

@@ -95,6 +95,7 @@ def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], not
     from peft import LoraConfig
 
     from .. import kt_lora_config
+    from ..lora import task_of
 
     fused = _fused_experts(model)
     on_experts = bool(fused) and (targets == "all" or bool(_EXPERTS & set(targets)))
@@ -121,7 +122,7 @@ def _stock(model: Any, keys: RunKeys, targets: Any, options: dict[str, Any], not
         )
     config = LoraConfig(
         r=keys.lora_rank, lora_alpha=keys.lora_alpha, lora_dropout=dropout, target_modules=sorted(chosen),
-        task_type="CAUSAL_LM", **options,
+        task_type=task_of(model), **options,
     )  # fmt: skip
     return config, notes
 

@@ -19,9 +19,10 @@ import typer
 from kt_hf.cli.failures import plain_failures
 from kt_hf.errors import KTAMXConfigError
 from kt_hf.train.config.settings import RunKeys
+from kt_hf.train.data.reading import reading
 from kt_hf.train.data.rows import Rows, load_rows
 from kt_hf.train.data.sources import dataset_problem
-from kt_hf.train.data.tokens import prepare, reading
+from kt_hf.train.data.tokens import prepare
 from tests.support.tiny import CHAT, tokenizer
 
 MANY = ", ".join(f'"a{number}": 0' for number in range(100_000))

@@ -17,6 +17,10 @@ RENAMED = {
     "dtype": "torch_dtype",
     "enable_liger_kernel": "use_liger_kernel",
     "pref_beta": "beta",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "reward_function": "reward_funcs",
+    "reward_functions": "reward_funcs",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "neat_packing": "packing",
@@ -66,6 +70,13 @@ IGNORED = {
     "kt_skip_expert_loading": "experts are always streamed to the operators",
     "kt_weight_lifecycle": _BY_ITSELF,
 }
+# Stage -> names that are taken without effect in it, and why.
+_ONE_LOSS = {"pref_loss": "it is for stage: dpo"}
+_NO_CUT = "GRPO cuts no prompt; max_completion_length bounds the answers"
+NOT_IN_STAGE = {
+    **dict.fromkeys(("kto", "orpo", "rm"), _ONE_LOSS),
+    "grpo": dict.fromkeys(("cutoff_len", "max_length", "max_seq_length"), _NO_CUT),
+}
 # Refused unless null or false, and what to write instead.
 REMOVED = {
     "kt_optimize_rule": "leave it out: experts are found by themselves, rule files are not used",
@@ -98,13 +109,16 @@ REMOVED = {
     "shift_attn": "leave it out: the model's own attention is used",
     "resize_vocab": "leave it out: the vocabulary is the model's",
     "add_tokens": "leave it out: the vocabulary is the model's",
-    "ref_model": "leave it out: DPO's reference is the model without its adapter",
+    "ref_model": "leave it out: the reference is the model without its adapter",
+    "reward_model": "leave it out: stage: grpo takes reward_funcs, functions of a Python file",
+    "pref_ftx": "leave it out: TRL's DPO adds the loss of SFT by loss_type: [sigmoid, sft] with loss_weights",
+    "simpo_gamma": "leave it out: SimPO is none of TRL's losses of DPO",
     "do_predict": "leave it out: kt-hf train trains",
     "predict_with_generate": "leave it out: evaluation is by the loss",
     "export_dir": "leave it out: `kt-hf export ADAPTER FOLDER --to merged` writes a merged model",
     "gpu_memory_utilization": "leave it out: no inference server takes part",
     "device_map": "leave it out: the trainer places the model, kt_hf the experts",
-    "max_prompt_length": "TRL cuts prompt and answer together: write max_length",
+    "max_prompt_length": "TRL cuts prompt and answer together: write max_length (stage: grpo cuts no prompt)",
 }
 # What expert weights are in kt_config.kt_expert_weight_format -> what to write; None: the files tell it themselves.
 EXPERT_FORMATS = {
@@ -161,11 +175,12 @@ MEANT = {
     **dict.fromkeys(("backend",), "kt_backend"),
     **dict.fromkeys(("loraplus_ratio", "lora_plus_ratio"), "loraplus_lr_ratio"),
 }  # fmt: skip
-_FROM_PYTHON = "; TRL's own trainer for it takes a model patched by apply_kt_moe, from Python"
 # Values of other programs -> what to do instead, the end of a sentence.
 INSTEAD = {
-    "stage=pt": "; rows with a column `text` are trained as a whole by stage: sft",
-    **dict.fromkeys(("stage=kto", "stage=rm", "stage=ppo", "stage=grpo"), _FROM_PYTHON),
+    "stage=ppo": "; TRL has no PPO any more: stage: grpo learns from rewards too",
+    "stage=rlhf": "; stage: grpo learns from rewards",
+    "stage=reward": "; a reward model is stage: rm",
+    "stage=pretrain": "; plain text is stage: pt",
 }
 # LLaMA-Factory's templates, which people's files name. Only the fall-backs are used: tokenizers bring their own.
 FALLBACK_TEMPLATES = ("chatml", "alpaca")

@@ -25,7 +25,7 @@ _FROM_ONE = (
     "dataloader_prefetch_factor",
 )
 _ABOVE_ZERO = (
-    *("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps", "beta"),
+    *("learning_rate", "num_train_epochs", "lora_alpha", "save_steps", "logging_steps", "eval_steps"),
     "loraplus_lr_ratio",
 )
 _FROM_ZERO = (
@@ -246,8 +246,8 @@ def _with_kt(c: Checked, purpose: str) -> None:
     if world.isdigit() and int(world) > 1:
         c.problem(
             "",
-            f"{world} processes were started (WORLD_SIZE): experts on the CPU cannot be shared by several processes "
-            "yet. Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
+            f"{world} processes were started (WORLD_SIZE): kt-hf train runs in one, a script with a Trainer in several "
+            "(docs/ranks.md). Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a value from YAML fits a field's type, as `SFTConfig`, `DPOConfig` and our own settings declare it."""
+"""Whether a value from YAML fits a field's type, as TRL's configurations and our own settings declare it."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from . import aliases as names
 from .checks import Checked, check_combinations
 from .convert import allows_none, convert
 from .settings import RunKeys, TrainSettings
+from .stage_checks import check_stage
+from .stages import STAGES, in_words, stage_of
 from .yaml_file import BadSettings, Problem, Setting, key_shown, read_settings, shown
 
 _KT_KEYS = [*(field.name for field in dataclasses.fields(KTConfig)), "kt_max_cache_depth"]
@@ -50,8 +52,9 @@ def check_settings(
     """As `read_arguments`, for settings that have been read, with the problems found so far."""
     problems, notices = list(problems), list[str]()
     settings = _flatten_kt_config(settings, problems)
+    settings = _of_stage(settings, notices)
     stage = settings["stage"].value if "stage" in settings else "sft"
-    fields = trainer_fields("dpo" if stage == "dpo" else "sft")
+    fields = trainer_fields(stage_of(stage).name)
     settings = _translate(settings, fields, problems, notices)
     run_fields = typing.get_type_hints(RunKeys)
     run: dict[str, Any] = {}
@@ -71,6 +74,7 @@ def check_settings(
             problems.append(Problem(setting.where, _unknown(key, stage, known)))
     checked = Checked(settings, RunKeys(**run), kt, trainer, problems, notices)
     check_combinations(checked, purpose)
+    check_stage(checked, purpose)
     if not problems:
         _ask_trl(checked)
     if problems:
@@ -87,14 +91,8 @@ def trainer_fields(stage: str) -> dict[str, Any]:
 
 
 def trainer_config(stage: str) -> Any:
-    """`SFTConfig` or `DPOConfig`."""
-    try:
-        import trl
-    except ImportError as error:
-        raise KTAMXConfigError(
-            f"Training needs TRL, which cannot be imported ({error}). Install with: pip install 'kt-hf[train]'"
-        ) from None
-    return trl.DPOConfig if stage == "dpo" else trl.SFTConfig
+    """The class of TRL that a stage's settings make: `SFTConfig`, `DPOConfig` and so on."""
+    return stage_of(stage).config_class()
 
 
 def on_this_machine(trainer: dict[str, Any], keys: RunKeys) -> dict[str, Any]:
@@ -106,10 +104,36 @@ def on_this_machine(trainer: dict[str, Any], keys: RunKeys) -> dict[str, Any]:
     if not trainer.get("fp16") and trainer.get("bf16") is None:
         result["bf16"] = keys.torch_dtype != "float32"
     whole_epochs = trainer.get("max_steps", -1) < 1 and trainer.get("num_train_epochs", 3) >= 1
-    if keys.stage == "dpo" and keys.use_kt and whole_epochs and not trainer.get("sync_ref_model"):
+    stage = stage_of(keys.stage)
+    if stage.reference and keys.use_kt and whole_epochs and not trainer.get("sync_ref_model"):
         # The reference's forward spoils the policy's, which each step would compute once more.
         result.setdefault("precompute_ref_log_probs", True)
+    if keys.stage == "pt":  # documents one after the other, cut into rows of max_length: no token is lost
+        result = {"packing": True, "packing_strategy": "wrapped"} | result
+    if stage.generates and keys.enable_thinking is not None:
+        result["chat_template_kwargs"] = {"enable_thinking": keys.enable_thinking} | (
+            result.get("chat_template_kwargs") or {}
+        )
     return result
+
+
+def _of_stage(settings: dict[str, Setting], notices: list[str]) -> dict[str, Setting]:
+    """What LLaMA-Factory's files have in stages where TRL has it under another name, or not at all.
+
+    It asks for ORPO by `stage: dpo` with `pref_loss: orpo`, and reads `pref_loss` in no other stage.
+    """
+    stage = settings.get("stage")
+    name = stage.value if stage else None
+    rest = dict(settings)
+    if stage and name == "dpo" and "pref_loss" in rest and rest["pref_loss"].value == "orpo":
+        del rest["pref_loss"]
+        rest["stage"] = Setting("orpo", stage.where)
+        notices.append("pref_loss: orpo is a trainer of its own in TRL: stage: orpo is used.")
+    for key, why in names.NOT_IN_STAGE.get(name if isinstance(name, str) else "", {}).items():
+        if key in rest:
+            notices.append(f"{key} has no effect: {why}.")
+            del rest[key]
+    return rest
 
 
 def _translate(
@@ -204,9 +228,9 @@ def _take_kt(key: str, setting: Setting, into: dict[str, Any], problems: list[Pr
 
 
 def _unknown(key: str, stage: Any, known: Sequence[str]) -> str:
-    other = "sft" if stage == "dpo" else "dpo"
-    if key in trainer_fields(other):
-        return f"{key} belongs to stage: {other}, this is stage: {stage}"
+    others = [other for other in STAGES if key in trainer_fields(other)]
+    if others:
+        return f"{key} belongs to stage: {in_words(others)}, this is stage: {stage}"
     if key in names.MEANT:
         return f"{key} is no setting of kt_hf; did you mean {names.MEANT[key]}?"
     candidates = [*known, *names.RENAMED, *names.TRANSLATED, *names.IGNORED] if known and len(key) <= 64 else []

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import KTConfig
+from .stages import STAGES, stage_of
 
 # Models and data that come with Python packages: they need no network.
 BUILTIN_MODEL = "builtin:smollm2-moe"
 BUILTIN_DATA = "builtin:pydoc"
+_PROMPT = 512  # tokens
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-STAGES = ("sft", "dpo")
 # LLaMA-Factory's ways to mix data sets -> when `datasets.interleave_datasets` stops; None for one after the other.
 MIX_STRATEGIES = {
     "concat": None,
@@ -23,7 +24,7 @@ MIX_STRATEGIES = {
 
 # What keys of `RunKeys` may be.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "stage": STAGES,
+    "stage": tuple(STAGES),
     "torch_dtype": DTYPES,
     "finetuning_type": ("lora",),
     "quantization_bit": (None, 4, 8),
@@ -66,6 +67,7 @@ class RunKeys:
     default_system: str | None = None
     enable_thinking: bool | None = None
     mask_history: bool = False
+    reward_funcs: list[str] = field(default_factory=list)
     max_samples: int | None = None
     plot_loss: bool = False
     overwrite_output_dir: bool = False
@@ -80,7 +82,7 @@ class TrainSettings:
         source: The file it was read from.
         run: The keys that are neither TRL's nor `kt_*`: model, LoRA, data.
         kt: The `kt_*` keys.
-        trainer: Keyword arguments of TRL's `SFTConfig` or `DPOConfig`, as far as they were given.
+        trainer: Keyword arguments of TRL's configuration of the stage (`SFTConfig` say), as far as they were given.
         notices: What the user should know of how the file was understood: translated, ignored, replaced.
         overrides: `key=value` of the command line, as typed.
         given: Names, as of today, of the settings that the file or the command line has.
@@ -98,6 +100,21 @@ class TrainSettings:
     def output_dir(self) -> str:
         """The folder that the run writes to; TRL's default where the file names none."""
         return str(self.trainer.get("output_dir") or "trainer_output")
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Tokens of a forward in training, at most; of GRPO, whose prompts are never cut, with prompts of 512."""
+        stage = stage_of(self.run.stage)
+        length = int(self.trainer.get("max_length", 1024) or 1024)
+        if stage.generates:
+            length = _PROMPT + int(self.trainer.get("max_completion_length", 256) or 256)
+        return int(self.trainer.get("per_device_train_batch_size", 8)) * length * (2 if stage.pairs else 1)
+
+    @property
+    def chunked_loss(self) -> bool:
+        """Whether TRL computes the loss by tiles of logits, or without any."""
+        stage = stage_of(self.run.stage)
+        return stage.chunked and not (stage.tokenized and self.trainer.get("label_smoothing_factor"))
 
     @property
     def checkpointing(self) -> bool:

@@ -18,7 +18,7 @@ _MOST_BYTES = 50_000_000  # theirs has about 20,000
 _COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "messages": "conversations",
     "system": "system", "tools": "tools", "images": "images", "videos": "videos", "audios": "audios",
-    "chosen": "chosen", "rejected": "rejected",
+    "chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag",
 }  # fmt: skip
 # Its name of a speaker -> (ours, the word for it in the data unless the entry says otherwise).
 _SPEAKERS = {
@@ -129,8 +129,6 @@ def _entry(name: str, entry: Any, file: Path) -> Entry:
     if most is not None and (type(most) is not int or most < 1):
         raise wrong(f"num_samples={most!r} must be a whole number from 1")
     columns, tags = (_names(entry, key, wrong) for key in ("columns", "tags"))
-    if "kto_tag" in columns:
-        raise wrong("it has a kto_tag, and stage: kto is not one of kt-hf train's")
     path = _path(entry, file, wrong)
     if path is None and entry.get("hf_hub_url") is None:
         other = next((key for key in _ELSEWHERE if entry.get(key)), None)

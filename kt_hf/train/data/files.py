@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import KTAMXConfigError
-from .formats import recognize
+from .stage_formats import recognize
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 _PARQUET_BATCH = 256  # rows in memory in Arrow's form beside the ones already read

@@ -1,8 +1,8 @@
 """Rows of the formats people have, turned into the ones TRL knows. Recognized by their columns.
 
 What comes out, for `stage: sft`: `messages`; or `prompt` and `completion`, as text or as messages; or `text`; or
-`input_ids` and `labels`. For `stage: dpo`: `prompt`, `chosen` and `rejected`, as text or as messages. Rows of messages
-may have `tools` and `chat_template_kwargs` beside them.
+`input_ids` and `labels`. For stages of pairs: `prompt`, `chosen` and `rejected`, as text or as messages. Rows of
+messages may have `tools` and `chat_template_kwargs` beside them. Formats of other stages are in `stage_formats`.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Format:
     Attributes:
         name: What messages call it.
         columns: Those it is known by, all of them needed.
-        stage: What it can be trained with, `sft` or `dpo`.
+        stages: What it can be trained with.
         convert: Turns a row's columns into TRL's form; raises `BadRow`.
     """
 
     name: str
     columns: frozenset[str]
-    stage: str
+    stages: tuple[str, ...]
     convert: Callable[[Columns], Row]
 
     def row(self, row: Row, used: set[str], sees: bool = False, folder: Path | None = None) -> Row:
@@ -94,13 +94,8 @@ class Format:
         return converted | {"images": pictured["images"]}
 
 
-def recognize(columns: set[str], stage: str | None = None) -> Format | None:
-    """The first format whose columns are all there; one of the stage before the others."""
-    known = [form for form in FORMATS if form.columns <= columns]
-    return next((form for form in known if form.stage == stage), known[0] if known else None)
-
-
-def _text(row: Columns, column: str, needed: bool = True) -> str:
+def text(row: Columns, column: str, needed: bool = True) -> str:
+    """The text of a column, "" where there is none. Raises `BadRow` if it is no text, or empty and `needed`."""
     value = row.get(column)
     if value is None:
         value = ""
@@ -111,7 +106,7 @@ def _text(row: Columns, column: str, needed: bool = True) -> str:
     return value
 
 
-def _beside(row: Columns) -> Row:
+def beside(row: Columns) -> Row:
     """`tools` and `chat_template_kwargs` of a row of messages, each only if there is anything in it."""
     tools = parsed(row.get("tools"), "tools")
     if isinstance(tools, dict):
@@ -128,12 +123,13 @@ def _beside(row: Columns) -> Row:
     return {key: value for key, value in both.items() if value}
 
 
-def _with_system(row: Columns, messages: list[Message]) -> list[Message]:
-    system = _text(row, "system", needed=False)
+def with_system(row: Columns, messages: list[Message]) -> list[Message]:
+    """`messages` after the system message of the column `system`, where it has one."""
+    system = text(row, "system", needed=False)
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _trained(messages: list[Message]) -> list[Message]:
+def trained(messages: list[Message]) -> list[Message]:
     """Checked for an answer to train on."""
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(message.get("train", True) for message in answers):
@@ -141,7 +137,8 @@ def _trained(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _alpaca_prompt(row: Columns) -> list[Message]:
+def alpaca_prompt(row: Columns) -> list[Message]:
+    """The question of an alpaca row, after its history and system message. Raises `BadRow` if there is none."""
     messages: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -150,44 +147,45 @@ def _alpaca_prompt(row: Columns) -> list[Message]:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise BadRow("history is not a list of [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    more = _text(row, "input", needed=False)
-    question = _text(row, "instruction", needed=not more)
+    more = text(row, "input", needed=False)
+    question = text(row, "instruction", needed=not more)
     messages.append({"role": "user", "content": f"{question}\n{more}" if question and more else question or more})
-    return _with_system(row, messages)
+    return with_system(row, messages)
 
 
 def _alpaca(row: Columns) -> Row:
-    return {"messages": [*_alpaca_prompt(row), {"role": "assistant", "content": _text(row, "output")}]} | _beside(row)
+    return {"messages": [*alpaca_prompt(row), {"role": "assistant", "content": text(row, "output")}]} | beside(row)
 
 
 def _conversation(column: str) -> Callable[[Columns], Row]:
     def convert(row: Columns) -> Row:
-        messages = check_turns(_with_system(row, messages_of(row.get(column), column)))
-        return {"messages": _trained(messages)} | _beside(row)
+        messages = check_turns(with_system(row, messages_of(row.get(column), column)))
+        return {"messages": trained(messages)} | beside(row)
 
     return convert
 
 
-def _prompt_completion(row: Columns) -> Row:
+def prompt_completion(row: Columns) -> Row:
+    """`prompt` and `completion`, both text or both messages. Raises `BadRow` if they are no question and answer."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
-    asked = _asked(row, prompt)
+        return {"prompt": text(row, "prompt"), "completion": text(row, "completion")}
+    question = asked(row, prompt)
     answer = messages_of(completion, "completion") if isinstance(completion, list) else None
-    answer = answer or [{"role": "assistant", "content": _text(row, "completion")}]
-    check_turns([*asked, *answer])
-    return {"prompt": asked, "completion": _trained(answer)} | _beside(row)
+    answer = answer or [{"role": "assistant", "content": text(row, "completion")}]
+    check_turns([*question, *answer])
+    return {"prompt": question, "completion": trained(answer)} | beside(row)
 
 
-def _asked(row: Columns, prompt: Any) -> list[Message]:
+def asked(row: Columns, prompt: Any) -> list[Message]:
     """A prompt as messages; text is a question."""
     if isinstance(prompt, list):
-        return _with_system(row, messages_of(prompt, "prompt"))
-    return _with_system(row, [{"role": "user", "content": _text(row, "prompt")}])
+        return with_system(row, messages_of(prompt, "prompt"))
+    return with_system(row, [{"role": "user", "content": text(row, "prompt")}])
 
 
 def _plain(row: Columns) -> Row:
-    return {"text": _text(row, "text")}
+    return {"text": text(row, "text")}
 
 
 def _tokens(row: Columns) -> Row:
@@ -217,7 +215,7 @@ def _answers(row: Columns, asked: list[Message]) -> list[list[Message]]:
         value = row.get(column)
         value = [value] if isinstance(value, dict) else value
         if not isinstance(value, list):
-            both.append([{"role": "assistant", "content": _text(row, column)}])
+            both.append([{"role": "assistant", "content": text(row, column)}])
             continue
         answer = messages_of(value, column)
         # Some have the whole conversation in it, the prompt once more.
@@ -247,14 +245,14 @@ def _pair(row: Columns, asked: list[Message]) -> Row:
         raise BadRow("train of a message is for stage: sft")
     for message in messages:
         message.pop("train", None)
-    return {"prompt": asked, "chosen": chosen, "rejected": rejected} | _beside(row)
+    return {"prompt": asked, "chosen": chosen, "rejected": rejected} | beside(row)
 
 
 def _preference(row: Columns) -> Row:
     prompt = row.get("prompt")
     if isinstance(prompt, list) or not isinstance(row.get("chosen"), str):
-        return _pair(row, _asked(row, prompt))
-    pair = {column: _text(row, column) for column in ("prompt", "chosen", "rejected")}
+        return _pair(row, asked(row, prompt))
+    pair = {column: text(row, column) for column in ("prompt", "chosen", "rejected")}
     if pair["chosen"] == pair["rejected"]:
         raise BadRow("chosen and rejected are the same")
     return pair
@@ -263,8 +261,8 @@ def _preference(row: Columns) -> Row:
 def _implicit_prompt(row: Columns) -> Row:
     """The prompt is what `chosen` and `rejected` both begin with, in messages or, as TRL does it, in text."""
     if not isinstance(row.get("chosen"), str):
-        return _pair(row, _with_system(row, []))
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+        return _pair(row, with_system(row, []))
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
@@ -277,26 +275,26 @@ def _implicit_prompt(row: Columns) -> Row:
 
 
 def _sharegpt_ranking(row: Columns) -> Row:
-    return _pair(row, _with_system(row, messages_of(row.get("conversations"), "conversations")))
+    return _pair(row, with_system(row, messages_of(row.get("conversations"), "conversations")))
 
 
 def _alpaca_ranking(row: Columns) -> Row:
-    return _pair(row, _alpaca_prompt(row))
+    return _pair(row, alpaca_prompt(row))
 
 
 # The more specific first.
-FORMATS = tuple(
-    Format(name, frozenset(columns.split()), stage, convert)
-    for name, columns, stage, convert in (
-        ("alpaca ranking", "instruction chosen rejected", "dpo", _alpaca_ranking),
-        ("sharegpt ranking", "conversations chosen rejected", "dpo", _sharegpt_ranking),
-        ("preference pairs", "prompt chosen rejected", "dpo", _preference),
-        ("preference pairs without prompt", "chosen rejected", "dpo", _implicit_prompt),
-        ("tokens", "input_ids", "sft", _tokens),
+OF_ANSWERS_AND_PAIRS = tuple(
+    Format(name, frozenset(columns.split()), tuple(stages.split()), convert)
+    for name, columns, stages, convert in (
+        ("alpaca ranking", "instruction chosen rejected", "dpo orpo rm", _alpaca_ranking),
+        ("sharegpt ranking", "conversations chosen rejected", "dpo orpo rm", _sharegpt_ranking),
+        ("preference pairs", "prompt chosen rejected", "dpo orpo rm", _preference),
+        ("preference pairs without prompt", "chosen rejected", "dpo orpo rm", _implicit_prompt),
+        ("tokens", "input_ids", "sft pt", _tokens),
         ("messages", "messages", "sft", _conversation("messages")),
         ("sharegpt", "conversations", "sft", _conversation("conversations")),
-        ("prompt and completion", "prompt completion", "sft", _prompt_completion),
+        ("prompt and completion", "prompt completion", "sft", prompt_completion),
         ("alpaca", "instruction output", "sft", _alpaca),
-        ("text", "text", "sft", _plain),
+        ("text", "text", "pt sft", _plain),
     )
 )

@@ -10,9 +10,11 @@ from typing import Any
 
 from ...errors import KTAMXConfigError
 from ..config.settings import MIX_STRATEGIES, RunKeys, TrainSettings
-from .formats import FORMATS, Format, recognize
+from ..config.stages import STAGES, in_words
+from .formats import Format
 from .messages import BadRow
 from .sources import Source, read_source
+from .stage_formats import FORMATS, TAG, is_marked, recognize
 
 # More unusable rows than this share stop the run.
 MOST_BAD = 0.01
@@ -73,7 +75,7 @@ def load_rows(
     Args:
         specs: As in `dataset`.
         purpose: `train` or `eval`.
-        stage: `sft` or `dpo`.
+        stage: A name of `STAGES`.
         most: Rows taken of each data set.
         dataset_dir: The folder of LLaMA-Factory's `dataset_info.json`.
         text_column: What TRL's `dataset_text_field` calls the column `text`.
@@ -137,14 +139,18 @@ def _format_of(source: Source, spec: str, stage: str) -> Format | None:
     if not source.rows:
         return None
     columns, name = source.columns(), "" if source.name == spec else f" ({source.name})"
+    if is_marked((row for _, row in source.rows), stage):
+        columns.add(TAG)
     form = recognize(columns, stage)
     if form is None:
         known = "; ".join(f"{form.name}: {', '.join(sorted(form.columns))}" for form in FORMATS)
         shown = _named(columns)
         raise KTAMXConfigError(f"dataset {spec}{name}: no known format has the columns {shown}. Known are {known}.")
-    if form.stage != stage:
+    if stage not in form.stages:
+        more = " Take the marks (kto_tag, label) out to train on every answer." if TAG in form.columns else ""
         raise KTAMXConfigError(
-            f"dataset {spec}{name} is {form.name}, which is data for stage: {form.stage}, and this is stage: {stage}."
+            f"dataset {spec}{name} is {form.name}, which is data for stage: {in_words(form.stages)}, and this is "
+            f"stage: {stage}.{more}"
         )
     return form
 
@@ -159,10 +165,10 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _one_form(rows: Rows, stage: str) -> Rows:
-    """`rows`, of which TRL's DPO takes messages or text, not both. SFT's are tokenized here, each as it is."""
-    if stage == "dpo" and len({messages_column(row) is None for row in rows.rows}) > 1:
+    """`rows`, of which TRL's trainers take messages or text, not both. SFT's are tokenized here, each as it is."""
+    if not STAGES[stage].tokenized and len({messages_column(row) is None for row in rows.rows}) > 1:
         raise KTAMXConfigError(
-            "The data sets have different forms, messages and text, and TRL trains preference pairs of one at a time."
+            f"The data sets have different forms, messages and text, and TRL trains stage: {stage} on one of them."
         )
     return rows
 

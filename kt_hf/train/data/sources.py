@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import KTAMXConfigError
 from ..config.aliases import KNOWN_DATASETS
 from ..config.settings import BUILTIN_DATA
+from ..config.stages import STAGES
 from .dataset_info import FILE, Entry, entry_of, info_file
 from .files import SUFFIXES, Unreadable, data_files, numbered, read_rows
 
@@ -98,7 +99,7 @@ def read_source(
     Args:
         spec: A file, a folder, a name in `dataset_info.json` or on the hub, or `builtin:pydoc`.
         purpose: `train` or `eval`: which split, where there are several.
-        stage: For `builtin:pydoc`: `sft` gives answers, `dpo` pairs of a right and a wrong one.
+        stage: For `builtin:pydoc`: which form its rows have.
         most: Rows to take at most.
         dataset_dir: The folder of `dataset_info.json`.
 
@@ -191,19 +192,28 @@ def _unreachable(name: str) -> str | None:
 
 
 def _pydoc(purpose: str, stage: str) -> list[dict[str, Any]]:
+    """Questions on Python and their answers; where wrong ones are needed, the right one to another question."""
     from ...builtin.pydoc_rows import collect, import_modules, split
 
     train, held_out = split(collect(import_modules()[0]))
     items = train if purpose == "train" else held_out
-    if stage != "dpo":
-        return [dict(item.row()) for item in items]
-    # The wrong answer is the right one to another question.
     others = [*items[1:], *items[:1]]
-    return [
-        {
-            "prompt": [{"role": "user", "content": item.question}],
-            "chosen": [{"role": "assistant", "content": item.answer}],
-            "rejected": [{"role": "assistant", "content": other.answer}],
-        }
-        for item, other in zip(items, others, strict=True)
-    ]
+
+    def says(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    rows: list[dict[str, Any]] = []
+    for number, (item, other) in enumerate(zip(items, others, strict=True)):
+        prompt, right, wrong = says("user", item.question), item.answer, other.answer
+        if stage == "pt":
+            rows.append({"text": f"{item.question}\n{right}"})
+        elif STAGES[stage].pairs:
+            rows.append({"prompt": prompt, "chosen": says("assistant", right), "rejected": says("assistant", wrong)})
+        elif stage == "kto":
+            good = number % 2 == 0
+            rows.append({"prompt": prompt, "completion": says("assistant", right if good else wrong), "label": good})
+        elif STAGES[stage].generates:
+            rows.append({"prompt": prompt, "answer": right})
+        else:
+            rows.append(dict(item.row()))
+    return rows

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import KTAMXConfigError
-from ..config.settings import RunKeys
+from ..config.stages import STAGES
 from .formats import Row
 from .messages import BadRow
+from .raw_rows import dataset_of, tokenizing
+from .reading import Reading, check_ids, ended
 from .rows import Rows, judge, messages_column
-from .template import ChatTemplate, chat_template, common_length, conversation, fitted, left_out
+from .template import common_length, conversation, fitted, left_out
 
 _MASKED = -100
-_PAIR = ("prompt", "chosen", "rejected")
 _SHOWN = 3
 _LONGEST_REASON = 300
 _ROWS_PER_PROCESS = 1000  # a process costs more than a thousand short rows
@@ -27,52 +26,12 @@ _ROWS_PER_PROCESS = 1000  # a process costs more than a thousand short rows
 IN_THE_LABELS = ("assistant_only_loss", "completion_only_loss")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How rows become tokens: the part of a configuration that TRL's own preparation goes by.
-
-    Attributes:
-        tokenizer: As training will have it.
-        template: Its chat template.
-        vocabulary: Ids from here on have no embedding.
-        max_length: Tokens of a row, None for any number.
-        keep_end: Whether the end of a longer row is kept, not the beginning.
-        cut: Whether a longer row is cut at all; packing may split it.
-        train_on_all: Whether prompts are trained too (`completion_only_loss: false`).
-        whole_conversations: Whether all of a conversation is trained (`assistant_only_loss: false`).
-        last_answer: Whether only the last answer of a conversation is trained (`mask_history`).
-        processes: That share the work; None for this one alone.
-    """
-
-    tokenizer: Any
-    template: ChatTemplate
-    vocabulary: int
-    max_length: int | None
-    keep_end: bool
-    cut: bool
-    train_on_all: bool
-    whole_conversations: bool
-    last_answer: bool
-    processes: int | None
-
-    @property
-    def beginning(self) -> int | None:
-        """How many tokens are kept of a row's beginning; None for all, or where its end is kept."""
-        return self.max_length if self.cut and not self.keep_end else None
-
-    def kept(self, numbers: list[int]) -> list[int]:
-        """What is left of a row's tokens or labels."""
-        if self.max_length is None or not self.cut:
-            return numbers
-        return numbers[-self.max_length :] if self.keep_end else numbers[: self.max_length]
-
-
 @dataclass
 class Prepared:
     """Data for a trainer.
 
     Attributes:
-        dataset: For SFT `input_ids` and `labels`; for DPO the rows, which TRL tokenizes once more.
+        dataset: For SFT and plain text `input_ids` and `labels`; else the rows, which TRL tokenizes once more.
         notes: What to tell the user.
         sequences: Token ids of the first rows, an array each.
     """
@@ -82,120 +41,60 @@ class Prepared:
     sequences: list[Any] = field(default_factory=list)
 
 
-def reading(keys: RunKeys, options: dict[str, Any], tokenizer: Any, vocabulary: int) -> Reading:
-    """How the rows of a run are to be read.
-
-    Args:
-        keys: The run's keys that are not TRL's.
-        options: Keyword arguments of TRL's configuration.
-        tokenizer: The model's; not changed.
-        vocabulary: How many embeddings the model has.
-
-    Raises:
-        KTAMXConfigError: `eos_token` or `chat_template_path` name nothing that there is.
-    """
-    tokenizer, vocabulary = _as_trained(options, tokenizer, vocabulary)
-    packed = options.get("packing") and options.get("packing_strategy", "bfd") != "bfd"
-    return Reading(
-        tokenizer=tokenizer,
-        template=chat_template(tokenizer),
-        vocabulary=vocabulary,
-        max_length=options.get("max_length", 1024),
-        keep_end=options.get("truncation_mode") == "keep_end",
-        cut=not packed,
-        train_on_all=options.get("completion_only_loss") is False,
-        whole_conversations=options.get("assistant_only_loss") is False,
-        last_answer=keys.mask_history,
-        processes=options.get("dataset_num_proc"),
-    )
-
-
-def _as_trained(options: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[Any, int]:
-    """(a copy of the tokenizer with what TRL will do to it, the number of embeddings there will be)."""
-    end, source = options.get("eos_token"), options.get("chat_template_path")
-    if end is None and source is None:
-        return tokenizer, vocabulary
-    tokenizer = copy.deepcopy(tokenizer)
-    if end is not None:
-        if end not in tokenizer.get_vocab():
-            raise KTAMXConfigError(f"eos_token={end!r} is not in the tokenizer's vocabulary.")
-        tokenizer.eos_token = end
-    if source is not None:
-        try:
-            if source.endswith((".jinja", ".j2")) and Path(source).is_file():
-                tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
-                return tokenizer, vocabulary
-            from transformers import AutoTokenizer
-
-            other = AutoTokenizer.from_pretrained(source)
-            tokenizer.chat_template = other.get_chat_template()
-        except (OSError, ValueError) as error:
-            words = " ".join(str(error).split())
-            raise KTAMXConfigError(f"chat_template_path={source!r} cannot be used: {words}") from None
-        tokenizer.add_tokens([t for t in other.added_tokens_decoder.values() if t.content not in tokenizer.vocab])
-        tokenizer.eos_token = other.eos_token
-        vocabulary = max(vocabulary, len(tokenizer.vocab))  # TRL makes room for them
-    return tokenizer, vocabulary
-
-
 def prepare(rows: Rows, how: Reading, stage: str, purpose: str) -> Prepared:
     """The rows for a trainer of `stage`, without those that cannot be trained on.
 
     Args:
         rows: In TRL's form.
         how: How they become tokens.
-        stage: `sft` or `dpo`.
+        stage: A name of `STAGES`.
         purpose: `train` or `eval`, for messages.
 
     Raises:
         KTAMXConfigError: More than 1 % of the rows cannot be trained on: the chat template refuses them, they have
             tokens the model does not know, or nothing that is trained is within `max_length`.
     """
-    from datasets import Dataset, Features, Json, List, Value
+    from datasets import Dataset, Features, List, Value
 
     name = "the training data" if purpose == "train" else "the evaluation data"
-    chats = [row for row in rows.rows if messages_column(row)]
+    seen = rows.rows if not STAGES[stage].generates else [{"prompt": row["prompt"]} for row in rows.rows]
+    chats = [row for row in seen if messages_column(row)]
     template, fit = fitted(how.template, chats)
     how = replace(how, template=template)
-    results = _each(rows.rows, how, _tokenized_pair if stage == "dpo" else _tokenized)
+    tokenized = STAGES[stage].tokenized
+    results = _each(rows.rows, how, _tokenized if tokenized else tokenizing(stage))
     bad = [(rows.place(i), result["problem"]) for i, result in enumerate(results) if result["problem"]]
     judge(name, bad, len(results))
-    good = [i for i, result in enumerate(results) if not result["problem"]]
-    prepared = Prepared(None, [*([fit] if fit else []), *_notes(results, bad, how, name)])
+    uncut = STAGES[stage].scores
+    good = [i for i, result in enumerate(results) if not (result["problem"] or (uncut and result["cut"]))]
+    if not good:
+        raise KTAMXConfigError(f"{name}: every row is longer than max_length={how.max_length} tokens: give more.")
+    prepared = Prepared(None, [*([fit] if fit else []), *_notes(results, bad, how, name, uncut)])
     if chats:
         unused = left_out(how.template, chats)
         prepared.notes += [f"the chat template does not use {', '.join(unused)} in {name}"] if unused else []
     prepared.sequences = [results[i]["input_ids"] for i in good[:64]]
-    if stage == "sft":
+    if tokenized:
         features = Features({column: List(Value("int64")) for column in ("input_ids", "labels")})
         columns = {column: [results[i][column] for i in good] for column in features}
         prepared.dataset = Dataset.from_dict(columns, features=features)
-        return prepared
-    taken = [_as_rendered(rows.rows[i], template) for i in good]
-    # As JSON: Arrow's own form of objects gives each the keys of all, with null for what it does not have.
-    beside = [column for column in ("tools", "chat_template_kwargs") if any(column in row for row in taken)]
-    filled: list[Row] = [{"tools": None, "chat_template_kwargs": {}} | row for row in taken]
-    columns = {column: [row[column] for row in filled] for column in (*_PAIR, *beside)}
-    kind = Json() if chats else Value("large_string")
-    prepared.dataset = Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, kind)))
+    else:
+        prepared.dataset = dataset_of([rows.rows[i] for i in good], stage, template)
     return prepared
 
 
-def _as_rendered(row: Row, template: ChatTemplate) -> Row:
-    """A pair whose messages are as its chat template may see them."""
-    shown = {column: template.plain(row[column]) for column in _PAIR if isinstance(row[column], list)}
-    return row | shown
-
-
-def _notes(results: Sequence[dict[str, Any]], bad: Sequence[tuple[str, str]], how: Reading, name: str) -> list[str]:
+def _notes(
+    results: Sequence[dict[str, Any]], bad: Sequence[tuple[str, str]], how: Reading, name: str, uncut: bool
+) -> list[str]:
     notes, of_all = [], f"of {len(results)} rows"
     if bad:
         shown = "; ".join(f"{place}: {reason}" for place, reason in bad[:_SHOWN])
         notes.append(f"{name}: {len(bad)} {of_all} are left out ({shown})")
     longer = sum(bool(result["cut"]) for result in results)
     if longer:
-        what = "the beginning" if how.keep_end else "the end"
-        notes.append(f"{name}: {longer} {of_all} are longer than max_length={how.max_length} tokens and lose {what}")
+        what = f"lose {'the beginning' if how.keep_end else 'the end'}"
+        what = "are left out: a reward model scores whole answers" if uncut else what
+        notes.append(f"{name}: {longer} {of_all} are longer than max_length={how.max_length} tokens and {what}")
     lost = sum(result["lost"] > 0 for result in results)
     if lost:
         notes.append(
@@ -249,7 +148,7 @@ def _tokenized(row: Row, how: Reading) -> dict[str, Any]:
     ids, labels, lost = _labelled(row, how)
     if not ids:
         raise BadRow("it has no tokens")
-    _check_ids([*ids, *(label for label in labels if label != _MASKED)], how)
+    check_ids([*ids, *(label for label in labels if label != _MASKED)], how)
     if all(label == _MASKED for label in labels):
         raise BadRow("no token of it is trained")
     if all(label == _MASKED for label in how.kept(labels)):
@@ -263,10 +162,10 @@ def _labelled(row: Row, how: Reading) -> tuple[list[int], list[int], int]:
     if "input_ids" in row:
         return row["input_ids"], row["labels"], 0
     if "text" in row:
-        ids = list(how.tokenizer(text=_ended(row["text"], how))["input_ids"])
+        ids = list(how.tokenizer(text=ended(row["text"], how))["input_ids"])
         return ids, ids, 0
     if messages_column(row) is None:
-        ids = list(how.tokenizer(text=row["prompt"] + _ended(row["completion"], how))["input_ids"])
+        ids = list(how.tokenizer(text=row["prompt"] + ended(row["completion"], how))["input_ids"])
         asked = how.tokenizer(text=row["prompt"])["input_ids"]
         return ids, _from(ids, 0 if how.train_on_all else common_length(asked, ids)), 0
     messages = conversation(row)
@@ -302,37 +201,3 @@ def _last_answer(row: Row, how: Reading) -> tuple[list[int], list[int], int]:
 
 def _from(ids: list[int], start: int) -> list[int]:
     return [_MASKED] * start + ids[start:]
-
-
-def _ended(text: str, how: Reading) -> str:
-    end = how.tokenizer.eos_token or ""
-    return text if text.endswith(end) else text + end
-
-
-def _tokenized_pair(row: Row, how: Reading) -> dict[str, Any]:
-    """What DPO's own preparation will make of a row: only whether it can, and whether anything is left to prefer."""
-    if messages_column(row):
-        asked = how.template.tokens(row, row["prompt"], ask=True)
-        chosen, rejected = (how.template.tokens(row, [*row["prompt"], *row[c]]) for c in ("chosen", "rejected"))
-    else:
-        asked = list(how.tokenizer(row["prompt"])["input_ids"])
-        chosen, rejected = (
-            list(how.tokenizer(row["prompt"] + _ended(row[c], how))["input_ids"]) for c in ("chosen", "rejected")
-        )
-    start = min(common_length(asked, chosen), common_length(asked, rejected))
-    _check_ids([*chosen, *rejected], how)
-    if how.max_length is not None and not how.keep_end and start >= how.max_length:
-        raise BadRow(f"its prompt has {start} tokens, and max_length={how.max_length} leaves none for the answers")
-    if how.kept(chosen) == how.kept(rejected):
-        raise BadRow(f"chosen and rejected are the same within max_length={how.max_length}")
-    cut = any(len(how.kept(ids)) < len(ids) for ids in (chosen, rejected))
-    return {"input_ids": chosen, "cut": cut}
-
-
-def _check_ids(ids: Sequence[int], how: Reading) -> None:
-    worst = max(ids, default=0)
-    if worst >= how.vocabulary or min(ids, default=0) < 0:
-        token = worst if worst >= how.vocabulary else min(ids)
-        name = how.tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(how.tokenizer) else None
-        shown = f" ({name!r})" if name else ""
-        raise BadRow(f"token {token}{shown} is none of the model's {how.vocabulary}: are model and tokenizer a pair?")

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, kt_lora_config, load_kt_model
-from kt_hf.dense_rest import bits_and_bytes, for_rest, saved_bytes
+from kt_hf.bitsandbytes_rest import bits_and_bytes, for_rest, saved_bytes
 from tests.support.models import FAMILIES
 from tests.support.patched import fill_lora
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .gates import ACTIVATIONS, Gate
-from .gates.probe import gate_of
+from ..gates import ACTIVATIONS, Gate
+from ..gates.probe import gate_of
 
 # How a model calls its experts module.
 #   routed:    hidden states [T, H], ids [T, K] and routing weights [T, K] give the weighted sum [T, H];
@@ -22,7 +22,7 @@ from .gates.probe import gate_of
 #   normed:    the same, where each expert's output goes through the module `post_expert_norm` before it is weighted;
 #   batched:   the same with hidden states [B, S, H];
 #   sliced:    every expert gets T rows, those of tokens that are not its own zero: [E*T, H] give [E*T, H].
-#   listed:    it is a list of MLPs, of which each is called with rows of its own (`kt_hf.listed`).
+#   listed:    it is a list of MLPs, of which each is called with rows of its own (`listed_mlps.py` beside this).
 Call = Literal["routed", "identity", "normed", "batched", "sliced", "listed"]
 
 _FLAT = {"w1", "v1", "w2"}

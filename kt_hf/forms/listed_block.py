@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import KTAMXForwardError, KTAMXModelNotSupportedError
-from .mlps import ExpertMlps, same
+from .listed_mlps import ExpertMlps, same
 
 # rows [N, H], ids [N, K], weights [N, K] -> [N, H]: what KTExperts computes.
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
