@@ -182,14 +182,18 @@ def _place(
 ) -> None:
     """Decide where each expert goes, and whether those on the GPU stay in low bits."""
     widened, own = packer.saved is not None or source.dtype != torch.bfloat16, packer.config.kt_expert_dtype
-    if (method := checkpoint.quantization.method) is not None:
+    method, bits = checkpoint.quantization.method, checkpoint.bits()
+    if own != "bf16":
+        if method is not None and bits < EXPERT_BITS[own] + 1:
+            raise KTAMXConfigError(
+                f"kt_expert_dtype={own!r}: the checkpoint's weights are quantized already ({method}, {bits:.3g} bits), "
+                "and are kept as they are. Leave it out, or give a checkpoint of more bits."
+            )
+        if method is not None:
+            logger.info("kt_hf: experts of %s (%.3g bits) are rounded once more, to %s.", method, bits, own)
+        bits = EXPERT_BITS[own]
+    elif method is not None:
         packer.stored_as = method
-    if method is not None and own != "bf16":
-        raise KTAMXConfigError(
-            f"kt_expert_dtype={own!r}: the checkpoint's weights are quantized already ({method}), and are kept "
-            "as they are. Leave it out, or give a checkpoint in bfloat16."
-        )
-    bits = EXPERT_BITS[own] if own != "bf16" else checkpoint.bits()
     budget = replace(budget, bits=BF16 if widened else bits)
     packer.place(shapes, placement, budget)
     if packer.tiers and packer.tiers.streamed and method is not None and budget.bits >= BF16:

@@ -2,8 +2,9 @@
 
 `low-bit` trains the same layers, quantized while they are loaded, streamed and resident, in turn with bf16 and stock.
 `widening` times each kernel alone, and as a share of what a copy within the card's memory reaches.
-`drawn` trains a whole model whose codes are drawn on the GPU and left there (`--where resident`) or copied to
-page-locked host memory (`--where streamed`): there is no checkpoint, so that models larger than the disk can be tried.
+`drawn` trains a whole model whose codes are drawn on the GPU and left there (`--where resident`) or copied into host
+memory that is page-locked already (`--where streamed`): there is no checkpoint, so that models larger than the disk can be tried.
+With `--rest 4` its linear layers outside the experts are bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from card import GB, Card, Rows
 from checkpoints import make_checkpoint
 from full import FAMILY, stock_model
 from models import experts_of, make_config, make_model
+from peft import get_peft_model
 from routing import Spread
-from sft import Tokens, summary, trainer_for
+from sft import Tokens, lora, summary, trainer_for
+from torch import nn
 
 from kt_hf import KTConfig, load_kt_model
 from kt_hf.backends import ExpertWeights
@@ -30,12 +33,15 @@ from kt_hf.backends.gpu.pinned_weights import own_pages
 from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.packed import PackedExperts, PackedMatrices
 from kt_hf.backends.quantizer import EXPERT_BITS
+from kt_hf.bitsandbytes_rest import check_installed
 from kt_hf.discovery import ExpertsSite, by_layer, find_experts
+from kt_hf.lora import linear_targets
 from kt_hf.patch import owned_weights, replace_experts
 from kt_hf.placement.assembly import make_packer, memory_budget
 
 WARM, STEPS = 2, 4  # steps that are not timed, and those that are
 INT4_SCALE = 0.0043  # uniform codes times it deviate by 0.02
+AT_ONCE = 2**28  # codes drawn at a time
 
 
 # ---- low-bit: 12 layers beside stock
@@ -175,10 +181,16 @@ def run_drawn(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     config = make_config(family, given.shape, given.layers)
     card.limit((given.caps or [24.0])[0])
     begin = time.perf_counter()
-    model = drawn_model(config, card, _settings(given, config), max(given.batch or [1]) * given.sequence)
+    tokens = max(given.batch or [1]) * given.sequence
+    model = drawn_model(config, card, _settings(given, config), tokens, given.rest)
     row = {"case": given.where, "family": family, "layers": given.layers, "cap_gb": card.cap, "rank": given.rank,
-           "host_gb": host_gb(model), "drawing": time.perf_counter() - begin}  # fmt: skip
-    spread, adapt = Spread(model), True
+           "host_gb": host_gb(model), "drawing": time.perf_counter() - begin, "rest_bits": given.rest}  # fmt: skip
+    spread, adapt = Spread(model), given.rest == 16
+    if given.rest == 4:
+        model.is_loaded_in_4bit = True  # PEFT asks for it; TRL, which would round LoRA to bf16, comes later
+        adapted = get_peft_model(model, lora(model, True, given.rank))
+        del model.is_loaded_in_4bit
+        model = adapted
     for batch in given.batch or [1]:
         how = {"activation_offloading": True} if given.offload else {}
         try:
@@ -198,9 +210,11 @@ def _settings(given: argparse.Namespace, config: Any) -> KTConfig:
 
 
 @torch.no_grad()
-def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int) -> Any:
-    """A patched model with experts of int4, drawn on the card; attention and the rest are bf16 there."""
+def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int, rest_bits: int = 16) -> Any:
+    """A patched model with experts of int4, drawn on the card; attention and the rest are bf16 there, or in 4 bits."""
     model = make_model(config, card.device, stock=False, experts=False)
+    if rest_bits == 4:
+        _in_4_bits(model, card.device)
     sites = find_experts(model, weightless=True)
     shapes = {site.name: site.shape for site in sites}
     packer = make_packer(settings, shapes, torch.bfloat16, streamed=True, model_type=config.model_type)
@@ -219,12 +233,38 @@ def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int) -> Any
 
     model.requires_grad_(False)
     replace_experts(model, sites, packer, lambda site: owned_weights(site, packer, weights_of(site)))
+    for layer in model._kt_wrappers if not resident else ():
+        for tensor in layer.backend.weights.tensors:
+            for part in tensor.split(max(1, AT_ONCE // tensor[0].numel())):
+                part.copy_(_values(part.shape, part.dtype, card.device))
     return model
 
 
+def _in_4_bits(model: nn.Module, device: torch.device) -> None:
+    """bitsandbytes' NF4 in the place of linear layers; routers and head stay."""
+    check_installed()
+    import bitsandbytes
+
+    how = {"compress_statistics": True, "quant_type": "nf4"}
+    for name in linear_targets(model):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        low = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, False, torch.bfloat16, device=torch.device("meta"), **how
+        )
+        low.weight = bitsandbytes.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, **how).to(device)
+        low.bias = linear.bias
+        model.set_submodule(name, low)
+
+
 def _drawn(n: int, rows: int, columns: int, device: torch.device, resident: bool) -> PackedMatrices:
-    codes = torch.randint(0, 256, (n, rows, columns // 2), dtype=torch.uint8, device=device)
-    scales = torch.rand(n, rows, columns // 32, device=device).mul_(INT4_SCALE).add_(INT4_SCALE / 2).bfloat16()
-    if resident:
-        return PackedMatrices("int4", codes, scales)
-    return PackedMatrices("int4", own_pages(tuple(codes.shape), torch.uint8).copy_(codes), scales.cpu())
+    """On the GPU; or host memory, which is filled when it has been page-locked."""
+    sizes = ((n, rows, columns // 2), torch.uint8), ((n, rows, columns // 32), torch.bfloat16)
+    return PackedMatrices("int4", *(_values(*size, device) if resident else own_pages(*size) for size in sizes))
+
+
+def _values(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Codes, or scales."""
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, size, dtype=dtype, device=device)
+    return torch.rand(size, device=device).mul_(INT4_SCALE).add_(INT4_SCALE / 2).to(dtype)

@@ -82,6 +82,9 @@ def make_model(config: Any, device: torch.device, stock: bool, own_memory: bool 
                 value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
                 value = value.fill_(1) if "norm" in name else value.normal_(std=0.02)
             setattr(module, key, nn.Parameter(value, requires_grad=False))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if key == "e_score_correction_bias":
+                module.register_buffer(key, torch.zeros(buffer.shape, dtype=torch.float32, device=device))
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     left = [name for name in left if experts or ".experts." not in name]

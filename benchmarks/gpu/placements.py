@@ -12,6 +12,8 @@
     python -m benchmarks.gpu placements --part widening --out results     # the kernels alone
     python -m benchmarks.gpu placements --part drawn --layers 48 --where resident --out results
     python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rank 8 --caps 48 --out results
+    python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rest 4 --caps 24 --out results
+    python -m benchmarks.gpu placements --part drawn --family deepseek_v3 --layers 30 --caps 48 --out results
     python -m benchmarks.gpu placements --part cells --tiny --out results # try the script without a GPU
 
 Stock SFTTrainer trains Qwen3-30B-A3B's layers (random weights, routing spread as a trained model spreads it) with LoRA
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--where", choices=("streamed", "resident"), default="streamed", help="of part drawn")
     parser.add_argument("--rank", type=int, default=8, help="of part drawn")
     parser.add_argument("--lora", choices=("cpu", "gpu", "auto"), default="cpu", help="where LoRA is, of part drawn")
+    parser.add_argument("--rest", type=int, choices=(4, 16), default=16, help="bits of linear layers, of part drawn")
     parser.add_argument("--offload", action="store_true", help="activation_offloading, of part drawn")
     checkpoint = Path(tempfile.gettempdir()) / "placements-checkpoints"
     parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="folder for checkpoints, kept for reuse")

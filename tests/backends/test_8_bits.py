@@ -265,3 +265,13 @@ def test_eight_bits_on_the_gpu_need_no_copies() -> None:
     streamer_.copied.clear()
     assert all(torch.equal(a, b) for a, b in zip(computed(), expected, strict=True))
     assert not streamer_.copied
+
+
+def test_rounded_to_four_bits_while_loading(tmp_path: Path) -> None:
+    """As a checkpoint in bf16 of the same weights; to as many bits it is refused."""
+    folders = both(tmp_path, BLOCK, "fp8")
+    model, expected = (loaded(folder, "torch", TIERS[0], kt_expert_dtype="int4") for folder in folders)
+    assert {part.weights.gate_up.codes.dtype for part in streamed_parts(model)} == {torch.uint8}
+    assert torch.equal(trained(model)[0], trained(expected)[0])
+    with pytest.raises(KTAMXConfigError, match=r"quantized already \(fp8, 8"):
+        loaded(folders[0], "torch", TIERS[0], kt_expert_dtype="fp8")

@@ -73,7 +73,8 @@ def test_peak(backend: str, source: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to measure the peak")
-@pytest.mark.parametrize("own", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["int4", "int8"])
 def test_peak_while_quantizing(own: str, tmp_path: Path) -> None:
     """What stays is that of the low bits; one layer is quantized, a piece at a time, while the next is read."""
     before, peak, after = measured(tmp_path, "torch", torch.bfloat16, own)

@@ -27,6 +27,16 @@ from kt_hf.train.models import load_config
 
 HERE = Path(__file__).parent
 OURS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
+# With experts of 4 bits: host and GPU memory, in GiB, of the machine they are for.
+LOW_BITS = {
+    "qwen3_30b_a3b_int4_sft": (32, 24),
+    "qwen3_235b_a22b_int4_sft": (192, 24),
+    "deepseek_v3_int4_sft": (450, 48),
+    "kimi_k2_thinking_sft": (768, 48),
+    "glm_4.5_air_int4_sft": (96, 24),
+    "minimax_m2_int4_sft": (192, 24),
+}
+WIDE = [file for file in OURS if file.stem not in {*LOW_BITS, "demo_smol"}]
 USERS = sorted((HERE / "user-yaml").glob("*.yaml"))
 # Billions of parameters, as published.
 PUBLISHED = {
@@ -36,6 +46,9 @@ PUBLISHED = {
     "Qwen/Qwen3-30B-A3B": 30.5,
     "Qwen/Qwen3-235B-A22B": 235,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": 46.7,
+    "zai-org/GLM-4.5-Air": 106.9,
+    "MiniMaxAI/MiniMax-M2": 229,
+    "moonshotai/Kimi-K2-Thinking": 1026,
 }
 
 
@@ -48,7 +61,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_as_many_as_promised() -> None:
-    assert len(OURS) == 10
+    assert len(OURS) == 16
     assert len(USERS) == 3
     assert known_models() == sorted(PUBLISHED)
 
@@ -64,7 +77,21 @@ def test_it_is_valid_and_estimated(file: Path) -> None:
     assert made["gpu_total"] == sum(made["gpu"].values()) > 0
 
 
-@pytest.mark.parametrize("file", [file for file in OURS if file.stem != "demo_smol"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("name", LOW_BITS)
+def test_a_model_of_low_bits_fits_its_machine_as_its_comment_says(name: str) -> None:
+    host, gpu = LOW_BITS[name]
+    file = next(file for file in OURS if file.stem == name)
+    found = make(str(file), [], host_gb=host, gpu_gb=gpu)
+    assert found.fits
+    text = file.read_text()
+    assert (
+        f"# Memory by `kt-hf estimate`: {found.host_total / 2**30:.0f} GiB of host memory and "
+        f"{found.gpu_total / 2**30:.0f} GiB on the GPU.\n"
+    ) in text
+    assert f"kt-hf estimate configs/{file.name} --host-gb {host} --gpu-gb {gpu}\n" in text
+
+
+@pytest.mark.parametrize("file", WIDE, ids=lambda file: file.stem)
 def test_its_comment_says_what_estimate_says(file: Path) -> None:
     """With a GPU of 24 GB: as it is without settings, at the least; and with the experts on the CPU."""
 
