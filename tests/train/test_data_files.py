@@ -19,9 +19,9 @@ import typer
 from kt_hf.cli.failures import plain_failures
 from kt_hf.errors import KTAMXConfigError
 from kt_hf.train.config.settings import RunKeys
+from kt_hf.train.data.reading import reading
 from kt_hf.train.data.rows import Rows, load_rows
 from kt_hf.train.data.sources import dataset_problem
-from kt_hf.train.data.reading import reading
 from kt_hf.train.data.tokens import prepare
 from tests.support.tiny import CHAT, tokenizer
 
@@ -129,7 +129,9 @@ def test_a_folder_of_several_formats_is_all_of_them(tmp_path: Path) -> None:
     with pytest.raises(KTAMXConfigError, match=r"e\.jsonl\): no known format has the columns question"):
         loaded(tmp_path)
     (tmp_path / "e.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    with pytest.raises(KTAMXConfigError, match=r"e\.jsonl\) is preference pairs, which is data for stage: dpo"):
+    with pytest.raises(
+        KTAMXConfigError, match=r"e\.jsonl\) is preference pairs, which is data for stage: dpo, orpo or rm"
+    ):
         loaded(tmp_path)
 
 

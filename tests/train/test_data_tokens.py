@@ -13,8 +13,8 @@ from trl import chat_template_utils as trl_templates
 
 from kt_hf.errors import KTAMXConfigError
 from kt_hf.train.config.settings import RunKeys
-from kt_hf.train.data.rows import Rows
 from kt_hf.train.data.reading import reading
+from kt_hf.train.data.rows import Rows
 from kt_hf.train.data.tokens import Prepared, prepare
 from tests.support.tiny import CHAT, MARKED, tokenizer
 

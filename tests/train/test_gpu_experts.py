@@ -86,8 +86,8 @@ def test_a_quantised_model_is_not_loaded_whole(
 def test_rows_of_every_form_are_counted(row: dict, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from kt_hf.train.data.rows import Rows
     from kt_hf.train.data.reading import reading
+    from kt_hf.train.data.rows import Rows
     from kt_hf.train.data.tokens import prepare
     from tests.support.tiny import tokenizer
 
