@@ -113,7 +113,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("reward_funcs: a.py:f", ["reward_funcs is for stage: grpo, and this is stage: sft"]),
     (
         "stage: grpo\nreward_funcs: a.py:f\nper_device_train_batch_size: 3",
-        ["num_generations=8 answers to a prompt do not fit per_device_train_batch_size=3 x gradient_accumulation_steps=1"],
+        ["num_generations=8 answers to a prompt do not fit per_device_train_batch_size=3 x gradient"],
     ),
     ("stage: grpo\nreward_funcs: a.py:f\nreward_weights: [1, 2]", ["reward_weights has 2 numbers for 1 reward_funcs"]),
     ("stage: grpo\nreward_funcs: a.py:f\nuse_vllm: true", ["use_vllm does not go together with use_kt"]),

@@ -112,7 +112,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any], str]
     (
         "marked messages", "kto", {"messages": [USER, FIVE], "label": False},
         {"prompt": [USER], "completion": [FIVE], "label": False},
-        {"messages": [USER, FIVE], "label": None}, "label is missing: write true for a good answer, false for a bad one",
+        {"messages": [USER, FIVE], "label": None}, "label is missing: write true for a good answer, false",
     ),
     (
         "marked sharegpt", "kto",
@@ -263,7 +263,8 @@ def test_a_label_that_is_no_mark_is_no_matter_to_sft(tmp_path: Path) -> None:
 
 
 def test_llama_factorys_kto_tag(tmp_path: Path) -> None:
-    info = {"mine": {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "m", "kto_tag": "good"},
+    columns = {"messages": "m", "kto_tag": "good"}
+    info = {"mine": {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns,
                      "tags": {"role_tag": "role", "content_tag": "content"}}}  # fmt: skip
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     write(tmp_path / "rows.json", [{"m": [USER, FIVE], "good": False}])
