@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import publish, seal, start_from, tell_interrupted, verify_adapter
 from .adapters.adapter import ADAPTER
@@ -18,6 +18,7 @@ from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers, update_lora
 from .monitoring.accumulation import accumulation_advice
 from .monitoring.expert_load import LoadLog
+from .monitoring.memory_log import memory_and_placement
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
@@ -34,8 +35,9 @@ class KTMoECallback(TrainerCallback):
     """Add it to the callbacks of a Trainer, SFTTrainer or DPOTrainer whose model `apply_kt_moe` has patched.
 
     Refuses a run that cannot work before its first step, refreshes the operators' copies of the LoRA tensors after each
-    optimizer step, and checks that every checkpoint holds every expert tensor. Adds tokens per second and the load of
-    the experts to what the trainer logs (`LoadLog.collect` says what they mean) and to `trainer.state.log_history`.
+    optimizer step, and checks that every checkpoint holds every expert tensor. Adds tokens per second, the load of the
+    experts (`LoadLog.collect` says what they mean), memory and placement to what the trainer logs and to
+    `trainer.state.log_history`; `lead(trainer)` has reporters such as TensorBoard see them.
 
     Args:
         adapter: Folder or safetensors file of an adapter, of any format that `kt_hf.adapters` reads, whose values the
@@ -60,6 +62,25 @@ class KTMoECallback(TrainerCallback):
         self.expert_load = LoadLog()
         self._times: TierTimes | None = None
 
+    def lead(self, trainer: Any) -> None:
+        """Put this callback before the trainer's reporters (TensorBoard, W&B, MLflow, SwanLab …).
+
+        A Trainer calls reporters before the callbacks it is given, so that they would not see what this one adds to the
+        logs. Call it once the trainer is made; without it the values are in `trainer.state.log_history` alone.
+
+        Args:
+            trainer: A transformers Trainer that has this callback, or gets it now.
+        """
+        before = list(trainer.callback_handler.callbacks)
+        if self not in before:
+            trainer.add_callback(self)
+        for other in before:
+            if other is self:
+                break
+            if not isinstance(other, DefaultFlowCallback):  # which decides whether a step is logged and saved
+                trainer.remove_callback(other)
+                trainer.add_callback(other)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -71,7 +92,8 @@ class KTMoECallback(TrainerCallback):
         """
         model = kwargs["model"]
         layers = _layers(model)
-        refuse_parallel_trainer(model, args.n_gpu, args.world_size)
+        refuse_parallel_trainer(model, args.n_gpu, args)
+        _check_world(layers, args.world_size)
         _refuse_another_forward(layers)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not any("lora_" in name or "modules_to_save" in name or "trainable_tokens" in name for name in trainable):
@@ -147,7 +169,7 @@ class KTMoECallback(TrainerCallback):
         logs = kwargs.get("logs")
         if not logs or "loss" not in logs:  # the logs of evaluation, and the summary at the end
             return
-        load = self.expert_load.collect(kt_layers(kwargs["model"]))
+        load = self.expert_load.collect(kt_layers(kwargs["model"])) | memory_and_placement(kwargs["model"])
         logs.update(load)
         if state.log_history and state.is_world_process_zero:
             state.log_history[-1].update(load)
@@ -271,6 +293,17 @@ def _layers(model: nn.Module) -> list[KTExperts]:
     if not layers:
         raise KTAMXConfigError("KTMoECallback: the trainer's model is not patched. Call apply_kt_moe(model) before.")
     return layers
+
+
+def _check_world(layers: list[KTExperts], processes: int) -> None:
+    """Refuse a model that was patched for another number of processes than train it."""
+    share = layers[0].share
+    patched = 1 if share is None else share.ranks
+    if patched != processes:
+        raise KTAMXConfigError(
+            f"The model was patched in a run of {patched} processes, and the trainer counts {processes} (WORLD_SIZE): "
+            "start the script with torchrun or accelerate launch, which tell each process before the model is patched."
+        )
 
 
 def _refuse_another_forward(layers: list[KTExperts]) -> None:

@@ -105,6 +105,13 @@ class KTConfig:
             raise KTAMXConfigError(f"{wrong[0]!r} is no setting of kt_hf: names are text.")
         return cls(**values)
 
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not the defaults, by name; a path as text."""
+        default = KTConfig()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in values.items() if value != getattr(default, name)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
     def __post_init__(self, kt_max_cache_depth: int | None) -> None:
         if kt_max_cache_depth is not None:
             logger.warning(

@@ -80,9 +80,10 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
 
     Raises:
         KTAMXModelNotSupportedError: The model has no routed experts, or experts that are not stacked, or whose gate is
-            not known.
+            not known; or its family classifies tokens and nothing else.
     """
     base = base_model(model)
+    _refuse_classifiers(base)
     text = _text_config(base)
     sites: list[ExpertsSite] = []
     strange: list[str] = []
@@ -116,6 +117,23 @@ def find_experts(model: nn.Module, weightless: bool = False) -> list[ExpertsSite
     raise KTAMXModelNotSupportedError(
         f"{kind} has no routed experts: nothing to patch. Is it a mixture-of-experts model?"
     )
+
+
+def _refuse_classifiers(model: Any) -> None:
+    """Raise for a family whose only task is to classify tokens: transformers has no other class for it."""
+    from transformers.models.auto import modeling_auto as classes
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    writing = (
+        classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        classes.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    if kind in classes.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES and not any(kind in names for names in writing):
+        raise KTAMXModelNotSupportedError(
+            f"{type(model).__name__}: {kind} is a token classifier, a family without a model that generates text. "
+            "Train it with transformers and PEFT as it is."
+        )
 
 
 def _problem(experts: nn.Module, weightless: bool) -> str | None:

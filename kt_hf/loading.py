@@ -22,18 +22,20 @@ from .backends import LOW_BIT
 from .backends.packed import PackedMatrices
 from .backends.quantizer import EXPERT_BITS
 from .bitsandbytes_rest import for_rest, saved_bytes
-from .checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
+from .checkpoint.expert_index import ExpertCheckpoint
+from .checkpoint.hub import checkpoint_folder
 from .checkpoint.model_rest import NoExperts, Source, checked_dtype, load_rest
 from .checkpoint.progress import LayersBar
 from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .patch import replace_experts
+from .patch import OwnedWeights, owned_shape, owned_weights, ranks_of_run, replace_experts, share_of
 from .placement.assembly import make_packer, memory_budget
 from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
 from .placement.packer import Packer
+from .ranks import Ranks
 from .shapes import BF16, ExpertShape
 from .system.memory import return_freed_memory
 from .system.parallel import refuse_parallel
@@ -105,17 +107,17 @@ def load_kt_model(
     _check_arguments(path_or_name, kwargs)
     refuse_parallel(None)
     source = _source(path_or_name, dtype, kwargs)
-    outline = skeleton(source.config, source.trusted)
-    shapes = {site.name: site.shape for site in find_experts(outline, weightless=True)}
+    outline, ranks = skeleton(source.config, source.trusted), ranks_of_run()
+    shapes = {site.name: owned_shape(site, ranks) for site in find_experts(outline, weightless=True)}
     if source.rest is not None:
         source.rest = for_rest(source.rest, outline, getattr(source.config, "quantization_config", None) is not None)
-    packer = _packer(cfg, shapes, source)
+    packer = _packer(cfg, shapes, source, ranks, tokens_per_step)
     placement = as_placement(placement)
     packer.check_placement(by_layer(shapes), placement)  # before a model of the hub is downloaded
     checkpoint = ExpertCheckpoint(checkpoint_folder(path_or_name, **source.hub), source.config, model=outline)
     if cfg.kt_lora_rank is not None and (packer.backend in LOW_BIT or (cfg.kt_backend, packer.backend) == _MAY_BE_LOW):
-        packer = _packer(cfg, shapes, source, checkpoint.stored())
-    _place(packer, checkpoint, source, placement, _budget(outline, source, tokens_per_step))
+        packer = _packer(cfg, shapes, source, ranks, tokens_per_step, checkpoint.stored())
+    _place(packer, checkpoint, source, placement, _budget(outline, source, tokens_per_step), by_layer(shapes))
     checkpoint.check_values()
     model = load_rest(source, checkpoint, outline)
     _load_experts(model, packer, checkpoint, console)
@@ -153,10 +155,15 @@ def _source(path_or_name: str | Path, dtype: torch.dtype | str, kwargs: dict[str
 
 
 def _packer(
-    cfg: KTConfig, shapes: Mapping[str, ExpertShape], source: Source, stored: Sequence[PackedMatrices] = ()
+    cfg: KTConfig,
+    shapes: Mapping[str, ExpertShape],
+    source: Source,
+    ranks: Ranks | None,
+    tokens: int | None,
+    stored: Sequence[PackedMatrices] = (),
 ) -> Packer:
     model_type = source.config.model_type
-    packer = make_packer(cfg, shapes, source.dtype, streamed=True, model_type=model_type, stored=stored)
+    packer = make_packer(cfg, shapes, source.dtype, True, model_type, ranks, stored, tokens)
     if packer.backend != "torch" and cfg.kt_lora_rank is None:
         raise KTAMXConfigError(
             f"kt_lora_rank=None: load_kt_model packs the experts for {packer.backend} while it reads them, which takes "
@@ -171,6 +178,7 @@ def _place(
     source: Source,
     placement: Placement | None,
     budget: MemoryBudget,
+    shapes: Mapping[int, ExpertShape],
 ) -> None:
     """Decide where each expert goes, and whether those on the GPU stay in low bits."""
     widened, own = packer.saved is not None or source.dtype != torch.bfloat16, packer.config.kt_expert_dtype
@@ -183,7 +191,7 @@ def _place(
         )
     bits = EXPERT_BITS[own] if own != "bf16" else checkpoint.bits()
     budget = replace(budget, bits=BF16 if widened else bits)
-    packer.place(by_layer(checkpoint.shapes), placement, budget)
+    packer.place(shapes, placement, budget)
     if packer.tiers and packer.tiers.streamed and method is not None and budget.bits >= BF16:
         reason = f"the model is {source.dtype}" if widened else "not all of a layer are of one kind, or they are bf16"
         logger.warning("kt_hf: streamed experts are held in bf16, larger than a checkpoint of low bits: %s.", reason)
@@ -197,14 +205,33 @@ def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, cons
         saved.check_model(model)
     sites = [_experts_site(model, name, checkpoint) for name in checkpoint.layers]
     model.requires_grad_(False)
-    kept = [packer.low_bit_experts(site.shape, layer_index(site.name, i)) for i, site in enumerate(sites)]
-    jobs = list(zip(checkpoint.layers, kept, strict=True))
-    stream = read_ahead(jobs, lambda job: checkpoint.read(job[0], expert_dtype, job[1]))
+    jobs = [
+        (site, packer.low_bit_experts(owned_shape(site, packer.ranks), layer_index(site.name, i)))
+        for i, site in enumerate(sites)
+    ]
+    stream = read_ahead(jobs, lambda job: _owned_weights(job[0], packer, checkpoint, expert_dtype, job[1]))
     sizes = [saved.layer_bytes(name) if saved else checkpoint.source_bytes(name) for name in checkpoint.layers]
     with LayersBar(len(sites), console) as bar, closing(stream) as weights:
         counted = bar.each(sites, sizes)
-        replace_experts(model, counted, packer, lambda site: saved.layer(site.name) if saved else next(weights))
+        replace_experts(
+            model,
+            counted,
+            packer,
+            lambda site: owned_weights(site, packer, saved.layer(site.name)) if saved else next(weights),
+        )
     return_freed_memory()
+
+
+def _owned_weights(
+    site: ExpertsSite, packer: Packer, checkpoint: ExpertCheckpoint, dtype: torch.dtype, low_bit: Sequence[int]
+) -> OwnedWeights:
+    """Read the experts of a layer that this process owns, of which some stay in low bits."""
+    share = share_of(site, packer.ranks)
+    if share is None:
+        return owned_weights(site, packer, checkpoint.read(site.name, dtype, low_bit))
+    mark = checkpoint.fingerprint(site.name, dtype, packer.config.kt_expert_dtype)
+    kept = [share.lo + expert for expert in low_bit]
+    return checkpoint.read(site.name, dtype, kept, share.experts), mark
 
 
 def _config(

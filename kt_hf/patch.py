@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,23 @@ from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_in
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
 from .experts.calls import BY_CALL
+from .experts.holders import ExpertLora
 from .experts.listed import ListedExperts
 from .experts.lora_tensors import watch_optimizers
+from .peft_compat.internals import PREFIX
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
 from .placement.assembly import check_rank_for_low_bits, make_packer, memory_budget
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
+from .ranks import Ranks, Share, current_world
+from .shapes import ExpertShape
 from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)
+
+# A layer's weights, of the experts that this process owns; and the fingerprint of the whole layer.
+OwnedWeights = tuple[ExpertWeights | PackedLayerFiles, Tensor]
 
 
 def apply_kt_moe(
@@ -77,13 +84,17 @@ def apply_kt_moe(
     base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
-    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step)
+    ranks = ranks_of_run()
+    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step, ranks)
     lora_on_experts = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
         model.requires_grad_(False)
     saved = packer.saved
     layers = replace_experts(
-        base, find_experts(model), packer, (lambda site: saved.layer(site.name)) if saved else _take_weights
+        base,
+        find_experts(model),
+        packer,
+        lambda site: owned_weights(site, packer, saved.layer(site.name) if saved else _take_weights(site)),
     )
     lora_on_experts.restore(layers)
     for layer in layers:
@@ -106,10 +117,12 @@ def _patched_with_adapter(
     return load_adapter(patched, adapter)
 
 
-def _packer(model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None) -> Packer:
+def _packer(
+    model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None, ranks: Ranks | None
+) -> Packer:
     """Check that model and settings go together, and decide where each expert goes; the model stays as it is."""
-    shapes = {site.name: site.shape for site in find_experts(model)}
-    packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type)
+    shapes = {site.name: owned_shape(site, ranks) for site in find_experts(model)}
+    packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type, ranks=ranks)
     budget = memory_budget(model, base.config, tokens)
     packer.place(by_layer(shapes), placement, replace(budget, bits=EXPERT_BITS[cfg.kt_expert_dtype]))
     check_rank_for_low_bits(packer, list(shapes.values()))
@@ -118,11 +131,43 @@ def _packer(model: Any, base: Any, cfg: KTConfig, placement: Placement | None, t
     return packer
 
 
+def ranks_of_run() -> Ranks | None:
+    """The processes among which this one trains a model; None if it is alone."""
+    world = current_world()
+    return Ranks(world) if world.size > 1 else None
+
+
+def owned_shape(site: ExpertsSite, ranks: Ranks | None) -> ExpertShape:
+    """Sizes of the part of a layer that this process owns.
+
+    Raises:
+        KTAMXConfigError: The layer's experts cannot be divided evenly among the ranks.
+    """
+    share = share_of(site, ranks)
+    return site.shape if share is None else replace(site.shape, num_experts=share.count, ranks=share.ranks)
+
+
+def share_of(site: ExpertsSite, ranks: Ranks | None) -> Share | None:
+    """The experts of a layer that this process owns; None for all of them.
+
+    Raises:
+        KTAMXConfigError: The layer's experts cannot be divided evenly among the ranks.
+    """
+    if ranks is None:
+        return None
+    if site.form.call == "listed":
+        raise KTAMXConfigError(
+            f"{site.name}: a list of experts that their block calls one by one cannot be divided among processes "
+            f"(WORLD_SIZE={ranks.size}): a process without tokens for any would not meet the others. Start one."
+        )
+    return Share.of(ranks.world, site.shape.num_experts, site.name)
+
+
 def replace_experts(
     base: Any,
     sites: Iterable[ExpertsSite],
     packer: Packer,
-    weights_of: Callable[[ExpertsSite], ExpertWeights | PackedLayerFiles],
+    weights_of: Callable[[ExpertsSite], OwnedWeights],
 ) -> list[KTExperts]:
     """Put `KTExperts` in the place of each experts module of a model, one after the other.
 
@@ -133,7 +178,7 @@ def replace_experts(
         base: The transformers model.
         sites: Its experts modules, in layer order.
         packer: Builds the layers' backends.
-        weights_of: Gives a layer's weights, which are taken over.
+        weights_of: Gives a layer's weights, which are taken over, and its fingerprint.
 
     Returns:
         The new layers, in the same order.
@@ -143,12 +188,54 @@ def replace_experts(
     watch_optimizers()
     packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None
-    layers = [_replace(site, index, packer, packer.stored(weights_of(site))) for index, site in enumerate(sites)]
+    layers = [_replace(site, index, packer, weights_of(site)) for index, site in enumerate(sites)]
     base._kt_wrappers = layers
     base._kt_moe_lora_params = LoraParamsView(layers)
     base._kt_config = packer.config
     _guard_save(base)
+    if packer.ranks is not None:
+        before = getattr(base, "_ddp_params_and_buffers_to_ignore", ())
+        base._ddp_params_and_buffers_to_ignore = OwnedNames(base, before)
     return layers
+
+
+class OwnedNames:
+    """Names of the parameters that DDP must leave alone: LoRA of experts that one rank owns, and another does not have.
+
+    Read when DDP is built, so that adapters made meanwhile are among them (TRL's `ref`); with and without what PEFT
+    puts before a name, for DDP may be given the model or the PeftModel around it.
+
+    Args:
+        model: The patched transformers model; held weakly.
+        others: Names that somebody else wants to be left alone.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[str] = ()) -> None:
+        self._model = weakref.ref(model)
+        self._others = tuple(others)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._others
+        model = self._model()
+        for name, module in model.named_modules() if model is not None else ():
+            if isinstance(module, ExpertLora):
+                yield f"{name}.weight"
+                yield f"{PREFIX}{name}.weight"
+
+
+def owned_weights(site: ExpertsSite, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> OwnedWeights:
+    """The part of a layer's weights that this process owns, and the fingerprint of all.
+
+    Args:
+        site: The layer.
+        packer: That will build its backend.
+        weights: Of all experts.
+    """
+    mark, share = fingerprint(weights, packer.config.kt_expert_dtype), share_of(site, packer.ranks)
+    if share is None:
+        return weights, mark
+    assert isinstance(weights, ExpertWeights)
+    return weights.part(share.experts), mark
 
 
 def _take_weights(site: ExpertsSite) -> ExpertWeights:
@@ -158,13 +245,14 @@ def _take_weights(site: ExpertsSite) -> ExpertWeights:
     return ExpertWeights(gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
 
-def _replace(site: ExpertsSite, index: int, packer: Packer, weights: ExpertWeights | PackedLayerFiles) -> KTExperts:
+def _replace(site: ExpertsSite, index: int, packer: Packer, owned: OwnedWeights) -> KTExperts:
     """Put `KTExperts` in the place of one experts module, and let go of the module."""
+    weights, mark = packer.stored(owned[0]), owned[1]
     kind, more = BY_CALL[site.form.call], dict[str, Any]()
     if site.form.call == "normed":
         more["post_expert_norm"] = site.experts.post_expert_norm
-    label = site.name
-    layer = kind(weights, site.shape, layer_index(label, index), label, packer, fingerprint(weights), **more)
+    ranks, share, label = packer.ranks, share_of(site, packer.ranks), site.name
+    layer = kind(weights, site.shape, layer_index(label, index), label, packer, mark, share, ranks, **more)
     layer.train(site.experts.training)
     setattr(site.parent, site.attribute, layer)
     if site.plan is not None and isinstance(layer, ListedExperts):

@@ -32,6 +32,8 @@ class ExpertShape:
         intermediate_size: I.
         gate: How gate and up become the input of the down projection. Without a gate an expert has two matrices.
         biased: Whether the projections have biases.
+        ranks: Processes that the layer's experts are divided among. A backend of one of them gets the tokens of all, so
+            that of the T*K choices it gets only one in `ranks` is of its experts, on average.
     """
 
     num_experts: int
@@ -40,6 +42,7 @@ class ExpertShape:
     intermediate_size: int
     gate: Gate = PLAIN
     biased: bool = False
+    ranks: int = 1
 
     @property
     def projections(self) -> tuple[str, ...]:

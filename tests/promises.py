@@ -275,10 +275,12 @@ DECISIONS: dict[int, tuple[str, Tests]] = {
         ),
     ),
     11: (
-        "one process until ranks come: several, and DataParallel, are refused",
+        "several processes each own a part of the experts; DataParallel, DeepSpeed and FSDP are refused",
         (
             "test_patch_refused.py::test_several_processes_by_environment",
             "test_patch_refused.py::test_data_parallel",
+            "ranks/test_agreement.py::test_two_ranks_compute_what_one_does",
+            "ranks/test_failures.py::test_an_error_of_one_rank_is_raised_on_all",
             "trainer/test_callback.py::test_runs_over_several_devices_are_refused",
         ),
     ),

@@ -14,7 +14,7 @@ PACKAGE = Path(kt_hf.__file__).parent
 # need, and what is replaced in it, which needs adapters/.
 ROWS = (
     ("errors",),
-    ("gates",),
+    ("ranks", "gates"),
     ("_versions", "shapes", "config", "system", "peft_compat.internals"),
     ("forms",),
     ("discovery",),
@@ -31,6 +31,7 @@ ROWS = (
     ("builtin",),
     ("train",),
     ("tools",),
+    ("use",),
     ("demo",),
     ("cli",),
     ("__main__",),

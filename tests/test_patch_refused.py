@@ -150,7 +150,10 @@ def test_settings_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_processes_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(MIXTRAL(), "WORLD_SIZE=2.*num_processes 1")
+    refused(MIXTRAL(), "WORLD_SIZE=2, but RANK is not set.*torchrun --nproc_per_node 2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(MIXTRAL(), "8 experts cannot be divided evenly among 3 processes.*Start 2")
     for one in ("1", ""):
         monkeypatch.setenv("WORLD_SIZE", one)
         assert kt_layers(apply_kt_moe(MIXTRAL(), make_config("torch")))
@@ -159,7 +162,10 @@ def test_several_processes_by_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_several_processes_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    refused(MIXTRAL(), "WORLD_SIZE=4")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    layers = kt_layers(apply_kt_moe(MIXTRAL(), make_config("torch")))
+    assert {(layer.share.lo, layer.share.hi, layer.share.total) for layer in layers if layer.share} == {(6, 8, 8)}
+    refused(MIXTRAL(), "saved experts are packed for one process", kt_weight_path="somewhere")
 
 
 def test_data_parallel() -> None:

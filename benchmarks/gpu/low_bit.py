@@ -31,7 +31,7 @@ from kt_hf.backends.gpu.streamed import StreamedBackend
 from kt_hf.backends.packed import PackedExperts, PackedMatrices
 from kt_hf.backends.quantizer import EXPERT_BITS
 from kt_hf.discovery import ExpertsSite, by_layer, find_experts
-from kt_hf.patch import replace_experts
+from kt_hf.patch import owned_weights, replace_experts
 from kt_hf.placement.assembly import make_packer, memory_budget
 
 WARM, STEPS = 2, 4  # steps that are not timed, and those that are
@@ -218,7 +218,7 @@ def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int) -> Any
         return ExpertWeights(gate_up, down, low_bit=PackedExperts(list(range(E)), *parts))
 
     model.requires_grad_(False)
-    replace_experts(model, sites, packer, weights_of)
+    replace_experts(model, sites, packer, lambda site: owned_weights(site, packer, weights_of(site)))
     return model
 
 

@@ -13,9 +13,15 @@ _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTA
 _TEXT = """
 ## How to load this adapter
 
-This is a LoRA adapter of `{base}`, trained with kt_hf. **It needs kt_hf**: the LoRA of the routed experts is stored as
-one stack a projection, for which stock PEFT and transformers have no place. They load the LoRA of the other layers
-alone and leave out {share:.0%} of the adapter, without an error.
+This is a LoRA adapter of `{base}`, trained with kt_hf: {trained}.
+
+**It needs kt_hf**: the LoRA of the routed experts is stored as one stack a projection, for which stock PEFT and
+transformers have no place. They load the LoRA of the other layers alone and leave out {share:.0%} of the adapter,
+without an error.
+
+```bash
+kt-hf chat ADAPTER --base BASE_MODEL  # ADAPTER is the folder of this file; without --base it is `{base}`
+```
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -31,6 +37,13 @@ To use it without kt_hf, make it an adapter of stock PEFT, or merge it into the 
 kt-hf export ADAPTER OUTPUT --to peft
 kt-hf export ADAPTER OUTPUT --to merged --base BASE_MODEL_FOLDER
 ```
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "OUTPUT")  # of --to peft
+```
 """
 
 
@@ -44,10 +57,21 @@ def write_card(folder: Path, adapter: Adapter) -> None:
     text = _SECTION.sub("\n", text)
     if adapter.experts:
         base = adapter.config.get("base_model_name_or_path") or "BASE_MODEL"
-        text = f"{text.rstrip()}\n\n{_BEGIN}\n{_TEXT.format(base=base, share=_share(adapter))}\n{_END}\n".lstrip()
+        section = _TEXT.format(base=base, trained=_trained(adapter), share=_share(adapter))
+        text = f"{text.rstrip()}\n\n{_BEGIN}\n{section}\n{_END}\n".lstrip()
     elif not path.is_file():
         return
     path.write_text(text, encoding="utf-8")
+
+
+def _trained(adapter: Adapter) -> str:
+    """What the adapter has LoRA on, in words."""
+    ranks = sorted({one.rank for one in adapter.experts.values()})
+    shown = " to ".join(map(str, sorted({ranks[0], ranks[-1]})))
+    names = ", ".join(sorted({one.name for one in adapter.experts.values()}))
+    others = sorted({name.rpartition(".")[2] for name in adapter.modules()})
+    text = f"LoRA of rank {shown} on {names} of the routed experts of {len(adapter.layers())} layers"
+    return text + (f", and on {', '.join(others)}" if others else "")
 
 
 def _share(adapter: Adapter) -> float:

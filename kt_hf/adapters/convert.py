@@ -19,6 +19,7 @@ from .adapter import ADAPTER, CONFIG, Adapter
 from .config_file import read_config
 from .manifest import check_files, write_manifest
 from .manifest_file import MANIFEST, read_manifest
+from .stock_forms import stock_forms
 
 logger = logging.getLogger(__name__)
 FORMATS = ("kt", "peft", "per-expert", "fused", "sglang", "merged")
@@ -26,13 +27,17 @@ _MIXTRAL = ("mixtral", "minimax", "minimax_m2")  # model types whose hub names a
 
 
 @contextmanager
-def open_adapter(path: str | Path, config: str | Path | None = None, unfinished: bool = False) -> Iterator[Adapter]:
+def open_adapter(
+    path: str | Path, config: str | Path | None = None, unfinished: bool = False, base: Any = None
+) -> Iterator[Adapter]:
     """An adapter of any readable format, its tensors unread. They can be loaded as long as the context lasts.
 
     Args:
         path: The adapter's folder, or its safetensors file.
         config: adapter_config.json, where it is not beside the file.
         unfinished: The folder is being written: its manifest is not looked at.
+        base: Folder or configuration of the base model, by which stock PEFT's LoRA of experts that are not plain is
+            read; the adapter's settings name it without.
 
     Raises:
         KTAMXError: A file is missing, damaged, changed since its manifest was written, or its tensors do not go
@@ -59,11 +64,15 @@ def open_adapter(path: str | Path, config: str | Path | None = None, unfinished:
     main = folder / ADAPTER if path.is_dir() or is_fused else path
     tensors = stored_tensors(main) if main.exists() or not is_fused else {}
     experts = stored_tensors(fused_file) if is_fused else None
-    yield adapter_of(path, settings, tensors, experts)
+    yield adapter_of(path, settings, tensors, experts, base)
 
 
 def adapter_of(
-    where: Path, settings: dict[str, Any], tensors: Mapping[str, Lazy], experts: Mapping[str, Lazy] | None = None
+    where: Path,
+    settings: dict[str, Any],
+    tensors: Mapping[str, Lazy],
+    experts: Mapping[str, Lazy] | None = None,
+    base: Any = None,
 ) -> Adapter:
     """An adapter of its tensors and settings, checked.
 
@@ -72,6 +81,7 @@ def adapter_of(
         settings: Of adapter_config.json, checked.
         tensors: Of adapter_model.safetensors.
         experts: Of fused_expert_lora.safetensors; None where there is none.
+        base: Folder or configuration of the base model; None for the one that `settings` name.
 
     Raises:
         KTAMXError: A name that is none, tensors of several formats, or what `Adapter.check` refuses.
@@ -90,7 +100,10 @@ def adapter_of(
         fused.read(adapter, dict(experts), others)
     else:
         adapter = Adapter(where, _format(where, others), settings)
-        {"kt": kt, "peft": peft, "per-expert": per_expert}[adapter.format].read(adapter, others)
+        if adapter.format == "peft":
+            peft.read(adapter, others, stock_forms(base, settings.get("base_model_name_or_path")))
+        else:
+            {"kt": kt, "per-expert": per_expert}[adapter.format].read(adapter, others)
     adapter.check()
     return adapter
 
@@ -134,7 +147,8 @@ def convert(
         input: Folder or safetensors file of an adapter: kt, peft, per-expert or fused, recognized by its keys.
         output: A new folder; or a file, `….pt` for sglang and `fused_expert_lora.safetensors` for fused.
         to: `kt`, `peft`, `per-expert`, `fused`, `sglang` or `merged`. Without it the output's extension decides.
-        base: Folder of the base model; needed for merged, and to recognize Mixtral's names (per-expert).
+        base: Folder of the base model; needed for merged, to recognize Mixtral's names (per-expert), and for stock
+            PEFT's LoRA of experts that are not plain, if the adapter's settings do not name a folder.
         config: adapter_config.json of the input, where it is not beside it.
 
     Returns:
@@ -150,7 +164,7 @@ def convert(
     _check_output(output, target)
     if target == "merged" and base is None:
         raise KTAMXConfigError("to='merged' needs base, the folder of the base model.")
-    with open_adapter(input, config) as adapter:
+    with open_adapter(input, config, base=base) as adapter:
         if target == "merged":
             merge.merge(adapter, as_path(base, "base"), output)
             return output
@@ -165,11 +179,11 @@ def convert(
             write_safetensors(output, fused.parts(adapter))
         else:
             with new_folder(output) as folder:
-                write_folder(adapter, folder, target, _is_mixtral(adapter, base))
+                write_folder(adapter, folder, target, _is_mixtral(adapter, base), base)
     return output
 
 
-def write_folder(adapter: Adapter, folder: Path, to: str, mixtral: bool = False) -> None:
+def write_folder(adapter: Adapter, folder: Path, to: str, mixtral: bool = False, base: Any = None) -> None:
     """An adapter's folder in one of the formats that are folders; kt with its manifest."""
     if to == "fused":
         write_safetensors(folder / fused.FILE, fused.parts(adapter))
@@ -178,10 +192,13 @@ def write_folder(adapter: Adapter, folder: Path, to: str, mixtral: bool = False)
     elif to == "per-expert":
         write_safetensors(folder / ADAPTER, per_expert.parts(adapter, mixtral))
         write_json(folder / CONFIG, per_expert.config(adapter, mixtral))
+    elif to == "peft":
+        forms = stock_forms(base, adapter.config.get("base_model_name_or_path"))
+        write_safetensors(folder / ADAPTER, peft.parts(adapter, forms))
+        write_json(folder / CONFIG, peft.config(adapter, forms))
     else:
-        module: Any = {"kt": kt, "peft": peft}[to]
-        write_safetensors(folder / ADAPTER, module.parts(adapter))
-        write_json(folder / CONFIG, module.config(adapter))
+        write_safetensors(folder / ADAPTER, kt.parts(adapter))
+        write_json(folder / CONFIG, kt.config(adapter))
     if to == "kt":
         write_manifest(folder, None)
 

@@ -136,7 +136,7 @@ def _places(names: BaseNames, tensors: Mapping[str, Mapping[str, Lazy]]) -> dict
     places: dict[str, tuple[str, str, Lazy]] = {}
     for shard, shard_tensors in tensors.items():
         for name, tensor in shard_tensors.items():
-            target = names.find(name)
+            target = names.find(name, tensor.shape)
             if target.module in modules and target.parameter == "weight" and not target.operations:
                 places[target.module] = shard, name, tensor
     return places

@@ -17,6 +17,7 @@ from ..peft_compat.internals import (
     whole_with_retrained_tokens,
 )
 from .adapter import Adapter, token_rows
+from .whole import whole_shapes
 
 
 def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
@@ -52,7 +53,8 @@ def check_fits(adapter: Adapter, model: Any, name: str | None = None) -> None:
     _check_others_fit(adapter, model)
     if name is None:
         return
-    expected_shapes = {key: tuple(p.shape) for key, p in saved_names(model, name).items()}
+    wholes = whole_shapes(model)
+    expected_shapes = {key: wholes.get(id(p), tuple(p.shape)) for key, p in saved_names(model, name).items()}
     shapes = {key: tensor.shape for key, tensor in adapter.tensors() if ".lora_" in key}
     for key in sorted(expected_shapes.keys() | shapes.keys()):
         if expected_shapes.get(key) != shapes.get(key):

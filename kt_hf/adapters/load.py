@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..discovery import base_model
 from ..errors import KTAMXConfigError, KTAMXError
+from ..experts.holders import owned_lora
 from ..experts.layer import kt_layers
 from ..peft_compat.internals import PREFIX, base_parameter, saved_names, saved_whole_names
 from ..system.files import as_path
@@ -20,6 +22,7 @@ from .adapter import Adapter, rank_alpha, scale
 from .convert import open_adapter, write_folder
 from .other_tensors import plain_name
 from .verify import verify_adapter
+from .whole import whole_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     path = as_path(path, "path")
     if path.is_dir():
         verify_adapter(path)
-    with open_adapter(path) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
+    config = base_model(model).config
+    with open_adapter(path, base=config) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
         adapter.check(finite=True)
         folder = path
         if adapter.format != "kt" or not folder.is_dir():
@@ -74,24 +78,28 @@ def start_from(model: Any, path: str | Path) -> None:
     path = as_path(path, "path")
     if path.is_dir():
         verify_adapter(path)
-    with open_adapter(path) as adapter:
+    with open_adapter(path, base=base_model(model).config) as adapter:
         adapter.check(finite=True)
         config = kt.config(adapter)
         parameters = saved_names(model, name) | saved_whole_names(model, name)
         tensors = dict(adapter.tensors())
         parameters |= _of_base(adapter, model, tensors.keys() - parameters.keys())
+        wholes = whole_shapes(model)
+        shapes = {key: wholes.get(id(parameter), tuple(parameter.shape)) for key, parameter in parameters.items()}
         fix = "apply_kt_moe(model, adapter=…) takes the adapter's own settings; the trainer then needs no peft_config."
         for key in sorted(parameters.keys() | tensors.keys()):
-            saved, current = tensors.get(key), parameters.get(key)
-            if saved is None or current is None or saved.shape != tuple(current.shape):
+            saved, current = tensors.get(key), shapes.get(key)
+            if saved is None or saved.shape != current:
                 raise KTAMXError(
                     f"{path}: {key} is {saved.shape if saved else 'missing'}; the model's adapter has "
-                    f"{tuple(current.shape) if current is not None else 'none'} (rank, target_modules). {fix}"
+                    f"{'none' if current is None else current} (rank, target_modules). {fix}"
                 )
         _check_scaling(model, name, adapter, config, fix)
+        owners = {id(holder.weight): holder for holder in owned_lora(model)}
         with torch.no_grad():
             for key, parameter in parameters.items():
-                parameter.copy_(tensors[key].load())
+                values, holder = tensors[key].load(), owners.get(id(parameter))
+                parameter.copy_(values if holder is None else holder.owned(values))
     logger.info("kt_hf: training starts from the adapter in %s.", path)
 
 

@@ -85,11 +85,15 @@ def write_manifest(folder: Path, model: Any, checked: os.stat_result | None = No
         "save": _MARKS.get(folder.resolve()),
         "packages": _packages(),
         "base": describe_base(model),
+        "dtype": _name_of(_dtype(model)),
+        "kt": packer.config.changed() if packer is not None else None,
         "lora": _bound(read_json(folder / CONFIG).object()),
         "files": {name: _describe(folder / name) for name in files},
         "training": None,
         "tensors": {key: {"dtype": _name_of(t.dtype), "shape": list(t.shape)} for key, t in tensors.items()},
     }
+    if packer is not None and packer.ranks is not None:
+        content["ranks"] = packer.ranks.size
     now = (folder / ADAPTER).stat()
     if checked and (checked.st_ino, checked.st_size, checked.st_mtime_ns) != (now.st_ino, now.st_size, now.st_mtime_ns):
         raise _other_process(folder)
@@ -265,6 +269,11 @@ def describe_base(model: Any) -> dict[str, Any] | None:
         "config_sha256": digest,
         "experts": packer.stored_as if packer else None,
     }
+
+
+def _dtype(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "dtype", None) or "auto"
 
 
 def _describe(path: Path) -> dict[str, Any]:

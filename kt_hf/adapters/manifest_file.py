@@ -33,6 +33,7 @@ class Manifest:
         tensors: Key -> dtype ("float32") and shape of each tensor.
         lora: The settings that belong to the tensors.
         base: The base model's name, and what of its configuration decides about shapes; None if unknown.
+        ranks: How many ranks trained the adapter, each of which keeps a file of the optimizer's state in a checkpoint.
         content: All of it, as it is in the file.
     """
 
@@ -41,6 +42,7 @@ class Manifest:
     tensors: dict[str, tuple[str, list[int]]]
     lora: dict[str, Any]
     base: BaseModel | None
+    ranks: int
     content: dict[str, Any]
 
 
@@ -80,13 +82,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     files = {name: _stored_file(entry) for name, entry in manifest["files"].object().items()}
     if not {ADAPTER, CONFIG} <= set(files):
         manifest["files"].refuse(f"lacks {ADAPTER} or {CONFIG}")
-    training, base = manifest.get("training"), manifest.get("base")
+    training, base, ranks = manifest.get("training"), manifest.get("base"), manifest.get("ranks")
     return Manifest(
         files=files,
         training={name: _stored_file(entry) for name, entry in training.object().items()} if training else {},
         tensors={key: _stored_tensor(entry) for key, entry in manifest["tensors"].object().items()},
         lora=dict(manifest["lora"].object().values()),
         base=_base_model(base.object()) if base else None,
+        ranks=ranks.integer(least=1) if ranks else 1,
         content=dict(manifest.values()),
     )
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.model_names import ModelTensor
 from ..checkpoint.tensor_files import INDEX, SINGLE, read_index, stored_tensors
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.disk import check_space
 from ..system.files import Lazy, Part, new_folder, write_json, write_safetensors
 from ..system.json_fields import read_json
 from .adapter import FLOATING, Adapter, Projection
-from .base_names import BaseNames, ModelTensor
+from .base_names import BaseNames
 from .embeddings import EmbeddingPlan, plan_embeddings
 from .low_bit_base import Shards, widened
 from .merged_module import merged_weight
@@ -53,7 +54,7 @@ class _Merger:
 
     def change(self, name: str, tensor: Lazy) -> Change | None:
         """What to do with one of the base's tensors, None to leave it as it is."""
-        target = self.names.find(name)
+        target = self.names.find(name, tensor.shape)
         if target.projections:
             experts = self._named(target.module, self.layers)
             loras = [self.adapter.experts.get(f"{experts}.{projection}") for projection in target.projections]
@@ -130,8 +131,6 @@ class _Merger:
         rows, parts = known[0].b.shape[1], len(loras)
         shape = (known[0].a.shape[0], rows * parts, known[0].a.shape[2])
         turned, flipped = target.transposed, (shape[0], shape[2], shape[1])
-        if not target.flat and shape != flipped:  # transformers takes some families' stacks both ways round
-            turned = tensor.shape == flipped
         stored = flipped if turned else shape
         self._fits(name, tensor, (stored[0] * stored[1], stored[2]) if target.flat else stored)
         self.left -= {one.module for one in known}

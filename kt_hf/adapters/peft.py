@@ -23,7 +23,7 @@ takes those names in target_modules for the experts'. The keys are the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from ..errors import KTAMXError
 from ..shapes import ALIASES, PROJECTIONS
 from ..system.files import Lazy, Part, part
 from .adapter import PREFIX, Adapter, Projection, alpha_for, patterns, rank_alpha, scale
+from .stock_forms import PLAIN, StockForm, StockForms
 
 KEY = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)(\.base_layer)?\.lora_([AB])\.weight$")
 
@@ -62,8 +63,13 @@ def from_rank_columns(b: Tensor, rank: int) -> Tensor:
     return b.reshape(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
 
 
-def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
+def read(adapter: Adapter, tensors: dict[str, Lazy], forms: StockForms) -> None:
     """Fill an adapter from the tensors of a stock PEFT file.
+
+    Args:
+        adapter: To fill.
+        tensors: Of the file, by key.
+        forms: Of the base model's experts.
 
     Raises:
         KTAMXError: A is there without B, a size is no multiple of the rank, or gate_up looks like down.
@@ -76,24 +82,25 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
         if match is None or not matches(key, tensor):
             adapter.others[key] = tensor
             continue
+        first = forms.of(match[1].removeprefix(PREFIX)).first
         if match[2]:
-            parameter = "gate_up_proj"
-        elif match[1] in nested or named & {"gate_up_proj", "down_proj"} == {"down_proj"}:
+            parameter = first
+        elif match[1] in nested or named & {first, "down_proj"} == {"down_proj"}:
             parameter = "down_proj"
-        elif named & {"gate_up_proj", "down_proj"} == {"gate_up_proj"}:
-            parameter = "gate_up_proj"
+        elif named & {first, "down_proj"} == {first}:
+            parameter = first
         else:
             raise KTAMXError(
-                f"{adapter.where}: {key} may belong to gate_up_proj or to down_proj; target_parameters in the config "
+                f"{adapter.where}: {key} may belong to {first} or to down_proj; target_parameters in the config "
                 f"({sorted(named)}) do not tell."
             )
         pairs_by_place.setdefault((match[1].removeprefix(PREFIX), parameter), {})[match[3]] = tensor
-    pairs = {place: _pair(adapter, place, pair) for place, pair in pairs_by_place.items()}
+    pairs = {place: _pair(adapter, place, pair, forms.of(place[0])) for place, pair in pairs_by_place.items()}
     fused = {experts: pair for (experts, parameter), pair in pairs.items() if parameter == "gate_up_proj"}
     splits = _splits(adapter, fused) if fused else None
     for (experts, parameter), (a, b, rank, alpha) in pairs.items():
-        if parameter == "down_proj":
-            adapter.add(experts, "down_proj", a, b, rank, alpha)
+        if parameter != "gate_up_proj":
+            adapter.add(experts, parameter, a, b, rank, alpha)
         else:
             _add_gate_and_up(adapter, experts, (a, b, rank, alpha), splits[experts] if splits else None)
 
@@ -101,26 +108,32 @@ def read(adapter: Adapter, tensors: dict[str, Lazy]) -> None:
 _Pair = tuple[Lazy, Lazy, int, float]
 
 
-def _pair(adapter: Adapter, place: tuple[str, str], pair: dict[str, Lazy]) -> _Pair:
+def _pair(adapter: Adapter, place: tuple[str, str], pair: dict[str, Lazy], form: StockForm) -> _Pair:
     """A [E, R, in] and B [E, out, R] of a fused parameter, its rank and alpha."""
     module = ".".join(place)
     if set(pair) != {"A", "B"}:
         raise KTAMXError(f"{adapter.where}: LoRA of {module} has only lora_{''.join(pair)}, not the other of the pair.")
     rank, alpha = rank_alpha(adapter.config, module)
     a, b = pair["A"], pair["B"]
-    odd = place[1] == "gate_up_proj" and b.shape[0] % 2
+    out = (a.shape[1] if form.exchanged else b.shape[0]) if len(a.shape) == 2 else 1
+    odd = place[1] == "gate_up_proj" and out % 2
     if a.shape[0] % rank or b.shape[1] != a.shape[0] or odd or 0 in a.shape + b.shape:
         raise KTAMXError(
             f"{adapter.where}: LoRA of {module} is {a.shape} and {b.shape}, which do not go with rank {rank} (by "
             "adapter_config.json)."
         )
-    experts = a.shape[0] // rank
-    return (
-        Lazy(a.dtype, (experts, rank, a.shape[1]), lambda: from_expert_rows(a.load(), rank)),
-        Lazy(b.dtype, (experts, b.shape[0], rank), lambda: from_rank_columns(b.load(), rank)),
-        rank,
-        alpha,
-    )
+    experts = a.shape[0] // rank - (form.spare if place[1] == form.first else 0)
+    inside = b.shape[0] if form.exchanged else a.shape[1]
+    if form == PLAIN:
+        load_a, load_b = lambda: from_expert_rows(a.load(), rank), lambda: from_rank_columns(b.load(), rank)
+    else:
+
+        def both() -> tuple[Tensor, Tensor]:
+            return form.from_stock(from_expert_rows(a.load(), rank), from_rank_columns(b.load(), rank), place[1])
+
+        load_a, load_b = lambda: both()[0], lambda: both()[1]
+    a_dtype, b_dtype = (b.dtype, a.dtype) if form.exchanged else (a.dtype, b.dtype)
+    return Lazy(a_dtype, (experts, rank, inside), load_a), Lazy(b_dtype, (experts, out, rank), load_b), rank, alpha
 
 
 def _splits(adapter: Adapter, fused: dict[str, _Pair]) -> dict[str, int] | None:
@@ -169,68 +182,70 @@ def _add_gate_and_up(adapter: Adapter, experts: str, pair: _Pair, split: int | N
         )
 
 
-def parts(adapter: Adapter) -> Iterator[Part]:
-    """The tensors of a stock PEFT file."""
+def parts(adapter: Adapter, forms: StockForms) -> Iterator[Part]:
+    """The tensors of a stock PEFT file.
+
+    Args:
+        adapter: Of any format.
+        forms: Of the base model's experts.
+
+    Raises:
+        KTAMXError: Stock PEFT cannot hold LoRA of these experts.
+    """
+    forms.check_names({**adapter.layers(), **adapter.modules()})
     for experts, projections in adapter.layers().items():
-        gate_up = [projections[name] for name in PROJECTIONS[:2] if name in projections]
+        form = forms.of(experts)
+        above = [projections[name] for name in PROJECTIONS[:2] if name in projections]
         down = projections.get("down_proj")
-        if gate_up:
-            # The outermost wrapper's keys have no base_layer; PEFT wraps gate_up first.
+        if above:
+            # The outermost wrapper's keys have no base_layer; PEFT wraps what is above the gate first.
             inner = ".base_layer" if down else ""
-            yield _fused_part(f"{PREFIX}{experts}{inner}", gate_up)
+            yield _stack(f"{PREFIX}{experts}{inner}", above, form, form.first)
         if down:
-            yield Part(
-                {
-                    f"{PREFIX}{experts}.lora_A.weight": (down.a.dtype, _rows(down)),
-                    f"{PREFIX}{experts}.lora_B.weight": (down.b.dtype, _columns(down.b.shape[1], down)),
-                },
-                _down(down),
-            )
+            yield _stack(f"{PREFIX}{experts}", [down], form, "down_proj")
     for key, tensor in adapter.others.items():
         yield part(key, tensor)
 
 
-def _down(one: Projection) -> Callable[[], Iterator[Tensor]]:
-    def make() -> Iterator[Tensor]:
-        yield to_expert_rows(one.a.load())
-        yield to_rank_columns(one.b.load())
-
-    return make
-
-
-def _rows(one: Projection, rank: int | None = None) -> tuple[int, int]:
-    return one.a.shape[0] * (rank or one.rank), one.a.shape[2]
-
-
-def _columns(out: int, one: Projection, rank: int | None = None) -> tuple[int, int]:
-    return out, one.a.shape[0] * (rank or one.rank)
-
-
-def _fused_part(name: str, loras: list[Projection]) -> Part:
+def _stack(name: str, loras: list[Projection], form: StockForm, parameter: str) -> Part:
+    """LoRA of a whole parameter: of one projection, or of gate and up, whose ranks are put side by side."""
     first, rank = loras[0], sum(one.rank for one in loras)
-    inner, count = first.b.shape[1], first.a.shape[0]
+    count, inner, into = first.a.shape[0], first.b.shape[1], first.a.shape[2]
+    joined = parameter == "gate_up_proj"
+    out = 2 * inner if joined else inner
 
     def make() -> Iterator[Tensor]:
-        yield to_expert_rows(torch.cat([one.a.load() for one in loras], dim=1))
-        b, offset = torch.zeros(count, 2 * inner, rank, dtype=first.b.dtype), 0
-        for one in loras:
-            row = 0 if one.name == "gate_proj" else inner
-            block = one.b.load()
-            if one.scaling != first.scaling:
-                block = (block.double() * (one.scaling / first.scaling)).to(block.dtype)
-            b[:, row : row + inner, offset : offset + one.rank] = block
-            offset += one.rank
+        a = torch.cat([one.a.load() for one in loras], dim=1)
+        b = _block_diagonal(loras, count, rank) if joined else first.b.load()
+        a, b = form.to_stock(a, b, parameter)
+        yield to_expert_rows(a)
         yield to_rank_columns(b)
 
-    specs = {
-        f"{name}.lora_A.weight": (first.a.dtype, _rows(first, rank)),
-        f"{name}.lora_B.weight": (first.b.dtype, _columns(2 * inner, first, rank)),
-    }
+    a_dtype, b_dtype = first.a.dtype, first.b.dtype
+    if form.exchanged:
+        into, out, a_dtype, b_dtype = out, into, b_dtype, a_dtype
+    columns = rank * (count + (form.spare if parameter == form.first else 0))
+    specs = {f"{name}.lora_A.weight": (a_dtype, (columns, into)), f"{name}.lora_B.weight": (b_dtype, (out, columns))}
     return Part(specs, make)
 
 
-def config(adapter: Adapter) -> dict[str, Any]:
-    """adapter_config.json of the same adapter for stock PEFT."""
+def _block_diagonal(loras: list[Projection], count: int, rank: int) -> Tensor:
+    """B [E, 2I, R] of gate and up (or one of them), scaled as the first is."""
+    first, offset = loras[0], 0
+    inner = first.b.shape[1]
+    b = torch.zeros(count, 2 * inner, rank, dtype=first.b.dtype)
+    for one in loras:
+        row = 0 if one.name == "gate_proj" else inner
+        block = one.b.load()
+        if one.scaling != first.scaling:
+            block = (block.double() * (one.scaling / first.scaling)).to(block.dtype)
+        b[:, row : row + inner, offset : offset + one.rank] = block
+        offset += one.rank
+    return b
+
+
+def config(adapter: Adapter, forms: StockForms) -> dict[str, Any]:
+    """adapter_config.json of the same adapter for stock PEFT, whose base model's experts are of these forms."""
     taken = {*PROJECTIONS, *ALIASES}
     modules = adapter.modules()
     kept = [name for name in adapter.config.get("target_parameters") or [] if name.endswith(".weight")]  # the router's
@@ -244,7 +259,10 @@ def config(adapter: Adapter) -> dict[str, Any]:
         gate_up = [projections[name] for name in PROJECTIONS[:2] if name in projections]
         if gate_up:
             rank = sum(one.rank for one in gate_up)
-            ranks_alphas[f"{experts}.gate_up_proj"] = rank, alpha_for(adapter.config, rank, gate_up[0].scaling)
+            ranks_alphas[f"{experts}.{forms.of(experts).first}"] = (
+                rank,
+                alpha_for(adapter.config, rank, gate_up[0].scaling),
+            )
         if "down_proj" in projections:
             ranks_alphas[f"{experts}.down_proj"] = projections["down_proj"].rank, projections["down_proj"].alpha
     result = {**adapter.config, "lora_dropout": 0.0}  # ParamWrapper refuses dropout

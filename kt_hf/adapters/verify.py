@@ -16,12 +16,20 @@ from .convert import open_adapter
 from .fit import check_fits
 from .manifest import check_base, check_training
 from .manifest_file import MANIFEST, read_manifest
+from .owned_optimizer import state_files
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})$")
 _STATE = "trainer_state.json"
-# What a Trainer needs to go on as if it had not stopped.
-_TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_TRAINING = ("optimizer.pt", "scheduler.pt")
+
+
+def _training_files(ranks: int) -> list[str]:
+    """What a Trainer of so many ranks needs to go on as if it had not stopped."""
+    if ranks == 1:
+        return [*_TRAINING, "rng_state.pth"]
+    states = [file.name for file in state_files(Path(), ranks)]
+    return [*_TRAINING, *states, *(f"rng_state_{rank}.pth" for rank in range(ranks))]
 
 
 def verify_adapter(folder: str | Path, model: Any = None) -> bool:
@@ -95,14 +103,15 @@ def _check_state(folder: Path) -> None:
     if "log_history" in state:
         for entry in state["log_history"].entries():
             entry.object()
-    states = [name for name in _TRAINING if (folder / name).is_file()]
+    manifests = [folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]
+    read = [read_manifest(path.parent) for path in manifests if path.exists()]
+    needed = _training_files(max((manifest.ranks for manifest in read if manifest), default=1))
+    states = [name for name in needed if (folder / name).is_file()]
     for name in states:
         if not zipfile.is_zipfile(folder / name):  # as torch.save writes them; the index comes last
             raise KTAMXError(f"{folder / name} is truncated or damaged.")
-    manifests = [folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]
-    missing = [name for name in _TRAINING if name not in states]
-    vouched = any(path.exists() for path in manifests)
-    if missing and (states or not vouched):
+    missing = [name for name in needed if name not in states]
+    if missing and (states or not read):
         raise KTAMXError(f"{folder} lacks {', '.join(missing)}: it is half deleted or half written.")
     if not states:
         logger.warning("%s was saved without the optimizer's state (save_only_model): it starts anew.", folder)

@@ -3,6 +3,7 @@
 from ..shapes import LORA_NAMES, ExpertShape
 from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
 from .base import SavedForward as Saved  # Saved, QUANTISED, SavedLayer, pack and save_packed: the names of 0.1.0
+from .kt_kernel.installation import bytes_per_weight
 from .kt_kernel.kept_memory import KEPT
 from .kt_kernel.operators import LOW_BIT, OPERATORS, QUANTIZED, most_tokens, shape_problem
 from .kt_kernel.operators import QUANTIZED as QUANTISED
@@ -40,6 +41,7 @@ __all__ = [
     "SavedLayer",
     "TorchBackend",
     "build_backend",
+    "bytes_per_weight",
     "choose_backend",
     "describe_cpu",
     "kernel_availability",

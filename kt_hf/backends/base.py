@@ -58,12 +58,6 @@ class ExpertWeights:
         """Experts of the layer, those of low bits included."""
         return len(self.gate_up) + (len(self.low_bit.experts) if self.low_bit else 0)
 
-    def widened(self) -> ExpertWeights:
-        """The layer with all of its experts as the CPU computes them; itself if none is of low bits."""
-        if self.low_bit is None:
-            return self
-        return self.wide(range(self.num_experts), torch.device("cpu"), self.gate_up.dtype)
-
     def wide(self, experts: Sequence[int], device: torch.device, dtype: torch.dtype) -> ExpertWeights:
         """Some experts of the layer, copied, those of low bits widened.
 
@@ -92,8 +86,29 @@ class ExpertWeights:
         return ExpertWeights(gate_up, down, gate_up_bias=None if bias is None else bias.to(device, dtype))
 
     def bias_of(self, experts: Sequence[int]) -> Tensor | None:
-        """The biases of gate and up of some experts of the layer, [n, 2I]; None without biases."""
+        """The biases of gate and up of some experts of the layer, copied, [n, 2I]; None without biases."""
         return None if self.gate_up_bias is None else self.gate_up_bias.detach()[list(experts)]
+
+    def part(self, experts: slice) -> ExpertWeights:
+        """Copies of the weights of consecutive experts, by ids from 0; those of the others can then be released.
+
+        Biases of the down projections stay those of all experts.
+
+        Args:
+            experts: Of the layer.
+        """
+        ids = range(*experts.indices(self.num_experts))
+        packed = [] if self.low_bit is None else [e for e in self.low_bit.experts if e in ids]
+        rows = self.rows_of([e for e in ids if e not in set(packed)])
+        wide = slice(rows[0], rows[-1] + 1) if rows else slice(0)
+        low = self.low_bit.select(packed) if self.low_bit is not None and packed else None
+        return ExpertWeights(
+            self.gate_up[wide].clone(),
+            self.down[wide].clone(),
+            low_bit=PackedExperts([e - ids.start for e in packed], low.gate_up, low.down) if low else None,
+            gate_up_bias=self.bias_of(ids),
+            down_bias=self.down_bias,
+        )
 
 
 class SavedForward:

@@ -36,7 +36,7 @@ def build_tiered(
 
     Args:
         weights: Taken over and emptied. If packing is interrupted they are whole again afterwards. Those of low bits
-            stay so on the GPU, and are widened for the CPU.
+            stay so on the GPU, and are given so to `pack_cpu` where all of the rest are.
         shape: The layer's sizes.
         resident: Ids of the experts whose weights are copied to the GPU, in `dtype`.
         streamed: Ids of the experts whose weights stay in host memory, none of them resident; `dtype` must be bf16

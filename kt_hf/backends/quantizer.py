@@ -22,7 +22,8 @@ _A_ROW = (1, sys.maxsize)
 # The largest of a group divided by 7.5, and smaller scales that clip it: the least squared error is taken. On normal
 # weights it is 0.088 of their norm, 0.095 without the search.
 _SHRINK = tuple(1 - 0.03 * i for i in range(12))
-_PIECE = 2**24  # weights quantized at a time
+# Weights quantized at a time, each of which takes some 20 bytes meanwhile. A GPU is not to wait for launches.
+_PIECE, _PIECE_ON_GPU = 2**20, 2**24
 
 
 def refuse_indivisible(to: str, shape: ExpertShape, where: str = "") -> None:
@@ -59,7 +60,8 @@ def quantized(stack: Tensor, to: str, device: torch.device | None = None) -> Pac
         KTAMXConfigError: Columns that are no multiple of int4's group.
     """
     (code, block, quantize), pieces = _KINDS[to], []
-    step = max(1, _PIECE // max(1, stack.shape[1] * stack.shape[2]))
+    piece = _PIECE_ON_GPU if (device or stack.device).type == "cuda" else _PIECE
+    step = max(1, piece // max(1, stack.shape[1] * stack.shape[2]))
     wide = stack.shape if code != "int4" else (*stack.shape[:2], stack.shape[2] // 2)
     codes = own_pages(tuple(wide), {"int4": torch.uint8, "int8": torch.int8}.get(code, torch.float8_e4m3fn))
     for first in range(0, len(stack), step):
@@ -68,6 +70,13 @@ def quantized(stack: Tensor, to: str, device: torch.device | None = None) -> Pac
         pieces.append(scales.cpu())
     scales = torch.cat(pieces) if pieces else quantize(stack.float())[1].cpu()
     return PackedMatrices(code, codes, scales, block)
+
+
+def alike_rows(to: str, row: int, rows: int) -> tuple[int, int]:
+    """The first row, and the one after the last, that share scales with one of a matrix of so many rows."""
+    height = _KINDS[to][1][0]
+    first = row - row % height
+    return first, min(first + height, rows)
 
 
 def quantized_experts(weights: ExpertWeights, to: str, device: torch.device | None = None) -> ExpertWeights:
@@ -88,7 +97,9 @@ def quantized_experts(weights: ExpertWeights, to: str, device: torch.device | No
         parts.append(quantized(getattr(weights, name).detach(), to, device))
         setattr(weights, name, torch.empty(0))
     gate_up, down = (torch.empty((0, *size), dtype=dtype, device="cpu") for size in sizes)
-    return ExpertWeights(gate_up, down, low_bit=PackedExperts(experts, *parts))
+    biases = weights.gate_up_bias, weights.down_bias
+    low_bit = PackedExperts(experts, *parts)
+    return ExpertWeights(gate_up, down, low_bit=low_bit, gate_up_bias=biases[0], down_bias=biases[1])
 
 
 def _int4(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,9 @@ FEW_CORES = (
     "this process has two physical cores without AMX, which compute experts faster by PyTorch than by the operators; "
     "kt_num_threads=1 asks for the operators"
 )
+# Tokens of an expert up to which MXFP4's operators are as fast as PyTorch on two cores of AVX2 (docs/low-bit.md): their
+# time grows with rows, PyTorch's is mostly that of weights. A call of unknown length is taken to be of `_TOKENS`.
+_MXFP4_ROWS, _TOKENS = 128, 2_048
 _ONE_THREAD = "PyTorch has one thread here, as OMP_NUM_THREADS=1 makes it: OMP_NUM_THREADS=2 uses both cores"
 
 
@@ -45,6 +48,7 @@ def choose_backend(
     dtype: torch.dtype | None = None,
     rank: int | None = None,
     stored: Sequence[PackedMatrices] = (),
+    tokens: int | None = None,
 ) -> tuple[str, str]:
     """The name of the backend for a value of `kt_backend`, and the reason in words. `auto` never quantizes.
 
@@ -56,6 +60,7 @@ def choose_backend(
         dtype: The model's dtype; None for bf16.
         rank: LoRA rank; None if it is not known yet.
         stored: How the checkpoint stores experts of low bits: a matrix of each kind; none for bf16.
+        tokens: Of a forward in training; None if unknown.
 
     Raises:
         KTAMXNotAvailableError: A backend was asked for by name that does not run here.
@@ -72,7 +77,11 @@ def choose_backend(
     available = installation.availability()
     if not available.ok:
         if keeps_packed("MXFP4", stored) and _mxfp4_alone(shape, pools):
-            return "MXFP4", "the checkpoint is in MXFP4 and is computed as it is; " + available.reason
+            rows = (tokens or _TOKENS) * shape.top_k / shape.num_experts
+            if rows <= _MXFP4_ROWS:
+                return "MXFP4", "the checkpoint is in MXFP4 and is computed as it is; " + available.reason
+            faster = f"{rows:.0f} tokens an expert are faster so than by MXFP4, which takes less memory"
+            return "torch", f"{available.reason}; {faster} (kt_backend=MXFP4)"
         return "torch", available.reason
     if problem := shape_problem(shape, pools):
         return "torch", f"kt-kernel's operators cannot compute these experts: {problem}"
@@ -97,7 +106,7 @@ def keeps_packed(backend: str, stored: Sequence[PackedMatrices]) -> bool:
 
 
 def _mxfp4_alone(shape: ExpertShape, pools: int) -> bool:
-    """Whether MXFP4's operators run where those in bf16 do not (AVX2): there they are faster than PyTorch."""
+    """Whether MXFP4's operators run where those in bf16 do not (AVX2)."""
     return installation.availability("MXFP4").ok and shape_problem(shape, pools, "MXFP4") is None
 
 

@@ -20,9 +20,15 @@ from ..backends.packed import PackedExperts, PackedMatrices
 from ..discovery import FLOATING
 from ..errors import KTAMXError
 from ..forms.stacked import Form
+from .formats import finite
 from .tensor_files import StoredTensor, read_tensors
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def as_module(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a layer's tensors have the names of a module of the model, by the names behind the module's."""
+    return any(name.removesuffix("_blocks") in (*_STACKS, "mlp.w1") for name in stored)
 
 
 class ModuleTensors:
@@ -52,6 +58,19 @@ class ModuleTensors:
         """Bytes of the weights as they are kept: packed, or in bf16."""
         weights = (math.prod(t.shape) for name, t in self._stored.items() if not name.endswith("_bias"))
         return sum(weights) * (1 if self.mxfp4 else 2)
+
+    def check_values(self) -> None:
+        """Read the scales of MXFP4, and look through them.
+
+        Raises:
+            KTAMXError: One is not a finite number, naming file and tensor.
+        """
+        for name, stored in self._stored.items():
+            if name.endswith("_scales"):
+                scales = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+                read_tensors([(stored, scales)])
+                if not finite(scales):
+                    raise KTAMXError(f"{stored} of weights in MXFP4 has a scale that is not a finite number.")
 
     def read(self, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
         """The layer's weights in the layout that is computed, on the CPU.

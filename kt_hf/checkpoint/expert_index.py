@@ -3,6 +3,7 @@
 Three layouts are known, recognized by the tensors' names, whatever the family: a linear layer an expert and projection
 (`experts.7.gate_proj.weight`), Mixtral's names for the same (`experts.7.w1.weight`), and transformers' fused ones
 (`experts.gate_up_proj`). Each in bf16, fp16, fp32, or in one of the low-bit formats that `quantization` tells apart.
+Others are read as the model's module has them (`as_module`), or by transformers' table of the family (`by_table`).
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import ExpertWeights
 from ..backends.packed import PackedExperts, PackedMatrices
 from ..discovery import FLOATING, ExpertsSite, find_experts, skeleton
 from ..errors import KTAMXConfigError, KTAMXError, KTAMXModelNotSupportedError
 from ..shapes import ALIASES, BF16, ExpertShape
-from .as_module import ModuleTensors
+from .as_module import ModuleTensors, as_module
+from .by_table import TableTensors, by_table
 from .expert_names import ExpertName, expert_name, plain_name
-from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices
+from .expert_reader import Matrix, Slot, Wide, check_values, read_matrices, read_rows
+from .fingerprint import fingerprint, fingerprint_by_rows
 from .formats import KNOWN, Kind
 from .quantization import quantization_of
-from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFiles, read_index
+from .tensor_files import INDEX, StoredTensor, TensorFiles
 
 # Of a layer, by (expert, projection).
 _Weights = dict[tuple[int, str], dict[str, StoredTensor]]
@@ -37,7 +40,7 @@ class ExpertCheckpoint:
     """The routed experts of a checkpoint; nothing is read before `read`.
 
     Args:
-        folder: Of the checkpoint; `checkpoint_folder` finds the folder of a hub's model.
+        folder: Of the checkpoint; `kt_hf.checkpoint.checkpoint_folder` finds the folder of a hub's model.
         config: The model's configuration.
         trust_remote_code: Whether the model's own code may be run, as transformers has it.
         model: The `skeleton` of the configuration, where the caller has made one; it is made here without.
@@ -63,19 +66,20 @@ class ExpertCheckpoint:
         model = skeleton(config, trust_remote_code) if model is None else model
         sites = find_experts(model, weightless=True)
         for site in sites:
-            _refuse_unread(site)
+            _refuse_unread(site, model)
         self.model_class: Any = type(model)
         self.expert_classes = {type(site.experts) for site in sites}
         self.layers = [site.name for site in sites]
         self.shapes = {site.name: site.shape for site in sites}
         self.forms = {site.name: site.form for site in sites}
         self.quantization = quantization_of(config)
-        _refuse_transposed(model)
         self.files = TensorFiles(Path(folder))
-        self._as_modules = self._find_modules()
-        self._matrices = self._find()
+        self._as_modules = self._find_modules(model)
+        self._matrices = self._find(model)
 
-    def read(self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = ()) -> ExpertWeights:
+    def read(
+        self, layer: str, dtype: torch.dtype, low_bit: Sequence[int] = (), experts: slice | None = None
+    ) -> ExpertWeights:
         """A layer's weights, stacked and fused, in memory of their own on the CPU.
 
         Args:
@@ -83,6 +87,7 @@ class ExpertCheckpoint:
             dtype: bfloat16, float16 or float32; what the checkpoint has is rounded to it once.
             low_bit: Ids of experts that are to stay in low bits, as the files have them. Those that cannot be stacked
                 with the others of the layer are widened nevertheless.
+            experts: The only ones to read, which get ids from 0 (those stored as the module has them are all read).
 
         Returns:
             Stacks of the widened experts, [n, 2I, H] and [n, H, I], and those that stay packed in its `low_bit`.
@@ -93,17 +98,53 @@ class ExpertCheckpoint:
         if dtype not in FLOATING:
             raise KTAMXConfigError(f"dtype={dtype}: give bfloat16, float16 or float32, which experts can have.")
         if layer in self._as_modules:
-            return self._as_modules[layer].read(dtype, low_bit)
+            weights = self._as_modules[layer].read(dtype, low_bit)
+            return weights if experts is None else weights.part(experts)
         shape, matrices = self.shapes[layer], self._matrices[layer]
         H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
-        kept = sorted(set(low_bit) & self._stackable(layer))
-        rest = [e for e in range(shape.num_experts) if e not in set(kept)]
+        wanted = range(shape.num_experts)[experts or slice(None)]
+        kept = sorted(set(low_bit) & self._stackable(layer) & set(wanted))
+        rest = [e for e in wanted if e not in set(kept)]
         gate_up = torch.empty(len(rest), shape.up_rows, H, dtype=dtype, device="cpu")
         down = torch.empty(len(rest), H, I, dtype=dtype, device="cpu")
         places = {"gate_up_proj": gate_up, "down_proj": down, "gate_proj": gate_up[:, :I], "up_proj": gate_up[:, -I:]}
         row = {e: i for i, e in enumerate(rest)}
         read_matrices([(matrix, Wide(places[name][row[e]])) for (e, name), matrix in matrices.items() if e in row])
-        return ExpertWeights(gate_up, down, low_bit=self._read_packed(layer, kept) if kept else None)
+        packed = self._read_packed(layer, kept) if kept else None
+        if packed is not None:
+            packed.experts = [e - wanted.start for e in kept]
+        return ExpertWeights(gate_up, down, low_bit=packed)
+
+    def fingerprint(self, layer: str, dtype: torch.dtype, to: str = "bf16") -> Tensor:
+        """The `fingerprint` of a layer's weights, of which only the rows that it is of are read.
+
+        Of low bits they are whole matrices; of experts that are stored as their module has them, all.
+
+        Args:
+            layer: One of `layers`.
+            dtype: Floating, of the experts that are not of low bits.
+            to: As for `fingerprint`.
+
+        Raises:
+            KTAMXError: A file has changed since it was checked.
+        """
+        if layer in self._as_modules:
+            return fingerprint(self._as_modules[layer].read(dtype), to)
+        shape = self.shapes[layer]
+        E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
+        sizes = {"gate_up_proj": [E, shape.up_rows, H], "down_proj": [E, H, I]}
+        return fingerprint_by_rows(sizes, dtype, lambda *rows: self._rows(layer, dtype, *rows), to)
+
+    def _rows(self, layer: str, dtype: torch.dtype, name: str, expert: int, first: int, stop: int) -> Tensor:
+        """Rows `first` to before `stop` of an expert's `gate_up_proj` or `down_proj`."""
+        shape, matrices, begin = self.shapes[layer], self._matrices[layer], 0
+        names, rows = [name] if (expert, name) in matrices else list(shape.projections[:-1]), []
+        for matrix in (matrices[expert, one] for one in names):
+            end = begin + matrix.shape[0]
+            if first < end and stop > begin:
+                rows.append(read_rows(matrix, max(first, begin) - begin, min(stop, end) - begin, dtype))
+            begin = end
+        return torch.cat(rows)
 
     def bits(self) -> float:
         """Bits of an expert's weight as it is kept, its part of the scales included; 16 for those that are widened."""
@@ -127,6 +168,8 @@ class ExpertCheckpoint:
         Raises:
             KTAMXError: The experts cannot be computed of it, naming file and tensor.
         """
+        for module in self._as_modules.values() if scales else ():
+            module.check_values()
         check_values([matrix for layer in self._matrices.values() for matrix in layer.values()], scales)
 
     def source_bytes(self, layer: str) -> int:
@@ -167,8 +210,10 @@ class ExpertCheckpoint:
         read_matrices(jobs)
         return PackedExperts(experts, gate_up, down)
 
-    def _find_modules(self) -> dict[str, ModuleTensors]:
-        """Layer -> its experts, of those whose module is laid out otherwise than experts are computed."""
+    def _find_modules(self, model: nn.Module) -> dict[str, ModuleTensors | TableTensors]:
+        """Layer -> its experts, of those whose module or checkpoint is laid out otherwise than experts are computed."""
+        if _turns_experts(model):
+            return {**by_table(model, self.forms, self.files.tensors)}
         layers = {plain_name(name): name for name, form in self.forms.items() if form.stored_otherwise}
         stored: dict[str, dict[str, StoredTensor]] = {name: {} for name in layers.values()}
         for name, tensor in self.files.tensors.items() if layers else ():
@@ -176,9 +221,11 @@ class ExpertCheckpoint:
             layer = layers.get(plain_name(f"{inside[0]}.experts")) if inside else None
             if inside and layer:
                 stored[layer][inside[2]] = tensor
+        if layers and not any(map(as_module, stored.values())):
+            return {**by_table(model, {name: self.forms[name] for name in stored}, self.files.tensors)}
         return {name: ModuleTensors(name, self.forms[name], tensors) for name, tensors in stored.items()}
 
-    def _find(self) -> dict[str, _Matrices]:
+    def _find(self, model: nn.Module) -> dict[str, _Matrices]:
         """Layer -> (expert, projection) -> where it is; gate and up may be one, `gate_up_proj`."""
         layers = {plain_name(name): name for name in self.layers if name not in self._as_modules}
         weights: dict[str, _Weights] = {name: {} for name in layers.values()}
@@ -202,11 +249,8 @@ class ExpertCheckpoint:
                     )
                 parts[known.part] = part
         if layers and not any(weights.values()) and not strange:
-            raise KTAMXModelNotSupportedError(
-                f"No tensor in {self.files.folder} has a name like {self.layers[0]}.0.gate_proj.weight or "
-                f"{self.layers[0]}.gate_up_proj: experts saved under other names cannot be streamed. Use "
-                "from_pretrained and apply_kt_moe."
-            )
+            self._as_modules |= by_table(model, {name: self.forms[name] for name in weights}, self.files.tensors)
+            return {}
         return {name: self._checked(name, weights[name], strange.get(name)) for name in layers.values()}
 
     def _checked(self, layer: str, weights: _Weights, strange: StoredTensor | None) -> _Matrices:
@@ -274,36 +318,6 @@ class ExpertCheckpoint:
         return next((name for name in self.layers if known and plain_name(name) == plain_name(known.layer)), None)
 
 
-def checkpoint_folder(path_or_name: str | Path, **hub: Any) -> Path:
-    """The folder of a local checkpoint, or that of a model of the hub, downloaded if it is not in the cache.
-
-    Args:
-        path_or_name: A folder, or a name of the hub.
-        **hub: revision, cache_dir, token and the like, as from_pretrained takes them.
-
-    Raises:
-        KTAMXConfigError: There is no such model, or none saved as safetensors.
-    """
-    name = str(path_or_name)
-    if Path(name).is_dir():
-        return Path(name) / (hub.get("subfolder") or "")
-    from transformers.utils.hub import cached_file, cached_files
-
-    try:
-        try:
-            return Path(str(cached_file(name, SINGLE, **hub))).parent
-        except OSError:
-            index = Path(str(cached_file(name, INDEX, **hub)))
-        shards = sorted(set(read_index(index.parent).values()))
-        cached_files(name, shards, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        problem = " ".join(str(error).split())
-        raise KTAMXConfigError(
-            f"{name!r} is neither a folder nor a model of the hub with safetensors files: {problem}"
-        ) from error
-    return index.parent
-
-
 def _of_experts(known: ExpertName, tensor: StoredTensor, shape: ExpertShape) -> Iterator[tuple[int, StoredTensor]]:
     """(expert, its part) of a tensor: the tensor, or a row of a stack."""
     if known.expert is not None:
@@ -318,23 +332,23 @@ def _of_experts(known: ExpertName, tensor: StoredTensor, shape: ExpertShape) -> 
         yield expert, tensor.row(expert)
 
 
-def _refuse_unread(site: ExpertsSite) -> None:
-    """Experts that are not read by themselves: in a list, or with a norm, which their module would bring."""
-    if site.mlps or site.form.call == "normed":
+def _refuse_unread(site: ExpertsSite, model: Any) -> None:
+    """Experts that are not read by themselves: in a list, tied to others, or with a norm."""
+    tied = any(name.startswith(f"{site.name}.") for name in getattr(model, "all_tied_weights_keys", None) or ())
+    if tied or site.mlps or site.form.call == "normed":
         what = "a norm behind each expert" if site.form.call == "normed" else "its experts in a list, each by itself"
+        what = "its weights tied to those of other experts" if tied else what
         raise KTAMXModelNotSupportedError(
             f"{site.name} has {what}, which cannot be streamed. Use from_pretrained and apply_kt_moe."
         )
 
 
-def _refuse_transposed(model: Any) -> None:
-    """Some families' checkpoints have the fused matrices the other way round, which a square one would not show."""
+def _turns_experts(model: Any) -> bool:
+    """Whether its checkpoints have the fused matrices the other way round, which square ones would not show."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    for conversion in get_model_conversion_mapping(model):
-        turned = any(type(step).__name__ == "Transpose" for step in getattr(conversion, "operations", ()))
-        if turned and any("experts" in str(target) for target in conversion.target_patterns):
-            raise KTAMXModelNotSupportedError(
-                f"{type(model).__name__}: its checkpoints hold the experts transposed, which cannot be streamed. Use "
-                "from_pretrained and apply_kt_moe."
-            )
+    return any(
+        any(type(step).__name__ == "Transpose" for step in getattr(conversion, "operations", ()))
+        and any("experts" in str(target) for target in conversion.target_patterns)
+        for conversion in get_model_conversion_mapping(model)
+    )

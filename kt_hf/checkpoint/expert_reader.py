@@ -155,6 +155,19 @@ def read_matrices(jobs: Sequence[Job]) -> None:
         _read_batch(batch, memory)
 
 
+def read_rows(matrix: Matrix, first: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows `first` to before `stop` of a matrix in a floating dtype; one of low bits is read and widened whole.
+
+    Raises:
+        KTAMXError: A file has changed since its header was read.
+    """
+    if matrix.format is None:
+        return matrix.parts["weight"].rows(first, stop).load().to(dtype)
+    whole = torch.empty(matrix.shape, dtype=dtype, device="cpu")
+    read_matrices([(matrix, Wide(whole))])
+    return whole[first:stop]
+
+
 def _read_batch(batch: list[Job], memory: Tensor) -> None:
     read: list[tuple[StoredTensor, Tensor]] = []
     tensors: list[dict[str, Tensor]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..backends import ExpertWeights, PackedLayerFiles
 from ..backends.packed import PackedMatrices
+from ..backends.quantizer import alike_rows, quantized
 from ..discovery import FLOATING
 from .tensor_files import StoredTensor, TensorFiles, read_tensors
 
 _ROWS = 32
+Rows = Callable[[str, int, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,51 @@ def _fingerprint_of_parts(
     return _fingerprint([number, height, columns], wide.dtype, torch.stack(rows))
 
 
-def fingerprint(weights: ExpertWeights | PackedLayerFiles) -> Tensor:
-    """[4] int64 on the CPU that tell a layer's base weights from others', by a sample of them."""
-    digest = (
-        weights.fingerprint if isinstance(weights, PackedLayerFiles) else combined(fingerprints_of_weights(weights))
-    )
+def fingerprint(weights: ExpertWeights | PackedLayerFiles, to: str = "bf16") -> Tensor:
+    """[4] int64 on the CPU that tell a layer's base weights from others', by a sample of them.
+
+    Args:
+        weights: The layer's, of all experts.
+        to: A `kt_expert_dtype`, to which they will be quantized; "bf16" if they stay as they are.
+    """
+    if isinstance(weights, PackedLayerFiles):
+        return _in_numbers(weights.fingerprint)
+    marks = fingerprints_of_weights(weights)
+    if to != "bf16" and weights.low_bit is None:
+        stacks = {"gate_up_proj": weights.gate_up.detach(), "down_proj": weights.down.detach()}
+        sizes, dtype = {name: list(stack.shape) for name, stack in stacks.items()}, weights.gate_up.dtype
+        marks |= _marks_by_rows(sizes, dtype, lambda name, e, first, stop: stacks[name][e, first:stop], to)
+    return _in_numbers(combined(marks))
+
+
+def fingerprint_by_rows(sizes: Mapping[str, list[int]], dtype: torch.dtype, rows: Rows, to: str) -> Tensor:
+    """As `fingerprint`, of weights that are not in memory.
+
+    Args:
+        sizes: [E, rows, columns] of `gate_up_proj` and `down_proj`.
+        dtype: Of the weights, floating.
+        rows: Gives rows of a matrix: (name, expert, first, the one after the last) to [n, columns].
+        to: As for `fingerprint`.
+    """
+    return _in_numbers(combined(_marks_by_rows(sizes, dtype, rows, to)))
+
+
+def _marks_by_rows(sizes: Mapping[str, list[int]], dtype: torch.dtype, rows: Rows, to: str) -> dict[str, Fingerprint]:
+    marks = {}
+    for name, size in sizes.items():
+        sample = []
+        for expert, row in (divmod(index, size[1]) for index in _sample(size[0] * size[1])):
+            if to == "bf16":
+                sample.append(rows(name, expert, row, row + 1)[0])
+            else:
+                first, stop = alike_rows(to, row, size[1])
+                block = rows(name, expert, first, stop)[None].cpu()
+                sample.append(quantized(block, to).row(0, row - first, dtype))
+        marks[name] = _fingerprint(size, dtype, torch.stack(sample))
+    return marks
+
+
+def _in_numbers(digest: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.int64).clone()
 
 

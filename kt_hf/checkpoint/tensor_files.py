@@ -58,6 +58,10 @@ class StoredTensor:
         size = self.dtype.itemsize * math.prod(shape)
         return replace(self, shape=shape, begin=self.begin + index * size)
 
+    def rows(self, first: int, stop: int) -> StoredTensor:
+        """The tensors from `first` to before `stop` of the first dimension."""
+        return replace(self.row(first), shape=(stop - first, *self.shape[1:]))
+
     def load(self) -> Tensor:
         """Read it, into memory of its own.
 

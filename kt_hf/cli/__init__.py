@@ -1,6 +1,6 @@
 """The command `kt-hf`. One module a verb; a module imports heavy libraries only when its verb runs.
 
-A verb's module has a function `main` with typer's annotations; VERBS names it. The eight modules take five milliseconds
+A verb's module has a function `main` with typer's annotations; VERBS names it. The ten modules take five milliseconds
 to import together, so that they are imported for every command: `kt-hf --help` needs their first lines anyway.
 """
 
@@ -16,6 +16,8 @@ VERBS = {
     "train": "train",
     "estimate": "estimate",
     "quantize": "quantize",
+    "chat": "chat",
+    "eval": "evaluate",  # a module called eval would hide the function
     "export": "export",
     "import": "import_adapter",  # a module cannot be called import
     "doctor": "doctor",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +31,6 @@ def main(
 
         settings = read_arguments(config, overrides or ())
         quiet_libraries()
-        # PEFT looks for the base model's vocabulary on the hub.
-        warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
         from ..train.run import run
 
         run(settings, Console(highlight=False))

@@ -46,10 +46,14 @@ def build(settings: DemoSettings) -> tuple[Any, Any]:
     """
     from .. import KTConfig, apply_kt_moe
     from ..builtin.smollm2_moe import upcycle
+    from ..train.config.settings import BUILTIN_MODEL
 
     model, tokenizer = upcycle(
         settings.num_experts, seed=settings.seed, num_layers=settings.num_layers, dtype=settings.dtype
     )
+    if (settings.num_experts, settings.seed) == (DemoSettings.num_experts, DemoSettings.seed):  # `kt-hf chat` finds it
+        name = BUILTIN_MODEL + (f"/{settings.num_layers}" if settings.num_layers else "")
+        model.config._name_or_path = model.name_or_path = name
     return apply_kt_moe(model, KTConfig(kt_backend=settings.backend)), tokenizer
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import KTAMXForwardError
+from ..ranks import Kind
+from .input_checks import check_inputs
 from .layer import KTExperts
 from .listed import ListedExperts
 
@@ -41,7 +43,8 @@ class NormedExperts(KTExperts):
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `KTExperts.forward`. The T*K outputs are in memory one by one, and the norm's inputs for its backward."""
-        self._check(hidden_states, top_k_index, top_k_weights)
+        with self.telling(Kind.TOKENS):
+            check_inputs(self.label, self.shape, hidden_states, top_k_index, top_k_weights)
         (T, K), E = top_k_index.shape, self.shape.num_experts
         one = torch.ones_like(top_k_weights).detach().reshape(-1, 1)
         each = super().forward(hidden_states.repeat_interleave(K, 0), top_k_index.reshape(-1, 1), one)
@@ -80,8 +83,9 @@ class SlicedExperts(KTExperts):
             KTAMXForwardError: Another shape or dtype, or an output that is not finite.
         """
         E, K = self.shape.num_experts, self.shape.top_k
-        if slices.dim() != 2 or slices.shape[0] % E:
-            raise KTAMXForwardError(f"{self.label}: rows are {tuple(slices.shape)}; they must be [{E} T, H].")
+        with self.telling(Kind.TOKENS):
+            if slices.dim() != 2 or slices.shape[0] % E:
+                raise KTAMXForwardError(f"{self.label}: rows are {tuple(slices.shape)}; they must be [{E} T, H].")
         T = slices.shape[0] // E
         rows = slices.detach().reshape(E, T, slices.shape[1]).any(2).int()
         hit, expert = rows.topk(min(K, E), dim=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from ..backends.transfer import to_device
 from ..errors import KTAMXBackwardError
+from ..ranks import Kind
+from .exchange import LayerExchange
 from .lora_tensors import LoraTensors
 from .runner import ExpertsRunner
+from .tickets import Ticket
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -22,23 +26,32 @@ class ExpertsFunction(torch.autograd.Function):
     weights: [T, K], floating;
     runner: the layer's `ExpertsRunner`, whose backend holds the LoRA values already;
     lora: the `LoraTensors` that those values were made of;
+    exchange: the layer's `LayerExchange` where its experts are divided among ranks, else None;
     *parameters: `lora.parameters`, for autograd to see,
     and returns [T, H] in x's dtype and on its device.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, runner: ExpertsRunner, lora: LoraTensors, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        runner: ExpertsRunner,
+        lora: LoraTensors,
+        exchange: LayerExchange | None,
+        *parameters: Tensor,
     ) -> Tensor:
         """Compute the layer, and keep the inputs and the ticket for the backward. Arguments are those of `apply`."""
-        out, ticket = runner.forward(x, ids, weights, save=True)
+        ctx.like_inputs = (x.device, x.dtype), (weights.device, weights.dtype, weights.shape[1])
+        out, ticket, (x, ids, weights), ctx.lengths = _forward(runner, exchange, x, ids, weights, save=True)
         assert ticket is not None
-        ctx.runner, ctx.ticket, ctx.lora = runner, ticket, lora
+        ctx.runner, ctx.ticket, ctx.lora, ctx.exchange = runner, ticket, lora, exchange
         # The number travels as a saved tensor: under non-reentrant checkpointing the one that arrives in backward is
         # the recompute's, and touching the saved tensors is what sets the recompute off.
         ctx.save_for_backward(x, ids, weights, torch.tensor(ticket.number, device="cpu"))
         ctx.like = [(parameter.device, parameter.dtype) for parameter in parameters]
-        return out.to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,7 +59,7 @@ class ExpertsFunction(torch.autograd.Function):
 
         Raises:
             KTAMXBackwardError: create_graph=True, a second backward without retain_graph, or a gradient that is not
-                finite though `grad_outputs` is.
+                finite though `grad_outputs` is; another rank that has failed or is elsewhere.
         """
         if torch.is_grad_enabled():
             raise KTAMXBackwardError(
@@ -54,15 +67,63 @@ class ExpertsFunction(torch.autograd.Function):
             )
         x, ids, weights, number = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        lora = ctx.lora if any(needed[5:]) else None
-        grad_x, grad_weights, grad_lora = ctx.runner.backward(
-            ctx.ticket, int(number), x, ids, weights, grad_outputs[0], lora
-        )
+        lora = ctx.lora if any(needed[6:]) else None
+
+        def compute(grad_output: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+            return ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_output, lora)
+
+        grad_x, grad_weights, grad_lora = _backward(ctx, grad_outputs[0], compute)
         gradients: list[Tensor | None] = [None] * len(ctx.like)
         for i, (grad, like) in enumerate(zip(grad_lora, ctx.like, strict=bool(grad_lora))):
-            if needed[5 + i]:
+            if needed[6 + i]:
                 gradients[i] = grad.to(*like)
-        grad_x = to_device(grad_x, x.device).to(x.dtype) if needed[0] else None
-        if needed[2]:
-            grad_weights = to_device(grad_weights, weights.device)[:, : weights.shape[1]].to(weights.dtype)
-        return grad_x, None, grad_weights if needed[2] else None, None, None, *gradients
+        (device, dtype), (weights_device, weights_dtype, columns) = ctx.like_inputs
+        of_x = to_device(grad_x, device).to(dtype) if needed[0] else None
+        of_weights = to_device(grad_weights, weights_device)[:, :columns].to(weights_dtype) if needed[2] else None
+        return of_x, None, of_weights, None, None, None, *gradients
+
+
+def forward_only(
+    runner: ExpertsRunner, exchange: LayerExchange | None, x: Tensor, ids: Tensor, weights: Tensor
+) -> Tensor:
+    """A layer's output [T, H], in x's dtype and on its device, where no backward comes.
+
+    Args:
+        runner: The layer's, whose backend holds the LoRA values already.
+        exchange: Where the layer's experts are divided among ranks, else None.
+        x: [T, H], any floating dtype and device.
+        ids: [T, K] integers.
+        weights: [T, K], floating.
+    """
+    return _forward(runner, exchange, x, ids, weights, save=False)[0]
+
+
+def _forward(
+    runner: ExpertsRunner, exchange: LayerExchange | None, x: Tensor, ids: Tensor, weights: Tensor, save: bool
+) -> tuple[Tensor, Ticket | None, tuple[Tensor, Tensor, Tensor], list[int]]:
+    """The output; the ticket; the inputs that the runner was given; and how many tokens of them are of each rank."""
+    if exchange is None:
+        out, ticket = runner.forward(x, ids, weights, save)
+        return out.to(x.dtype), ticket, (x, ids, weights), []
+    every = exchange.gather(x, ids, weights, save)
+    inputs = every.x, every.ids, every.weights
+    with exchange.computing(Kind.OUTPUTS):
+        out, ticket = runner.forward(*inputs, save)
+        out = out.to(x.dtype)
+    return exchange.summed([out], every.lengths)[0], ticket, inputs, every.lengths
+
+
+def _backward(
+    ctx: Any, grad_output: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor, list[Tensor]]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of x, of the routing weights and of LoRA, where `compute` knows this rank's experts alone."""
+    exchange: LayerExchange | None = ctx.exchange
+    if exchange is None:
+        return compute(grad_output)
+    grads = exchange.gather_gradients(grad_output, ctx.lengths)
+    with exchange.computing(Kind.INPUT_GRADIENTS):
+        grad_x, grad_weights, of_lora = compute(grads)
+        device, dtype = ctx.like_inputs[0]
+        parts = to_device(grad_weights, device).float(), to_device(grad_x, device).to(dtype)
+    grad_weights, grad_x = exchange.summed(parts, ctx.lengths)
+    return grad_x, grad_weights, of_lora

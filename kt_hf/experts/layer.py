@@ -2,80 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
-from typing import Any, NoReturn, Protocol
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import CALL_LOCK, ExpertsBackend, ExpertWeights, PackedLayerFiles, TorchBackend
-from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import pin
-from ..errors import KTAMXConfigError, KTAMXError, KTAMXForwardError
+from ..errors import KTAMXConfigError, KTAMXError
+from ..ranks import Kind, Ranks, Share
 from ..shapes import ExpertShape
-from .function import ExpertsFunction
+from .exchange import DIVIDED, LayerExchange
+from .factory import BackendFactory
+from .function import ExpertsFunction, forward_only
+from .input_checks import check_inputs
 from .lora_tensors import LoraTensors
 from .projections import NO_COPY, NO_PICKLE, ExpertProjection
 from .runner import ExpertsRunner
 from .tickets import in_backward
-
-
-class BackendFactory(Protocol):
-    """What a layer asks of the model's placement: to build its backend, and how LoRA is to be held.
-
-    Attributes:
-        checks: Where results on a GPU are left to be checked, for all layers of the model.
-    """
-
-    checks: DeferredChecks
-
-    @property
-    def rank(self) -> int | None:
-        """LoRA rank that the operators are built for; None takes the first adapter's."""
-
-    @property
-    def max_rank(self) -> int | None:
-        """Largest rank that a layer which is not packed yet may get; None if there is no limit."""
-
-    @property
-    def retain(self) -> bool:
-        """Whether a first forward is kept for a recompute in backward."""
-
-    def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
-        """Whether a layer's LoRA parameters move to a GPU with the model, decided by the rank of the first adapter."""
-
-    def begins(self, layer_idx: int, tokens: int, gradients: bool, training: bool) -> None:
-        """A layer's forward begins, which is no recompute: the time to move weights.
-
-        Args:
-            layer_idx: Of the layer.
-            tokens: Of the forward.
-            gradients: Whether a backward may follow.
-            training: Whether the layer is in training mode.
-        """
-
-    def make_room(self, label: str) -> bool:
-        """Free what a GPU can do without, of which it has too little for a layer; whether there was anything.
-
-        Args:
-            label: The layer's name in the model, for messages.
-        """
-
-    def build(
-        self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int
-    ) -> ExpertsBackend:
-        """Build the backend of a layer.
-
-        Args:
-            weights: The layer's, taken over.
-            shape: Sizes of the layer.
-            rank: Largest LoRA rank; 0 for inference.
-            label: The layer's name in the model, for messages.
-            layer_idx: Its index among the model's layers.
-        """
-
-    def warn_dropout(self, dropout: float) -> None:
-        """Say once a model that experts train without LoRA dropout."""
 
 
 class KTExperts(nn.Module):
@@ -83,15 +30,19 @@ class KTExperts(nn.Module):
 
     Args:
         weights: Taken over: gate_up [E, 2I, H] and down [E, H, I], and biases if any. Packed files and 8-bit weights
-            are packed at once, for the rank of the factory; others when the LoRA rank is known.
-        shape: Sizes of the layer.
+            are packed at once, for the rank of the factory; others when the LoRA rank is known. Of the owned experts
+            only, if there is a `share`; but for down_bias, which is of all.
+        shape: Sizes of the layer, of all its experts.
         layer_idx: Index among the model's layers.
         label: Full name in the model, for messages.
         factory: Builds the backends of all layers of a model.
         fingerprint: [4] int64 that tell this layer's base weights from others'.
+        share: The experts that this process owns, where they are divided among ranks.
+        ranks: The processes that they are divided among.
 
     Attributes:
         lora_dtype: Dtype of new LoRA tensors.
+        exchange: What the layer exchanges with the other ranks; None in a run of one process.
         down_bias: Biases of the down projections, [E, H]; None without.
     """
 
@@ -105,9 +56,16 @@ class KTExperts(nn.Module):
         label: str,
         factory: BackendFactory,
         fingerprint: Tensor,
+        share: Share | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.share = share
+        self.exchange: LayerExchange | None = None
+        if share is not None and ranks is not None:
+            self.exchange = LayerExchange(ranks, share, layer_idx, label)
+            DIVIDED.add(self)
         self.layer_idx = layer_idx
         self.label = label
         self.factory = factory
@@ -115,7 +73,7 @@ class KTExperts(nn.Module):
         for name in shape.projections:
             inside, outside = shape.hidden_size, shape.intermediate_size
             sizes = (outside, inside) if name == "down_proj" else (inside, outside)
-            self.add_module(name, ExpertProjection(shape.num_experts, *sizes, self))
+            self.add_module(name, ExpertProjection(shape.num_experts, *sizes, self, share))
         self._explicit_updates = 0  # calls of update_lora_pointers
         # The weights are no state of the module, yet two models that differ in them alone must not look the same: TRL
         # keys precomputed reference log-probabilities by the state dict.
@@ -125,14 +83,26 @@ class KTExperts(nn.Module):
         self._unpacked: ExpertWeights | None = None
         if isinstance(weights, PackedLayerFiles) or weights.low_bit is not None:
             with CALL_LOCK:
-                self._runner = self._new_runner(factory.build(weights, shape, factory.rank or 0, label, layer_idx))
+                backend = factory.build(weights, self.owned_shape, factory.rank or 0, label, layer_idx)
+                self._runner = self._new_runner(backend)
             return
         # Until the LoRA rank is known: PyTorch on the weights as they are.
         self._unpacked = weights
-        self._runner = self._new_runner(TorchBackend(weights, shape))
+        self._runner = self._new_runner(TorchBackend(weights, self.owned_shape))
 
     def _new_runner(self, backend: ExpertsBackend) -> ExpertsRunner:
         return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks, self.factory.make_room)
+
+    @property
+    def owned_shape(self) -> ExpertShape:
+        """Sizes of the part of the layer that this process computes: all of it, unless ranks divide its experts."""
+        if self.share is None:
+            return self.shape
+        return replace(self.shape, num_experts=self.share.count, ranks=self.share.ranks)
+
+    def _lora(self) -> LoraTensors:
+        scale = 1.0 if self.share is None else 1 / self.share.ranks
+        return LoraTensors(self.projections, self.owned_shape, scale)
 
     @property
     def projections(self) -> list[ExpertProjection]:
@@ -207,16 +177,19 @@ class KTExperts(nn.Module):
             if self._unpacked is None:  # another thread was faster
                 return
             # An interruption leaves the layer unpacked, to be packed at the next call.
-            backend = self.factory.build(self._unpacked, self.shape, rank, self.label, self.layer_idx)
+            backend = self.factory.build(self._unpacked, self.owned_shape, rank, self.label, self.layer_idx)
             self._runner, self._unpacked = self._new_runner(backend), None
 
     def take_load(self) -> tuple[int, Tensor]:
-        """Tokens that gradients were computed for since the last call, and how many each expert got, [E] int64, CPU."""
+        """Tokens that gradients were computed for since the last call, and how many each expert got, [E] int64, CPU.
+
+        Where ranks divide the experts these are all ranks' tokens, and all ranks call it together.
+        """
         runner = self._runner
         tokens, load = runner.tokens, runner.load.cpu().clone()
         runner.tokens = 0
         runner.load.zero_()
-        return tokens, load
+        return tokens, load if self.exchange is None else self.exchange.joined_load(load)
 
     def forget_recompute(self) -> None:
         """Let go what a backward that failed, for want of memory perhaps, has left of the layer in memory."""
@@ -235,7 +208,7 @@ class KTExperts(nn.Module):
         if self.device.type == "cuda":
             for parameter in self.lora_params.values():
                 pin(parameter)
-        lora = LoraTensors(self.projections, self.shape)
+        lora = self._lora()
         self._begin_load(lora, lora.key(self._explicit_updates))
 
     def _begin_load(self, lora: LoraTensors, key: Hashable) -> None:
@@ -257,11 +230,35 @@ class KTExperts(nn.Module):
             [T, H], in hidden_states' dtype and on its device. The inputs are never written to.
 
         Raises:
-            KTAMXForwardError: A wrong shape or dtype, or an output that is not finite.
+            KTAMXForwardError: A wrong shape or dtype, or an output that is not finite; where ranks divide the experts,
+                also another rank that has failed, ended or is elsewhere.
         """
-        self._check(hidden_states, top_k_index, top_k_weights)
+        with self.telling(Kind.TOKENS):
+            lora = self._prepared(hidden_states, top_k_index, top_k_weights)
+        parameters = lora.parameters
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
+            if self.exchange is not None:
+                self.exchange.check_owners([p.tensors(name)[0] for p in self.projections for name in p.r])
+            inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
+            out = ExpertsFunction.apply(
+                hidden_states, top_k_index, top_k_weights, self._runner, lora, self.exchange, *inputs
+            )
+        else:
+            out = forward_only(self._runner, self.exchange, hidden_states, top_k_index, top_k_weights)
+        if self.down_bias is None:
+            return out
+        # Once, by each token's own rank: not what ranks sum.
+        return out + _weighted_biases(self.down_bias, top_k_index, top_k_weights).to(out.dtype)
+
+    def telling(self, kind: Kind) -> contextlib.AbstractContextManager[None]:
+        """While this is open, other ranks are told of an error, which they would wait for; alone there is nobody."""
+        return contextlib.nullcontext() if self.exchange is None else self.exchange.telling(kind)
+
+    def _prepared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> LoraTensors:
+        """Check a forward's inputs, and have the backend hold the LoRA values of now."""
+        check_inputs(self.label, self.shape, hidden_states, top_k_index, top_k_weights)
         self.pack()
-        lora = LoraTensors(self.projections, self.shape)
+        lora = self._lora()
         key = lora.key(self._explicit_updates)
         if key != self._runner.lora_key:
             self._begin_load(lora, key)
@@ -269,38 +266,7 @@ class KTExperts(nn.Module):
         if not in_backward():
             gradients = torch.is_grad_enabled() and hidden_states.requires_grad
             self.factory.begins(self.layer_idx, hidden_states.shape[0], gradients, self.training)
-        parameters = lora.parameters
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, top_k_weights, *parameters)):
-            inputs = lora.inputs(from_gpu=hidden_states.is_cuda or self._runner.on_gpu)
-            out = ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self._runner, lora, *inputs)
-        else:
-            out = self._runner.forward(hidden_states, top_k_index, top_k_weights, save=False)[0].to(hidden_states.dtype)
-        if self.down_bias is None:
-            return out
-        return out + _weighted_biases(self.down_bias, top_k_index, top_k_weights).to(out.dtype)
-
-    def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-        problem = None
-        if x.dim() != 2 or x.shape[1] != self.shape.hidden_size or not x.is_floating_point():
-            problem = (
-                f"hidden_states is {x.dtype}, {tuple(x.shape)}; it must be floating, [T, {self.shape.hidden_size}]"
-            )
-        elif ids.shape != weights.shape or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
-            problem = (
-                f"top_k_index is {tuple(ids.shape)} and top_k_weights {tuple(weights.shape)}; both must be "
-                f"[{x.shape[0]}, K]"
-            )
-        elif ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not weights.is_floating_point():
-            problem = f"top_k_index is {ids.dtype}, top_k_weights {weights.dtype}; they must be integer and floating"
-        elif ids.shape[1] > self.shape.top_k:
-            problem = (
-                f"top_k_index sends a token to {ids.shape[1]} experts, but the model's config says {self.shape.top_k} "
-                "(num_experts_per_tok): set it before apply_kt_moe"
-            )
-        elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-            problem = "experts on the CPU cannot be captured in a CUDA graph: switch CUDA graphs off"
-        if problem:
-            raise KTAMXForwardError(f"{self.label}: {problem}.")
+        return lora
 
     def extra_repr(self) -> str:
         """Sizes and backend, for `print(model)`."""

@@ -82,10 +82,15 @@ class LoraTensors:
     Args:
         projections: The layer's gate, up and down projection; without a gate up and down.
         shape: Sizes of the layer's experts.
+        gradient_scale: What gradients are multiplied by: 1 / N where each of N ranks owns a part of the experts, whose
+            gradients sum over all ranks' tokens, while those of other parameters are the ranks' mean.
     """
 
-    def __init__(self, projections: Sequence[ExpertProjection], shape: ExpertShape) -> None:
+    def __init__(
+        self, projections: Sequence[ExpertProjection], shape: ExpertShape, gradient_scale: float = 1.0
+    ) -> None:
         self.shape = shape
+        self.gradient_scale = gradient_scale
         self.parts: list[LoraPart] = []
         self._delivery: Delivery | None = None
         for index, projection in enumerate(projections):
@@ -184,7 +189,7 @@ class LoraTensors:
         target = grads[0].dtype if dtypes == {grads[0].dtype} else torch.float32
         reusable = computed.lora_is_free and grads[0].dtype == target
         if self._one_adapter_of(grads[0].shape[1]):
-            return _of_one_adapter(grads, [part.scaling for part in self.parts], target, reusable)
+            return self._for_ranks(_of_one_adapter(grads, [part.scaling for part in self.parts], target, reusable))
         reusable = reusable and flat_lora(grads) is None  # a part of their memory would keep all of it
         gradients: list[Tensor] = []
         for part in self.parts:
@@ -196,6 +201,12 @@ class LoraTensors:
                     gradients.append(empty(tuple(narrow.shape), target, narrow.device).copy_(narrow))
             if part.scaling != 1.0:
                 gradients[-1].mul_(part.scaling)
+        return self._for_ranks(gradients)
+
+    def _for_ranks(self, gradients: list[Tensor]) -> list[Tensor]:
+        if self.gradient_scale != 1.0:
+            for gradient in gradients:
+                gradient.mul_(self.gradient_scale)
         return gradients
 
     def constant_gradients(self, value: float) -> list[Tensor]:

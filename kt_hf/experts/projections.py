@@ -14,6 +14,8 @@ from peft.tuners.lora import LoraConfig, LoraLayer
 from torch import Tensor, nn
 
 from ..errors import KTAMXConfigError, KTAMXError
+from ..ranks import Share
+from .holders import ExpertLora, PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -69,53 +71,6 @@ class ProjectionOwner(Protocol):
         """Say once a model that experts train without LoRA dropout."""
 
 
-class PackedWeight(nn.Module):
-    """Stands where PEFT expects a base layer: knows the size of a projection, whose weights are in the backend.
-
-    Args:
-        in_features: Columns of an expert's matrix.
-        out_features: Rows of an expert's matrix.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, held by the backend"
-
-
-class ExpertLora(nn.Module):
-    """Holder of one LoRA tensor of all experts, `weight` [E, r, in] or [E, out, r].
-
-    A module of its own, so that names read `lora_A.default.weight`, as TRL and PEFT expect. `.to()`, `.half()`,
-    `.cuda()` and the like leave the tensor where and what it is: it is the master of what the backend holds (on the
-    CPU, or on the GPU once the model is moved there: `kt_moe_lora_device`).
-
-    Args:
-        weight: The values.
-        follow_to_gpu: Whether the tensor moves to a GPU with the model.
-    """
-
-    def __init__(self, weight: Tensor, follow_to_gpu: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.follow_to_gpu = follow_to_gpu
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ExpertLora:
-        # On the leaf: PEFT calls child.to(), which would by-pass an override further up.
-        if self.weight.is_meta:
-            return super()._apply(fn, recurse)
-        moved = fn(self.weight.detach().new_empty(1)).device
-        if moved.type == "cuda" and self.follow_to_gpu and moved != self.weight.device:
-            self.weight.data = self.weight.data.to(moved)
-            if self.weight.grad is not None:
-                self.weight.grad = self.weight.grad.to(moved)
-        return self
-
-
 class ExpertProjection(nn.Module, LoraLayer):
     """The gate, up or down projection of all experts of a layer, as PEFT sees it.
 
@@ -128,6 +83,7 @@ class ExpertProjection(nn.Module, LoraLayer):
         in_features: Columns of an expert's matrix.
         out_features: Rows of an expert's matrix.
         owner: The layer that the projection belongs to; held weakly.
+        share: The experts whose LoRA this process holds, where ranks divide them.
     """
 
     # Set by LoraLayer; declared because nn.Module's attributes have no types of their own.
@@ -144,10 +100,18 @@ class ExpertProjection(nn.Module, LoraLayer):
     disable_adapters: bool
     set_adapter: Callable[..., None]
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, owner: ProjectionOwner) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        owner: ProjectionOwner,
+        share: Share | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, PackedWeight(in_features, out_features))
         self.num_experts = num_experts
+        self.share = share
         self.in_features = in_features
         self.out_features = out_features
         # Weakly: the weights of a deleted model go at once, without waiting for the garbage collector.
@@ -184,9 +148,10 @@ class ExpertProjection(nn.Module, LoraLayer):
         self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Identity()
         dtype, gpu = owner.lora_dtype, owner.lora_on_gpu(r)
-        shape_a, shape_b = (self.num_experts, r, self.in_features), (self.num_experts, self.out_features, r)
-        self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype, device="cpu"), gpu)
-        self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype, device="cpu"), gpu)
+        count = self.num_experts if self.share is None else self.share.count
+        shape_a, shape_b = (count, r, self.in_features), (count, self.out_features, r)
+        self.lora_A[adapter_name] = ExpertLora(torch.empty(shape_a, dtype=dtype, device="cpu"), gpu, self.share)
+        self.lora_B[adapter_name] = ExpertLora(torch.zeros(shape_b, dtype=dtype, device="cpu"), gpu, self.share)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         if owner.device.type == "cuda":  # the model has been moved already: `.to()` may not come again
             self.lora_A[adapter_name].to(owner.device)
@@ -258,15 +223,24 @@ class ExpertProjection(nn.Module, LoraLayer):
             return
         with torch.no_grad():
             if str(init_lora_weights).lower() == "gaussian":
-                a.normal_(std=1 / self.r[adapter_name])
+                std = 1 / self.r[adapter_name]
+                self._draw(a, lambda values: values.normal_(std=std))
             else:
-                bound = 1 / math.sqrt(self.in_features)
-                a.uniform_(-bound, bound)
+                self._draw(a, _uniform(1 / math.sqrt(self.in_features)))
             if init_lora_weights is False:  # as nn.Linear's own start, which is what PEFT leaves then
-                bound = 1 / math.sqrt(self.r[adapter_name])
-                b.uniform_(-bound, bound)
+                self._draw(b, _uniform(1 / math.sqrt(self.r[adapter_name])))
             else:
                 b.zero_()
+
+    def _draw(self, values: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+        """Draw a tensor's values; where ranks divide the experts, those of all, as one process does, to keep a part.
+
+        So every rank's random numbers go on alike, and a run starts with the same values for any number of ranks.
+        """
+        if self.share is None:
+            draw(values)
+        else:
+            values.copy_(draw(values.new_empty(self.share.total, *values.shape[1:]))[self.share.experts])
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused (KTAMXError): a projection is not computed by itself."""
@@ -288,6 +262,10 @@ class ExpertProjection(nn.Module, LoraLayer):
 
     get_delta_weight = _no_merge
     unload_and_optionally_merge_module = _no_merge
+
+
+def _uniform(bound: float) -> Callable[[Tensor], Tensor]:
+    return lambda values: values.uniform_(-bound, bound)
 
 
 def refuse_variants(config: LoraConfig, where: str) -> None:

@@ -299,13 +299,13 @@ class ExpertsRunner:
         return torch.cat([self.backend.forward(*piece, save=False)[0] for piece in pieces]), None
 
     def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The model's inputs in the shapes and dtypes that the backend takes, on its device."""
+        """The model's inputs as the backend takes them: shapes, dtypes and device. The CPU converts ids itself."""
         if self.on_gpu:
             x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
             return x, ids, weights
-        # Ids and weights are few: what is done with them takes the CPU less than launching it takes.
-        dtypes = (self.backend.dtype, ids.dtype, weights.dtype)
-        return self._prepared(*to_host((x, ids, weights), dtypes).wait())
+        if x.is_cuda or ids.is_cuda or weights.is_cuda:
+            x, ids, weights = to_host((x, ids, weights), (self.backend.dtype, ids.dtype, weights.dtype)).wait()
+        return self._prepared(x, ids, weights)
 
     def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs in the backend's dtype and [T, K], on the device they are on.

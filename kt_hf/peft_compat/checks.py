@@ -22,6 +22,7 @@ from torch import nn
 
 from ..adapters.config_file import as_saved, check_config
 from ..errors import KTAMXConfigError, KTAMXError
+from ..experts.holders import owned_lora
 from ..experts.layer import KTExperts, kt_layers, update_lora
 from ..experts.projections import NO_MERGE, ExpertProjection, refuse_variants
 from ..shapes import ALIASES
@@ -269,6 +270,11 @@ def refuse_merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs:
 
 def refresh_after(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Replaces `hotswap_adapter_from_state_dict`: the new values are copied to the backends."""
+    if any(True for _ in owned_lora(model)):
+        raise KTAMXError(
+            "hotswap_adapter does not know that this process holds a part of the experts (WORLD_SIZE): load "
+            "the adapter by model.load_adapter, or in a run of one process."
+        )
     result = original(model, *args, **kwargs)  # writes to `.data`, which nothing else would notice
     update_lora(kt_layers(model))
     return result

@@ -86,9 +86,11 @@ class Patch:
 
 _PEFT, _TRANSFORMERS = "0.21", "5.17"
 _LORA, _TUNERS = "peft.tuners.lora.LoraModel", "peft.tuners.tuners_utils"
+_TRAINER, _ACCELERATOR = "transformers.trainer.Trainer", "accelerate.accelerator.Accelerator"
 _CONVERSION = "peft.utils.transformers_weight_conversion"
 _MERGED = "merging would take the other layers and fail at the experts, whose weights are packed"
 _COUNTS = "packed weights are no Parameters, and would be missing from the counts"
+_OF_RANK_0 = "it would write and read rank 0's experts' LoRA alone"
 _VERIFIED = "an adapter that lacks expert tensors would be saved, loaded or resumed from without a word"
 
 PATCHES = (
@@ -122,7 +124,18 @@ PATCHES = (
     Patch("transformers.trainer.Trainer", "_load_from_checkpoint", "saving.resume_default",
           "resuming would load the adapter into a copy of the wrong name", _TRANSFORMERS, until="5.23"),
     Patch("transformers.trainer.Trainer", "_load_optimizer_and_scheduler", "resuming.begin_from",
-          "its state would be loaded beside layers that an interrupted run has left on the GPU", _TRANSFORMERS),
+          "its state would be loaded beside layers left on the GPU, and be rank 0's on every rank", _TRANSFORMERS),
+    Patch(_TRAINER, "save_model", "divided.save_whole", "rank 0 would save its own experts' LoRA alone", _TRANSFORMERS),
+    Patch(_TRAINER, "_save_rng_state", "divided.save_random_state",
+          "an older checkpoint could go before all ranks have written theirs", _TRANSFORMERS),
+    Patch(_TRAINER, "_build_accelerator_args", "divided.all_parameters_used",
+          "DDP would look for unused parameters, and fail under reentrant checkpointing", _TRANSFORMERS),
+    Patch("transformers.generation.utils.GenerationMixin", "generate", "divided.generate_together",
+          "a rank whose answer is complete would leave the others waiting for its experts", _TRANSFORMERS),
+    Patch(_ACCELERATOR, "clip_grad_norm_", "divided.clip_whole_norm",
+          "each rank would clip by the norm of its own experts' gradients", "1.15"),
+    Patch(_ACCELERATOR, "save_state", "divided.refuse_state", _OF_RANK_0, "1.15"),
+    Patch(_ACCELERATOR, "load_state", "divided.refuse_state", _OF_RANK_0, "1.15"),
     Patch("peft.PeftModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("peft.PeftMixedModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("transformers.modeling_utils.ModuleUtilsMixin", "num_parameters", "counts.number", _COUNTS, _TRANSFORMERS),

@@ -26,17 +26,18 @@ from ..adapters.convert import adapter_of, open_adapter
 from ..adapters.fit import check_embeddings, check_fits
 from ..adapters.manifest import begin, check_base, write_manifest
 from ..adapters.manifest_file import read_manifest
+from ..adapters.owned_optimizer import remove_state
 from ..adapters.verify import check_checkpoint, verify_adapter
+from ..adapters.whole import outlined_lora, ranks_of, whole_lora, whole_values
 from ..checkpoint.tensor_files import stored_tensors
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.layer import kt_layers
-from ..placement import packer_of, read_placement
-from ..placement.tiers import Tiers
 from ..shapes import PROJECTIONS
 from ..system.disk import check_space, disk_full, is_disk_full
 from ..system.files import Lazy
 from ..system.json_fields import Field
 from .internals import saved_names
+from .placements import follow_placement
 
 logger = logging.getLogger(__name__)
 _EXPERT_KEY = re.compile(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\b")
@@ -53,6 +54,10 @@ def save_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs
     call = inspect.signature(original).bind(model, *args, **kwargs)
     call.apply_defaults()
     arguments = call.arguments
+    ranks = ranks_of(model)
+    if ranks is not None and not ranks.gathered:
+        with whole_lora(model):  # all ranks call it, and rank 0 writes
+            return save_verified(original, model, **{**_named(call), "is_main_process": ranks.rank == 0})
     if not kt_layers(model) or not arguments["is_main_process"]:
         return original(model, *args, **kwargs)
     if not arguments["safe_serialization"]:
@@ -66,10 +71,18 @@ def save_verified(original: Callable[..., Any], model: Any, *args: Any, **kwargs
     if re.search(r"checkpoint-\d+$", root.name):
         # An earlier run's: with it, this folder would look as if the Trainer had finished it.
         (root / "trainer_state.json").unlink(missing_ok=True)
+        if ranks is None:
+            remove_state(root)
     result = _write(lambda: original(model, *args, **kwargs), root, size)
     for name, folder in folders.items():
         _finish(model, name, folder)
     return result
+
+
+def _named(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call but the first, all by their names."""
+    named = dict(list(call.arguments.items())[1:])
+    return {**named.pop("kwargs", {}), **named}
 
 
 def _write(save: Callable[[], Any], folder: Path, size: int) -> Any:
@@ -117,7 +130,8 @@ def check_trained(model: Any) -> None:
     configs = getattr(model, "peft_config", None) or {}
     for name in _trained(model, list(configs)):
         where = Path(f"adapter {name!r} of the model")
-        state = get_peft_model_state_dict(model, adapter_name=name)
+        with outlined_lora(model):
+            state = get_peft_model_state_dict(model, adapter_name=name)
         tensors = {key: Lazy(value.dtype, tuple(value.shape), value.detach) for key, value in state.items()}
         try:
             settings = check_config(Field(where, "", as_saved(configs[name])))
@@ -136,7 +150,8 @@ def _trained(model: Any, names: list[str]) -> list[str]:
 
 def _check_saved(model: Any, adapter: str, file: Path) -> None:
     """Compare a file with the model's LoRA, tensor by tensor."""
-    expected = saved_names(model, adapter)
+    wholes = whole_values(model)
+    expected = {key: wholes.get(id(value), value) for key, value in saved_names(model, adapter).items()}
     tensors = stored_tensors(file)
     missing = sorted(key for key in expected if key not in tensors)
     if missing:
@@ -166,6 +181,10 @@ def save_native_verified(original: Callable[..., Any], model: Any, *args: Any, *
         KTAMXError: As `save_verified`.
     """
     folder = Path(args[0] if args else kwargs["save_directory"])
+    ranks = ranks_of(model)
+    if ranks is not None and not ranks.gathered:
+        with whole_lora(model):
+            return save_native_verified(original, model, *args, **{**kwargs, "is_main_process": ranks.rank == 0})
     if not kwargs.get("is_main_process", True):
         return original(model, *args, **kwargs)
     name = model.active_adapters()[0]
@@ -253,7 +272,7 @@ def load_verified(
         else:
             verify_adapter(folder)
             _check_fits(model, folder, adapter_name)
-    _follow_placement(model, folder)
+    follow_placement(model, folder)
     result = original(model, model_id, adapter_name, *args, **kwargs)
     lost = [key for key in result.missing_keys if ".lora_" in key]
     lost += [key for key in result.unexpected_keys if not _is_copy(key)]
@@ -283,7 +302,7 @@ def start_verified(
         folder = Path(model_id) / (kwargs.get("subfolder") or "")
         if kt_layers(model) and (folder / CONFIG).is_file():
             read_config(folder / CONFIG)  # before PEFT believes it
-        _follow_placement(model, folder)
+        follow_placement(model, folder)
     return original(kind, model, model_id, *args, **kwargs)
 
 
@@ -324,27 +343,3 @@ def weights_verified(original: Callable[..., Any], model_id: Any, *args: Any, **
     if folder.is_dir() and (folder / CONFIG).exists() and read_manifest(folder) is not None:
         verify_adapter(folder)
     return original(model_id, *args, **kwargs)
-
-
-def _follow_placement(model: nn.Module, folder: str | Path) -> None:
-    """Take over the placement of an adapter that is about to be loaded.
-
-    A model that is packed, or has a placement, keeps its own, and a difference is logged.
-    """
-    packer = packer_of(model)
-    if packer is None or not (packer.tiers or Tiers()).on_gpu or not Path(folder).is_dir():
-        return
-    placement = read_placement(folder)
-    if placement is None or (packer.placement is not None and placement.order == packer.placement.order):
-        return
-    layers = kt_layers(model)
-    if packer.placement is None and not any(layer.packed for layer in layers):
-        for layer in layers:  # refused before the first is packed
-            placement.check(layer.layer_idx, layer.shape.num_experts)
-        packer.placement = placement
-        logger.info("kt_hf: experts on the GPU as in %s, by %s.", folder, placement.source)
-        return
-    logger.warning(
-        "%s was trained with other experts on the GPU: it gives the same results within rounding. "
-        "apply_kt_moe(model, cfg, placement=%r) would place them as they were.", folder, str(folder),
-    )  # fmt: skip

@@ -77,7 +77,7 @@ def _restore_layer(
             if not fresh:
                 with torch.no_grad():
                     for parameter, value in zip(projection.tensors(adapter), (a, half), strict=True):
-                        parameter.copy_(value)
+                        parameter.copy_(value if layer.share is None else value[layer.share.experts])
                 config.rank_pattern[rf".*experts\.{projection_name}"] = rank
                 config.alpha_pattern[rf".*experts\.{projection_name}"] = alpha
             targets.add(f"experts.{projection_name}")

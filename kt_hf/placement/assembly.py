@@ -21,6 +21,7 @@ from ..config import KTConfig
 from ..errors import KTAMXConfigError
 from ..experts import kt_layers
 from ..quantized import for_run
+from ..ranks import Ranks
 from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
 from ..system.cpu import plan_threads
@@ -69,17 +70,21 @@ def make_packer(
     dtype: torch.dtype,
     streamed: bool = False,
     model_type: str | None = None,
+    ranks: Ranks | None = None,
     stored: Sequence[PackedMatrices] = (),
+    tokens: int | None = None,
 ) -> Packer:
     """Choose the backend for layers of these shapes, and log which.
 
     Args:
         cfg: Settings.
-        shapes: Of all layers, by the names of their experts modules.
+        shapes: Of all layers, by the names of their experts modules; of the experts that this process owns.
         dtype: The model's.
         streamed: Whether the weights are read as they are packed, so that they are not in memory yet.
         model_type: Of the model's configuration; saved weights (`kt_weight_path`) of another are refused.
+        ranks: The processes that the experts are divided among; None in a run of one.
         stored: How the checkpoint stores experts of low bits that can stay so: a matrix of each kind.
+        tokens: Of a forward in training; None if unknown.
 
     Raises:
         KTAMXConfigError: Settings or saved weights that do not fit the model.
@@ -90,38 +95,66 @@ def make_packer(
         refuse_indivisible(cfg.kt_expert_dtype, shape, name)
     threads = plan_threads(cfg.kt_num_threads, cfg.kt_tp_enabled)
     saved = None
-    if cfg.kt_weight_path is not None:
+    if cfg.kt_weight_path is not None and ranks is None:
         saved = for_run(cfg.kt_weight_path, cfg.kt_backend, cfg.kt_lora_rank)
     workers = threads.workers if cfg.kt_num_threads is None else None
     chosen = {
-        choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype, cfg.kt_lora_rank, stored)
+        choose_backend(cfg.kt_backend, shape, len(threads.pools), workers, dtype, cfg.kt_lora_rank, stored, tokens)
         for shape in shapes.values()
     }
     backend, reason = sorted(chosen, key=lambda c: c[0] != "torch")[0]
     if saved is not None:
         saved.check(shapes, backend, len(threads.pools), cfg.kt_share_backward_weights, model_type)
     gpu = experts_gpu.experts_device()
-    tiers = chosen_tiers(cfg, list(shapes.values()), backend, gpu)
+    tiers = _tiers_of_rank(cfg, list(shapes.values()), backend, gpu, ranks)
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
+    packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
+    packer.ranks = ranks
+    packer.keeps_on_cpu = keeps_packed(backend, stored)
+    _log_choice(packer, len(shapes))
+    return packer
+
+
+def _tiers_of_rank(
+    cfg: KTConfig, shapes: Sequence[ExpertShape], backend: str, gpu: torch.device | None, ranks: Ranks | None
+) -> Tiers | None:
+    """The tiers of the experts that this process owns: the settings are of a whole layer, as in a run of one process.
+
+    Raises:
+        KTAMXConfigError: As `chosen_tiers`; saved experts in a run of several processes.
+    """
+    if ranks is None:
+        return chosen_tiers(cfg, shapes, backend, gpu)
+    if cfg.kt_weight_path is not None:
+        raise KTAMXConfigError(
+            f"kt_weight_path={cfg.kt_weight_path}: saved experts are packed for one process, and there are "
+            f"{ranks.size} (WORLD_SIZE). Leave it out: they are packed from the model's own weights."
+        )
+    whole = [replace(shape, num_experts=shape.num_experts * ranks.size, ranks=1) for shape in shapes]
+    tiers = chosen_tiers(cfg, whole, backend, gpu)
+    if tiers is None:
+        return None
+    return replace(tiers, resident=-(-tiers.resident // ranks.size), streamed=-(-tiers.streamed // ranks.size))
+
+
+def _log_choice(packer: Packer, layers: int) -> None:
+    cfg, backend, gpu = packer.config, packer.backend, packer.gpu
     if cfg.kt_expert_dtype != "bf16":
         where = gpu if gpu is not None and gpu.type == "cuda" else "the CPU, which takes a minute for each 1 B weights"
         logger.info("kt_hf: experts are quantized to %s on %s.", cfg.kt_expert_dtype, where)
-        if tiers == Tiers():
+        if packer.tiers == Tiers():
             logger.warning("kt_hf: the CPU computes experts of %s widened: no memory is saved.", cfg.kt_expert_dtype)
-    packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
-    packer.keeps_on_cpu = keeps_packed(backend, stored)
     fixed = OPERATORS[backend].shares_backward if backend in OPERATORS else None
     if fixed is not None and cfg.kt_share_backward_weights == (not fixed):
         logger.warning("kt_share_backward_weights=%s is ignored: %s cannot choose.", not fixed, backend)
     logger.info(
         "kt_hf: %d layers of experts on backend %s (%s), %s, %s.",
-        len(shapes), backend, reason, threads if backend != "torch" else "PyTorch's threads", describe_cpu(),
+        layers, backend, packer.reason, packer.threads if backend != "torch" else "PyTorch's threads", describe_cpu(),
     )  # fmt: skip
-    if cfg.kt_backend == "auto" and backend == "torch" and reason != FEW_CORES:
-        logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", reason)
-    return packer
+    if cfg.kt_backend == "auto" and backend == "torch" and packer.reason != FEW_CORES:
+        logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", packer.reason)
 
 
 def check_rank_for_low_bits(packer: Packer, shapes: Sequence[ExpertShape]) -> None:
@@ -212,9 +245,9 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     budget = replace(budget, **step, other_lora=other_lora, lora_layers=before.lora_layers, bits=before.bits)
     present = sum(p.nbytes for layer in layers for p in layer.parameters() if p.is_cuda)
     if all(layer.packed for layer in layers):
-        largest = max((layer.shape for layer in layers), key=expert_bytes)
+        largest = max((layer.owned_shape for layer in layers), key=expert_bytes)
         present += resident_bytes(largest, packer.tiers or Tiers(), len(layers), budget.bits)
-    packer.choose_lora_again({layer.layer_idx: layer.shape for layer in layers}, budget, max(ranks), present)
+    packer.choose_lora_again({layer.layer_idx: layer.owned_shape for layer in layers}, budget, max(ranks), present)
     for layer in layers:
         on_gpu = packer.lora.on_gpu(max(ranks), layer.layer_idx)
         for projection in layer.projections:

@@ -80,7 +80,7 @@ def measure_rates(
         ids = _ids(gpu_tokens, K, range(small.num_experts))
         seconds = _times(on_gpu, _random((gpu_tokens, H)), ids)
         forward, backward = (ids.numel() / each for each in seconds)
-    rates = MachineRates(pcie, *quiet, *beside, forward, backward)
+    rates = MachineRates(pcie, *quiet, *beside, forward, backward, gpu_bytes_per_s=memory_rate(device, copy_bytes))
     logger.info("kt_hf: measured %s", rates)
     return rates
 
@@ -204,20 +204,33 @@ def copy_rate(device: torch.device, size: int = _COPY_BYTES) -> float:
     """
     source = torch.ones(size, dtype=torch.uint8, device="cpu")  # written to, so that its pages are there
     target = torch.empty(size, dtype=torch.uint8, device=device)
-    done: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
     try:
         locked = lock_pages(source)
     except KTAMXError:  # layers will meet with the same, which is logged then
         locked = False
-    best = float("inf")
     try:
-        for _ in range(3):
-            done()
-            begin = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            done()
-            best = min(best, time.perf_counter() - begin)
+        return size / min(_copy_seconds(source, target) for _ in range(3))
     finally:
         if locked:
             unlock_pages(source)
-    return size / best
+
+
+def memory_rate(device: torch.device, size: int = _COPY_BYTES) -> float:
+    """Bytes a second of a copy within a GPU's memory, those that are read and those that are written.
+
+    Args:
+        device: The GPU.
+        size: Bytes that are copied, three times.
+    """
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(_copy_seconds(source, target) for _ in range(3))
+
+
+def _copy_seconds(source: Tensor, target: Tensor) -> float:
+    done: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
+    done()
+    begin = time.perf_counter()
+    target.copy_(source, non_blocking=True)
+    done()
+    return time.perf_counter() - begin

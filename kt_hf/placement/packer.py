@@ -25,11 +25,12 @@ from ..backends.quantizer import quantized_experts
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
+from ..ranks import Ranks
 from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
+from .backward_copies import share_backward
 from .choice import Machine, where_to_begin
-from .expert_memory import shares_backward
 from .lora_device import LoraPlace
 from .memory_model import MemoryBudget, fitting_chunk
 from .order import Placement
@@ -71,6 +72,8 @@ class Packer:
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
+        ranks: The processes that the layers' experts are divided among; None in a run of one. Shapes and weights that
+            the packer is given are then of the experts that this process owns.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Packer:
         self.keeps_on_cpu = False
         self.checks = DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
+        self.ranks: Ranks | None = None
         self.cpu_bytes = cpu_bytes
         self._locked_bytes = 0  # of host memory that streamed experts take
         self._resident_layers: frozenset[int] = frozenset()
@@ -214,7 +218,7 @@ class Packer:
         """
         if placement is not None and (self.tiers is None or self.tiers.need_gpu):
             for layer, shape in layers.items():
-                placement.check(layer, shape.num_experts)
+                placement.check(layer, shape.num_experts * (self.ranks.size if self.ranks else 1))
 
     def _with_lora(self, budget: MemoryBudget) -> MemoryBudget:
         """The budget with the experts' LoRA, of the rank that is expected."""
@@ -238,27 +242,20 @@ class Packer:
             KTAMXError: The system refuses to page-lock memory, or a packed file does not load.
         """
         if self._share is None:
-            self._share = self._share_backward()
+            freed = -self._locked_bytes if self.streamed else self.cpu_bytes
+            self._share = share_backward(self.config, self.backend, self.saved, self.cpu_bytes, freed)
 
         def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
-            return build_backend(
-                self.backend,
-                weights,
-                shape,
-                rank,
-                self.threads,
-                self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape)),
-                bool(self._share),
-                share_cache=not self.retain,
-                label=label,
-            )
+            longest = self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape))
+            shared = bool(self._share), not self.retain
+            return build_backend(self.backend, weights, shape, rank, self.threads, longest, *shared, label)
 
         if isinstance(weights, PackedLayerFiles):
             backend = on_cpu(weights, shape)
         elif weights.packed_as is not None:
             backend = weights.packed_as
         elif self.tiers is None or not self.tiers.need_gpu:
-            backend = on_cpu(weights.widened(), shape)
+            backend = on_cpu(weights, shape)
         else:
             resident, streamed = self._on_gpu(shape, layer_idx)
             dtype = weights.gate_up.dtype if self.backend == "torch" else torch.bfloat16
@@ -307,7 +304,10 @@ class Packer:
 
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of a layer's resident and of its streamed experts."""
-        order = self.placement.order[layer] if self.placement else tuple(range(shape.num_experts))
+        order: Sequence[int] = self.placement.order[layer] if self.placement else range(shape.num_experts)
+        if self.placement and self.ranks:  # it is of all experts, whatever the number of ranks
+            first = self.ranks.rank * shape.num_experts
+            order = [expert - first for expert in order if 0 <= expert - first < shape.num_experts]
         if layer in self._resident_layers:
             return order, ()
         tiers = self.tiers or Tiers()
@@ -331,25 +331,3 @@ class Packer:
         if isinstance(weights, PackedLayerFiles) or self.config.kt_expert_dtype == "bf16":
             return weights
         return quantized_experts(weights, self.config.kt_expert_dtype, self.gpu)
-
-    def _share_backward(self) -> bool:
-        """Whether layers share one buffer of backward weights: asked for, or by need (they cost as much again)."""
-        if self.backend == "torch" or OPERATORS[self.backend].shares_backward is not None:
-            return False
-        saved = self.saved
-        if saved is not None and not saved.backward:  # nothing else can be: backward would compute with no weights
-            logger.info("Backward weights of the experts: one buffer for all layers, for %s has none.", saved.path)
-            return True
-        if self.config.kt_share_backward_weights is not None:
-            return self.config.kt_share_backward_weights
-        copies = int(self.cpu_bytes * OPERATORS[self.backend].bytes_per_weight / 2)
-        # When all is packed once: source weights in memory are released layer by layer.
-        free = available_memory() - copies + (-self._locked_bytes if self.streamed else self.cpu_bytes)
-        share = shares_backward(copies, free)
-        logger.info(
-            "Backward weights of the experts: %s (%.1f GiB more, %.1f GiB free).",
-            "one buffer for all layers, slower" if share else "one copy a layer",
-            copies / 2**30,
-            free / 2**30,
-        )
-        return share

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import KTAMXConfigError
+from ..ranks import World, current_world
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,8 @@ def plan_threads(
     """Threads for the operators: the physical cores of the process's affinity and control group, less one.
 
     One core is left to the operators' queue thread, which spins while a call runs: with as many workers as cores, each
-    small step waits for a scheduler quantum.
+    small step waits for a scheduler quantum. Where several processes of this host train one model, each plans with
+    a part of the cores, next to each other by NUMA node.
 
     Args:
         requested: Number of threads the user asked for; more than there are cores are clamped, with a warning. None
@@ -179,9 +181,11 @@ def plan_threads(
     """
     if requested is not None and requested < 1:
         raise KTAMXConfigError(f"kt_num_threads={requested} is not positive: leave it out (None) to have it planned.")
-    cores = physical_cores(affinity() if cpus is None else cpus, root)
+    nodes = sorted(numa_nodes(root).items())
+    world = current_world()
+    cores = _of_rank(physical_cores(affinity() if cpus is None else cpus, root), nodes, world)
     limit = cgroup_cpu_limit(root)
-    count = len(cores) if limit is None else max(1, min(len(cores), int(limit)))
+    count = len(cores) if limit is None else max(1, min(len(cores), int(limit / world.local_size)))
     most = max(1, count - 1)
     workers = most
     if requested is not None:
@@ -192,9 +196,7 @@ def plan_threads(
                 requested, count, "s" if count > 1 else "", most, "s" if most > 1 else "",
             )  # fmt: skip
             workers = most
-    by_node = [
-        (node, len([core for core in cores if core in members])) for node, members in sorted(numa_nodes(root).items())
-    ]
+    by_node = [(node, len([core for core in cores if core in members])) for node, members in nodes]
     by_node = [(node, held) for node, held in by_node if held]
     if not by_node:
         by_node = [(0, len(cores))]
@@ -202,3 +204,12 @@ def plan_threads(
         return ThreadPlan(((by_node[0][0], workers),))
     each = min(workers // len(by_node), min(held for _, held in by_node))
     return ThreadPlan(tuple((node, max(1, each)) for node, _ in by_node))
+
+
+def _of_rank(cores: list[int], nodes: list[tuple[int, set[int]]], world: World) -> list[int]:
+    """The cores of this process, where several of one host train a model together; at least one."""
+    if world.local_size == 1:
+        return cores
+    by_node = [core for _, members in nodes for core in cores if core in members] or cores
+    first, end = (len(by_node) * rank // world.local_size for rank in (world.local_rank, world.local_rank + 1))
+    return by_node[first:end] or [by_node[world.local_rank % len(by_node)]]

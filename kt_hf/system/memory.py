@@ -8,9 +8,18 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..ranks import current_world
+
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that the process can still take: by the system, and by its control group (version 2)."""
+    """Bytes of host memory that the process can still take: by the system, and by its control group (version 2).
+
+    Where several processes of this host train one model, a process's part of them.
+    """
+    return _available(root) // current_world().local_size
+
+
+def _available(root: Path) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         group = (root / "proc/self/cgroup").read_text().split("::", 1)[1].split("\n", 1)[0].lstrip("/")

@@ -1,51 +1,66 @@
-"""Runs of several processes, or of several GPUs in one process, are refused: experts cannot be shared by them yet."""
+"""Ways to use several GPUs or processes that experts cannot follow, refused in words that say which way they can."""
 
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import KTAMXConfigError
 
+_UNTRIED = {
+    "deepspeed": "DeepSpeed divides parameters and gradients by itself",
+    "fp16": "gradients of owned experts would overflow on one rank alone",
+    "auto_find_batch_size": "ranks would go on with unlike batch sizes",
+}
+
 
 def refuse_parallel(model: nn.Module | None) -> None:
-    """Refuse a model inside `nn.DataParallel`, and a process that is one of several.
+    """Refuse a model inside `nn.DataParallel`.
 
     Raises:
-        KTAMXConfigError: The model is wrapped, or WORLD_SIZE or torch.distributed counts more than one process.
+        KTAMXConfigError: The model is wrapped.
     """
     if isinstance(model, nn.DataParallel):
-        raise KTAMXConfigError("nn.DataParallel cannot hold experts that live on the CPU: pass the model inside it.")
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = max(world, torch.distributed.get_world_size())
-    if world > 1:
         raise KTAMXConfigError(
-            f"WORLD_SIZE={world}: experts on the CPU cannot be shared by several processes yet. Start one process "
-            "(accelerate launch --num_processes 1, or plain python)."
+            "nn.DataParallel cannot hold experts: pass the model inside it. For several GPUs start a process for each: "
+            f"{launch_command(torch.cuda.device_count())}"
         )
 
 
-def refuse_parallel_trainer(model: nn.Module, gpus: int, processes: int) -> None:
-    """Refuse a Trainer that would train on several GPUs with `nn.DataParallel`, or in several processes.
+def launch_command(processes: int) -> str:
+    """The command that starts this program once for each GPU."""
+    script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0].endswith(".py") else "SCRIPT.py"
+    return f"torchrun --nproc_per_node {max(processes, 2)} {script} (or accelerate launch --multi_gpu {script})"
+
+
+def refuse_parallel_trainer(model: nn.Module, gpus: int, args: Any) -> None:
+    """Refuse a Trainer that would train in a way that experts cannot follow.
 
     Args:
         model: The model that the trainer calls.
-        gpus: `TrainingArguments.n_gpu`: GPUs that this process would use.
-        processes: `TrainingArguments.world_size`.
+        gpus: GPUs that this process would use.
+        args: The trainer's arguments.
 
     Raises:
-        KTAMXConfigError: Naming the number of GPUs or processes, and how to start one.
+        KTAMXConfigError: Naming what is refused, and what is to be done instead.
     """
     if isinstance(model, nn.DataParallel) or gpus > 1:
+        count = max(gpus, torch.cuda.device_count())
         raise KTAMXConfigError(
-            f"The trainer sees {max(gpus, torch.cuda.device_count())} GPUs and would use nn.DataParallel, "
-            "which cannot hold experts on the CPU. Show it one: CUDA_VISIBLE_DEVICES=0."
+            f"The trainer sees {count} GPUs and would use nn.DataParallel, which cannot hold experts. Start a process "
+            f"for each GPU: {launch_command(count)}; or show this one a single GPU: CUDA_VISIBLE_DEVICES=0."
         )
-    if processes > 1:
+    if args.world_size <= 1:
+        return
+    for name, why in _UNTRIED.items():
+        if getattr(args, name, None):
+            raise KTAMXConfigError(f"{name} does not go together with several processes: {why}. Leave it out.")
+    if getattr(args, "fsdp", None):
         raise KTAMXConfigError(
-            f"world size {processes} (WORLD_SIZE={os.environ.get('WORLD_SIZE')}): experts on the CPU cannot be "
-            "shared by several processes yet. Start one process."
+            f"fsdp={args.fsdp}: FSDP does not go together with experts that are divided among processes. Leave it "
+            "out: DDP takes what is not experts, and each process holds its part of the experts."
         )

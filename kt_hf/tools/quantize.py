@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpoint.expert_index import ExpertCheckpoint, checkpoint_folder
+from ..checkpoint import ExpertCheckpoint, checkpoint_folder
 from ..checkpoint.progress import LayersBar
 from ..errors import KTAMXConfigError
 from ..quantized.compressed import quantize_to_int4

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..backends import OPERATORS
+from ..backends import OPERATORS, bytes_per_weight
 from ..backends.quantizer import EXPERT_BITS
 from ..errors import KTAMXError
 from ..placement.choice import all_streamed, is_worth_its_cpu
@@ -199,8 +199,7 @@ def _experts_in_host(
     if not kernel:
         host["experts"] = on_cpu * _width(s)
     else:
-        operators = OPERATORS[backend(s)]
-        packed, forced = int(on_cpu * operators.bytes_per_weight), operators.shares_backward
+        packed, forced = int(on_cpu * bytes_per_weight(backend(s))), OPERATORS[backend(s)].shares_backward
         asked = _shares(s, packed, host_free, m.rest_bytes(_width(s), s.run))
         memory.shared_backward = asked if forced is None else forced
         host["experts packed"] = packed

@@ -251,7 +251,7 @@ def _whole_model(keys: RunKeys, config: Any) -> Any:
 
 def _safetensors_folder(keys: RunKeys) -> Path | None:
     """Where the safetensors checkpoint is, None if there is none; one of the hub is downloaded."""
-    from ..checkpoint.expert_index import checkpoint_folder
+    from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.tensor_files import INDEX, SINGLE
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,67 @@ def loss_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[Points, Point
     train = [(int(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
     held_out = {int(row["step"]): float(row["eval_loss"]) for row in rows if "eval_loss" in row}
     return sorted(train), sorted(held_out.items())
+
+
+def series(log_history: Iterable[Mapping[str, Any]], key: str) -> Points:
+    """(step, value) of one logged key, ordered by step."""
+    return sorted((int(row["step"]), float(row[key])) for row in log_history if key in row)
+
+
+def curves_svg(curves: Mapping[str, Points], label: str) -> str:
+    """Curves over the steps as an inline SVG; "" if there is nothing to draw.
+
+    Args:
+        curves: Name -> points. Curves differ in line and marker, not in colour alone.
+        label: Of the vertical axis.
+    """
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return ""
+    figure, axes = _axes((7.2, 3.0))
+    styles = zip(("-", "--", ":"), ("#222222", "#c8502d", "#46628c"), ("", "o", "s"), strict=True)
+    for (name, points), (line, color, marker) in zip(curves.items(), styles, strict=False):
+        axes.plot(*zip(*points, strict=True), linestyle=line, color=color, marker=marker, label=name, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def expert_load_svg(shares: Mapping[int, Sequence[float]]) -> str:
+    """The heat map of `plot_expert_load` in shades of grey, as an inline SVG."""
+    figure, axes = _axes((7.2, 3.6))
+    width = max(map(len, shares.values()))
+    rows = [[*row, *[float("nan")] * (width - len(row))] for row in shares.values()]
+    image = axes.imshow(rows, aspect="auto", cmap="Greys", vmin=0, interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    step = max(1, -(-len(rows) // 16))
+    axes.set_yticks(range(0, len(rows), step), labels=[str(layer) for layer in list(shares)[::step]])
+    figure.colorbar(image, label="load (1 = even)")
+    return _svg(figure)
+
+
+def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """A figure as an `svg` element, without the XML's head, which names a file on the network."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def plot_losses(log_history: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:

@@ -22,6 +22,8 @@ def quiet_libraries() -> None:
     logging.getLogger("kt_hf.placement.assembly").setLevel(
         logging.ERROR
     )  # the run itself says which backend was picked, and why
+    # PEFT looks for the base model's vocabulary on the hub.
+    warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

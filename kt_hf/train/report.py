@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from ..config import KTConfig
 from ..system.text import printable
 from .config.settings import TrainSettings
 from .config.stages import stage_of
@@ -137,11 +135,16 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
     table.add_row("Adapter", escape(summary["adapter"]))
     if summary["plots"]:
         table.add_row("Plots", escape(", ".join(summary["plots"])))
+    if summary.get("report"):
+        table.add_row("Report", escape(summary["report"]))
     if settings.run.use_kt:
+        chat = shlex.join(["kt-hf", "chat", summary["adapter"]])
+        if not stage_of(settings.run.stage).scores:
+            table.add_row("Talk with it", escape(chat))
         export = shlex.join(["kt-hf", "export", summary["adapter"], "NEW_FOLDER", "--to", "peft"])
         table.add_row("Export it", escape(export))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
-    console.print("Load it:")
+    console.print("Load it, and ask it something:")
     for line in loading_lines(settings, summary["adapter"], rank):
         console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
 
@@ -176,17 +179,21 @@ def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]
     lines += [f"model = PeftModel.from_pretrained(model, {adapter!r})"]
     if not name.startswith("builtin:"):
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"]
-    return lines
+    if stage_of(keys.stage).scores:
+        return [*lines, 'print(model.eval()(**tokenizer("An answer", return_tensors="pt")).logits)  # its score']
+    return [
+        *lines,
+        'messages = [{"role": "user", "content": "Who are you?"}]',
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
+        "return_dict=True)",
+        "output = model.eval().generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+    ]
 
 
 def _kt_config(settings: TrainSettings, rank: int) -> str:
     """`KTConfig(...)` with the settings that differ from the defaults, packed for the adapter's rank."""
-    default = KTConfig()
-    given = {
-        field.name: getattr(settings.kt, field.name)
-        for field in dataclasses.fields(KTConfig)
-        if getattr(settings.kt, field.name) != getattr(default, field.name)
-    }
+    given = settings.kt.changed()
     given.setdefault("kt_lora_rank", rank)
     return f"KTConfig({', '.join(f'{key}={value!r}' for key, value in given.items())})"
 

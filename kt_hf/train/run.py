@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from rich.markup import escape
 from ..errors import KTAMXConfigError
 from ..placement.assembly import training_as
 from ..system.text import printable
-from .checkpoints import SUMMARY, clear_earlier_run
+from .checkpoints import clear_earlier_run
 from .config.read import on_this_machine
 from .config.settings import TrainSettings
 from .config.stages import stage_of
@@ -28,6 +26,7 @@ from .data.tokens import IN_THE_LABELS, Prepared, prepare
 from .data.vision import check_options, example, prepare_vision
 from .dry_run import try_out
 from .expert_profile import ProfileRun, as_before, with_lora_as_before
+from .finish import finish
 from .folding import Folding
 from .folding_rules import recorded
 from .full_disk import full_disks
@@ -36,9 +35,8 @@ from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
 from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
-from .plots import plot_expert_load, plot_losses
 from .processor import load_processor, sees
-from .progress import ShowProgress, TokenCounter, last_metrics
+from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
 from .resume import (
     KeepRecord,
@@ -190,7 +188,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         progress.close()
         counter.close()
     with full_disks(trainer):
-        summary = _finish(settings, trainer, progress)
+        summary = finish(settings, ready, trainer, progress)
     show_result(console, settings, summary, ready.expert_rank or keys.lora_rank)
     if stop.number is not None:
         raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)
@@ -252,6 +250,8 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         settings, ready.options, model, peft_config, ready.train_data.dataset, evaluated, ready.tokenizer,
         ready.rewards, callbacks,
     )  # fmt: skip
+    for callback in callbacks:
+        callback.lead(trainer)
     loraplus(settings, trainer)
     trainer.remove_callback(PrinterCallback)  # ours take its place
     return trainer
@@ -287,55 +287,6 @@ def _what_is_left(settings: TrainSettings, trainer: Any) -> str:
     overrides = [one for one in settings.overrides if one.partition("=")[0].strip() not in gone]
     command = shlex.join(["kt-hf", "train", settings.source, *overrides, "resume_from_checkpoint=true"])
     return f"Stopped after step {step} of {trainer.state.max_steps}. {folder} has it all; go on with:\n  {command}"
-
-
-def _finish(settings: TrainSettings, trainer: Any, progress: ShowProgress) -> dict[str, Any]:
-    """Save the adapter, draw, and write the summary."""
-    folder = Path(trainer.args.output_dir)
-    trainer.save_model(str(folder))
-    trainer.save_state()
-    history = trainer.state.log_history
-    losses = [row["loss"] for row in history if "loss" in row]
-    evaluations = [row["eval_loss"] for row in history if "eval_loss" in row]
-    if any(not math.isfinite(value) for value in [*losses, *evaluations]):
-        raise KTAMXConfigError(
-            f"The loss is not finite. Lower learning_rate. The log is in {folder}/trainer_state.json."
-        )
-    plots = []
-    if settings.run.plot_loss and (losses or evaluations):
-        plots.append(plot_losses(history, folder / "loss.png", settings.run.model_name_or_path))
-    load = _expert_load(trainer)
-    if settings.run.plot_loss and load:
-        plots.append(plot_expert_load(load, folder / "expert_load.png", settings.run.model_name_or_path))
-    summary = {
-        "config": settings.source,
-        "settings": asdict(settings.run),
-        "steps": trainer.state.global_step,
-        "loss": losses[-1] if losses else None,
-        "eval_loss": evaluations[-1] if evaluations else None,
-        "metrics": last_metrics(history),
-        "tokens": progress.counter.tokens,
-        "seconds": round(progress.seconds, 2),
-        "tokens_per_second": round(progress.tokens_per_second, 1),
-        "adapter": str(folder),
-        "plots": [str(path) for path in plots],
-        "expert_load": load,
-    }
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return summary
-
-
-def _expert_load(trainer: Any) -> dict[int, list[float]]:
-    """Layer -> each expert's share of the tokens, 1 being even; {} for an unpatched model."""
-    from .. import KTMoECallback
-    from ..experts.layer import kt_layers
-
-    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, KTMoECallback)), None)
-    if callback is None:
-        return {}
-    callback.expert_load.collect(kt_layers(trainer.model))  # since the last log
-    total = callback.expert_load.total
-    return {layer: (c.double() / c.sum().clamp(min=1) * len(c)).tolist() for layer, c in total.items()}
 
 
 def _working(console: Console, words: str) -> contextlib.AbstractContextManager[Any]:

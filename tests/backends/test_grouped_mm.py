@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,10 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_mm as grouped
+from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.resident import GroupedBackend, gpu_backend
+from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.shapes import LORA_NAMES, ExpertShape
 from tests.support.helpers import MIXTRAL
 from tests.support.layers import LayerInputs, make_inputs, random_lora
@@ -28,7 +33,7 @@ def backend() -> GroupedBackend:
     return GroupedBackend(weights, ExpertShape(E, K, H, I))
 
 
-def results(one: GroupedBackend, x: LayerInputs) -> tuple[Tensor, dict[str, Tensor]]:
+def results(one: Any, x: LayerInputs) -> tuple[Tensor, dict[str, Tensor]]:
     out, saved = one.forward(x.hidden, x.ids, x.weights.float(), save=True)
     assert saved is not None
     assert one.can_backward(saved)
@@ -118,3 +123,28 @@ def test_what_it_cannot_compute() -> None:
     assert gpu_backend(weights, ExpertShape(2, 1, 16, 12)).__class__.__name__ == "TorchBackend"
     with pytest.raises(KTAMXConfigError, match="multiples of 8"):
         GroupedBackend(weights, ExpertShape(2, 1, 16, 12))
+
+
+@pytest.mark.parametrize("valid", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_of_several_ranks_tokens_the_rows_of_other_experts_are_left_out(
+    streamed: bool, valid: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank gets all ranks' tokens: what it computes is as large as its own rows, and the same to the bit."""
+    x = make_inputs(MIXTRAL, 48, torch.bfloat16)
+    x.ids[torch.rand(x.ids.shape, generator=torch.Generator().manual_seed(0)) >= valid] = -1
+    rows, original = list[int](), grouped._product
+    monkeypatch.setattr(grouped, "_product", lambda x, w, of: (rows.append(len(x)), original(x, w, of))[1])
+    found = []
+    for ranks in (1, 4):
+        weights = backend().weights
+        shape = ExpertShape(E, K, H, I, ranks=ranks)
+        one: Any = GroupedBackend(weights, shape)
+        if streamed:
+            one = StreamedBackend(HostWeights.taken_over(weights), shape, Streamer(torch.device("cpu"), 3 * 6 * H * I))
+        one.set_lora(tuple(random_lora(MIXTRAL).values()))
+        rows.clear()
+        out, grads = results(one, x)
+        found.append({"out": out, **grads})
+    assert all(torch.equal(value, found[0][name]) for name, value in found[1].items())
+    assert max(rows, default=0) <= max(1, int((x.ids >= 0).sum()))

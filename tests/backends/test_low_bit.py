@@ -13,17 +13,17 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe, load_kt_model
-from kt_hf.backends import ExpertWeights
+from kt_hf.backends import ExpertsBackend, ExpertWeights, PackedLayerFiles, build_backend
 from kt_hf.backends.build_tiered import build_tiered
 from kt_hf.backends.gpu import weight_stream as streamer
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.weight_stream import Streamer
 from kt_hf.backends.packed import PackedMatrices
 from kt_hf.backends.quantizer import EXPERT_BITS, quantized
-from kt_hf.backends.torch_loop import TorchBackend
 from kt_hf.placement import packer as packing
 from kt_hf.placement.assembly import make_packer
 from kt_hf.shapes import ExpertShape
+from kt_hf.system.cpu import ThreadPlan
 from tests.support.cases import make_config
 from tests.support.checkpoints import saved
 from tests.support.helpers import MIXTRAL
@@ -99,6 +99,11 @@ def test_quantized_while_loading(to: str, tmp_path: Path) -> None:
     same(model, load_kt_model(tmp_path / "wide", make_config("torch", kt_expert_placement=place)))
 
 
+def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
+    """Widened there, by PyTorch."""
+    return build_backend("torch", weights, shape, 8, ThreadPlan(((0, 1),)), 64, False, False, "a layer")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("resident", "streamed"), [(range(8), ()), ((), range(8)), ((1, 4, 6), (0, 2, 7)), ((), ())])
 def test_every_format_in_every_tier(kind: str, resident: Sequence[int], streamed: Sequence[int]) -> None:
@@ -111,7 +116,7 @@ def test_every_format_in_every_tier(kind: str, resident: Sequence[int], streamed
     for weights in (ExpertWeights(*empty, low_bit=low), wide):  # type: ignore[misc]
         stream = Streamer(torch.device("cpu"), 2 * 6 * H * I, copies=True)
         args = (list(resident), list(streamed), stream, torch.bfloat16)
-        backend = build_tiered(weights, shape, *args, lambda one, shape: TorchBackend(one, shape))  # type: ignore[arg-type]
+        backend = build_tiered(weights, shape, *args, on_cpu)
         backend.set_lora(tuple(torch.full(size, 0.01) for size in shape.lora_shapes(8)))
         g = torch.Generator().manual_seed(1)
         x, routing = torch.randn(20, H, generator=g).bfloat16(), torch.rand(20, 2, generator=g)

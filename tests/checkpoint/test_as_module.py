@@ -67,8 +67,8 @@ def test_mxfp4_of_gpt_oss(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(part.low_bit.down.dequantized(dtype), down[[1, 4]])
 
 
-def test_load_kt_model_of_mxfp4(tmp_path: Path) -> None:
-    """The checkpoint as it is on the hub, equal to the same with its weights written out."""
+def in_mxfp4(folder: Path) -> None:
+    """A checkpoint as it is on the hub, `packed`, and the same with its weights written out, `wide`."""
     model = tiny("gpt_oss", torch.bfloat16)
     tensors, packed = dict(model.state_dict()), {}
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -77,20 +77,36 @@ def test_load_kt_model_of_mxfp4(tmp_path: Path) -> None:
         scales = torch.randint(120, 124, (E, rows, columns // 32), dtype=torch.uint8)
         tensors[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
         packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    for folder, some in (("wide", tensors), ("packed", {n: t for n, t in tensors.items() if f"{n}_blocks" not in packed} | packed)):  # fmt: skip # noqa: E501
-        (tmp_path / folder).mkdir()
-        save_file({name: t.contiguous() for name, t in some.items()}, tmp_path / folder / "model.safetensors", {"format": "pt"})  # fmt: skip # noqa: E501
+    for name, some in (("wide", tensors), ("packed", {n: t for n, t in tensors.items() if f"{n}_blocks" not in packed} | packed)):  # fmt: skip # noqa: E501
+        (folder / name).mkdir()
+        save_file({name: t.contiguous() for name, t in some.items()}, folder / name / "model.safetensors", {"format": "pt"})  # fmt: skip # noqa: E501
         config = copy.deepcopy(model.config)
         config.architectures = ["GptOssForCausalLM"]
-        if folder == "packed":
+        if name == "packed":
             config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-        config.save_pretrained(tmp_path / folder)
+        config.save_pretrained(folder / name)
+
+
+def test_load_kt_model_of_mxfp4(tmp_path: Path) -> None:
+    in_mxfp4(tmp_path)
     loaded = [
         load_kt_model(tmp_path / name, make_config("torch", kt_lora_rank=4)).eval() for name in ("wide", "packed")
     ]
     ids = torch.arange(18).view(2, 9) % VOCAB
     with torch.no_grad():
         assert torch.equal(*(one(input_ids=ids).logits for one in loaded))
+
+
+def test_scales_that_are_no_numbers_are_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_mxfp4(tmp_path)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.experts.down_proj_scales"))
+    tensors[name][3, 2, 0] = 255
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr(ModuleTensors, "read", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(KTAMXError, match=r"layers\.1\.mlp\.experts\.down_proj_scales .* not a finite number"):
+        load_kt_model(tmp_path / "packed", make_config("torch", kt_lora_rank=4))
 
 
 @pytest.mark.parametrize("name", ["down_proj_bias", "gate_up_proj"])

@@ -81,6 +81,20 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 @needs_smollm2
+def test_chat_answers_as_the_demo_itself(fast: Fast) -> None:
+    from kt_hf.use.generation import Answerer, Sampling
+    from kt_hf.use.opening import Choice, check
+
+    _, folder, _ = fast
+    checked = check(Choice(adapter=folder / "adapter", device="cpu"))
+    assert checked.keys.model_name_or_path == "builtin:smollm2-moe/2"
+    answerer = Answerer(checked.load(), Sampling(max_new_tokens=summary_of(folder)["settings"]["new_tokens"]))
+    expected = json.loads((folder / "reloaded-answers.json").read_text(encoding="utf-8"))
+    for row in expected:
+        assert answerer.answer([{"role": "user", "content": row["question"]}]) == row["answer"]
+
+
+@needs_smollm2
 def test_a_fast_run_passes_and_prints_nothing_but_its_story(fast: Fast) -> None:
     done, folder, _ = fast
     assert done.returncode == 0, done.stdout + done.stderr

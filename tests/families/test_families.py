@@ -84,8 +84,9 @@ def test_forward_and_gradients(family: str) -> None:
         if "dt_proj.lora" in name:  # Mamba reads this layer's weight, so PEFT's LoRA on it has no effect
             continue
         assert (one is None) == (other is None), name
-        # Through all layers; linear attention's chunks round most. A layer by itself is held to 1e-5.
-        if one is not None and (error := relative_error(one, other)) > 2e-4:
+        # Rounding through all layers: linear attention's chunks most, and hc_base's four sums over all tokens cancel.
+        # A layer by itself is held to 1e-5 (test_each_layer).
+        if one is not None and (error := relative_error(one, other)) > (1e-3 if "hc_base" in name else 2e-4):
             wrong[name] = error
     assert not wrong
 
@@ -104,11 +105,12 @@ def test_refused(family: str) -> None:
         apply_kt_moe(tiny(family), make_config("torch"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", EVERY)
-def test_in_bf16(family: str) -> None:
+def test_each_layer(family: str, dtype: torch.dtype) -> None:
     """Each layer beside transformers' own in fp32, on the inputs it gets in the model: output and gradients."""
     stock = tiny(family)
-    model = adapted(family, torch.bfloat16)
+    model = adapted(family, dtype)
     calls: dict[str, tuple[Any, ...]] = {}
     for layer in kt_layers(model):
         experts = stock.get_submodule(layer.label)
@@ -118,23 +120,24 @@ def test_in_bf16(family: str) -> None:
     assert calls
     for layer in kt_layers(model):
         if layer.label in calls and layer.lora_params:
-            _compare_layer(model, stock, layer, calls[layer.label])
+            _compare_layer(model, stock, layer, calls[layer.label], dtype)
 
 
-def _compare_layer(model: nn.Module, stock: nn.Module, layer: Any, args: tuple[Any, ...]) -> None:
+def _compare_layer(model: nn.Module, stock: nn.Module, layer: Any, args: tuple[Any, ...], dtype: torch.dtype) -> None:
+    forward, gradient = (1e-6, 1e-5) if dtype == torch.float32 else (0.02, 0.02)
     prefix = "base_model.model." + layer.label
     lora = {name: p for name, p in model.named_parameters() if name.startswith(prefix) and "lora_" in name}
-    half = [arg.detach().to(torch.bfloat16) if arg.is_floating_point() else arg for arg in args]
+    half = [arg.detach().to(dtype) if arg.is_floating_point() else arg for arg in args]
     ours = [arg.clone().requires_grad_() if arg.is_floating_point() else arg for arg in half]
     theirs = [arg.float().requires_grad_() if arg.is_floating_point() else arg for arg in half]
     leaves = {name: p.detach().float().requires_grad_() for name, p in lora.items()}
     wanted = merged_forward(stock, model, leaves, *theirs, module=layer.label)
     actual = layer(*ours)
-    assert relative_error(actual, wanted) < 0.02
+    assert relative_error(actual, wanted) < forward
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(6))
     floating = [(one, other) for one, other in zip(ours, theirs, strict=True) if one.is_floating_point()]
     mine = torch.autograd.grad(actual, [*(one for one, _ in floating), *lora.values()], direction.to(actual.dtype))
     expected = torch.autograd.grad(wanted, [*(other for _, other in floating), *leaves.values()], direction)
     names = [*(f"input {i}" for i in range(len(floating))), *lora]
     errors = {name: relative_error(a, b) for name, a, b in zip(names, mine, expected, strict=True)}
-    assert max(errors.values()) < 0.02, errors
+    assert max(errors.values()) < gradient, errors

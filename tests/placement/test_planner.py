@@ -40,7 +40,7 @@ RATES = assumed_rates(LITE)
 GB = 10**9
 QUIET = LinearCost(1e-3, 1e-7, 5e-6, 4e-6), LinearCost(1e-3, 2e-7, 9e-6, 7e-6)
 BESIDE = LinearCost(2e-3, 1e-7, 6e-6, 5e-6), LinearCost(2e-3, 2e-7, 9e-6, 8e-6)
-GENERAL = MachineRates(20e9, *QUIET, *BESIDE, 3e5, 1e5)
+GENERAL = MachineRates(20e9, *QUIET, *BESIDE, 3e5, 1e5, gpu_bytes_per_s=2e9)
 
 
 def brute_force(
@@ -73,7 +73,8 @@ def brute_force(
             (rates.beside_forward if s else rates.forward, rates.gpu_forward_rows_per_s, ATTENTION_SECONDS[0]),
             (rates.beside_backward if s else rates.backward, rates.gpu_backward_rows_per_s, ATTENTION_SECONDS[1]),
         ):
-            compute = sum(rows[: r + s]) / gpu
+            low = 24 / 8 / (0.69 * rates.gpu_bytes_per_s) if width == 1 else 0  # of a weight that is widened
+            compute = sum(rows[: r + s]) / gpu + sum(used[: r + s]) * size / 2 * low
             if cpu:
                 operators = line.fixed + line.per_token * tokens
                 operators += sum(line.per_expert * used[e] + line.per_row * rows[e] for e in cpu)
@@ -301,3 +302,17 @@ def test_popularity_of_a_profile() -> None:
     found = Placement.by_use({0: torch.tensor([1, 3]), 1: torch.tensor([2, 0]), 2: torch.tensor([0, 0])})
     assert found.share == pytest.approx([0.875, 0.125])
     assert Placement.by_use({0: torch.tensor([1, 3]), 1: torch.tensor([2, 0, 1])}).share == ()
+
+
+def test_widening_as_measured() -> None:
+    """Weights a second on an H100, whose memory copies 3.0 TB/s; half as many where a card copies half as fast."""
+    rates = assumed_rates(LITE)
+    for bits, measured in ((4.5, 1.10e12), (8.002, 0.69e12)):
+        seconds = rates.widening_seconds(measured, bits)
+        assert seconds == pytest.approx(1, rel=0.02)
+        slower = dataclasses.replace(rates, gpu_bytes_per_s=rates.gpu_bytes_per_s / 2)
+        assert slower.widening_seconds(measured, bits) == pytest.approx(2 * seconds)
+    assert rates.widening_seconds(1e12, 16) == 0
+    resident = [expected(rates, LITE, 26, 2048, Tiers(LITE.num_experts), bits).gpu_seconds for bits in (16, 4.5)]
+    weights = 26 * LITE.num_weights  # every expert has tokens, forward and backward
+    assert resident[1] - resident[0] == pytest.approx(2 * rates.widening_seconds(weights, 4.5), rel=1e-3)

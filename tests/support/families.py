@@ -161,6 +161,7 @@ REFUSED = {
     "doge": "no routed experts",
     "jetmoe": "experts of a form that is not supported",
     "nllb_moe": "no routed experts",
+    "openai_privacy_filter": "is a token classifier",
     "switch_transformers": "experts of a form that is not supported",
 }
 

@@ -26,7 +26,7 @@ def merged_forward(
         module: The name of the module; "" for the whole model.
         **inputs: Of the call.
     """
-    weights = dict(stock.named_parameters())
+    weights = dict(stock.named_parameters(remove_duplicate=False))  # tied ones have LoRA each
     changed: dict[str, Tensor] = {}
     groups: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for name, a in leaves.items():
@@ -46,7 +46,7 @@ def merged_forward(
         in_turns = type(holder).__name__ == "GptOssExperts"
         changed |= _expert_weights(experts, dict(holder.named_parameters()), deltas, in_turns)
     inside = {name.removeprefix(f"{module}."): value for name, value in changed.items() if name.startswith(module)}
-    return functional_call(stock.get_submodule(module), inside, args, inputs)
+    return functional_call(stock.get_submodule(module), inside, args, inputs, tie_weights=False)
 
 
 def _expert_weights(

@@ -87,7 +87,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("kt_optimize_rule: a.yaml", ["line 4: kt_optimize_rule is no setting of kt_hf: leave it out"]),
     ("cpu_infer: 32", ["write kt_num_threads"]),
     ("chunk_size: 512", ["write kt_max_len"]),
-    ("quantization_bit: 4", ["quantization_bit is no setting of kt_hf"]),
+    ("quantization_bit: 4", ["line 4: quantization_bit needs use_kt and safetensors files"]),
     ("lora_rank: eight", ["line 4: lora_rank='eight': it must be a whole number"]),
     ("lora_rank: 8.5", ["lora_rank=8.5: it must be a whole number"]),
     ("lora_rank: 0", ["lora_rank=0: it must be at least 1"]),

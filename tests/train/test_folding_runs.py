@@ -206,7 +206,7 @@ def test_runs_that_are_not_folded(
 ) -> None:  # fmt: skip
     seen = []
     monkeypatch.setattr(folding.Folding, "train", lambda self, _: seen.append(self._trainer.args))
-    monkeypatch.setattr("kt_hf.train.run._finish", lambda *_: pytest.skip.Exception)
+    monkeypatch.setattr("kt_hf.train.run.finish", lambda *_: pytest.skip.Exception)
     monkeypatch.setattr("kt_hf.train.run.show_result", lambda *_: None)
     runs = runs_in(tmp_path, tiny_model, settings.pop("rows", ALMOST), **STREAMED | settings)
     runs.again()

@@ -63,7 +63,7 @@ def test_a_quantised_model_is_not_loaded_whole(
     monkeypatch.setattr(packing.Packer, "build", watched)
     trained(tmp_path, model, ROWS, "kt_expert_placement={resident: 1, streamed: 1}")
     assert [list(one.experts) for one in seen] == [[0, 1], [0, 1]]
-    assert "is of 8 bits: it is not loaded whole" in caplog.text
+    assert "is quantized: it is not loaded whole" in caplog.text
     assert read_placement(tmp_path / "out") is None
 
 

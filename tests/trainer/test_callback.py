@@ -59,9 +59,12 @@ def begin(model: nn.Module, callback: KTMoECallback | None = None, **arguments: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"n_gpu": 2}, r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"),
-        ({"n_gpu": 8}, r"sees 8 GPUs.*DataParallel"),
-        ({"world_size": 4}, r"world size 4.*one process"),
+        ({"n_gpu": 2}, r"sees 2 GPUs.*torchrun --nproc_per_node 2.*accelerate launch.*CUDA_VISIBLE_DEVICES=0"),
+        ({"n_gpu": 8}, r"sees 8 GPUs.*DataParallel.*--nproc_per_node 8"),
+        ({"world_size": 4}, r"patched in a run of 1 processes, and the trainer counts 4.*torchrun"),
+        ({"world_size": 2, "deepspeed": "zero3.json"}, "deepspeed does not go together with several processes"),
+        ({"world_size": 2, "fp16": True}, "fp16 does not go together"),
+        ({"world_size": 2, "fsdp": "full_shard"}, "fsdp=full_shard.*DDP takes what is not experts"),
     ],
 )
 def test_runs_over_several_devices_are_refused(arguments: dict[str, int], words: str) -> None:

@@ -50,7 +50,7 @@ class GroupedBackend(GroupedExperts):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Launch the products; the output [T, H] is bf16 on `device`, and with `save` the inputs are kept."""
-        rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
+        rows, lora = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks), self._lora
         out = resident_output(x, self.weights.gate_up, self.weights.down, lora, rows, self._gating)
         return out, _GroupedForward(rows, x, lora) if save else None
 

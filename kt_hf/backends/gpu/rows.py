@@ -1,6 +1,7 @@
 """The T*K rows of a batch (a token and one of its experts), sorted by expert, those of no expert at the end.
 
-Nothing here waits for a GPU: how many rows an expert has is known there alone. Grouped products leave the rows after
+Nothing here waits for a GPU, where ranks do not divide the experts: how many rows an expert has is known there alone.
+Where they do, most rows are of other ranks' experts, and are left out. Grouped products leave the rows after
 the last expert's end undefined (NaN, perhaps) and never read them for another row or a weight's gradient; they count as
 zero where rows are summed by token.
 """
@@ -48,14 +49,14 @@ class Addends(NamedTuple):
 
 @dataclass
 class Rows:
-    """All rows sorted by expert, or S consecutive ones of them.
+    """All rows sorted by expert, or S consecutive ones of them; those of no expert may have been left out.
 
     Attributes:
         tokens: [S] integers: row i is of token `tokens[i]`.
         ends: [E] int32: the row after each expert's last.
         experts: [S] integers: row i is of expert `experts[i]` of all; an id that no expert has for rows of none.
         weights: [S] fp32: the routing weights.
-        place: [T*K] integers: the sorted row of each unsorted one, of all rows.
+        place: [T*K] integers: the sorted row of each unsorted one, of all rows, those left out among them.
         span: These rows among all.
         K: Number of experts of a token.
         per_expert: Rows of an expert on average, among all rows.
@@ -71,13 +72,16 @@ class Rows:
     per_expert: float
 
     @classmethod
-    def by_expert(cls, ids: Tensor, weights: Tensor, numbers: Tensor) -> Rows:
+    def by_expert(cls, ids: Tensor, weights: Tensor, numbers: Tensor, ranks: int = 1, valid: int | None = None) -> Rows:
         """Sort the rows of a batch.
 
         Args:
             ids: [T, K] int64, -1 for no expert.
             weights: Routing weights, [T, K] fp32.
             numbers: 0 to E - 1, int16 or wider, on the device of both: few bits are sorted fast.
+            ranks: Processes that the layer's experts are divided among: with several the rows of no expert are left
+                out, which are all but one in so many.
+            valid: Rows that are of an expert, where the host knows; else, with several ranks, it waits for the number.
         """
         flat, K = ids.reshape(-1), ids.shape[1]
         key = flat.masked_fill(flat < 0, len(numbers)).to(numbers.dtype)  # torch.where would wait for its scalar's copy
@@ -85,7 +89,12 @@ class Rows:
         ends = torch.searchsorted(key, numbers, right=True, out_int32=True)
         operations = kernels.row_operations(ids.device)
         tokens, by_row, place = operations.indexed(order, weights.reshape(-1), K)
-        return cls(tokens, ends, key, by_row, place, slice(0, len(order)), K, len(order) / max(1, len(numbers)))
+        if valid is None and ranks > 1:
+            valid = int(ends[-1]) if len(ends) else 0
+        rows = len(order) if valid is None else min(len(order), max(1, valid))  # one at least, as products want it
+        # Not by the number of valid rows: resident and streamed layers have the same bits, and only the latter know it.
+        per_expert = len(order) / ranks / max(1, len(numbers))
+        return cls(tokens[:rows], ends, key[:rows], by_row[:rows], place, slice(0, rows), K, per_expert)
 
     def part(self, experts: slice, span: slice) -> Rows:
         """The rows `span` of all of these, which must be exactly those of `experts`."""
@@ -147,7 +156,8 @@ class Rows:
 
     def by_choice(self, values: Tensor) -> Tensor:
         """A value for each of all rows, [T*K] -> for each choice of a token, [T, K]; zero where it is no expert."""
-        values = values.index_select(0, self.place)
+        place = self.place if len(values) == len(self.place) else self.place.clamp(max=len(values) - 1)
+        values = values.index_select(0, place)
         return values.masked_fill_(self.place >= self.ends[-1], 0).view(-1, self.K)
 
     @property

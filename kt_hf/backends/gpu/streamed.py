@@ -96,14 +96,15 @@ class StreamedBackend(GroupedExperts):
         Returns:
             The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
         """
-        rows, lora = Rows.by_expert(ids, weights, self._numbers), self._lora
+        valid = None if counts is None else sum(counts)
+        rows, lora = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks, valid), self._lora
         saved = _StreamedForward(rows, counts, x, lora) if save else None
         if (resident := self._resident_now()) is not None:
             gate_up, down = resident
             self._streamer.passed(self.weights, [], backward=False)
             return resident_output(x, gate_up, down, lora, rows, self._gating), saved
         assert counts is not None, "row counts are needed to stream"
-        everything = x.new_empty(ids.numel(), x.shape[1])
+        everything = x.new_empty(len(rows.tokens), x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
             chunk_lora = lora.part(chunk.experts) if lora else None
             outputs = grouped.outputs(x, chunk.gate_up, chunk.down, chunk_lora, part, self._gating)

@@ -74,7 +74,8 @@ def summed(
     rows = _added(base, lora)
     if weights is not None:
         rows.mul_(weights.unsqueeze(1))
-    spread = rows.index_select(0, place).masked_fill_((place >= ends[-1]).unsqueeze(1), 0)
+    within = place if len(rows) == len(place) else place.clamp(max=len(rows) - 1)
+    spread = rows.index_select(0, within).masked_fill_((place >= ends[-1]).unsqueeze(1), 0)
     return spread.view(-1, K, rows.shape[1]).sum(1, dtype=torch.float32).to(rows.dtype)
 
 

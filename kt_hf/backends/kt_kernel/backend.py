@@ -28,7 +28,7 @@ from .engine import Cache, Engine
 from .gate_overflow import careful_backward
 from .idle_workers import CallGap
 from .input_checks import check_inputs, check_tensor, check_weights
-from .installation import check_available
+from .installation import bytes_per_weight, check_available
 from .kept_memory import KEPT
 from .low_bit_weights import packed_experts, point_to
 from .native_code import native_output_to_log, never_destroy
@@ -131,7 +131,7 @@ class KTKernelBackend:
                 self._load(weights, config)
         else:
             self._load(weights, config)
-        KEPT.add(int(shape.num_experts * expert_bytes(shape) * self._operators.bytes_per_weight / 2))
+        KEPT.add(int(shape.num_experts * expert_bytes(shape) * bytes_per_weight(backend) / 2))
 
     def _load(self, weights: ExpertWeights, config: Any) -> None:
         if self._operators.code:
@@ -297,8 +297,10 @@ class KTKernelBackend:
                 flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.bfloat16, device="cpu")
                 self._grads = split_lora(flat, sizes)
         wait_for_reads(self._grads)  # copies to a GPU, of the backward before
-        grad_input = host_empty((T, self.shape.hidden_size), torch.bfloat16)
-        grad_weights = host_empty((T, K), torch.float32)
+        if not T:  # an empty tensor has no address, which operators of low bits refuse
+            grad_output = torch.zeros(1, self.shape.hidden_size, dtype=torch.bfloat16, device="cpu")
+        grad_input = host_empty((max(T, 1), self.shape.hidden_size), torch.bfloat16)
+        grad_weights = host_empty((max(T, 1), K), torch.float32)
         if not self._operators.clears_gradients:
             for buffer in self._grads:
                 buffer.zero_()
@@ -308,7 +310,7 @@ class KTKernelBackend:
             self._moe.backward(
                 grad_output.data_ptr(), grad_input.data_ptr(), *pointers, grad_weights.data_ptr(), 0, 0, 0, False, 1.0
             )
-        return Gradients(grad_input, grad_weights, self._grads)
+        return Gradients(grad_input[:T], grad_weights[:T], self._grads)
 
     def _drop_saved(self) -> None:
         """Have the operator forget a saved forward whose backward never came, where the next would end the process.

@@ -45,6 +45,17 @@ def availability(backend: str = "AMXBF16") -> Availability:
     return Availability(True, f"kt-kernel {kt_kernel.__version__}, {variant} variant", details)
 
 
+def bytes_per_weight(backend: str) -> float:
+    """Memory of a weight of experts, packed once for the variant of kt-kernel that runs on this machine.
+
+    Args:
+        backend: A key of `OPERATORS`.
+    """
+    operators = OPERATORS[backend]
+    on_avx2 = availability(backend).details.get("variant") == "avx2"
+    return operators.bytes_on_avx2 if on_avx2 and operators.bytes_on_avx2 else operators.bytes_per_weight
+
+
 def check_available(backend: str) -> Availability:
     """What `availability` says where the operators run.
 

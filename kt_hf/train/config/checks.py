@@ -246,8 +246,8 @@ def _with_kt(c: Checked, purpose: str) -> None:
     if world.isdigit() and int(world) > 1:
         c.problem(
             "",
-            f"{world} processes were started (WORLD_SIZE): experts on the CPU cannot be shared by several processes "
-            "yet. Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
+            f"{world} processes were started (WORLD_SIZE): kt-hf train runs in one, a script with a Trainer in several "
+            "(docs/ranks.md). Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
         )
 
 

@@ -76,7 +76,9 @@ def check(kind: str, one: Any, experts: PackedExperts, lora: list[Tensor], token
     for name, value, wanted in zip(LORA_NAMES, found.lora, lora, strict=True):
         actual[name] = value[tuple(slice(size) for size in wanted.shape)]
         assert value.shape[1 if name.endswith("a") else 2] >= rank
-    assert_all_close(actual, expected.grads, 0.02)
+    if kind == "AMXInt4KGroup" and tokens == 1:  # a few sums that cancel
+        assert_close(actual.pop("weights"), expected.grads["weights"], 0.05, "weights")
+    assert_all_close(actual, {name: expected.grads[name] for name in actual}, 0.02)
 
 
 def lora_of(rank: int) -> list[Tensor]:
@@ -231,9 +233,13 @@ def test_on_avx2_alone() -> None:
         choose_backend("AMXFP8", SHAPE)
     assert choose_backend("MXFP4", SHAPE)[0] == "MXFP4"
     assert choose_backend("auto", SHAPE)[0] == "torch"
-    assert choose_backend("auto", SHAPE, stored=[packed("MXFP4").down])[0] == "MXFP4"
-    assert choose_backend("auto", SHAPE, stored=[packed("AMXInt4KGroup").down])[0] == "torch"
-    assert choose_backend("auto", ExpertShape(4, 2, 40, 64), stored=[packed("MXFP4").down])[0] == "torch"
+    few, many = 128 * E // K, 129 * E // K
+    assert choose_backend("auto", SHAPE, stored=[packed("MXFP4").down], tokens=few)[0] == "MXFP4"
+    name, why = choose_backend("auto", SHAPE, stored=[packed("MXFP4").down], tokens=many)
+    assert (name, "129 tokens an expert" in why, "kt_backend=MXFP4" in why) == ("torch", True, True)
+    assert choose_backend("auto", ExpertShape(256, 8, 256, 128), stored=[packed("MXFP4").down])[0] == "MXFP4"
+    assert choose_backend("auto", SHAPE, stored=[packed("AMXInt4KGroup").down], tokens=1)[0] == "torch"
+    assert choose_backend("auto", ExpertShape(4, 2, 40, 64), stored=[packed("MXFP4").down], tokens=1)[0] == "torch"
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8", "fp8"])

@@ -1,0 +1,202 @@
+"""A layer whose experts are divided among ranks: each computes its own experts for the tokens of all.
+
+Forward: every rank gets the tokens of all ranks, computes them with the experts it owns, and sends each rank its rows;
+these are summed in fp32, in the order of the ranks, so that a run repeats its bits. Backward is the transpose: every
+rank gets the gradients of all outputs, and the gradients of the inputs are summed like the outputs. Before each of the
+four exchanges the ranks compare where they are (`Ranks.agree`), and a rank that has failed says so there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import KTAMXConfigError
+from ..ranks import Kind, Place, Ranks, Share
+from .lora_tensors import optimizer_steps
+from .tickets import in_backward
+
+# The layers of this process, of whatever models, whose experts are divided among ranks.
+DIVIDED: weakref.WeakSet[Any] = weakref.WeakSet()
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The inputs of all ranks, in rank order: S = sum of `lengths` tokens.
+
+    Attributes:
+        x: [S, H], as the ranks' models gave it.
+        ids: [S, K] int64, counted from this rank's first expert; those of other ranks' experts are outside [0, E/N).
+        weights: [S, K] fp32.
+        lengths: Tokens of each rank.
+    """
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    lengths: list[int]
+
+
+class LayerExchange:
+    """What a layer exchanges with its counterparts on the other ranks.
+
+    Args:
+        ranks: The processes.
+        share: The experts that this rank owns.
+        layer_idx: Index of the layer in the model.
+        label: Its full name, for messages.
+    """
+
+    def __init__(self, ranks: Ranks, share: Share, layer_idx: int, label: str) -> None:
+        self.ranks = ranks
+        self.share = share
+        self.layer_idx = layer_idx
+        self.label = label
+        self._checked: set[bool] = set()
+
+    @contextlib.contextmanager
+    def telling(self, kind: Kind) -> Iterator[None]:
+        """Tell the other ranks, which wait in the exchange of this kind or will, of an error that is raised inside."""
+        try:
+            yield
+        except Exception as error:
+            self.ranks.agree(self._place(kind), failure=error)
+            raise
+
+    @contextlib.contextmanager
+    def computing(self, kind: Kind) -> Iterator[None]:
+        """What one rank computes before an exchange of this kind: all know afterwards that none has failed."""
+        with self.telling(kind):
+            yield
+        self.ranks.agree(self._place(kind))
+
+    def gather(self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool) -> Gathered:
+        """The inputs of all ranks' forwards.
+
+        Args:
+            x: Hidden states of this rank, [T, H], any floating dtype and device.
+            ids: [T, K] integers.
+            weights: [T, K], floating.
+            gradients: Whether a backward may come.
+
+        Raises:
+            KTAMXForwardError: The ranks are in different places, or one has failed or ended.
+        """
+        with self.telling(Kind.TOKENS):
+            columns = ids.shape[1]
+            ids, weights = ids.detach().to(torch.int64), weights.detach().to(torch.float32)
+            rows, layout = _packed([ids, weights, x.detach()])
+        lengths = self.ranks.agree(self._place(Kind.TOKENS, gradients, x.dtype, columns), x.shape[0])
+        ids, weights, x = _unpacked(self.ranks.rows_to_all(rows, lengths), layout)
+        return Gathered(x, ids - self.share.lo, weights, lengths)
+
+    def gather_gradients(self, grad: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The gradients of all ranks' outputs, [S, H], from this rank's [T, H].
+
+        Raises:
+            KTAMXBackwardError: The ranks are in different places, or one has failed or ended.
+        """
+        self.ranks.agree(self._place(Kind.GRADIENTS, dtype=grad.dtype), grad.shape[0])
+        return self.ranks.rows_to_all(grad.detach(), lengths)
+
+    def summed(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Of each tensor [S, …], what all ranks have for this rank's tokens, summed: [T, …] in its dtype.
+
+        Args:
+            parts: What this rank's experts gave for the tokens of all ranks, on one device.
+            lengths: Tokens of each rank.
+        """
+        rows, layout = _packed(list(parts))
+        of_ranks = [_unpacked(part, layout) for part in self.ranks.rows_to_owners(rows, lengths)]
+        return [_sum(addends) for addends in zip(*of_ranks, strict=True)]
+
+    def check_owners(self, tensors: Sequence[Tensor]) -> None:
+        """At the first step, with and without DDP: refuse LoRA that another rank holds too, to the bit.
+
+        Something has broadcast it then, as DDP does with parameters that it was not told to leave alone.
+
+        Args:
+            tensors: The A of each adapter and projection, [E/N, r, in].
+
+        Raises:
+            KTAMXConfigError: On every rank.
+        """
+        wrapped = ddp_module() is not None
+        if wrapped in self._checked or not tensors:
+            return
+        self._checked.add(wrapped)
+        self.ranks.agree(self._place(Kind.OWNERS, gradients=True))
+        every = self.ranks.all_values(torch.tensor([_digest(tensor) for tensor in tensors], device="cpu")).tolist()
+        same = [
+            (first, second)
+            for second in range(len(every))
+            for first in range(second)
+            if any(a == b != 0 for a, b in zip(every[first], every[second], strict=True))
+        ]
+        if same:
+            raise KTAMXConfigError(
+                f"{self.label}: ranks {same[0][0]} and {same[0][1]} hold the same LoRA, bit for bit, for different "
+                "experts: it was broadcast, as DistributedDataParallel does with parameters that it is not told to "
+                "leave alone. Do not replace `_ddp_params_and_buffers_to_ignore` of the model, give DDP the model or "
+                "its PeftModel itself, and do not broadcast LoRA of experts."
+            )
+
+    def joined_load(self, load: Tensor) -> Tensor:
+        """How often each of the layer's experts was used, [E], from what this rank counted of its own, [E/N] int64."""
+        self.ranks.agree(self._place(Kind.LOAD))
+        return self.ranks.all_values(load).flatten()
+
+    def _place(self, kind: Kind, gradients: bool = False, dtype: torch.dtype | None = None, columns: int = 0) -> Place:
+        step = self.ranks.steps_since_first(optimizer_steps())
+        synchronized = gradients and bool(getattr(ddp_module(), "require_backward_grad_sync", False))
+        mode = Place.mode_of(gradients, synchronized, in_backward() and kind is Kind.TOKENS)
+        number = _DTYPES.index(dtype) if dtype in _DTYPES else -1
+        return Place(kind, self.layer_idx, step, mode, number, columns, self.label)
+
+
+def ddp_module() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is under way; None outside of one."""
+    get = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # private; without it nothing is known
+    return None if get is None else get()
+
+
+def _digest(tensor: Tensor) -> int:
+    """A number that tells a tensor's values from others'; 0 where they are zero, as at the start of an adapter."""
+    values = tensor.detach().flatten()[:4096].float().cpu()
+    if not bool(values.any()):
+        return 0
+    return int.from_bytes(hashlib.sha256(values.numpy().tobytes()).digest()[:7], "little")
+
+
+def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[tuple[torch.dtype, tuple[int, ...], int]]]:
+    """Tensors [T, …] of one device as rows of bytes, [T, B] uint8, and how to unpack them."""
+    layout = [(t.dtype, tuple(t.shape[1:]), t.element_size() * math.prod(t.shape[1:])) for t in tensors]
+    rows = [t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], layout
+
+
+def _unpacked(rows: Tensor, layout: list[tuple[torch.dtype, tuple[int, ...], int]]) -> list[Tensor]:
+    columns = rows.split([size for _, _, size in layout], dim=1)
+    return [
+        part.contiguous().view(dtype).view(rows.shape[0], *shape)
+        for part, (dtype, shape, _) in zip(columns, layout, strict=True)
+    ]
+
+
+def _sum(addends: Sequence[Tensor]) -> Tensor:
+    if len(addends) == 1:
+        return addends[0]
+    total = addends[0].float() if addends[0].dtype != torch.float64 else addends[0].clone()
+    for addend in addends[1:]:
+        total = total.add_(addend) if total is not addends[0] else total + addend
+    return total.to(addends[0].dtype)

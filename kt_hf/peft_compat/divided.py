@@ -1,0 +1,98 @@
+"""What Trainer, accelerate and generation do otherwise for a model whose experts are divided among ranks.
+
+The functions that take `original` are replacements of the table `patches.PATCHES`: `original` is the function they
+stand for, and the other arguments are that function's. A model that is not divided gets what `original` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..adapters.manifest import begin
+from ..adapters.owned_optimizer import remove_state, write_state
+from ..adapters.whole import ranks_of, whole_lora
+from ..errors import KTAMXConfigError
+from ..experts.clipping import clip_grad_norm_, owned_among
+from ..experts.exchange import DIVIDED
+from ..ranks import Kind, Place
+
+
+def clip_whole_norm(
+    original: Callable[..., Any], accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2
+) -> Any:
+    """Replaces `Accelerator.clip_grad_norm_`: the norm is that of all ranks' gradients."""
+    parameters = list(parameters)
+    if not owned_among(parameters)[0]:
+        return original(accelerator, parameters, max_norm, norm_type)
+    accelerator.unscale_gradients()
+    return clip_grad_norm_(parameters, max_norm, float(norm_type))
+
+
+def refuse_state(original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `Accelerator.save_state` and `load_state`, which know of rank 0's experts alone.
+
+    Raises:
+        KTAMXConfigError: A model in the process is divided.
+    """
+    if list(DIVIDED):
+        raise KTAMXConfigError(
+            "Accelerator.save_state and load_state write and read rank 0's experts alone. Save the adapter by "
+            "accelerator.unwrap_model(model).save_pretrained(FOLDER) on all ranks; a Trainer's checkpoints hold the "
+            "optimizer's state too."
+        )
+    return original(accelerator, *args, **kwargs)
+
+
+def all_parameters_used(original: Callable[..., Any], trainer: Any, **kwargs: Any) -> Any:
+    """Replaces `Trainer._build_accelerator_args`: DDP does not look for unused parameters unless it is told to.
+
+    The Trainer has it look for them in a PeftModel, which fails under reentrant checkpointing ("marked ready only
+    once"); those that a step does not use are LoRA of experts, which are none of DDP's.
+    """
+    if trainer.args.ddp_find_unused_parameters is None and ranks_of(trainer.model) is not None:
+        trainer.args.ddp_find_unused_parameters = False
+    return original(trainer, **kwargs)
+
+
+def generate_together(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `generate`: ranks that are done go on until all are, for each needs the others' experts."""
+    if kwargs.get("synced_gpus") is None and ranks_of(model) is not None:
+        kwargs["synced_gpus"] = True
+    return original(model, *args, **kwargs)
+
+
+def save_whole(
+    original: Callable[..., Any], trainer: Any, output_dir: str | None = None, _internal_call: bool = False
+) -> Any:
+    """Replaces `Trainer.save_model`: rank 0 saves the LoRA of all ranks' experts, each rank its optimizer's state."""
+    if ranks_of(trainer.model) is None:
+        return original(trainer, output_dir, _internal_call)
+    folder = Path(output_dir or trainer.args.output_dir)
+    with whole_lora(trainer.model) as ranks:
+        assert ranks is not None
+        if _internal_call and re.search(r"checkpoint-\d+$", folder.name):
+            if ranks.rank == 0:
+                begin(folder)  # before another file in it changes
+                remove_state(folder)
+            ranks.agree(Place(Kind.SAVING))
+            if not trainer.args.save_only_model and trainer.optimizer is not None:
+                write_state(folder, trainer.model, trainer.optimizer, ranks.rank)
+            ranks.agree(Place(Kind.SAVED))
+        return original(trainer, output_dir, _internal_call)
+
+
+def save_random_state(original: Callable[..., Any], trainer: Any, output_dir: str) -> None:
+    """Replaces `Trainer._save_rng_state`: all ranks' files are there before rank 0 removes an older checkpoint."""
+    ranks = ranks_of(trainer.model)
+    if ranks is None:
+        original(trainer, output_dir)
+        return
+    try:
+        original(trainer, output_dir)
+    except Exception as error:
+        ranks.agree(Place(Kind.SAVED), failure=error)
+        raise
+    ranks.agree(Place(Kind.SAVED))

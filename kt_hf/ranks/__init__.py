@@ -1,0 +1,7 @@
+"""Several processes that train one model together: who is there, who owns which experts, and how they talk."""
+
+from .place import Kind, Place
+from .ranks import Ranks
+from .world import Share, World, current_world
+
+__all__ = ["Kind", "Place", "Ranks", "Share", "World", "current_world"]

@@ -1,0 +1,1 @@
+"""Using what was trained: `kt-hf chat` and `kt-hf eval`."""

@@ -1,0 +1,65 @@
+"""A stock Trainer on one process, or on each of several ranks, with the same rows in the same order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from kt_hf import KTMoECallback
+from tests.support.cases import TORCH_FP32
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import adapted_model, trainable
+from tests.support.ranks import fill_whole
+from tests.support.trainers import settings
+
+
+class Trained(NamedTuple):
+    """What a rank has of a run."""
+
+    losses: list[float]
+    norms: list[float]
+    parameters: dict[str, Tensor]
+    log: list[dict[str, Any]]
+
+
+def unequal_rows(count: int = 24) -> list[dict[str, Tensor]]:
+    rows = [MIXTRAL.inputs(1, 5 + (3 * i) % 8, seed=i)[0] for i in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels, mask = torch.full((len(rows), length), -100), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        size = len(row["input_ids"])
+        ids[i, :size], labels[i, :size], mask[i, :size] = row["input_ids"], row["labels"], 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def trainer(folder: Path, ranks: int, fill: bool = True, rows: Any = None, **overrides: Any) -> Trainer:
+    """Four rows a step, whatever the number of ranks."""
+    model = adapted_model(MIXTRAL, TORCH_FP32)
+    if fill:
+        fill_whole(model, 1)
+    arguments = settings(
+        folder,
+        **{"per_device_train_batch_size": 4 // ranks, "max_grad_norm": 0.5, "max_steps": 20, "learning_rate": 1e-3}
+        | overrides,
+    )
+    return Trainer(
+        model, TrainingArguments(**arguments), train_dataset=rows or unequal_rows(), data_collator=padded,
+        eval_dataset=unequal_rows(5), callbacks=[KTMoECallback()],
+    )  # fmt: skip
+
+
+def trained(of: Trainer, **train: Any) -> Trained:
+    of.train(**train)
+    log = of.state.log_history
+    steps = [entry for entry in log if "loss" in entry]
+    values = {name: p.detach().clone() for name, p in trainable(of.model).items()}
+    return Trained([e["loss"] for e in steps], [e["grad_norm"] for e in steps], values, log)

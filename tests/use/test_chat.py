@@ -1,0 +1,220 @@
+"""`kt-hf chat`: answers, files of them, commands, errors; and a pseudo-terminal that is typed on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from kt_hf import KTAMXError, KTConfig, apply_kt_moe
+from kt_hf.cli import app
+from kt_hf.use.chat import Chat
+from kt_hf.use.generation import Answerer, Sampling
+from kt_hf.use.opening import Choice, Opened, check
+from tests.support.tiny import environment, save_model
+from tests.use.conftest import Trained, save_adapter
+
+QUESTION = "What is a list?"
+
+
+@pytest.fixture(scope="module")
+def opened(trained: Trained) -> Opened:
+    return check(Choice(adapter=trained.adapter, device="cpu")).load()
+
+
+def by_hand(trained: Trained, adapter: bool) -> str:
+    """The answer as transformers, PEFT and the patch give it without kt_hf.use."""
+    base = AutoModelForCausalLM.from_pretrained(trained.base)
+    model = apply_kt_moe(base, KTConfig(kt_backend="torch"), adapter=trained.adapter if adapter else None).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained.base)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def typed(opened: Opened, lines: list[str], **settings: object) -> tuple[str, Chat]:
+    """What a conversation shows that is typed so, and the conversation."""
+    waiting = iter(lines)
+
+    def read(_: str) -> str:
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    shown = io.StringIO()
+    chat = Chat(Answerer(opened, Sampling(max_new_tokens=6)), Console(file=shown, width=100), read, **settings)  # type: ignore[arg-type]
+    chat.run()
+    return shown.getvalue(), chat
+
+
+def test_the_answers_are_those_of_base_and_adapter(trained: Trained, opened: Opened) -> None:
+    answerer = Answerer(opened, Sampling(max_new_tokens=12))
+    messages = [{"role": "user", "content": QUESTION}]
+    for adapter in (True, False, True):
+        expected = by_hand(trained, adapter)
+        assert answerer.answer(messages, adapter) == expected
+        assert "".join(answerer.stream(messages, adapter)).strip() == expected
+    assert by_hand(trained, True) != by_hand(trained, False)
+
+
+def test_a_seed_repeats_what_is_drawn(opened: Opened) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    drawn = [
+        Answerer(opened, Sampling(temperature=1.0, max_new_tokens=12, seed=seed)).answer(messages) for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_settings_come_from_the_manifest(trained: Trained, opened: Opened) -> None:
+    manifest = json.loads((trained.adapter / "kt_adapter_manifest.json").read_text())
+    assert manifest["kt"] == {"kt_backend": "torch"}
+    assert manifest["dtype"] == "bfloat16"
+    assert opened.base == str(trained.base)
+    assert opened.model.dtype == torch.bfloat16
+    assert check(Choice(adapter=trained.adapter, device="cpu")).kt == KTConfig(kt_backend="torch", kt_lora_rank=4)
+
+
+def test_commands(opened: Opened, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    lines = ["/help", "/nonsense", "/system Be brief.", QUESTION, "/base", "More?", "/both", "And?", f"/save {file}",
+             f"/save {file}", "/think on", "/adapter", "/quit", "never read"]  # fmt: skip
+    shown, chat = typed(opened, lines)
+    assert "/reset " in shown
+    assert "/nonsense is no command" in shown
+    assert "The base model answers." in shown
+    assert "base model" in shown
+    assert "exists already" in shown
+    assert "knows no thinking" in shown
+    saved = json.loads(file.read_text())
+    assert saved == chat.messages
+    assert [m["content"] for m in saved if m["role"] != "assistant"] == ["Be brief.", QUESTION, "More?", "And?"]
+    shown, chat = typed(opened, [QUESTION, "/reset"])
+    assert chat.history == []
+
+
+def test_another_adapter_is_taken_on_the_way(trained: Trained, tmp_path: Path) -> None:
+    other = save_adapter(trained.base, tmp_path / "other", seed=1)
+    opened = check(Choice(adapter=trained.adapter, device="cpu")).load()
+    shown, chat = typed(opened, [f"/adapter {tmp_path}", f"/adapter {other}"])
+    assert "no adapter there" in shown.replace("\n", " ")
+    messages = [{"role": "user", "content": QUESTION}]
+    alone = check(Choice(adapter=other, device="cpu")).load()
+    expected = Answerer(alone, Sampling(max_new_tokens=6)).answer(messages)
+    assert chat.answerer.answer(messages) == expected
+
+
+def test_a_file_of_questions(trained: Trained, tmp_path: Path) -> None:
+    rows = [{"prompt": QUESTION, "id": 7}, {"messages": [{"role": "user", "content": "Hi"}]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    command = ["chat", str(trained.adapter), "--input", str(tmp_path / "in.jsonl"), "--output", str(out),
+               "--answer", "both", "--max-new-tokens", "12", "--device", "cpu"]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["id"] for answer in answers[:1]] == [7]
+    assert answers[0]["answer"] == by_hand(trained, True)
+    assert answers[0]["base_answer"] == by_hand(trained, False)
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "{}", '{"prompt": ""}', '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}',
+     '{"messages": [{"role": "assistant", "content": "x"}]}', '{"prompt": "a", "messages": []}'],
+)  # fmt: skip
+def test_a_bad_line_is_refused_before_anything_is_loaded(line: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
+    out = tmp_path / "out.jsonl"
+    done = CliRunner().invoke(app, ["chat", "nowhere", "--input", str(tmp_path / "in.jsonl"), "--output", str(out)])
+    assert done.exit_code == 2
+    assert "line 2" in done.stderr
+    assert not out.exists()
+
+
+def test_errors_say_what_to_do(trained: Trained, tmp_path: Path) -> None:
+    def says(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["chat", *arguments, "--prompt", "Hi"])
+        assert done.exit_code == 2, done.output
+        return " ".join(done.stderr.split())
+
+    assert "there is no such folder" in says(str(tmp_path / "none"))
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    shutil.copy(trained.adapter / "adapter_config.json", tmp_path / "run" / "checkpoint-3")
+    assert "checkpoint-3 has one" in says(str(tmp_path / "run"))
+    assert "--base NAME_OR_FOLDER" in says()
+    assert "base model '/none/such'" in says(str(trained.adapter), "--base", "/none/such")
+    assert "--temperature -1" in says(str(trained.adapter), "--temperature", "-1")
+    assert "--answer all" in says(str(trained.adapter), "--answer", "all")
+    bare = save_model(tmp_path / "bare", chat_template=None)
+    assert "has no chat template" in says("--base", str(bare))
+    with pytest.raises(KTAMXError):
+        check(Choice(base=str(bare), device="cpu"))
+    assert check(Choice(base=str(bare), device="cpu", template="alpaca")).tokenizer.chat_template
+
+
+class Terminal:
+    """A program on a pseudo-terminal."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, "-m", "kt_hf", *arguments], env)
+        self.shown = ""
+
+    def wait_for(self, text: str) -> str:
+        """Read until `text` has come; what came before it."""
+        while text not in self.shown:
+            try:
+                piece = os.read(self.descriptor, 4096)
+            except OSError:  # the program has left
+                piece = b""
+            if not piece:
+                raise AssertionError(f"no {text!r} in {self.shown!r}")
+            self.shown += piece.decode("utf-8", errors="replace")
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
+
+
+@pytest.fixture
+def terminal(trained: Trained, tmp_path: Path) -> Iterator[Terminal]:
+    env = environment(tmp_path) | {"TERM": "dumb"}
+    program = Terminal(["chat", str(trained.adapter), "--device", "cpu", "--max-new-tokens", "1000000"], env)
+    yield program
+    os.close(program.descriptor)
+
+
+def test_ctrl_c_stops_an_answer_not_the_program(terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    terminal.type("Count to a million\n")
+    terminal.wait_for("adapter:")  # it is about to answer, and would for hours
+    terminal.type("\x03")
+    terminal.wait_for("(stopped)")
+    terminal.wait_for("> ")
+    terminal.type("\x03")  # at the prompt
+    terminal.wait_for("/quit or Ctrl-D leaves")
+    terminal.wait_for("> ")
+    terminal.type("/base\n")
+    terminal.wait_for("The base model answers.")
+    terminal.wait_for("> ")
+    terminal.type("/quit\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0

@@ -1,0 +1,119 @@
+"""`kt-hf eval`: perplexity is the exponential of the Trainer's evaluation loss; scores; an offline task; errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kt_hf.cli import app
+from kt_hf.use.evaluation import EvalData, Wanted, losses, read_data
+from kt_hf.use.opening import Choice, check
+from kt_hf.use.scores import score
+from tests.support.tiny import save_model
+from tests.support.train_runs import runs_in
+from tests.use.conftest import Trained
+
+ROWS = [{"instruction": f"{i} + {i}?", "output": f"It is {2 * i}."} for i in range(5)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def test_perplexity_is_that_of_the_trainers_evaluation(tmp_path: Path, data: Path) -> None:
+    model = save_model(tmp_path / "model")
+    runs = runs_in(tmp_path, model, eval_dataset=str(data), per_device_eval_batch_size=2, bf16=False, learning_rate=0.1)
+    expected = runs.again()["eval_loss"]
+    checked = check(Choice(adapter=runs.out, device="cpu", chat=False))
+    read = read_data(checked, Wanted(str(data), length=64, batch=2))
+    assert isinstance(read, EvalData)
+    measured = losses(checked.load(), read, Console(quiet=True))
+    assert measured["loss"] == pytest.approx(expected, rel=1e-6)
+    assert measured["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+def test_base_beside_adapter_as_json_and_table(trained: Trained, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "numbers.json"
+    command = ["eval", str(trained.adapter), "--dataset", str(data), "--compare", "--generate", "--max-new-tokens", "4",
+               "--device", "cpu", "--max-samples", "3"]  # fmt: skip
+    done = CliRunner().invoke(app, [*command, "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "perplexity" in done.stdout
+    assert "change" in done.stdout
+    result = json.loads(out.read_text())
+    assert result["rows"] == 3
+    base, adapter = result["results"]["base"], result["results"]["adapter"]
+    assert base.keys() == adapter.keys() == {"loss", "perplexity", "exact_match"}
+    assert base["loss"] != adapter["loss"]
+    checked = check(Choice(base=str(trained.base), device="cpu", chat=False))
+    read = read_data(checked, Wanted(str(data), most=3))
+    assert isinstance(read, EvalData)
+    alone = losses(checked.load(), read, Console(quiet=True))
+    assert base["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_scores() -> None:
+    assert score(["a  b", "c"], ["a b", "d"], rouge=False) == {"exact_match": 0.5}
+
+
+def test_rouge() -> None:
+    pytest.importorskip("rouge_score")
+    scores = score(["the cat sat"], ["the cat sat"], rouge=True)
+    assert scores == {"exact_match": 1.0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+
+
+def test_a_task_of_lm_eval_runs_offline(trained: Trained, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), "x"], "answer": 0} for i in range(3)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(
+        f"""task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/task.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    done = CliRunner().invoke(
+        app,
+        ["eval", str(trained.adapter), "--tasks", "sums", "--include-path", str(tmp_path), "--json", "--device", "cpu"],
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout[done.stdout.index("{") :])["results"]["adapter"]
+    assert 0 <= results["sums acc"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--dataset, or --tasks"),
+        (["--dataset", "none.jsonl", "--rouge"], "give --generate too"),
+        (["--tasks", "x", "--generate"], "need --dataset"),
+        (["--dataset", "none.jsonl"], "none.jsonl"),
+        (["--dataset", "none.jsonl", "--batch-size", "0"], "--batch-size 0"),
+    ],
+)
+def test_errors_say_what_to_do(arguments: list[str], says: str, trained: Trained) -> None:
+    done = CliRunner().invoke(app, ["eval", str(trained.adapter), *arguments])
+    assert done.exit_code == 2, done.output
+    assert says in " ".join(done.stderr.split())
+
+
+def test_what_is_not_installed_is_named(trained: Trained, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments in (["--tasks", "x"], ["--dataset", str(data), "--generate", "--rouge"]):
+        done = CliRunner().invoke(app, ["eval", str(trained.adapter), *arguments])
+        assert done.exit_code == 2
+        assert "pip install" in done.stderr
