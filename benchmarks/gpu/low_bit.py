@@ -3,8 +3,8 @@
 `low-bit` trains the same layers, quantized while they are loaded, streamed and resident, in turn with bf16 and stock.
 `widening` times each kernel alone, and as a share of what a copy within the card's memory reaches.
 `drawn` trains a whole model whose codes are drawn on the GPU and left there (`--where resident`) or copied into host
-memory that is page-locked already (`--where streamed`): without a checkpoint models can be larger than the disk.
-With `--rest 4` its linear layers outside the experts are bitsandbytes'.
+memory that is page-locked already (`--where streamed`): there is no checkpoint, so that models larger than the disk can
+be tried. With `--rest 4` its linear layers outside the experts are bitsandbytes'.
 """
 
 from __future__ import annotations

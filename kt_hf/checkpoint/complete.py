@@ -27,7 +27,9 @@ from .tensor_files import INDEX, SINGLE, TensorFiles
 
 _SHOWN = 3
 _ROUTED = re.compile(r"\.experts\.")
-_NEW_HEADS = ("score.weight",)
+# A score head is new where a language model becomes a reward model: training begins with random values there.
+_NEW_HEAD = re.compile(r"^score\.weight$")
+_ROUTED_OR_NEW = re.compile(rf"{_ROUTED.pattern}|{_NEW_HEAD.pattern}")
 
 
 def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -> list[str]:
@@ -79,9 +81,8 @@ def check_complete(folder: Path, config: Any, trust_remote_code: bool = False) -
             f"{_where(files, folder)}: {name} has the shape {stored}, by the model's config it is {expected} "
             f"({len(mismatched)} weights differ). Are the weights and config.json of one model?"
         )
-    new = _NEW_HEADS if type(outline).__name__.endswith("ForSequenceClassification") else ()
-    known = {name for name in info["missing_keys"] if name in new or (experts_checked and _ROUTED.search(name))}
-    missing = sorted(set(info["missing_keys"]) - known)
+    read_apart = _NEW_HEAD if not experts_checked else _ROUTED_OR_NEW
+    missing = sorted(name for name in info["missing_keys"] if not read_apart.search(name))
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
         raise KTAMXError(

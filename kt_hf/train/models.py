@@ -16,7 +16,7 @@ from .config.settings import BUILTIN_MODEL, RunKeys
 from .config.stages import stage_of
 from .expert_profile import ProfileRun
 from .hub import configuration_of
-from .reward_model import HEAD, as_reward_model
+from .reward_model import HEAD, as_reward_model, with_score_head
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +221,7 @@ def _builtin_model(keys: RunKeys) -> Any:
     name = keys.model_name_or_path
     dense, _ = load_dense()
     model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(keys))
+    model = with_score_head(model) if stage_of(keys.stage).scores else model
     model.config._name_or_path = model.name_or_path = name
     if keys.attn_implementation:
         model.set_attn_implementation(keys.attn_implementation)

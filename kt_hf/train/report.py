@@ -139,7 +139,8 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
         table.add_row("Report", escape(summary["report"]))
     if settings.run.use_kt:
         chat = shlex.join(["kt-hf", "chat", summary["adapter"]])
-        table.add_row("Talk with it", escape(chat))
+        if not stage_of(settings.run.stage).scores:
+            table.add_row("Talk with it", escape(chat))
         export = shlex.join(["kt-hf", "export", summary["adapter"], "NEW_FOLDER", "--to", "peft"])
         table.add_row("Export it", escape(export))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
@@ -178,6 +179,8 @@ def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]
     lines += [f"model = PeftModel.from_pretrained(model, {adapter!r})"]
     if not name.startswith("builtin:"):
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"]
+    if stage_of(keys.stage).scores:
+        return [*lines, 'print(model.eval()(**tokenizer("An answer", return_tensors="pt")).logits)  # its score']
     return [
         *lines,
         'messages = [{"role": "user", "content": "Who are you?"}]',

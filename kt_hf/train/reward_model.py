@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import KTAMXConfigError
 from .config.settings import RunKeys
@@ -30,6 +33,19 @@ def as_reward_model(config: Any) -> Any:
     config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
     config.num_labels = 1
     return config
+
+
+def with_score_head(model: Any) -> Any:
+    """The reward model whose layers are those of a language model in memory; its head begins with random values."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    config = as_reward_model(copy.deepcopy(model.config))
+    with torch.device("meta"):
+        made = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]._from_config(config)
+    setattr(made, made.base_model_prefix, model.base_model)
+    made.score = made.score.to_empty(device="cpu").to(model.dtype)
+    torch.nn.init.normal_(made.score.weight, std=config.get_text_config().initializer_range)
+    return made
 
 
 def check_head(keys: RunKeys) -> None:

@@ -97,6 +97,43 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any], str]
         },
         "rejected does not end with an answer",
     ),
+    ("preference pairs", "rm", {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]},
+     {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]},
+     {"prompt": [USER], "chosen": [FOUR], "rejected": [FOUR]}, "chosen and rejected are the same"),
+    ("preference pairs", "orpo", {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+     {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+     {"prompt": "2+2=", "chosen": "4", "rejected": ""}, "rejected is empty"),
+    ("text", "pt", {"text": "A story."}, {"text": "A story."}, {"text": ""}, "text is empty"),
+    (
+        "marked prompt and completion", "kto", {"prompt": "2+2=", "completion": "4", "label": True},
+        {"prompt": "2+2=", "completion": "4", "label": True},
+        {"prompt": "2+2=", "completion": "4", "label": "good"}, "label is 'good': write true for a good answer, false",
+    ),
+    (
+        "marked messages", "kto", {"messages": [USER, FIVE], "label": False},
+        {"prompt": [USER], "completion": [FIVE], "label": False},
+        {"messages": [USER, FIVE], "label": None}, "label is missing: write true for a good answer, false",
+    ),
+    (
+        "marked sharegpt", "kto",
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}], "kto_tag": 1},
+        {"prompt": [USER], "completion": [FOUR], "label": True},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}], "kto_tag": 2},
+        "kto_tag is 2: write true",
+    ),
+    (
+        "marked alpaca", "kto", {"instruction": "2+2?", "output": "5", "kto_tag": "false"},
+        {"prompt": [USER], "completion": [FIVE], "label": False},
+        {"instruction": "2+2?", "output": "", "kto_tag": "false"}, "output is empty",
+    ),
+    ("prompts", "grpo", {"prompt": [USER], "answer": "4"}, {"prompt": [USER], "answer": "4"},
+     {"prompt": [USER, FOUR], "answer": "4"}, "it ends with an answer, and a prompt ends with a question"),
+    ("prompts", "grpo", {"prompt": "2+2=", "answer": "4"}, {"prompt": "2+2=", "answer": "4"},
+     {"prompt": " ", "answer": "4"}, "prompt is empty"),
+    ("alpaca prompts", "grpo", {"instruction": "2+2?", "output": "4"}, {"prompt": [USER], "output": "4"},
+     {"instruction": "", "output": "4"}, "instruction is empty"),
+    ("messages of prompts", "grpo", {"messages": [SYSTEM, USER]}, {"prompt": [SYSTEM, USER]},
+     {"messages": [SYSTEM]}, "there is a system message alone"),
 ]  # fmt: skip
 IDS = [f"{case[0]}-{index}" for index, case in enumerate(CASES)]
 
@@ -166,7 +203,11 @@ def test_lines_that_are_not_json_are_counted(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.csv", "text,more\nonly one\n", "1 of 1 rows cannot be used"),
         ("a.jsonl", '{"question": "?"}\n', "no known format has the columns question"),
-        ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "data for stage: dpo, and this is stage: sft"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+            "data for stage: dpo, orpo or rm, and this is stage: sft",
+        ),
         ("a.jsonl", "[1]\n", "not a row but list"),
     ],
 )
@@ -191,6 +232,55 @@ def test_pairs_of_different_forms_are_refused_and_rows_of_answers_are_not(tmp_pa
     write(files[1], [{"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}])
     with pytest.raises(KTAMXConfigError, match="different forms"):
         load_rows([str(file) for file in files], "train", "dpo")
+
+
+@pytest.mark.parametrize(
+    ("row", "stage", "its"),
+    [
+        ({"messages": [USER, FOUR], "label": True}, "sft", "kto"),
+        ({"messages": [USER, FOUR], "kto_tag": "yes"}, "sft", "kto"),
+        ({"instruction": "2+2?", "output": "4", "label": 0}, "sft", "kto"),
+        ({"prompt": "a", "completion": "b", "label": "false"}, "dpo", "kto"),
+        ({"prompt": "a", "completion": "b"}, "kto", "sft"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "kto", "dpo, orpo or rm"),
+        ({"prompt": [USER]}, "sft", "grpo"),
+        ({"messages": [USER, FOUR]}, "pt", "sft"),
+        ({"text": "a"}, "grpo", "pt or sft"),
+        ({"text": "a"}, "rm", "pt or sft"),
+    ],
+)
+def test_data_of_another_stage_are_not_taken(row: dict[str, Any], stage: str, its: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "data.jsonl", [row] * 2)
+    with pytest.raises(KTAMXConfigError, match=f"which is data for stage: {its}, and this is stage: {stage}"):
+        load_rows([str(file)], "train", stage)
+
+
+def test_a_label_that_is_no_mark_is_no_matter_to_sft(tmp_path: Path) -> None:
+    file = write(tmp_path / "data.jsonl", [{"messages": [USER, FOUR], "label": "arithmetic"}])
+    found = load_rows([str(file)], "train", "sft")
+    assert found.rows == [{"messages": [USER, FOUR]}]
+    assert "nothing uses the columns label" in found.notes[1]
+
+
+def test_llama_factorys_kto_tag(tmp_path: Path) -> None:
+    columns = {"messages": "m", "kto_tag": "good"}
+    info = {"mine": {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns,
+                     "tags": {"role_tag": "role", "content_tag": "content"}}}  # fmt: skip
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    write(tmp_path / "rows.json", [{"m": [USER, FIVE], "good": False}])
+    (row,) = load_rows(["mine"], "train", "kto", dataset_dir=str(tmp_path)).rows
+    assert row == {"prompt": [USER], "completion": [FIVE], "label": False}
+
+
+@pytest.mark.parametrize(
+    ("stage", "columns"),
+    [("pt", {"text"}), ("kto", {"prompt", "completion", "label"}), ("rm", {"prompt", "chosen", "rejected"}),
+     ("orpo", {"prompt", "chosen", "rejected"}), ("grpo", {"prompt", "answer"})],
+)  # fmt: skip
+def test_pydoc_is_for_every_stage(stage: str, columns: set[str]) -> None:
+    one, other = load_rows(["builtin:pydoc"], "train", stage, most=2).rows
+    assert set(one) == set(other) == columns
+    assert stage != "kto" or one["label"] is not other["label"]
 
 
 def test_pydoc_is_for_both_stages() -> None:

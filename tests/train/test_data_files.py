@@ -129,7 +129,9 @@ def test_a_folder_of_several_formats_is_all_of_them(tmp_path: Path) -> None:
     with pytest.raises(KTAMXConfigError, match=r"e\.jsonl\): no known format has the columns question"):
         loaded(tmp_path)
     (tmp_path / "e.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    with pytest.raises(KTAMXConfigError, match=r"e\.jsonl\) is preference pairs, which is data for stage: dpo"):
+    with pytest.raises(
+        KTAMXConfigError, match=r"e\.jsonl\) is preference pairs, which is data for stage: dpo, orpo or rm"
+    ):
         loaded(tmp_path)
 
 

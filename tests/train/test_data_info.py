@@ -118,7 +118,6 @@ def test_a_name_of_no_list_says_so(name: str, tmp_path: Path, monkeypatch: pytes
         ('{"mine": {"file_name": "rows.json", "num_samples": 0}}', "num_samples=0"),
         ('{"mine": {"file_name": "rows.json", "columns": [1]}}', "columns must be names"),
         ('{"mine": {"file_name": "rows.json", "tags": {"role_tag": 3}}}', "tags must be names"),
-        ('{"mine": {"file_name": "rows.json", "columns": {"kto_tag": "label"}}}', "stage: kto is not one"),
     ],
 )
 def test_a_list_that_is_not_right_is_told_with_its_entry(content: str, words: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from kt_hf.train.config.aliases import IGNORED, MEANT, REMOVED, RENAMED, TRANSLATED
 from kt_hf.train.config.read import read_arguments, trainer_fields
 from kt_hf.train.config.settings import RunKeys, TrainSettings
+from kt_hf.train.config.stages import STAGES
 from kt_hf.train.config.yaml_file import BadSettings
 
 GOOD = "model_name_or_path: builtin:smollm2-moe\ndataset: builtin:pydoc\noutput_dir: out\n"
@@ -127,7 +128,7 @@ def test_what_is_off_is_not_refused(key: str, tmp_path: Path) -> None:
 
 
 def test_all_names_that_are_suggested_are_settings() -> None:
-    ours = {*RunKeys.__dataclass_fields__, *trainer_fields("sft"), *trainer_fields("dpo")}
+    ours = {*RunKeys.__dataclass_fields__, *(field for stage in STAGES for field in trainer_fields(stage))}
     known = ours | set(RENAMED) | set(TRANSLATED) | {"kt_num_threads", "kt_backend"}
     assert set(MEANT.values()) <= known
     tables = [RENAMED, TRANSLATED, IGNORED, REMOVED, MEANT]
@@ -137,6 +138,24 @@ def test_all_names_that_are_suggested_are_settings() -> None:
         for other in tables[number + 1 :]:
             assert not set(table) & set(other)
     assert not set(MEANT) & ours
+
+
+def test_stages_as_llama_factory_has_them(tmp_path: Path) -> None:
+    kto = read(
+        tmp_path, "stage: kto\npref_beta: 0.2\nkto_chosen_weight: 1.5\nkto_rejected_weight: 0.5\npref_loss: sigmoid\n"
+    )
+    assert kto.trainer["beta"] == 0.2
+    assert (kto.trainer["desirable_weight"], kto.trainer["undesirable_weight"]) == (1.5, 0.5)
+    assert "pref_loss has no effect: it is for stage: dpo." in kto.notices
+    orpo = read(tmp_path, "stage: dpo\npref_loss: orpo\npref_beta: 0.3\n")
+    assert (orpo.run.stage, orpo.trainer["beta"]) == ("orpo", 0.3)
+    assert any("stage: orpo is used" in notice for notice in orpo.notices)
+    assert read(tmp_path, "stage: dpo\npref_loss: hinge\n").trainer["loss_type"] == ["hinge"]
+    grpo = read(tmp_path, "stage: grpo\ncutoff_len: 2048\nreward_funcs: a.py:f\n")
+    assert "max_length" not in grpo.trainer
+    assert any("GRPO cuts no prompt" in notice for notice in grpo.notices)
+    for stage in ("pt", "rm"):
+        assert read(tmp_path, f"stage: {stage}\ncutoff_len: 128\n").trainer["max_length"] == 128
 
 
 def test_more_keys_of_llama_factory_are_translated(tmp_path: Path) -> None:

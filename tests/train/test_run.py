@@ -100,7 +100,7 @@ def test_earlier_checkpoints_are_cleared_only_when_asked(tiny_model: Path, tmp_p
     ("rows", "overrides", "message"),
     [
         ([{"question": "?"}], (), "no known format"),
-        ([{"text": "a"}], ("stage=dpo",), "data for stage: sft"),
+        ([{"text": "a"}], ("stage=dpo",), "data for stage: pt or sft"),
         ([{"text": "a"}], ("lora_target=w9",), "no module is called 'w9'"),
     ],
 )

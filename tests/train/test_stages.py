@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -17,12 +18,17 @@ from transformers import (
     AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     set_seed,
 )
 
+from kt_hf import KTConfig, load_kt_model
+from kt_hf.errors import KTAMXConfigError
 from kt_hf.train.config.stages import STAGES, stage_of
+from kt_hf.train.folding_rules import why_not
+from kt_hf.train.reward_model import as_reward_model
 from kt_hf.train.rewards import reward_functions
 from tests.support.tiny import tokenizer, trained
 
@@ -122,6 +128,114 @@ def test_a_step_of_every_stage(stage: str, tiny_model: Path, rewards: Path, tmp_
         names = list(file.keys())
     assert any(".experts." in name for name in names)
     assert any(name.endswith("score.weight") for name in names) == (stage == "rm")
+
+
+# Reward functions
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "reason"),
+    [
+        ("{file}", set(), "say which of its functions"),
+        ("{file}:missing", set(), "has no function 'missing'. It has: asks, narrow, no_number, too_few, vowels"),
+        ("{file}:not_a_function", set(), "has no function 'not_a_function'"),
+        ("nowhere.py:f", set(), "there is no file nowhere.py"),
+        (
+            "{file}:asks",
+            {"answer"},
+            "needs solution, and TRL calls it with prompts, completions, completion_ids and the",
+        ),
+        ("{file}:narrow", set(), "has no **kwargs"),
+        ("no_such_package.rewards.f", set(), "No module named 'no_such_package'"),
+        ("some_reward", set(), "trl.rewards has no function 'some_reward'. It has: accuracy_reward"),
+    ],
+)
+def test_a_reward_function_that_cannot_be_called_is_refused(
+    spec: str, columns: set[str], reason: str, rewards: Path
+) -> None:
+    with pytest.raises(KTAMXConfigError) as caught:
+        reward_functions([spec.format(file=rewards)], columns)
+    assert reason in str(caught.value)
+
+
+def test_a_file_of_rewards_that_fails_is_told(tmp_path: Path) -> None:
+    for text, reason in (("def f(:", "SyntaxError"), ("import nothing_of_that_name", "ModuleNotFoundError"),
+                         ("raise SystemExit(3)", "SystemExit: 3")):  # fmt: skip
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(KTAMXConfigError, match=f"bad.py:f' cannot be imported: {reason}"):
+            reward_functions([f"{tmp_path}/bad.py:f"], set())
+
+
+def test_rewards_of_trl_and_of_a_module() -> None:
+    own, dotted, named = reward_functions(
+        ["think_format_reward", "trl.rewards.think_format_reward", "trl.rewards:think_format_reward"], set()
+    )
+    answer = [[says("<think>\nhm\n</think>\nfour")]]
+    assert own(completions=answer) == dotted(completions=answer) == named(completions=answer) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("too_few", "returned 1 rewards for 2 completions"), ("no_number", "returned a list that is no list of numbers")],
+)
+def test_wrong_rewards_are_told_before_the_model_is_loaded(
+    function: str, reason: str, tiny_model: Path, rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kt_hf.train.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    settings = [*overrides("grpo", rewards)[:-1], f"reward_funcs={rewards}:{function}"]
+    with pytest.raises(KTAMXConfigError, match=reason):
+        trained(tmp_path, tiny_model, rows("grpo", 2), *settings)
+    assert not (tmp_path / "out").exists()
+
+
+# Reward models
+
+
+def test_a_reward_model_is_loaded_again_with_its_head(tiny_model: Path, tmp_path: Path) -> None:
+    trained(tmp_path, tiny_model, rows("rm", 4), "stage=rm", "learning_rate=0.01")
+    model = load_kt_model(
+        tiny_model, KTConfig(kt_backend="torch", kt_lora_rank=8), architectures=["MixtralForSequenceClassification"],
+        num_labels=1,
+    )  # fmt: skip
+    loaded = PeftModel.from_pretrained(model, str(tmp_path / "out")).eval()
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys() if name.endswith("score.weight")}  # noqa: SIM118
+    ((_, head),) = saved.items()
+    active = loaded.base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(active.float().cpu(), head.float())
+    score = loaded(torch.tensor([[1, 2, 3]])).logits
+    assert score.shape == (1, 1)
+    with loaded.disable_adapter():
+        assert not torch.equal(loaded(torch.tensor([[1, 2, 3]])).logits, score)
+
+
+def test_a_family_without_a_score_head_is_told() -> None:
+    with pytest.raises(KTAMXConfigError, match=r"none for olmoe .*It has one for mixtral, qwen2_moe, qwen3_moe"):
+        as_reward_model(OlmoeConfig())
+
+
+def test_a_reward_model_does_not_start_from_another_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    trained(tmp_path, tiny_model, rows("sft", 2))
+    adapter, folder = tmp_path / "out", tmp_path / "second"
+    folder.mkdir()
+    with pytest.raises(KTAMXConfigError, match="has no trained score head"):
+        trained(folder, tiny_model, rows("rm", 2), "stage=rm", f"adapter_name_or_path={adapter}")
+
+
+def test_answers_longer_than_max_length_are_left_out_of_a_reward_models_data(tiny_model: Path, tmp_path: Path) -> None:
+    long = [{"prompt": [user("?")], "chosen": [says("a" * 300)], "rejected": [says("b")]}]
+    _, text = trained(tmp_path, tiny_model, rows("rm", 3) + long, "stage=rm")
+    assert "1 of 4 rows are longer than max_length=128 tokens and are left out" in text
+
+
+# Batches
+
+
+@pytest.mark.parametrize("stage", ["kto", "grpo", "orpo"])
+def test_batches_of_these_stages_are_never_folded(stage: str) -> None:
+    trainer = SimpleNamespace(args=SimpleNamespace(full_determinism=False, auto_find_batch_size=False))
+    named = type(stage_of(stage).trainer, (SimpleNamespace,), {})(**vars(trainer))
+    assert stage_of(stage).name.upper() in (why_not(named) or "")
 
 
 # As the same trainer on the unpatched model

@@ -111,6 +111,8 @@ def _prompt(row: Columns, prompt: list[Message] | str, used: frozenset[str]) -> 
     if isinstance(prompt, list):
         if prompt[-1]["role"] == "assistant":
             raise BadRow("it ends with an answer, and a prompt ends with a question: the model writes the answer")
+        if prompt[-1]["role"] in ("system", "developer"):
+            raise BadRow("there is a system message alone" if len(prompt) == 1 else "a system message that is the last")
         check_turns([*prompt, _ANSWER])
         for message in prompt:
             message.pop("train", None)
