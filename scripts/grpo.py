@@ -1,5 +1,5 @@
-"""GRPO with TRL's GRPOTrainer as anyone would write it; the three lines marked (kt_hf) move the routed experts to the CPU.
-Without them it is an ordinary TRL script.
+"""GRPO with TRL's GRPOTrainer as anyone would write it; the three lines marked (kt_hf) move the routed experts to the
+CPU. Without them it is an ordinary TRL script.
 
     python scripts/grpo.py --model Qwen/Qwen3-30B-A3B --data questions.jsonl --output_dir outputs/grpo
 

@@ -1,9 +1,9 @@
-"""A reward model with TRL's RewardTrainer as anyone would write it; the three lines marked (kt_hf) move the routed experts
-to the CPU. Without them it is an ordinary TRL script.
+"""A reward model with TRL's RewardTrainer as anyone would write it; the three lines marked (kt_hf) move the routed
+experts to the CPU. Without them it is an ordinary TRL script.
 
     python scripts/rm.py --model Qwen/Qwen3-30B-A3B --data pairs.jsonl --output_dir outputs/rm
 
-Data: `chosen` and `rejected`, as TRL's RewardTrainer takes them. The score head begins with random values (`--seed`), is
+Data: `chosen` and `rejected`, as the trainer takes them. The score head begins with random values (`--seed`), is
 trained as a whole and saved with the adapter. Every field of RewardConfig is an option.
 """
 
