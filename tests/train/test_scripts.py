@@ -1,4 +1,4 @@
-"""scripts/sft.py and scripts/dpo.py run as they are, and unpatched without their three lines."""
+"""The scripts of the stages run as they are, and unpatched without their three lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ ROWS = {
         "chosen": [{"role": "assistant", "content": "4"}],
         "rejected": [{"role": "assistant", "content": "5"}],
     },
+    "grpo": {"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"},
 }
+ROWS["rm"] = ROWS["dpo"]
+# Of a stage alone; the others have a limit of tokens.
+OPTIONS = {"grpo": ["--num_generations", "2", "--max_completion_length", "4"]}
 
 
 # A random model with its bytes for tokens, and the demo's with SmolLM2's tokenizer and chat template.
@@ -29,7 +33,7 @@ ROWS = {
     [
         pytest.param(stage, patched, model, marks=[] if number == 0 else [pytest.mark.slow])
         for number, (stage, patched, model) in enumerate(
-            itertools.product(["sft", "dpo"], [True, False], ["tiny_model", "demo_model"])
+            itertools.product(["sft", "dpo", "rm", "grpo"], [True, False], ["tiny_model", "demo_model"])
         )
     ],
 )
@@ -44,8 +48,8 @@ def test_a_script_runs(stage: str, patched: bool, model: str, tmp_path: Path, re
     (tmp_path / "data.jsonl").write_text((json.dumps(ROWS[stage]) + "\n") * 8)
     options = [
         "--model", str(request.getfixturevalue(model)), "--data", "data.jsonl", "--output_dir", "out",
-        "--max_steps", "2", "--use_cpu", "--per_device_train_batch_size", "2", "--max_length", "64",
-        "--save_strategy", "no",
+        "--max_steps", "2", "--use_cpu", "--per_device_train_batch_size", "2",
+        "--save_strategy", "no", *OPTIONS.get(stage, ["--max_length", "64"]),
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), *options], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
