@@ -39,7 +39,8 @@ that has experts, on backend torch (on the CPU), beside transformers' own.
 - stock PEFT: the export computes the same there, and is read back.
 - load_kt_model: streamed from a checkpoint as transformers writes the family's.
 
-Empty: not in this run. `refused`: in words that name another way: from_pretrained and apply_kt_moe for load_kt_model, merging for stock PEFT.
+Empty: not in this run. `refused`: in words that name another way, which is from_pretrained and apply_kt_moe for
+load_kt_model, merging for stock PEFT.
 """
 
 
