@@ -109,7 +109,9 @@ def _patched_with_adapter(
     placement: Placement | Mapping[int, Tensor] | str | Path | None,
     tokens_per_step: int | None,
 ) -> Any:
-    with open_adapter(adapter):  # a damaged one is refused before the model is touched
+    with open_adapter(
+        adapter, base=getattr(model, "config", None)
+    ):  # a damaged one is refused before the model is touched
         pass
     if placement is None and Path(adapter).is_dir():
         placement = read_placement(adapter)
@@ -257,10 +259,21 @@ def _replace(site: ExpertsSite, index: int, packer: Packer, owned: OwnedWeights)
     setattr(site.parent, site.attribute, layer)
     if site.plan is not None and isinstance(layer, ListedExperts):
         site.plan.install(site.parent, layer.calls)
+        if site.plan.evaluates:
+            _warn_of_evaluation(type(site.parent).__name__)
     site.experts = None  # its weights are released as they are packed
     if packer.config.kt_lora_rank is not None:
         layer.pack()
     return layer
+
+
+@functools.cache
+def _warn_of_evaluation(block: str) -> None:
+    """Say once for a class of blocks what is lost by running it as in evaluation."""
+    logger.warning(
+        "kt_hf: %s computes its experts without gradients in training, so it is run as in evaluation: what it adds in "
+        "training alone, an auxiliary loss of its router for one, is left out.", block,
+    )  # fmt: skip
 
 
 def _already_patched(model: Any, base: Any, cfg: KTConfig) -> Any:

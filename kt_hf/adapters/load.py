@@ -46,11 +46,10 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
 
     if not kt_layers(model):
         raise KTAMXConfigError("load_adapter needs a patched model: call apply_kt_moe(model) before.")
-    path = as_path(path, "path")
+    path, base = as_path(path, "path"), base_model(model).config
     if path.is_dir():
-        verify_adapter(path)
-    config = base_model(model).config
-    with open_adapter(path, base=config) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
+        verify_adapter(path, base=base)
+    with open_adapter(path, base=base) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
         adapter.check(finite=True)
         folder = path
         if adapter.format != "kt" or not folder.is_dir():
@@ -75,10 +74,10 @@ def start_from(model: Any, path: str | Path) -> None:
             adapter is damaged.
     """
     name = model.active_adapters[0] if isinstance(model.active_adapters, list) else model.active_adapters()[0]
-    path = as_path(path, "path")
+    path, base = as_path(path, "path"), base_model(model).config
     if path.is_dir():
-        verify_adapter(path)
-    with open_adapter(path, base=base_model(model).config) as adapter:
+        verify_adapter(path, base=base)
+    with open_adapter(path, base=base) as adapter:
         adapter.check(finite=True)
         config = kt.config(adapter)
         parameters = saved_names(model, name) | saved_whole_names(model, name)

@@ -32,13 +32,14 @@ def _training_files(ranks: int) -> list[str]:
     return [*_TRAINING, *states, *(f"rng_state_{rank}.pth" for rank in range(ranks))]
 
 
-def verify_adapter(folder: str | Path, model: Any = None) -> bool:
+def verify_adapter(folder: str | Path, model: Any = None, base: Any = None) -> bool:
     """Check that a saved adapter is whole: all files and tensors there, unchanged, of one save, and finite.
 
     Args:
         folder: The adapter's folder, of any format that is read; of one that training saved, with its
             `kt_adapter_manifest.json`.
         model: A patched model; the adapter must then also fit it, tensor for tensor.
+        base: Folder or configuration of the base model, as `open_adapter` takes it.
 
     Returns:
         True if a manifest vouches for every byte; False if there was none (a warning says so) and only what the files
@@ -55,7 +56,7 @@ def verify_adapter(folder: str | Path, model: Any = None) -> bool:
         logger.warning("%s has no %s: only the structure of the adapter is checked.", folder, MANIFEST)
     else:
         check_training(folder, manifest)
-    with open_adapter(folder) as adapter:  # checks structure, and files against the manifest
+    with open_adapter(folder, base=base) as adapter:  # checks structure, and files against the manifest
         if manifest is None:
             adapter.check(finite=True)
         if model is not None:

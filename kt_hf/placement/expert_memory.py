@@ -16,14 +16,15 @@ def row_work(shape: ExpertShape, tokens: int, fused: bool = True) -> int:
     """Bytes of the rows (a token at one expert) of a layer in backward, all of them at a time (`grouped_mm.gradients`).
 
     They are most before the gate's derivative: inputs of the rows and gradients of their outputs (4 H), gate and up
-    and the gradient that comes from down (6 I), LoRA's share of these (6 I).
+    and the gradient that comes from down (6 I), LoRA's share of these (6 I); without a gate 4 I each.
 
     Args:
         shape: Sizes of the layer.
         tokens: Of a forward.
-        fused: Whether the derivative is one kernel; PyTorch's operations take 14 I more.
+        fused: Whether the derivative is one kernel; PyTorch's operations take 14 I more, 16 I without a gate.
     """
-    width = 12 if fused else 26
+    in_parts = 14 if shape.gate.gated else 16
+    width = 4 * (shape.gate.halves + 1) + (0 if fused else in_parts)
     return tokens * shape.top_k * (4 * shape.hidden_size + width * shape.intermediate_size)
 
 
@@ -131,8 +132,9 @@ def lora_copy_bytes(shape: ExpertShape, rank: int, experts: int) -> int:
         rank: LoRA rank.
         experts: Of the layer, that the GPU computes.
     """
-    padded = -(-rank // ALIGN) * ALIGN
-    return 2 * experts * padded * (3 * shape.hidden_size + 5 * shape.intermediate_size)
+    padded, halves = -(-rank // ALIGN) * ALIGN, shape.gate.halves
+    of_hidden, of_intermediate = halves + 1, halves**2 + 1  # A of gate and up side by side, B block-diagonal; down's
+    return 2 * experts * padded * (of_hidden * shape.hidden_size + of_intermediate * shape.intermediate_size)
 
 
 def shares_backward(copies: int, free: int | None) -> bool:

@@ -28,7 +28,7 @@ def check_start(keys: RunKeys, outline: Any) -> tuple[int | None, list[str]]:
     path = keys.adapter_name_or_path
     if path is None:
         return None, []
-    with open_adapter(path) as adapter:  # its files against their manifest, if there is one
+    with open_adapter(path, base=outline.config) as adapter:  # its files against their manifest, if there is one
         adapter.check(finite=True)
         if not keys.use_kt and ((adapter.experts and adapter.format != "peft") or not Path(path).is_dir()):
             raise KTAMXConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kt_hf import KTAMXError, load_kt_model
+from kt_hf import KTAMXError, load_kt_model, loading
 from kt_hf.checkpoint import ExpertCheckpoint
 from tests.support.cases import make_config
 from tests.support.checkpoints import (
@@ -398,14 +399,14 @@ def test_a_file_that_changes_while_it_is_streamed_ends_the_loading(
     """The error of the reading thread arrives, and the next load works."""
     _, file = sharded(tmp_path)
     whole = file.read_bytes()
-    load = AutoModelForCausalLM.from_pretrained
+    load = loading.load_rest
 
-    def then_damage(*args: object, **kwargs: object) -> object:
-        model = load(*args, **kwargs)
+    def then_damage(*args: Any) -> object:
+        model = load(*args)
         file.write_bytes(whole[:1000])
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", then_damage)
+    monkeypatch.setattr(loading, "load_rest", then_damage)
     with pytest.raises(KTAMXError, match=f"{file.name}.*became shorter"):
         load_kt_model(tmp_path, make_config(backend, kt_lora_rank=4))
     monkeypatch.undo()

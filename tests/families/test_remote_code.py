@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from kt_hf import KTAMXModelNotSupportedError, KTMoECallback, apply_kt_moe, kt_lora_config, load_kt_model
 from kt_hf.experts import kt_layers
+from kt_hf.patch import _warn_of_evaluation
 from tests.support.cases import make_config
 from tests.support.family_reference import merged_forward
 from tests.support.patched import fill_lora
@@ -103,6 +104,16 @@ def test_equal_to_the_unpatched(kind: str, training: bool) -> None:
     for name, one, other in zip([*lora, *others], ours, theirs, strict=True):
         assert (one is None) == (other is None), name
         assert one is None or relative_error(one, other) < 2e-5, name
+
+
+def test_what_evaluation_loses_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Once for a class: the block's own code has no gradients of experts in training."""
+    _warn_of_evaluation.cache_clear()
+    patched("sorted")
+    patched("looped")
+    said = [record.message for record in caplog.records if "as in evaluation" in record.message]
+    assert len(said) == 1
+    assert "an auxiliary loss of its router" in said[0]
 
 
 def test_noise_is_drawn_once() -> None:

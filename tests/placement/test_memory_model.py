@@ -17,6 +17,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from kt_hf import KTConfig
 from kt_hf.backends.gpu import grouped_mm as grouped
 from kt_hf.backends.gpu.resident import resident_gradients
+from kt_hf.backends.gpu.rows import Gating
+from kt_hf.gates import PLAIN, Gate
 from kt_hf.placement.assembly import linear_widths, memory_budget, training_as
 from kt_hf.placement.expert_memory import lora_copy_bytes, lora_parameters, row_work
 from kt_hf.placement.memory_model import (
@@ -120,18 +122,19 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.parametrize("gate", [PLAIN, Gate("relu2", gated=False)], ids=["gated", "gateless"])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(512, 128), (256, 256), (256, 512)])
-def test_rows_in_backward_take_what_the_code_holds(hidden: int, intermediate: int) -> None:
-    shape, tokens = ExpertShape(4, 2, hidden, intermediate), 256
+def test_rows_in_backward_take_what_the_code_holds(hidden: int, intermediate: int, gate: Gate) -> None:
+    shape, tokens = ExpertShape(4, 2, hidden, intermediate, gate), 256
     ids, weights = torch.rand(tokens, 4).topk(2).indices, torch.rand(tokens, 2)
     rows = grouped.Rows.by_expert(ids, weights, torch.arange(4))
     lora = grouped.Lora.of(tuple(torch.zeros(s) for s in shape.lora_shapes(8)), shape, torch.device("cpu"))
     assert sum(t.nbytes for t in lora.tensors) == lora_copy_bytes(shape, 8, 4)
     assert sum(t.numel() for t in lora.projections()) == lora_parameters(shape, 8)
-    gate_up, down = torch.zeros(4, 2 * intermediate, hidden).bfloat16(), torch.zeros(4, hidden, intermediate).bfloat16()
+    gate_up, down = torch.zeros(4, shape.up_rows, hidden).bfloat16(), torch.zeros(4, hidden, intermediate).bfloat16()
     x, grad = torch.zeros(tokens, hidden).bfloat16(), torch.zeros(tokens, hidden).bfloat16()
     with torch.no_grad(), Live() as live:
-        resident_gradients(x, grad, gate_up, down, lora, rows)
+        resident_gradients(x, grad, gate_up, down, lora, rows, Gating(gate, None))
     assert live.peak == pytest.approx(row_work(shape, tokens, fused=False) + lora_copy_bytes(shape, 8, 4), rel=0.1)
 
 
