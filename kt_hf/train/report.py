@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..system.text import printable
 from .config.settings import TrainSettings
+from .together import ranks_in_words
 
 
 def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: str, rows: int, eval_rows: int) -> None:
@@ -34,6 +35,8 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
         table.add_row(
             "Experts", f"{len(layers)} layers patched, {shape.num_experts} experts each, {shape.top_k} a token"
         )
+        if words := ranks_in_words(model):
+            table.add_row("Processes", words)
         threads = str(packer.threads) if packer.backend != "torch" else "PyTorch's threads"
         table.add_row("Backend", f"{packer.backend}, {threads} ({escape(packer.reason)})")
     else:
