@@ -23,6 +23,7 @@ class Kind(enum.IntEnum):
     SAVED = 8
     LOAD = 9  # how often experts were used
     PLAN = 10  # what each rank has measured
+    RUN = 11  # whether to stop, and how much was done
 
 
 _WORDS = {
@@ -36,6 +37,7 @@ _WORDS = {
     Kind.SAVED: "the end of a save",
     Kind.LOAD: "the count of used experts",
     Kind.PLAN: "the plan of the placement",
+    Kind.RUN: "the end of a step of the run",
 }
 _ERRORS: dict[Kind, type[KTAMXError]] = {
     Kind.OWNERS: KTAMXForwardError,

@@ -14,6 +14,7 @@ from .config.settings import TrainSettings
 from .html_report import write_report
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, last_metrics
+from .together import is_first, total
 
 
 def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProgress) -> dict[str, Any]:
@@ -38,11 +39,11 @@ def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProg
         raise KTAMXConfigError(
             f"The loss is not finite. Lower learning_rate. The log is in {folder}/trainer_state.json."
         )
-    plots = []
-    if settings.run.plot_loss and (losses or evaluations):
+    load, tokens = _expert_load(trainer), total(trainer.model, progress.counter.tokens)
+    plots, first = [], is_first()
+    if first and settings.run.plot_loss and (losses or evaluations):
         plots.append(plot_losses(history, folder / "loss.png", settings.run.model_name_or_path))
-    load = _expert_load(trainer)
-    if settings.run.plot_loss and load:
+    if first and settings.run.plot_loss and load:
         plots.append(plot_expert_load(load, folder / "expert_load.png", settings.run.model_name_or_path))
     summary = {
         "config": settings.source,
@@ -51,13 +52,16 @@ def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProg
         "loss": losses[-1] if losses else None,
         "eval_loss": evaluations[-1] if evaluations else None,
         "metrics": last_metrics(history),
-        "tokens": progress.counter.tokens,
+        "tokens": tokens,
         "seconds": round(progress.seconds, 2),
-        "tokens_per_second": round(progress.tokens_per_second, 1),
+        "tokens_per_second": round(tokens / progress.seconds, 1) if progress.seconds else 0.0,
+        "processes": trainer.args.world_size,
         "adapter": str(folder),
         "plots": [str(path) for path in plots],
         "expert_load": load,
     }
+    if not first:
+        return summary
     if settings.run.plot_loss:
         summary["report"] = str(write_report(folder, settings, ready, trainer, summary))
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

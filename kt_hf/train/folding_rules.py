@@ -87,6 +87,8 @@ def why_not(trainer: Any) -> str | None:
     args = trainer.args
     if getattr(trainer, "_is_vision_dataset", False):
         return "the rows have images, whose tokens are counted when their batch is made"
+    if args.world_size > 1:
+        return f"{args.world_size} processes part the rows of a step among them"
     if args.full_determinism:
         return "full_determinism leaves batches as they are written"
     if args.auto_find_batch_size:

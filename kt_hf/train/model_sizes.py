@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..bitsandbytes_rest import bytes_per_weight
@@ -64,6 +64,19 @@ class ModelSizes:
         low = self.linear_parameters if keys.quantization_bit in (4, 8) else 0
         one = bytes_per_weight(keys.quantization_bit or 8, keys.double_quantization) if low else 0
         return (self.other_parameters - low) * width + int(low * one)
+
+    def of_rank(self, ranks: int) -> ModelSizes:
+        """What one of so many processes holds, each with its part of every layer's experts and their LoRA.
+
+        Args:
+            ranks: Processes; 1 for a run of one.
+        """
+        return replace(
+            self,
+            experts=self.experts // ranks,
+            expert_parameters=self.expert_parameters // ranks,
+            lora_experts=self.lora_experts // ranks,
+        )
 
 
 def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:

@@ -14,6 +14,7 @@ from ..system.text import printable
 from .config.settings import TrainSettings
 from .config.stages import stage_of
 from .models import load_config
+from .together import ranks_in_words
 
 # transformers' class that loads a model, by whether it has a score head.
 _AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSequenceClassification"}
@@ -39,6 +40,8 @@ def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: 
         table.add_row(
             "Experts", f"{len(layers)} layers patched, {shape.num_experts} experts each, {shape.top_k} a token"
         )
+        if words := ranks_in_words(model):
+            table.add_row("Processes", words)
         threads = str(packer.threads) if packer.backend != "torch" else "PyTorch's threads"
         table.add_row("Backend", f"{packer.backend}, {threads} ({escape(packer.reason)})")
     else:

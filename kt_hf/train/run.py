@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from ..errors import KTAMXConfigError
 from ..placement.assembly import training_as
+from ..ranks import current_world
 from ..system.text import printable
 from .checkpoints import clear_earlier_run
 from .config.read import on_this_machine
@@ -55,6 +56,7 @@ from .rewards import reward_functions
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
+from .together import console_of_rank, is_first
 from .trainers import loraplus, make_trainer
 
 
@@ -66,11 +68,14 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
         KTAMXError: Something in the data, the model or the machine does not fit the settings.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved if the run makes any.
     """
+    console, first = console_of_rank(console), is_first()
     lock = OutputLock(Path(settings.output_dir).expanduser())
     try:
-        lock.take(create=False)
+        if first:
+            lock.take(create=False)
         ready = _prepare(settings, console)
-        lock.take()
+        if first:
+            lock.take()
         return _train(settings, ready, console)
     finally:
         lock.release()
@@ -169,7 +174,7 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     rows = [len(data.dataset) if data else 0 for data in (train_data, eval_data)]
     show_start(console, settings, trainer, in_words(ready.memory), *rows)
     show_example(console, trainer, getattr(ready.tokenizer, "tokenizer", ready.tokenizer))
-    if keys.overwrite_output_dir and not ready.resume:
+    if keys.overwrite_output_dir and not ready.resume and is_first():
         removed = clear_earlier_run(Path(trainer.args.output_dir))
         if removed:
             console.print(f"overwrite_output_dir: {removed} checkpoints of an earlier run are removed.")
@@ -223,6 +228,8 @@ def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estim
     from ..system.memory import available_memory
 
     sizes = model_sizes(config, settings.run, outline)
+    if settings.run.use_kt:
+        sizes = sizes.of_rank(current_world().size)
     kernel = False
     if settings.run.use_kt:
         shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from .together import largest
+
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -39,7 +41,7 @@ class StopOnSignal(TrainerCallback):
 
     A KeyboardInterrupt in the middle of a batch could hit a save, or leave worker threads with a call half done. What
     a step has gathered of its gradient when it is stopped between two of its batches is dropped: the checkpoint is the
-    one after the step before.
+    one after the step before. Several processes stop together, after the step at whose end one of them knows.
     """
 
     def __init__(self, console: Console) -> None:
@@ -82,18 +84,19 @@ class StopOnSignal(TrainerCallback):
             return {f"eval_{metric.removeprefix('eval_')}": math.nan}  # which is never the best
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop and save after this step, if asked."""
+        """Stop and save after this step, if asked, or if another process of the run is."""
+        self.number = largest(kwargs.get("model"), self.number or 0) or None
         if self.asked:
             self._stop(args, state, control)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop and save after this step of gradient accumulation, if asked."""
-        if self.asked:
+        if self.asked and args.world_size == 1:
             self._stop(args, state, control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave an evaluation at once, if asked."""
-        if self.asked:
+        if self.asked and args.world_size == 1:
             raise _EvaluationStopped
 
     @staticmethod

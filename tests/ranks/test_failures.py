@@ -21,6 +21,10 @@ from tests.support.ranks import fill_whole, on_ranks, results
 IDS = MIXTRAL.inputs(1, 6)
 
 
+def slowly(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def model_of() -> Any:
     model = adapted_model(MIXTRAL, TORCH_FP32)
     fill_whole(model, 1)
@@ -95,9 +99,9 @@ def bad_input(rank: int) -> None:
     ("work", "layer", "words", "kind"),
     [
         (fails_in_forward, 1, "CUDA out of memory", KTAMXForwardError),
-        (fails_in_backward, 0, "no luck", KTAMXBackwardError),
-        (gives_nan, 1, "not finite", KTAMXForwardError),
-        (bad_input, 1, "hidden_states is", KTAMXForwardError),
+        slowly(fails_in_backward, 0, "no luck", KTAMXBackwardError),
+        slowly(gives_nan, 1, "not finite", KTAMXForwardError),
+        slowly(bad_input, 1, "hidden_states is", KTAMXForwardError),
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all(
@@ -155,10 +159,10 @@ def saves_alone(rank: int) -> None:
     ("work", "words"),
     [
         (one_more_micro_batch, ("layer 0", "step 0", "step 1")),
-        (one_more_accumulated, ("the step's last micro-batch", "not the step's last")),
-        (without_gradients, ("with gradients", "without gradients")),
-        (another_layer, ("layer 0", "layer 1")),
-        (saves_alone, ("the beginning of a save", "forward of layer 0")),
+        slowly(one_more_accumulated, ("the step's last micro-batch", "not the step's last")),
+        slowly(without_gradients, ("with gradients", "without gradients")),
+        slowly(another_layer, ("layer 0", "layer 1")),
+        slowly(saves_alone, ("the beginning of a save", "forward of layer 0")),
     ],
 )
 def test_ranks_in_different_places_raise_at_once(work: Callable[[int], None], words: tuple[str, ...]) -> None:
@@ -170,6 +174,7 @@ def test_ranks_in_different_places_raise_at_once(work: Callable[[int], None], wo
         assert after < 5
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_after_the_timeout() -> None:
     def work(rank: int) -> None:
         model = model_of()
@@ -187,6 +192,7 @@ def test_a_rank_that_stands_still_is_named_after_the_timeout() -> None:
     assert after > 1.5
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_is_named_at_once() -> None:
     def work(rank: int) -> None:
         model = model_of()
@@ -222,6 +228,7 @@ def test_owned_lora_that_was_broadcast_is_refused_at_the_first_step() -> None:
         assert "ranks 0 and 1 hold the same LoRA" in str(error)
 
 
+@pytest.mark.slow
 def test_after_an_error_that_is_caught_the_ranks_go_on() -> None:
     def work(rank: int) -> float:
         model = model_of()

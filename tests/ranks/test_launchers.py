@@ -21,6 +21,8 @@ from tests.support.patched import fill_lora, patched_model
 from tests.support.rank_trainers import Trained
 from tests.support.ranks import fill_whole, on_ranks, relative, results
 from tests.support.stock import patched_config, stock_config
+from tests.support.tiny import save_model
+from tests.support.train_runs import runs_in
 from tests.support.trl_runs import arguments, callbacks, distance, logged, preferences, sft
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,20 @@ def test_a_script_needs_nothing_but_a_launcher(launcher: str, tmp_path: Path) ->
             assert max(abs(a - b) / abs(b) for a, b in zip(mine, expected, strict=True)) <= 1e-6
     adapters = saved(tmp_path / "one" / "bare"), saved(tmp_path / "two" / "bare")
     assert max(relative(adapters[1][key], value) for key, value in adapters[0].items()) <= 5e-6
+
+
+@pytest.mark.slow
+def test_kt_hf_train_by_torchrun(tmp_path: Path) -> None:
+    runs_in(tmp_path, save_model(tmp_path / "model"), per_device_train_batch_size=1, torch_dtype="float32")
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS["torchrun"], "-m", "kt_hf.cli", "train", "run.yaml"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("kt-hf train") == 1, done.stdout  # rank 0 prints for all
+    assert "2, each with a part of every layer's experts" in done.stdout
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def sft_losses(folder: Path, tokenizer: Any, patched: bool, ranks: int) -> list[float]:

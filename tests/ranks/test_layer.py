@@ -41,7 +41,7 @@ def computed(tokens: slice) -> dict[str, Any]:
     return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "lora": lora, "base": layer.base_fingerprint}
 
 
-@pytest.mark.parametrize("empty", [0, 1])
+@pytest.mark.parametrize("empty", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_without_tokens(empty: int) -> None:
     one = computed(slice(0, TOKENS))
     two = results(on_ranks(2, lambda rank: computed(slice(0, 0 if rank == empty else TOKENS))))
@@ -55,6 +55,7 @@ def test_a_rank_without_tokens(empty: int) -> None:
     assert all(torch.equal(rank["base"], one["base"]) for rank in two)
 
 
+@pytest.mark.slow
 def test_runs_repeat_their_bits() -> None:
     first, again = (results(on_ranks(4, lambda rank: computed(slice(rank, rank + 1)))) for _ in range(2))
     for a, b in zip(first, again, strict=True):

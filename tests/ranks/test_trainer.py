@@ -151,6 +151,7 @@ def test_saving_in_a_bare_loop_and_loading_again(tmp_path: Path) -> None:
     assert (tmp_path / "one" / ADAPTER).read_bytes() == (tmp_path / "adapter" / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 def test_accelerates_own_states_are_refused(tmp_path: Path) -> None:
     def work(rank: int) -> str:
         model = adapted_model(MIXTRAL, TORCH_FP32)
@@ -162,6 +163,7 @@ def test_accelerates_own_states_are_refused(tmp_path: Path) -> None:
     assert all("rank 0's experts alone" in words for words in results(on_ranks(2, work)))
 
 
+@pytest.mark.slow
 def test_answers_of_unlike_length(tmp_path: Path) -> None:
     def prompt(rank: int) -> Tensor:
         return MIXTRAL.inputs(1, 4 + 3 * rank, seed=5 + rank)

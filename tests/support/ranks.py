@@ -6,7 +6,9 @@ kt-kernel may run in them, which refuses forks.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib
 import os
 import pickle
 import signal
@@ -43,6 +45,8 @@ def on_ranks(
         limit: Seconds after which processes are ended that have not ended by themselves.
         connect: Whether torch.distributed is initialized for them.
     """
+    with contextlib.suppress(ImportError):  # which PEFT imports, and takes seconds in each process
+        importlib.import_module("bitsandbytes")
     with tempfile.TemporaryDirectory() as folder:
         children = [_start(rank, count, work, Path(folder), timeout, connect) for rank in range(count)]
         until, left = time.monotonic() + limit, dict(enumerate(children))

@@ -230,11 +230,6 @@ def test_ligers_kernels_need_their_package_and_a_gpu(
         read_arguments(file)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    check(GOOD, ["2 processes were started (WORLD_SIZE)"], tmp_path, monkeypatch)
-
-
 def test_unpatched_training_may_have_what_experts_on_the_cpu_may_not(tmp_path: Path) -> None:
     assert read_arguments(write(tmp_path, GOOD + "use_kt: false\nactivation_offloading: true\n"))
 

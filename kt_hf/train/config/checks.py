@@ -242,13 +242,6 @@ def _with_kt(c: Checked, purpose: str) -> None:
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.run.lora_rank:
         c.problem("kt_lora_rank", f"kt_lora_rank={rank} is smaller than lora_rank={c.run.lora_rank}: leave it out")
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world.isdigit() and int(world) > 1:
-        c.problem(
-            "",
-            f"{world} processes were started (WORLD_SIZE): kt-hf train runs in one, a script with a Trainer in several "
-            "(docs/ranks.md). Start one: accelerate launch --num_processes 1, or kt-hf train by itself",
-        )
 
 
 def _saved_experts(c: Checked, purpose: str) -> None:
