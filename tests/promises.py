@@ -358,7 +358,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "is an error in Python that names the field, the value and the fix": (
             "test_config.py::test_bad_values_are_refused_by_name_and_value", _GUARDS,
         ),
-        "refused by name: other gates, biases or layouts": (
+        "refused, with the reason": (
             "test_patch_refused.py::test_unsupported_models_are_refused_by_name",
         ),
         "within 1 % forward and 2 % in every gradient": ("experts/test_layer.py::test_with_random_lora",),
