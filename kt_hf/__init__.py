@@ -1,4 +1,4 @@
-"""kt_hf: LoRA fine-tuning of mixture-of-experts models with a stock Hugging Face Trainer, experts on the CPU or the GPU.
+"""kt_hf: LoRA fine-tuning of mixture-of-experts models with a stock Hugging Face Trainer, experts on CPU or GPU.
 
 The public names are imported when they are first used: `import kt_hf` imports neither PyTorch, transformers nor PEFT.
 It does see to it that PEFT refuses an adapter of kt_hf for a model that is not patched, whichever of the two is

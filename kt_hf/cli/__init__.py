@@ -27,7 +27,7 @@ VERBS = {
 
 app = typer.Typer(
     name="kt-hf",
-    help="LoRA fine-tuning of mixture-of-experts models with a stock Hugging Face Trainer, experts on the CPU or the GPU.",
+    help="LoRA fine-tuning of mixture-of-experts models with a stock Hugging Face Trainer, experts on CPU or GPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
