@@ -41,7 +41,7 @@ def main(
         str | None, typer.Option(help="Chat template of a tokenizer that has none: chatml or alpaca.")
     ] = None,
 ) -> None:
-    """Measure a trained model: loss and perplexity, scored answers, lm-eval's tasks.
+    """Measure a trained model: loss, scored answers, lm-eval's tasks.
 
     Example: kt-hf eval outputs/demo_smol --dataset builtin:pydoc --max-samples 40 --compare
 

@@ -16,7 +16,7 @@ def main(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings put over the file's.")
     ] = None,
 ) -> None:
-    """Train a LoRA adapter, by SFT, DPO and other stages, as a YAML file says.
+    """Train a LoRA adapter, by SFT, DPO or another stage.
 
     Example: kt-hf train configs/demo_smol.yaml learning_rate=5e-4
 

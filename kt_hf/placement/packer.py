@@ -247,8 +247,10 @@ class Packer:
 
         def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
             longest = self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape))
-            shared = bool(self._share), not self.retain
-            return build_backend(self.backend, weights, shape, rank, self.threads, longest, *shared, label)
+            return build_backend(
+                self.backend, weights, shape, rank, self.threads, longest, bool(self._share),
+                share_cache=not self.retain, label=label,
+            )  # fmt: skip
 
         if isinstance(weights, PackedLayerFiles):
             backend = on_cpu(weights, shape)

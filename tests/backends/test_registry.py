@@ -81,7 +81,7 @@ def test_in_a_process_without_operators(how: str, why: str) -> None:
 
 @pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_module, "availability", lambda: Availability(True, "kt-kernel 0.7.2, amx variant"))
+    monkeypatch.setattr(kernel_module, "availability", lambda *_: Availability(True, "kt-kernel 0.7.2, amx variant"))
 
 
 @pytest.mark.usefixtures("available")
@@ -179,7 +179,7 @@ def test_auto_never_quantises() -> None:
 
 def test_a_layer_is_refused_in_the_words_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constructor, which gets the pointers, checks by itself."""
-    monkeypatch.setattr(kernel_module, "availability", lambda: Availability(False, "no such instructions"))
+    monkeypatch.setattr(kernel_module, "availability", lambda *_: Availability(False, "no such instructions"))
     weights = ExpertWeights(torch.zeros(8, 192, 64).bfloat16(), torch.zeros(8, 64, 96).bfloat16())
     with pytest.raises(KTAMXNotAvailableError, match=r"AMXBF16 cannot run: no such instructions.*runs on any machine"):
         KTKernelBackend(weights, SHAPE, 0, ThreadPlan(((0, 1),)), 64, False, False, "layer 3")
@@ -191,7 +191,7 @@ def test_a_layer_is_refused_in_the_words_of_the_choice(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["AMXInt8", "AMXInt4"])
 def test_quantised_operators_are_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_module, "availability", lambda: Availability(False, "no such instructions"))
+    monkeypatch.setattr(kernel_module, "availability", lambda *_: Availability(False, "no such instructions"))
     with pytest.raises(KTAMXNotAvailableError, match=rf"kt_backend={name} cannot run: no such instructions"):
         apply_kt_moe(MIXTRAL(), make_config(name))
 

@@ -29,7 +29,6 @@ def folder(tmp_path: Path) -> Path:
         ("device_map", {"": "cpu"}),
         ("max_memory", {0: "1GB"}),
         ("tp_plan", "auto"),
-        ("quantization_config", {"load_in_4bit": True}),
         ("state_dict", {}),
         ("gguf_file", "model.gguf"),
         ("variant", "fp16"),

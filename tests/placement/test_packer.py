@@ -14,7 +14,9 @@ from peft import get_peft_model
 from kt_hf import KTAMXConfigError, KTConfig, apply_kt_moe
 from kt_hf.backends import ExpertWeights, TorchBackend
 from kt_hf.backends.kt_kernel import operators
+from kt_hf.placement import backward_copies
 from kt_hf.placement import packer as packing
+from kt_hf.placement.backward_copies import share_backward
 from kt_hf.placement.packer import DEFAULT_MAX_LEN, Packer
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import ExpertShape, expert_bytes
@@ -58,7 +60,7 @@ def test_backward_weights_are_shared_by_need(
     monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]], expert_gib: float, free_gib: float, share: bool
 ) -> None:
     """They cost the experts' size once more, and something must be left."""
-    monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
+    monkeypatch.setattr(backward_copies, "available_memory", lambda: int(free_gib * GIB))
     packer(expert_gib=expert_gib).build(NO_WEIGHTS, SHAPE, 8, "layer")
     assert packed[0]["share_backward"] is share
 
@@ -72,8 +74,8 @@ def test_streamed_experts_take_host_memory_too(
     one.streamed, one.tiers = True, Tiers(0, 4)
     one.place({0: shape}, None)
     assert one.cpu_bytes == 4 * expert_bytes(shape)
-    monkeypatch.setattr(packing, "available_memory", lambda: int(sizes_free * expert_bytes(shape)))
-    assert one._share_backward() is share
+    monkeypatch.setattr(backward_copies, "available_memory", lambda: int(sizes_free * expert_bytes(shape)))
+    assert share_backward(one.config, one.backend, None, one.cpu_bytes, -one._locked_bytes) is share
 
 
 # A copy of what is packed is 1, 1/2 or 1/4 of the bf16 weights, which are let go as they are packed, unless streamed.
@@ -90,7 +92,7 @@ def test_need_is_that_of_the_arithmetic_and_is_told(
     monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
     backend: str, streamed: bool, free_gib: float, share: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(packing, "available_memory", lambda: int(free_gib * GIB))
+    monkeypatch.setattr(backward_copies, "available_memory", lambda: int(free_gib * GIB))
     monkeypatch.setattr(packing, "return_freed_memory", lambda: None)
     one = packer(backend)
     one.streamed = streamed
@@ -116,7 +118,7 @@ def test_saved_weights_without_those_for_backward_are_always_shared(
 def test_memory_is_asked_once(monkeypatch: pytest.MonkeyPatch, packed: list[dict[str, Any]]) -> None:
     """Later layers find less memory free, and a pool of half the layers would be worth nothing."""
     free = iter([100 * GIB, 1])
-    monkeypatch.setattr(packing, "available_memory", lambda: next(free))
+    monkeypatch.setattr(backward_copies, "available_memory", lambda: next(free))
     one = packer()
     for _ in range(3):
         one.build(NO_WEIGHTS, SHAPE, 8, "layer")

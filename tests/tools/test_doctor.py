@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kt_hf.backends import TorchBackend, kernel_availability
+from kt_hf.backends import OPERATORS, TorchBackend, kernel_availability
 from kt_hf.cli import app
 from kt_hf.system import child
 from kt_hf.tools import doctor, selftest
@@ -34,7 +34,8 @@ def test_it_tells_what_this_machine_is() -> None:
     assert {("versions", name) for name in ("torch", "transformers", "peft", "trl", "kt-kernel")} <= names
     assert ("self-test", "torch") in names
     tests = [finding for finding in answer["findings"] if finding["group"] == "self-test"]
-    operators = {"AMXBF16", "AMXInt8", "AMXInt4"} if kernel_availability().ok else set()
+    operators = {name for name in OPERATORS if kernel_availability(name).ok}
+    assert {"AMXBF16", "AMXInt8", "AMXInt4"} <= operators or not kernel_availability().ok
     assert {finding["name"] for finding in tests} == {"torch"} | operators
     assert all(finding["ok"] for finding in tests), tests
 

@@ -14,7 +14,7 @@ REFUSED = [
     ("report_to=wandb", "report_to=wandb: .*wandb"),
     ("report_to=[tensorboard, nonsense]", "report_to=(tensorboard|nonsense): "),
     ("optim=lomo", "optim='lomo' cannot be used: .*lomo"),
-    ("optim=adamw_8bit", "optim='adamw_8bit' cannot be used: .*bitsandbytes"),
+    ("optim=schedule_free_adamw", "optim='schedule_free_adamw' cannot be used: .*schedulefree"),
     ("optim_args=foo", "^optim_args='foo' cannot be used"),
     ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_type='warmup_stable_decay' cannot be used"),
     ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_type='cosine_with_min_lr' cannot be used: .*min_lr"),

@@ -233,7 +233,7 @@ def test_answers_longer_than_max_length_are_left_out_of_a_reward_models_data(tin
 
 @pytest.mark.parametrize("stage", ["kto", "grpo", "orpo"])
 def test_batches_of_these_stages_are_never_folded(stage: str) -> None:
-    trainer = SimpleNamespace(args=SimpleNamespace(full_determinism=False, auto_find_batch_size=False))
+    trainer = SimpleNamespace(args=SimpleNamespace(full_determinism=False, auto_find_batch_size=False, world_size=1))
     named = type(stage_of(stage).trainer, (SimpleNamespace,), {})(**vars(trainer))
     assert stage_of(stage).name.upper() in (why_not(named) or "")
 

@@ -58,10 +58,13 @@ OF_OUR_OWN_RUN = (
     "trainer.current_gradient_accumulation_steps", "trainer.lr_scheduler", "trainer.callback_handler.optimizer",
     "trainer.callback_handler.lr_scheduler", "trainer._total_train_tokens",
 )  # fmt: skip
+# With several processes, and only where the user left it open: by the Trainer's own default DDP looks for parameters
+# without a gradient, which reentrant checkpointing answers with "marked ready only once".
+OF_RANKS = ("divided.py", "trainer.args.ddp_find_unused_parameters")
 
 
 def test_trainer_signature() -> None:
-    """No Trainer subclass, nothing set on a user's, and a callback that takes whatever a later version adds.
+    """No Trainer subclass, nothing set on a user's but `OF_RANKS`, and a callback that takes what a later version adds.
 
     On trainers that `kt-hf train` makes itself, in kt_hf/train, these attributes are set and no others.
     """
@@ -75,6 +78,7 @@ def test_trainer_signature() -> None:
         if isinstance(node, ast.Assign)
         for target in node.targets
         if not (file.parent.name == "train" and ast.unparse(target) in OF_OUR_OWN_RUN)
+        if (file.name, ast.unparse(target)) != OF_RANKS
     ]
     assert not [target for target in targets if target.lower().startswith(("trainer.", "sfttrainer.", "dpotrainer."))]
     own = {name: method for name, method in vars(KTMoECallback).items() if name.startswith("on_")}
