@@ -16,6 +16,7 @@ from .plots import curves_svg, expert_load_svg, loss_points, series
 REPORT = "report.html"
 _GIB = 2**30
 _EXAMPLES, _NEW_TOKENS = 3, 48
+_SECONDS = 3.0  # of an answer: a large model's tokens take a second each, and the run is over
 _ASKED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed")
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
@@ -141,6 +142,8 @@ def _examples(trainer: Any, ready: Any) -> str:
         trainer.model, "disable_adapter"
     ):
         return "<p>None for this stage.</p>"
+    if trainer.args.world_size > 1:
+        return "<p>None with several processes: kt-hf chat shows them.</p>"
     model, tokenizer, rows = trainer.model, ready.tokenizer, []
     training = model.training
     model.eval()
@@ -154,7 +157,7 @@ def _examples(trainer: Any, ready: Any) -> str:
             def answer(ids: Any = ids) -> str:
                 out = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_NEW_TOKENS, do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
+                    pad_token_id=tokenizer.pad_token_id, max_time=_SECONDS,
                 )  # fmt: skip
                 return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
@@ -170,7 +173,8 @@ def _examples(trainer: Any, ready: Any) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("question", "before", "after", "in the data"))
     body = "".join(f"<tr>{''.join(f'<td><pre>{_text(cell[:1500])}</pre></td>' for cell in row)}</tr>" for row in rows)
     where = "held out" if ready.eval_data else "of the training data"
-    return f"<p>Rows {where}; at most {_NEW_TOKENS} tokens.</p><table><tr>{head}</tr>{body}</table>"
+    most = f"at most {_NEW_TOKENS} tokens and {_SECONDS:g} seconds"
+    return f"<p>Rows {where}; {most}.</p><table><tr>{head}</tr>{body}</table>"
 
 
 def _settings(settings: Any, args: Any) -> dict[str, Any]:
