@@ -21,7 +21,7 @@ from .lora import linear_targets
 _BYTES = {(4, False): 0.5 + 4 / 64, (4, True): 0.5 + 1 / 64, (8, False): 1.0, (8, True): 1.0}
 
 
-def bytes_per_weight(bits: int, double: bool = True) -> float:
+def linear_bytes(bits: int, double: bool = True) -> float:
     """Memory of a weight that bitsandbytes has quantized, its part of the scales included.
 
     Args:
@@ -105,5 +105,5 @@ def saved_bytes(config: Any, outline: nn.Module, width: int) -> int:
     skipped = set(config.llm_int8_skip_modules)
     weights: list[Any] = [outline.get_submodule(name).weight for name in linear_targets(outline) if name not in skipped]
     sizes = [weight.numel() for weight in weights]
-    one = bytes_per_weight(4 if config.load_in_4bit else 8, bool(config.bnb_4bit_use_double_quant))
+    one = linear_bytes(4 if config.load_in_4bit else 8, bool(config.bnb_4bit_use_double_quant))
     return int(sum(sizes) * (width - one))

@@ -7,6 +7,7 @@ files' headers, and rearranges them into the layout of `backends.packed`. Weight
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,7 +85,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """One way to store a weight in low bits.
 
     Attributes:
@@ -108,10 +109,11 @@ class Format:
         """Small parts that say how the weight is stored, which `problem` looks at."""
         return ()
 
+    @abstractmethod
     def shape_of(self, parts: Parts) -> tuple[int, int]:
         """The weight's rows and columns, by its parts alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kind(self, parts: Parts, shape: tuple[int, int]) -> Kind:
         """Check the parts of a weight by their dtypes and shapes.
 
@@ -122,8 +124,8 @@ class Format:
         Raises:
             KTAMXError: A part is missing, or does not fit; naming file and tensor.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def packed(self, tensors: Tensors, shape: tuple[int, int]) -> PackedMatrices:
         """A stack of the one weight.
 
@@ -131,7 +133,6 @@ class Format:
             tensors: Its parts; the result may share their memory.
             shape: Its rows and columns.
         """
-        raise NotImplementedError
 
     def problem(self, tensors: Tensors, shape: tuple[int, int]) -> tuple[str, str] | None:
         """What the values of the small parts say against reading the weight: (part, why); None if nothing."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..bitsandbytes_rest import bytes_per_weight
+from ..bitsandbytes_rest import linear_bytes
 from ..checkpoint.quantization import known_quantization
 from ..discovery import find_experts, skeleton
 from ..lora import linear_targets
@@ -62,7 +62,7 @@ class ModelSizes:
             keys: The run's keys that are not TRL's.
         """
         low = self.linear_parameters if keys.quantization_bit in (4, 8) else 0
-        one = bytes_per_weight(keys.quantization_bit or 8, keys.double_quantization) if low else 0
+        one = linear_bytes(keys.quantization_bit or 8, keys.double_quantization) if low else 0
         return (self.other_parameters - low) * width + int(low * one)
 
     def of_rank(self, ranks: int) -> ModelSizes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kt_hf.peft_compat import clipping
+from kt_hf.experts import clipping
 
 ours: Any = nn.utils.clip_grad_norm_
 stock: Any = ours.__wrapped__
@@ -38,13 +38,13 @@ def gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
 def test_the_norm_and_what_is_clipped(parameters: list[nn.Parameter], norm_type: float, max_norm: float) -> None:
     before = gradients(parameters)
     exact = torch.cat([g.flatten().double() for g in before]).norm(norm_type)
-    assert len([p for p in parameters if clipping._is_large(p)]) == 3
+    assert len([p for p in parameters if clipping.is_large(p)]) == 3
     total = ours(iter(parameters), max_norm, norm_type)
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(exact.item(), rel=2e-6)
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     assert all(torch.equal(a, b * factor) for a, b in zip(gradients(parameters), before, strict=True))
-    written = [p.grad._version for p in parameters if clipping._is_large(p) and p.grad is not None]
+    written = [p.grad._version for p in parameters if clipping.is_large(p) and p.grad is not None]
     assert written == [int(max_norm == 0.25)] * 3, "what is not clipped is not written"
 
 

@@ -128,8 +128,7 @@ def point_to(config: Any, packed: PackedExperts, shape: ExpertShape, operators: 
         config.swiglu_limit = NO_CLAMP
     above, below = packed.gate_up, packed.down
     codes = [above.codes[:, :inner], above.codes[:, inner:], below.codes]
-    scales = list(_scales(above).flatten(1, -2).split(_scales(above).flatten(1, -2).shape[1] // 2, 1))
-    scales.append(_scales(below).flatten(1, -2))
+    scales = [*_scales(above).flatten(1, -2).chunk(2, 1), _scales(below).flatten(1, -2)]
     if operators.code == "int4":  # one address for all experts
         codes, scales = ([t.contiguous() for t in tensors] for tensors in (codes, scales))
     for name, code, scale in zip(NAMES, codes, scales, strict=True):

@@ -28,8 +28,7 @@ def check(op: LowBitOperator, kind: str, batch: tuple, out: torch.Tensor, got: t
     expected = op.reference(*batch)
     assert error(out, expected[0]) < FORWARD[kind]
     assert error(got[0], expected[1]) < 0.02
-    # Of one token it is a few sums that cancel.
-    assert error(got[1], expected[2]) < (0.05 if kind == "AMXInt4KGroup" and len(out) == 1 else 0.02)
+    assert error(got[1], expected[2]) < 0.02
     for ours, reference in zip(got[2], expected[3], strict=True):
         assert error(ours, reference) < 0.02
 
@@ -41,7 +40,25 @@ def computed(op: LowBitOperator, kind: str, tokens: int, **of: object) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("tokens", [1, 3, 64, 512])
+def test_numbers_of_one_token(kind: str) -> None:
+    """Of 16 calls together: of a single one the routing weights' gradient is two sums that cancel."""
+    op, results, expected = LowBitOperator(kind), [], []
+    for seed in range(16):
+        batch = op.batch(1, seed)
+        out = op.forward(*batch[:3])
+        for grad in op.grads:
+            grad.zero_()
+        grad_input, grad_weights, lora = op.backward(batch[3])
+        results.append([out, grad_input, grad_weights, *(grad.clone() for grad in lora)])
+        wanted = op.reference(*batch)
+        expected.append([*wanted[:3], *wanted[3]])
+    bounds = [FORWARD[kind], *[0.02] * 8]
+    for ours, theirs, bound in zip(zip(*results, strict=True), zip(*expected, strict=True), bounds, strict=True):
+        assert error(torch.stack(ours), torch.stack(theirs)) < bound
+
+
+@every_kind
+@pytest.mark.parametrize("tokens", [3, 64, 512])
 def test_numbers(kind: str, tokens: int) -> None:
     """Against fp32 of what the codes and scales are worth; SiLU is not clamped."""
     computed(LowBitOperator(kind), kind, tokens)
