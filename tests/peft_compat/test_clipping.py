@@ -70,3 +70,19 @@ def test_other_parameters_are_pytorchs(parameters: list[nn.Parameter], monkeypat
     assert ours(others[1], 1.0) > 0, "one tensor"
     with pytest.warns(UserWarning, match="empty generator"):
         ours((p for p in ()), 1.0)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.25, 1e9])
+def test_where_ranks_share_a_norm_it_is_the_same(
+    parameters: list[nn.Parameter], norm_type: float, max_norm: float
+) -> None:
+    """What divided experts are clipped with takes the same way for large gradients; here one rank has all."""
+    before = gradients(parameters)
+    exact = torch.cat([g.flatten().double() for g in before]).norm(norm_type)
+    total = clipping.clip_grad_norm_(parameters, max_norm, norm_type)
+    assert total.item() == pytest.approx(exact.item(), rel=2e-6)
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    assert all(torch.equal(a, b * factor) for a, b in zip(gradients(parameters), before, strict=True))
+    written = [p.grad._version for p in parameters if clipping.is_large(p) and p.grad is not None]
+    assert written == [int(max_norm == 0.25)] * 3, "what is not clipped is not written"
