@@ -17,6 +17,7 @@ from .backends import KEPT, ExpertWeights, PackedLayerFiles
 from .backends.quantizer import EXPERT_BITS
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
+from .bitsandbytes_rest import keep_trainable
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
@@ -89,6 +90,7 @@ def apply_kt_moe(
     lora_on_experts = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
         model.requires_grad_(False)
+    keep_trainable(base)
     saved = packer.saved
     layers = replace_experts(
         base,

@@ -97,6 +97,22 @@ def test_adapters_are_saved_and_loaded(checkpoint: Path, tmp_path: Path) -> None
         assert torch.equal(adapted.eval()(IDS).logits, again.eval()(IDS).logits)
 
 
+def test_gradients_after_an_evaluation_are_those_before(checkpoint: Path) -> None:
+    """On AVX512-BF16, bitsandbytes' own layers lose theirs: a forward in evaluation packs for an operator without."""
+    model = load_kt_model(checkpoint, CPU, quantization_config=bits_and_bytes(4))
+    adapted = get_peft_model(model, kt_lora_config(model))
+    fill_lora(adapted, seed=1)
+    found = []
+    for _ in range(2):
+        adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
+        adapted.zero_grad()
+        with torch.no_grad():
+            adapted.eval()(input_ids=IDS)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
 def test_a_model_that_transformers_quantized_is_patched(checkpoint: Path) -> None:
     """transformers leaves routed experts alone, for they are no linear layers."""
     from transformers import AutoModelForCausalLM

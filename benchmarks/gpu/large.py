@@ -47,7 +47,8 @@ def load(family: str, layers: int, given: argparse.Namespace, card: Card) -> Any
     tokens = (given.batch or [8])[0] * given.sequence
     if family == "deepseek_v3":
         with tempfile.TemporaryDirectory(dir=given.checkpoint) as folder:
-            make_fp8_checkpoint(config, Path(folder))
+            make_fp8_checkpoint(config, Path(folder), card.device)
+            print("checkpoint written", flush=True)
             model = load_kt_model(folder, settings, tokens_per_step=tokens)
     else:
         made = make_model(config, card.device, stock=False, own_memory=True)
@@ -64,6 +65,7 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
         layers, batch = (2 if card.tiny else LAYERS[family]), (given.batch or [8])[0]
         card.clear()
         model = load(family, layers, given, card)
+        print(f"{family}: loaded", flush=True)
         spread, tokens = Spread(model), batch * given.sequence
         mover = Mover(card, model)
         made = Tokens(model.config.vocab_size, given.sequence)

@@ -1,12 +1,15 @@
-"""Part `peer`: experts4bit-qlora's fastest setting on the same checkpoint and cap, if it can be imported.
+"""Part `peer`: experts4bit-qlora's fast settings on the same checkpoint and cap, if it can be imported.
 
-Its experts are in NF4 in page-locked host memory, ours in bf16; LoRA of rank 16 on attention and experts, adapters in
-bf16, checkpointing. Ours come from part `cells` of the same folder of results.
+Its experts are in NF4: on the GPU, in page-locked host memory, and there with a batch's rows as micro-batches that pass
+layer by layer together. LoRA of rank 16 on attention and experts, adapters in bf16, checkpointing, routing spread like
+ours. Ours come from parts `cells` (bf16, auto) and `low-bit` (int4, the faster of streamed and resident) of the same
+folder of results.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -16,20 +19,22 @@ import torch
 from card import Card, Rows, read_rows
 from checkpoints import make_checkpoint
 from models import make_config
+from routing import Spread
 from sft import RANK, Tokens
 
 STEPS = 4
 
 
-def load(folder: Any) -> tuple[Any, list[torch.nn.Parameter]]:
+def load(folder: Any, offload: bool) -> tuple[Any, list[torch.nn.Parameter]]:
     """The peer's model, and what it trains."""
     from experts4bit_qlora import load_moe_4bit_streaming
     from experts4bit_qlora import train as peer
     from experts4bit_qlora.engines.fast import enable_fast_train
 
     model, _ = load_moe_4bit_streaming(
-        str(folder), "cuda", torch.bfloat16, RANK, 2.0 * RANK, offload=True, pin=True, quant_type="nf4"
+        str(folder), "cuda", torch.bfloat16, RANK, 2.0 * RANK, offload=offload, pin=True, quant_type="nf4"
     )
+    model = model if offload else model.to("cuda")
     peer.add_attention_lora(model, RANK, 2.0 * RANK, torch.bfloat16)
     experts, attention = peer.trainable_lora_param_ids(model)
     trained = []
@@ -43,20 +48,39 @@ def load(folder: Any) -> tuple[Any, list[torch.nn.Parameter]]:
     return model.train(), trained
 
 
-def steps_of(model: Any, trained: list[Any], batch: int, length: int, card: Card) -> list[float]:
+def steps_of(model: Any, trained: list[Any], batch: int, length: int, card: Card, layer_major: bool) -> list[float]:
+    from experts4bit_qlora.engines.layer_major import layer_major_step
+
     optimizer, tokens = torch.optim.AdamW(trained, lr=1e-4, fused=True), Tokens(model.config.vocab_size, length)
     seconds = []
     for number in range(STEPS):
         inputs = {name: value.to(card.device) for name, value in tokens.batch(batch, length, number).items()}
         card.synchronize()
         begin = time.perf_counter()
-        model(**inputs).loss.backward()
+        if layer_major:
+            rows = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(batch)]
+            layer_major_step(model, rows, [1 / batch] * batch)
+        else:
+            model(**inputs).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         card.synchronize()
         seconds.append(time.perf_counter() - begin)
     return seconds[1:]
+
+
+def ours(given: argparse.Namespace, cap: float) -> dict[str, dict[int, float]]:
+    """Our tokens/s in the same cap by batch, with bf16 and with int4 experts."""
+    cells = [r for r in read_rows(given.out, "cells") if r["family"] == "qwen3_30b" and r["case"] == "auto"]
+    low = [r for r in read_rows(given.out, "low-bit") if r.get("dtype") == "int4"]
+    found: dict[str, dict[int, float]] = {"bf16": {}, "int4": {}}
+    for name, some in (("bf16", [r for r in cells if r["bus"] == "1/1"]), ("int4", low)):
+        for row in some:
+            if row.get("step") and row["cap_gb"] == cap:
+                rate = row["tokens_per_second"]
+                found[name][row["batch"]] = max(rate, found[name].get(row["batch"], 0.0))
+    return found
 
 
 def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
@@ -71,18 +95,30 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     make_checkpoint(config, folder, card.device)
     cap = (given.caps or [24.0])[0]
     card.limit(cap)
-    ours = {row["batch"]: row["tokens_per_second"] for row in read_rows(given.out, "cells")
-            if row["family"] == "qwen3_30b" and row["case"] == "auto" and row.get("step")
-            and row["bus"] == "1/1" and row["cap_gb"] == cap}  # fmt: skip
-    model, trained = load(folder)
-    for batch in given.batch or [1, 4, 8]:
-        card.reset()
-        row: dict[str, Any] = {"case": "experts4bit-qlora", "layers": given.layers, "batch": batch, "cap_gb": cap}
-        try:
-            step = statistics.median(steps_of(model, trained, batch, given.sequence, card))
-        except torch.OutOfMemoryError as error:
-            rows.add(**row, error=str(error).splitlines()[0][:120])
-            continue
-        rate = batch * given.sequence / step
-        ratio = ours[batch] / rate if batch in ours else None
-        rows.add(**row, step=step, tokens_per_second=rate, ours=ours.get(batch), ratio=ratio, **card.peak())
+    best: dict[int, float] = {}
+    for offload in (True, False):
+        card.clear()
+        model, trained = load(folder, offload)
+        spread = Spread(model)
+        for batch, layer_major in itertools.product(given.batch or [1, 4, 8], (False, True) if offload else (False,)):
+            if layer_major and batch == 1:
+                continue
+            card.reset()
+            where = "layer-major" if layer_major else "offloaded" if offload else "resident"
+            row: dict[str, Any] = {"case": "experts4bit-qlora", "layers": given.layers, "batch": batch, "cap_gb": cap}
+            row |= {"where": where}
+            try:
+                step = statistics.median(steps_of(model, trained, batch, given.sequence, card, layer_major))
+            except (RuntimeError, ValueError) as error:  # no room for it, for one
+                rows.add(**row, error=str(error).splitlines()[0][:200])
+                for parameter in trained:
+                    parameter.grad = None
+                continue
+            rate = batch * given.sequence / step
+            best[batch] = max(rate, best.get(batch, 0.0))
+            rows.add(**row, step=step, tokens_per_second=rate, **card.peak(), touched=spread.describe())
+        del model, trained
+    for dtype, rates in ours(given, cap).items():
+        for batch in sorted(rates.keys() & best.keys()):
+            common = {"dtype": dtype, "batch": batch, "ours": rates[batch], "peer": best[batch]}
+            rows.add(case="verdict", **common, ratio=rates[batch] / best[batch])

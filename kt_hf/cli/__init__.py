@@ -7,6 +7,7 @@ to import together, so that they are imported for every command: `kt-hf --help` 
 from __future__ import annotations
 
 import importlib
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -51,7 +52,8 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    # PEFT imports bitsandbytes where it is installed, and that advises on an operator that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 for _verb, _module in VERBS.items():

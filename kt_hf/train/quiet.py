@@ -22,6 +22,7 @@ def quiet_libraries() -> None:
     logging.getLogger("kt_hf.placement.assembly").setLevel(
         logging.ERROR
     )  # the run itself says which backend was picked, and why
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it: advice on an operator that is not used
     # PEFT looks for the base model's vocabulary on the hub.
     warnings.filterwarnings("ignore", message="Could not find a config file in builtin:")
     transformers.logging.set_verbosity_error()

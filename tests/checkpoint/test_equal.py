@@ -181,7 +181,7 @@ def test_memory_that_is_free_decides_on_backward_weights(
     family = FAMILIES["mixtral"]
     stock = AutoModelForCausalLM.from_pretrained(saved(family, tmp_path))
     experts = sum(p.numel() * 2 for n, p in stock.named_parameters() if ".experts." in n)
-    monkeypatch.setattr("kt_hf.placement.packer.available_memory", lambda *_: int(1.5 * experts))
+    monkeypatch.setattr("kt_hf.placement.backward_copies.available_memory", lambda *_: int(1.5 * experts))
     config = make_config(name, kt_lora_rank=RANK)
     shared = [
         model._kt_wrappers[0].factory._share for model in (apply_kt_moe(stock, config), load_kt_model(tmp_path, config))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.kt_kernel import backend as kt_kernel
+from kt_hf.backends.kt_kernel import operator_config
 from kt_hf.backends.kt_kernel.engine import Engine
 from kt_hf.shapes import ExpertShape
 from kt_hf.system.cpu import ThreadPlan
@@ -110,8 +111,8 @@ def test_deleted_and_made_again(mark: None, monkeypatch: pytest.MonkeyPatch) -> 
 
     gc.collect()
     keys: list[int] = []
-    numbers = kt_kernel._layer_keys
-    monkeypatch.setattr(kt_kernel, "_layer_keys", iter(lambda: keys.append(next(numbers)) or keys[-1], None))
+    numbers = operator_config._layer_keys
+    monkeypatch.setattr(operator_config, "_layer_keys", iter(lambda: keys.append(next(numbers)) or keys[-1], None))
     process, seen, logits = psutil.Process(), [], []
     for _ in range(5):
         model = adapted_model(MIXTRAL, KERNEL_BF16, seed=1)

@@ -160,9 +160,9 @@ CASES = {
         print("REFUSED")
     """,
     "12 keys are never used twice": """
-        from kt_hf.backends.kt_kernel import backend as kt_kernel
+        from kt_hf.backends.kt_kernel import operator_config
         first = build(); del first
-        a = next(kt_kernel._layer_keys); second = build(); c = next(kt_kernel._layer_keys)
+        a = next(operator_config._layer_keys); second = build(); c = next(operator_config._layer_keys)
         assert c == a + 2, (a, c)
         print("REFUSED")
     """,
