@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .adapters import load_adapter, open_adapter
 from .backends import KEPT, ExpertWeights, PackedLayerFiles
 from .backends.quantizer import EXPERT_BITS
+from .bitsandbytes_rest import keep_trainable
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
-from .bitsandbytes_rest import keep_trainable
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
 from .errors import KTAMXConfigError, KTAMXError
 from .experts import KTExperts, LoraParamsView, kt_layers
