@@ -1,20 +1,20 @@
 """Each rule whose violation would crash the process or be silently wrong is a Python error of kt_hf instead.
 
-Every case runs in a process of its own: were the guard missing, that process would die of a signal, and the test fail
-with its exit status, not take the suite with it.
+Every case runs in a process of its own, forked from one that has imported everything: were the guard missing, that
+process would die of a signal, and the test fail with its exit status, not take the suite with it.
 """
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
 from tests.support.cases import KERNEL_MARKS
+from tests.support.forked import forked
 
 pytestmark = list(KERNEL_MARKS)
 
 PRELUDE = """
+import tests.support.contract_layer
 import torch
 from kt_hf import *
 from kt_hf.backends import ExpertShape, ExpertWeights
@@ -211,9 +211,14 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    scripts = {name: textwrap.dedent(script) for name, script in CASES.items()}
+    return forked(textwrap.dedent(PRELUDE), scripts, tmp_path_factory.mktemp("guards"))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_refused_in_python(name):
-    script = textwrap.dedent(PRELUDE) + "\n" + textwrap.dedent(CASES[name])
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert "REFUSED" in done.stdout
+def test_refused_in_python(name, ended):
+    done = ended[name]
+    assert done.code == 0, f"exit {done.code}\n{done.out[-2000:]}\n{done.err[-3000:]}"
+    assert "REFUSED" in done.out
