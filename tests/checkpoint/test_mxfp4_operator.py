@@ -40,8 +40,27 @@ def backends(model: Any) -> set[str]:
     return {layer.backend.name for layer in model._kt_wrappers}
 
 
+def route_alike(model: Any) -> None:
+    """Routers choose by token and layer alone: one choice that rounding turns is more than all of the operators' own."""
+
+    def chosen(layer: int) -> Any:
+        def hook(_: Any, __: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            logits, weights, ids = out
+            drawn = torch.rand(logits.shape, generator=torch.Generator().manual_seed(layer))
+            scores, ids = drawn.topk(ids.shape[1], dim=-1)
+            return logits, (scores / scores.sum(-1, keepdim=True)).to(weights.dtype), ids
+
+        return hook
+
+    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    assert routers
+    for layer, router in enumerate(routers):
+        router.register_forward_hook(chosen(layer))
+
+
 def results(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits with an adapter, and all its gradients."""
+    route_alike(model)
     model = get_peft_model(model, lora_config(FAMILY))
     fill_lora(model, 3)
     return logits_of(model, FAMILY.inputs()), gradients_of(model, loss_of(model, FAMILY.inputs()))

@@ -43,7 +43,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment["PYTHONUNBUFFERED"] = "1"  # a fork inherits no text that is not yet written
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.exit_scenarios", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # PEFT imports bitsandbytes where it is installed, which on a CPU with AVX512-BF16 advises on its own operators.
+    own = [line for line in done.stderr.splitlines() if "kernels-community" not in line]
+    assert (done.returncode, done.stdout, own) == (0, "", [])
     return folder
 
 
