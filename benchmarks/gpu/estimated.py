@@ -55,7 +55,7 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
         config = make_config(family, given.shape, row["layers"])
         folder = given.checkpoint / f"{family}-{given.shape}-{row['layers']}-config"
         config.save_pretrained(folder)
-        memory = foretold(config, given, row, folder, row["kt_kernel"] != "none")
+        memory = foretold(config, given, row, folder, row.get("kt_kernel") != "none")
         gpu = (memory.gpu_total - memory.gpu.get("CUDA", 0)) / GB
         measured = row["allocated_gb"]
         ratio = gpu / measured if measured else None
