@@ -23,7 +23,7 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
 h1{font-size:1.6rem}h2{font-size:1.2rem;border-bottom:1px solid #999;margin-top:2.2rem}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.25rem .6rem;
-border-bottom:1px solid #ddd;overflow-wrap:anywhere}.keys th{width:15rem}
+border-bottom:1px solid #ddd;overflow-wrap:anywhere}.keys th{width:19rem}
 pre{white-space:pre-wrap;margin:0;font-size:.85rem}svg{width:100%;height:auto}
 @media print{body{max-width:none}}
 """
