@@ -147,6 +147,7 @@ class KTMoECallback(TrainerCallback):
             KTAMXError: The disk has no room for the checkpoint that is due.
         """
         layers = kt_layers(kwargs["model"])
+        self.expert_load.stepped()
         update_lora(layers)
         if self._times:
             self._times.step_end(layers, args.gradient_accumulation_steps)
@@ -192,6 +193,7 @@ class KTMoECallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raise what a GPU has found not finite in the evaluation (KTAMXForwardError)."""
         _settle(kwargs["model"])
+        self.expert_load.set_aside()
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
@@ -205,6 +207,7 @@ class KTMoECallback(TrainerCallback):
         Raises:
             KTAMXError: An adapter's files have changed since the trainer saved them.
         """
+        self.expert_load.set_aside()
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero:
             return

@@ -19,32 +19,31 @@ This is a LoRA adapter of `{base}`, trained with kt_hf: {trained}.
 transformers have no place. They load the LoRA of the other layers alone and leave out {share:.0%} of the adapter,
 without an error.
 
-```bash
-kt-hf chat ADAPTER --base BASE_MODEL  # ADAPTER is the folder of this file; without --base it is `{base}`
-```
-
-```python
-from transformers import AutoModelForCausalLM
+{chat}```python
 from kt_hf import KTConfig, apply_kt_moe
-
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype="bfloat16")
+{model}
 model = apply_kt_moe(model, KTConfig(kt_backend="auto"), adapter="ADAPTER")  # the folder of this file
 ```
 
-To use it without kt_hf, make it an adapter of stock PEFT, or merge it into the base model:
+To use it without kt_hf, make it an adapter of stock PEFT{or_merged}:
 
 ```bash
 kt-hf export ADAPTER OUTPUT --to peft
-kt-hf export ADAPTER OUTPUT --to merged --base BASE_MODEL_FOLDER
-```
+{merge}```
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "OUTPUT")  # of --to peft
+{model}
+model = PeftModel.from_pretrained(model, "OUTPUT")  # of --to peft
 ```
 """
+_CHAT = """```bash
+kt-hf chat ADAPTER --base BASE_MODEL  # ADAPTER is the folder of this file; without --base it is `{base}`
+```
+
+"""
+_MERGE = "kt-hf export ADAPTER OUTPUT --to merged --base BASE_MODEL_FOLDER\n"
+_BUILTIN = "builtin:"
 
 
 def write_card(folder: Path, adapter: Adapter) -> None:
@@ -57,11 +56,34 @@ def write_card(folder: Path, adapter: Adapter) -> None:
     text = _SECTION.sub("\n", text)
     if adapter.experts:
         base = adapter.config.get("base_model_name_or_path") or "BASE_MODEL"
-        section = _TEXT.format(base=base, trained=_trained(adapter), share=_share(adapter))
+        scores = adapter.config.get("task_type") == "SEQ_CLS"
+        merges = not scores and not base.startswith(_BUILTIN)
+        section = _TEXT.format(
+            base=base,
+            trained=_trained(adapter),
+            share=_share(adapter),
+            chat="" if scores else _CHAT.format(base=base),
+            model="\n".join(_model(base, scores)),
+            or_merged=", or merge it into the base model" if merges else "",
+            merge=_MERGE if merges else "",
+        )
         text = f"{text.rstrip()}\n\n{_BEGIN}\n{section}\n{_END}\n".lstrip()
     elif not path.is_file():
         return
     path.write_text(text, encoding="utf-8")
+
+
+def _model(base: str, scores: bool) -> list[str]:
+    """The lines that make `model`, the base model, with a score head for a reward model's adapter."""
+    if base.startswith(_BUILTIN):
+        _, _, layers = base.partition("/")
+        some = f"num_layers={layers}, " if layers else ""
+        lines = ["from kt_hf.builtin.smollm2_moe import upcycle"]
+        lines += ["from kt_hf.train.reward_model import with_score_head"] if scores else []
+        lines += ["", f'model, tokenizer = upcycle({some}dtype="bfloat16")']
+        return lines + (["model = with_score_head(model)"] if scores else [])
+    auto, more = ("AutoModelForSequenceClassification", ", num_labels=1") if scores else ("AutoModelForCausalLM", "")
+    return [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{base}"{more}, dtype="bfloat16")']
 
 
 def _trained(adapter: Adapter) -> str:

@@ -1,18 +1,23 @@
 """The forward of one token without saving, while text is generated, by PyTorch.
 
-Nothing is sorted, gathered or spread: that takes half as long as the products of one row do. The products are the same
-as among other tokens, to the bit, and so is the order of the sum.
+Nothing is sorted, gathered or spread, and what is small is done once for all experts of the token: an operation of one
+row takes 30 µs in bf16 whatever its size. Sums are rounded as among other tokens, but may run in another order.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .base import ExpertWeights
+
+# oneDNN's linear layer, with nothing after it, which torch.compile calls. By it one row takes two thirds of the time
+# that a matrix product takes in bf16 (22 instead of 15 GB/s of weights on two cores). None where PyTorch has no oneDNN.
+_ROW_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class HeldLora(Protocol):
@@ -30,8 +35,8 @@ class HeldLora(Protocol):
     def down_b(self) -> Tensor:
         """[E, H, r]."""
 
-    def add_b(self, e: int, xa: Tensor, to: Tensor) -> None:
-        """Add expert e's B of gate and up, times `xa` [S, 2r], to `to` [S, 2I]."""
+    def add_b_of_each(self, chosen: Tensor, xa: Tensor, to: Tensor) -> None:
+        """Add B of gate and up of the experts `chosen` [K], times their rows of `xa` [K, 2r], to `to` [K, 2I]."""
 
 
 def all_different(experts: list[int]) -> bool:
@@ -56,7 +61,7 @@ def one_token(
         bias: Of gate and up, [E, 2I], in `dtype`; None without.
         lora: The LoRA tensors in `dtype`; None without.
         dtype: Of the computation: fp32 where the CPU has no 16-bit products, else the weights'.
-        gated: From gate and up, [1, 2I], to their gated product, [1, I].
+        gated: From gate and up, [K, 2I], to their gated product, [K, I].
         x: Hidden state, [1, H], in the weights' dtype.
         experts: The token's K experts, all different.
         weights: Their routing weights, [1, K].
@@ -64,22 +69,29 @@ def one_token(
     Returns:
         The weighted sum, [1, H], in the weights' dtype.
     """
-    wide = x.to(dtype)
-    y = torch.empty(len(experts), x.shape[1], dtype=dtype, device=x.device)
-    for e, out in zip(experts, y.split(1), strict=True):
-        inner = _product(wide, held.gate_up[e])
-        if lora:
-            lora.add_b(e, wide @ lora.a[e].t(), inner)
-        if bias is not None:
-            inner.add_(bias[e])
-        h = gated(inner)
-        out.copy_(_product(h, held.down[e]))
-        if lora:
-            out.addmm_(h @ lora.down_a[e].t(), lora.down_b[e].t())
+    chosen = torch.tensor(experts, device=x.device)
+    inner = torch.cat([_product(x, held.gate_up[e]) for e in experts]).to(dtype)
+    if lora:
+        a = lora.a.index_select(0, chosen)
+        lora.add_b_of_each(chosen, (x.to(dtype) @ a.flatten(0, 1).t()).view(len(experts), -1), inner)
+    if bias is not None:
+        inner.add_(bias.index_select(0, chosen))
+    h = gated(inner)
+    rows = h.to(x.dtype).split(1)
+    y = torch.cat([_product(row, held.down[e]) for e, row in zip(experts, rows, strict=True)]).to(dtype)
+    if lora:
+        ha = torch.bmm(h.unsqueeze(1), lora.down_a.index_select(0, chosen).transpose(1, 2))
+        y.unsqueeze(1).baddbmm_(ha, lora.down_b.index_select(0, chosen).transpose(1, 2))
     y.mul_(weights.to(dtype).t())
     return y.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)).to(x.dtype)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [1, C] times the transpose of `weight` [R, C]: [1, R], in the dtype of x."""
-    return (x.to(weight.dtype) @ weight.t()).to(x.dtype)
+    """x [1, C] times the transpose of `weight` [R, C] of the same dtype: [1, R]."""
+    fast = x.dtype == torch.bfloat16 and not x.is_cuda and weight.is_contiguous() and _has_row_linear()
+    return _ROW_LINEAR(x, weight, None, "none", [], "") if fast else x @ weight.t()
+
+
+@functools.cache
+def _has_row_linear() -> bool:
+    return _ROW_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()

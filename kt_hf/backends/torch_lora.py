@@ -66,6 +66,12 @@ class TorchLora(NamedTuple):
         for b, part, target in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
             target.addmm_(part, b[e].t())
 
+    def add_b_of_each(self, chosen: Tensor, xa: Tensor, to: Tensor) -> None:
+        """`add_b` of a row for each of the experts `chosen` [K]: `xa` is [K, 2r], `to` [K, 2I]."""
+        parts = len(self.b)
+        for b, part, target in zip(self.b, xa.chunk(parts, 1), to.chunk(parts, 1), strict=True):
+            target.unsqueeze(1).baddbmm_(part.unsqueeze(1), b.index_select(0, chosen).transpose(1, 2))
+
     def back_through_b(self, e: int, dgu: Tensor) -> Tensor:
         """Multiply the gradient of gate and up, [S, 2I], by both transposed B of expert e: [S, 2r]."""
         if len(self.b) == 1:

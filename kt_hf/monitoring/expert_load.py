@@ -40,6 +40,17 @@ class LoadLog:
 
     total: dict[int, Tensor] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
+    _stepped: float = 0.0  # when the last step ended
+
+    def stepped(self) -> None:
+        """A step of the optimizer has ended."""
+        self._stepped = time.perf_counter()
+
+    def set_aside(self) -> None:
+        """Leave out the time since the last step: it was an evaluation's, or that of saving a checkpoint."""
+        now = time.perf_counter()
+        self._since += now - max(self._stepped, self._since)
+        self._stepped = now
 
     def begin(self, layers: list[KTExperts]) -> None:
         """Forget what these layers counted before, and start the clock."""
@@ -51,7 +62,8 @@ class LoadLog:
     def collect(self, layers: list[KTExperts]) -> dict[str, float]:
         """Values to log of the time since the last call, {} if no gradient was computed in it.
 
-        `tokens_per_second`: tokens through the first layer of experts (padding included) per second of the wall clock.
+        `tokens_per_second`: tokens through the first layer of experts (padding included) per second of the wall clock,
+            evaluations and the saving of checkpoints left out.
         `expert_load_entropy`: `entropy`, the mean of the layers.
         `expert_load_max`: the busiest expert's tokens over an even share, the largest of the layers.
         `experts_without_tokens`: their number, over all layers.

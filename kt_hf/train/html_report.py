@@ -11,6 +11,7 @@ from typing import Any
 
 from ..system.files import replacing
 from ..system.text import printable
+from .next_steps import commands
 from .plots import curves_svg, expert_load_svg, loss_points, series
 
 REPORT = "report.html"
@@ -22,8 +23,8 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
 h1{font-size:1.6rem}h2{font-size:1.2rem;border-bottom:1px solid #999;margin-top:2.2rem}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.25rem .6rem;
-border-bottom:1px solid #ddd;overflow-wrap:anywhere}th{white-space:nowrap}
-pre{white-space:pre-wrap;margin:0;font-size:.85rem}svg{max-width:100%;height:auto}
+border-bottom:1px solid #ddd;overflow-wrap:anywhere}.keys th{width:19rem}
+pre{white-space:pre-wrap;margin:0;font-size:.85rem}svg{width:100%;height:auto}
 @media print{body{max-width:none}}
 """
 
@@ -47,7 +48,7 @@ def write_report(folder: Path, settings: Any, ready: Any, trainer: Any, summary:
     notes = [note for data in (ready.train_data, ready.eval_data) if data for note in data.notes]
     parts = [
         f"<h1>{_text(title)}</h1>",
-        _table(_result(summary, history)),
+        _table(_result(summary, history) | _commands(settings, ready, summary)),
         "<h2>Loss</h2>", _losses(history),
         "<h2>Learning rate and speed</h2>",
         curves_svg({"learning rate": series(history, "learning_rate")}, "learning rate"),
@@ -75,8 +76,15 @@ def _text(value: Any) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    cells = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows.items())
-    return f"<table>{cells}</table>"
+    cells = "".join(f"<tr><th>{_text(name)}</th><td>{_text(_plain(value))}</td></tr>" for name, value in rows.items())
+    return f'<table class="keys">{cells}</table>'
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a configuration has it: true, and a list without its marks."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _result(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,7 +99,13 @@ def _result(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) ->
     if held_out:
         rows["evaluation loss"] = change(held_out)
     speed = f"{summary['tokens_per_second']:.0f} tokens/s over {summary['seconds']:.0f} s in {summary['steps']} steps"
-    return rows | {"speed": speed, "adapter": summary["adapter"], "talk with it": f"kt-hf chat {summary['adapter']}"}
+    return rows | {"speed": speed, "adapter": summary["adapter"]}
+
+
+def _commands(settings: Any, ready: Any, summary: Mapping[str, Any]) -> dict[str, str]:
+    """What to do with the adapter: title -> command."""
+    chats = getattr(ready.tokenizer, "chat_template", None) is not None
+    return {title[0].lower() + title[1:]: command for title, command in commands(settings, summary["adapter"], chats)}
 
 
 def _losses(history: Sequence[Mapping[str, Any]]) -> str:

@@ -220,7 +220,7 @@ def _builtin_model(keys: RunKeys) -> Any:
 
     name = keys.model_name_or_path
     dense, _ = load_dense()
-    model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=_builtin_dtype(keys))
+    model = upcycle_model(dense, num_layers=builtin_layers(name), dtype=builtin_dtype(keys))
     model = with_score_head(model) if stage_of(keys.stage).scores else model
     model.config._name_or_path = model.name_or_path = name
     if keys.attn_implementation:
@@ -309,7 +309,8 @@ def _probe(tokenizer: Any, name: str) -> None:
         )
 
 
-def _builtin_dtype(keys: RunKeys) -> str:
+def builtin_dtype(keys: RunKeys) -> str:
+    """The dtype that a run makes a built-in model in."""
     from ..builtin.smollm2_moe import default_dtype
 
     return default_dtype(keys.torch_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +11,8 @@ from rich.table import Table
 
 from ..system.text import printable
 from .config.settings import TrainSettings
-from .config.stages import stage_of
-from .models import load_config
+from .next_steps import next_steps
 from .together import ranks_in_words
-
-# transformers' class that loads a model, by whether it has a score head.
-_AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSequenceClassification"}
 
 
 def show_start(console: Console, settings: TrainSettings, trainer: Any, memory: str, rows: int, eval_rows: int) -> None:
@@ -123,8 +118,18 @@ def _of_parts(messages: Any) -> str:
     return printable("".join("<image>" if part["type"] == "image" else part["text"] for part in parts))
 
 
-def show_result(console: Console, settings: TrainSettings, summary: dict[str, Any], rank: int) -> None:
-    """A table of what came out, and what to do with it; `rank` is the adapter's on experts."""
+def show_result(
+    console: Console, settings: TrainSettings, summary: dict[str, Any], rank: int, chats: bool = True
+) -> None:
+    """A table of what came out, and what to do with it.
+
+    Args:
+        console: Where to.
+        settings: Of the run.
+        summary: Of the run, as `finish` returns it.
+        rank: The adapter's on experts.
+        chats: Whether the tokenizer has a chat template.
+    """
     table = _table()
     if summary["loss"] is not None:
         table.add_row("Loss", f"{summary['loss']:.4f}")
@@ -140,65 +145,12 @@ def show_result(console: Console, settings: TrainSettings, summary: dict[str, An
         table.add_row("Plots", escape(", ".join(summary["plots"])))
     if summary.get("report"):
         table.add_row("Report", escape(summary["report"]))
-    if settings.run.use_kt:
-        chat = shlex.join(["kt-hf", "chat", summary["adapter"]])
-        if not stage_of(settings.run.stage).scores:
-            table.add_row("Talk with it", escape(chat))
-        export = shlex.join(["kt-hf", "export", summary["adapter"], "NEW_FOLDER", "--to", "peft"])
-        table.add_row("Export it", escape(export))
     console.print(Panel(table, title="Done", title_align="left", border_style="green"))
-    console.print("Load it, and ask it something:")
-    for line in loading_lines(settings, summary["adapter"], rank):
-        console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
-
-
-def loading_lines(settings: TrainSettings, adapter: str, rank: int) -> list[str]:
-    """A Python program, line by line, that loads the run's model with its adapter."""
-    keys = settings.run
-    name, dtype = keys.model_name_or_path, keys.torch_dtype
-    lines = ["from peft import PeftModel"]
-    if name.startswith("builtin:"):
-        lines += ["from kt_hf.builtin.smollm2_moe import upcycle"]
-        _, _, layers = name.partition("/")
-        load = f"model, tokenizer = upcycle({f'num_layers={layers}' if layers else ''})"
-    else:
-        lines += [
-            "from transformers import AutoTokenizer"
-            + ("" if keys.use_kt else f", {_AUTO[stage_of(keys.stage).scores]}")
-        ]
-        more = f", revision={keys.model_revision!r}" if keys.model_revision else ""
-        more += _score_head(settings)
-        call = (
-            f"load_kt_model({name!r}, {_kt_config(settings, rank)}"
-            if keys.use_kt
-            else f"{_AUTO[stage_of(keys.stage).scores]}.from_pretrained({name!r}"
-        )
-        load = f"model = {call}, dtype={dtype!r}{more})"
-    if keys.use_kt:
-        lines += ["from kt_hf import KTConfig, " + ("apply_kt_moe" if name.startswith("builtin:") else "load_kt_model")]
-    lines += [load]
-    if keys.use_kt and name.startswith("builtin:"):
-        lines += [f"model = apply_kt_moe(model, {_kt_config(settings, rank)})"]
-    lines += [f"model = PeftModel.from_pretrained(model, {adapter!r})"]
-    if not name.startswith("builtin:"):
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"]
-    if stage_of(keys.stage).scores:
-        return [*lines, 'print(model.eval()(**tokenizer("An answer", return_tensors="pt")).logits)  # its score']
-    return [
-        *lines,
-        'messages = [{"role": "user", "content": "Who are you?"}]',
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-        "return_dict=True)",
-        "output = model.eval().generate(**inputs, max_new_tokens=64)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-    ]
-
-
-def _kt_config(settings: TrainSettings, rank: int) -> str:
-    """`KTConfig(...)` with the settings that differ from the defaults, packed for the adapter's rank."""
-    given = settings.kt.changed()
-    given.setdefault("kt_lora_rank", rank)
-    return f"KTConfig({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+    # Outside of the table, which would break their lines: they are to be copied.
+    for title, lines in next_steps(settings, summary["adapter"], rank, chats):
+        console.print(f"{title}:")
+        for line in lines:
+            console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _table() -> Table:
@@ -211,14 +163,3 @@ def _table() -> Table:
 def _shown(tokenizer: Any, ids: list[int], most: int = 1500) -> str:
     text = printable(str(tokenizer.decode(ids)))
     return escape(text if len(text) <= most else f"{text[:most]} …")
-
-
-def _score_head(settings: TrainSettings) -> str:
-    """The arguments that make a reward model of a language model's checkpoint; "" in other stages."""
-    keys = settings.run
-    if not stage_of(keys.stage).scores:
-        return ""
-    if not keys.use_kt:
-        return ", num_labels=1"
-    kind = load_config(keys)[0].architectures[0]
-    return f", architectures=[{kind!r}], num_labels=1"

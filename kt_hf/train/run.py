@@ -194,7 +194,8 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
         counter.close()
     with full_disks(trainer):
         summary = finish(settings, ready, trainer, progress)
-    show_result(console, settings, summary, ready.expert_rank or keys.lora_rank)
+    chats = getattr(ready.tokenizer, "chat_template", None) is not None
+    show_result(console, settings, summary, ready.expert_rank or keys.lora_rank, chats)
     if stop.number is not None:
         raise Interrupted(f"Stopped after the last step. The adapter is in {summary['adapter']}.", stop.number)
     return summary

@@ -90,3 +90,16 @@ def test_a_second_run_begins_at_zero(tmp_path: Path) -> None:
         trainer.add_callback(callback)
         trainer.train()
         assert all(int(total.sum()) == 2 * 2 * 10 * MIXTRAL.top_k for total in callback.expert_load.total.values())
+
+
+def test_an_evaluation_is_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 102.0, 103.0, 110.0])  # begin, a step's end, an evaluation's, the next step's, a log
+    monkeypatch.setattr("kt_hf.monitoring.expert_load.time.perf_counter", lambda: next(clock))
+    log = LoadLog(_since=-1.0)
+    log.begin([])
+    log.stepped()
+    log.set_aside()
+    log.stepped()
+    assert log._since == 100.0
+    log.collect([])
+    assert log._since == 110.0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from kt_hf.train.plots import curves_svg, expert_load_svg
-from tests.support.tiny import environment, save_model
+from tests.support.tiny import save_model
 from tests.support.train_runs import Runs, runs_in
+from tests.train.test_next_steps import printed, scored
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +49,13 @@ def test_the_page_has_everything_and_is_alone(runs: Runs) -> None:
     assert "&lt;b&gt;" in page
 
 
-def test_the_run_says_how_to_talk_with_the_model(runs: Runs, tmp_path: Path) -> None:
+def test_the_run_says_how_to_talk_with_the_model(runs: Runs) -> None:
     assert "report.html" in runs.printed
     command = re.search(r"kt-hf chat (\S+)", runs.printed)
     assert command is not None
     assert command[1] == str(runs.out)
-    lines = runs.printed[runs.printed.index("Load it, and ask it something:") :].splitlines()[1:]
-    script = "\n".join(line.removeprefix("  ") for line in lines if line.startswith("  "))
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    _, names = scored("\n".join(printed(runs.printed, "Load it, and ask it something:")))
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_plots_leave_out_what_is_not_there() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pty
+import select
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +184,8 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """Read until `text` has come; what came before it."""
         while text not in self.shown:
+            if not select.select([self.descriptor], [], [], 300)[0]:
+                raise AssertionError(f"no {text!r} in five minutes, but {self.shown!r}")
             try:
                 piece = os.read(self.descriptor, 4096)
             except OSError:  # the program has left
@@ -194,13 +199,25 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
+    def exit_code(self) -> int:
+        """Wait for the program's end."""
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def close(self) -> None:
+        """End the program, if it has not ended by itself."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.exit_code()
+        os.close(self.descriptor)
+
 
 @pytest.fixture
 def terminal(trained: Trained, tmp_path: Path) -> Iterator[Terminal]:
     env = environment(tmp_path) | {"TERM": "dumb"}
     program = Terminal(["chat", str(trained.adapter), "--device", "cpu", "--max-new-tokens", "1000000"], env)
-    yield program
-    os.close(program.descriptor)
+    with contextlib.closing(program):
+        yield program
 
 
 def test_ctrl_c_stops_an_answer_not_the_program(terminal: Terminal) -> None:
@@ -217,4 +234,4 @@ def test_ctrl_c_stops_an_answer_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for("The base model answers.")
     terminal.wait_for("> ")
     terminal.type("/quit\n")
-    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    assert terminal.exit_code() == 0
