@@ -1,6 +1,7 @@
 """Adapters: conversion between formats, and the manifest that tells a whole save from a part of one."""
 
 from .adapter import Adapter, Projection
+from .check_export import check_export
 from .convert import FORMATS, convert, open_adapter
 from .load import load_adapter, start_from
 from .manifest import publish, seal
@@ -13,6 +14,7 @@ __all__ = [
     "Adapter",
     "Projection",
     "check_checkpoint",
+    "check_export",
     "convert",
     "last_complete",
     "load_adapter",

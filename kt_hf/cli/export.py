@@ -17,6 +17,9 @@ def main(
         str | None, typer.Option(help="peft, per-expert, fused, sglang or merged; a file's extension may decide.")
     ] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model; needed for merged.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read it again as its target will: every tensor there, of the right shape.")
+    ] = False,
 ) -> None:
     """Write an adapter in another program's format, or merged.
 
@@ -24,9 +27,14 @@ def main(
 
     Example: kt-hf export outputs/demo_smol outputs/demo_smol_peft --to peft
 
-    The exit code is 0 when it is written, 2 when it cannot be.
+    The exit code is 0 when it is written (and, with --check, whole), 2 when it cannot be.
     """
     with plain_failures():
-        from ..adapters import convert
+        from ..adapters import check_export, convert
 
         typer.echo(f"Written: {convert(adapter, output, to=to, base=base)}")
+        if check:
+            notes = check_export(output, adapter, base=base)
+            typer.echo("Checked: every tensor is there.")
+            for note in notes:
+                typer.echo(f"Note: {note}")

@@ -1,0 +1,216 @@
+"""Exports read by others: PEFT, llama.cpp's converter, SGLang's LoRA reader; and a tensor left out is noticed.
+
+The converter and SGLang are no dependencies. KT_TEST_LLAMA_CPP names a source tree of llama.cpp, KT_TEST_SGLANG_PYTHON
+and KT_TEST_VLLM_PYTHON a Python in which sglang or vllm can be imported (…_PATH its source, where it is not installed);
+without them those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from kt_hf import KTAMXError
+from kt_hf.adapters import check_export, convert
+from kt_hf.cli import app
+from tests.support.models import FAMILIES
+from tests.support.tiny import environment, tokenizer
+from tests.use.conftest import save_adapter
+
+ADAPTER, FUSED = "adapter_model.safetensors", "fused_expert_lora.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a Mixtral and of its adapter."""
+    base = tmp_path_factory.mktemp("base")
+    FAMILIES["mixtral"](torch.float32).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    return base, save_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+def without_last(file: Path, match: str) -> str:
+    """Leave a tensor out of a safetensors file, as a broken copy would."""
+    tensors = load_file(file)
+    name = sorted(name for name in tensors if match in name)[-1]
+    del tensors[name]
+    save_file(tensors, file)
+    return name
+
+
+@pytest.mark.parametrize("to", ["peft", "per-expert", "fused", "merged"])
+def test_a_tensor_left_out_is_noticed(to: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    output = convert(adapter, tmp_path / to, to=to, base=base)
+    check_export(output, adapter, base)
+    file = {"fused": FUSED, "merged": "model.safetensors"}.get(to, ADAPTER)
+    name = without_last(output / file, "experts")
+    with pytest.raises(KTAMXError, match="lacks 1 of") as raised:
+        check_export(output, adapter, base)
+    assert name in str(raised.value)
+
+
+def test_a_layer_left_out_of_sglangs_file_is_noticed(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    output = convert(adapter, tmp_path / "experts.pt")
+    check_export(output, adapter, base)
+    content = torch.load(output, weights_only=True)
+    del content["layer_1"]["up_lora_b"]
+    torch.save(content, output)
+    with pytest.raises(KTAMXError, match=r"lacks 1 of 12 tensors, layer_1\.up_lora_b"):
+        check_export(output, adapter, base)
+
+
+def test_experts_that_changed_places_are_noticed(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
+    tensors = load_file(output / ADAPTER)
+    one, other = (f"base_model.model.model.layers.0.block_sparse_moe.experts.{e}.w1.lora_B.weight" for e in (0, 1))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, output / ADAPTER)
+    with pytest.raises(KTAMXError, match="other values"):
+        check_export(output, adapter, base)
+
+
+def test_the_verb_checks_and_says_what_readers_leave_out(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    copy = tmp_path / "rslora"
+    copy.mkdir()
+    (copy / ADAPTER).write_bytes((adapter / ADAPTER).read_bytes())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    words = ["export", str(copy), str(tmp_path / "out"), "--to", "per-expert", "--base", str(base), "--check"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "Checked: every tensor is there." in result.stdout
+    assert "do not read use_rslora" in result.stdout
+
+
+def test_transformers_and_peft_take_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    output = convert(adapter, tmp_path / "peft", to="peft", base=base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output)
+    saved = load_file(output / ADAPTER)
+    state = {name.replace(".default.", "."): value for name, value in model.named_parameters() if "lora_" in name}
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+
+
+@pytest.mark.skipif(not os.environ.get("KT_TEST_LLAMA_CPP"), reason="KT_TEST_LLAMA_CPP names no tree of llama.cpp")
+def test_llama_cpps_converter_takes_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    import gguf
+
+    base, adapter = trained
+    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
+    script, written = Path(os.environ["KT_TEST_LLAMA_CPP"], "convert_lora_to_gguf.py"), tmp_path / "adapter.gguf"
+    words = [
+        sys.executable,
+        str(script),
+        str(output),
+        "--base",
+        str(base),
+        "--outfile",
+        str(written),
+        "--outtype",
+        "f32",
+    ]
+    ran = subprocess.run(words, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    reader, kt = gguf.GGUFReader(written), load_file(adapter / ADAPTER)
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    names = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
+    for layer in range(2):
+        for name, theirs in names.items():
+            for side in "ab":
+                mine = kt[f"base_model.model.model.layers.{layer}.mlp.experts.{name}_proj.lora_{side.upper()}.weight"]
+                assert torch.equal(stored.pop(f"blk.{layer}.{theirs}.weight.lora_{side}").view_as(mine), mine)
+    assert len(stored) == 2 * 4 * 2  # attention's
+    assert (
+        reader.fields["adapter.lora.alpha"].contents()
+        == json.loads((output / "adapter_config.json").read_text())["lora_alpha"]
+    )
+
+
+SGLANG = """
+import json, sys, torch
+from safetensors.torch import load_file
+from sglang.srt.lora.lora import LoRAAdapter
+from sglang.srt.lora.lora_config import LoRAConfig
+from transformers import AutoConfig
+output, base = sys.argv[1:]
+adapter = LoRAAdapter("a", LoRAConfig(path=output), AutoConfig.from_pretrained(base), None, None)
+adapter.initialize_weights_from_tensors(load_file(output + "/adapter_model.safetensors"))
+torch.save([dict(layer.weights) for layer in adapter.layers], output + "/read.pt")
+print(json.dumps({"scaling": adapter.scaling}))
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("KT_TEST_SGLANG_PYTHON"), reason="KT_TEST_SGLANG_PYTHON names no Python")
+def test_sglangs_reader_takes_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
+    words = [os.environ["KT_TEST_SGLANG_PYTHON"], "-c", SGLANG, str(output), str(base)]
+    paths = {"PYTHONPATH": os.environ.get("KT_TEST_SGLANG_PATH", "")}
+    ran = subprocess.run(words, env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads(ran.stdout.splitlines()[-1]) == {"scaling": 4.0}
+    kt, layers = load_file(adapter / ADAPTER), torch.load(output / "read.pt", weights_only=True)
+    assert sum(t.numel() for weights in layers for t in weights.values()) == sum(t.numel() for t in kt.values())
+    stem = "base_model.model.model.layers.1"
+    for expert in range(8):
+        for side in "AB":
+            gate, up, down = (
+                kt[f"{stem}.mlp.experts.{n}_proj.lora_{side}.weight"][expert] for n in ("gate", "up", "down")
+            )
+            read = {n: layers[1][f"{stem}.block_sparse_moe.experts.{expert}.{n}.lora_{side}.weight"]
+                    for n in ("gate_up_proj", "down_proj")}  # fmt: skip
+            assert torch.equal(read["gate_up_proj"], torch.cat([gate, up]))
+            assert torch.equal(read["down_proj"], down)
+
+
+VLLM = """
+import sys, torch
+from vllm.lora import lora_model
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import PackedLoRALayerWeights
+from vllm.lora.peft_helper import PEFTHelper
+output = sys.argv[1]
+lora_model.PIN_MEMORY = False  # which needs a driver
+names = {f"experts.{e}.{w}" for e in range(8) for w in ("w1", "w2", "w3")} | {"q_proj", "k_proj", "v_proj", "o_proj"}
+helper = PEFTHelper.from_local_dir(output, None)
+model = LoRAModel.from_local_checkpoint(output, names, helper, lora_model_id=1, device="cpu")
+stem = "model.layers.1.block_sparse_moe.experts"
+each = [model.get_lora(f"{stem}.{e}.{w}") for e in range(8) for w in ("w1", "w2", "w3")]
+count = sum(one.lora_a.numel() + one.lora_b.numel() for one in model.loras.values())
+packed = PackedLoRALayerWeights.pack_moe(each, stem)
+torch.save({"a": packed.lora_a, "b": packed.lora_b, "count": count}, output + "/read.pt")
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("KT_TEST_VLLM_PYTHON"), reason="KT_TEST_VLLM_PYTHON names no Python")
+def test_vllms_reader_takes_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = trained
+    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
+    words = [os.environ["KT_TEST_VLLM_PYTHON"], "-c", VLLM, str(output)]
+    paths = {"PYTHONPATH": os.environ.get("KT_TEST_VLLM_PATH", "")}
+    ran = subprocess.run(words, env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    kt, read = load_file(adapter / ADAPTER), torch.load(output / "read.pt", weights_only=True)
+    assert read["count"] == sum(t.numel() for t in kt.values())
+    for index, name in enumerate(("gate", "down", "up")):  # w1, w2, w3
+        stem = f"base_model.model.model.layers.1.mlp.experts.{name}_proj.lora_"
+        assert torch.equal(read["a"][index], kt[f"{stem}A.weight"])
+        scaled = read["b"][index] / kt[f"{stem}B.weight"]  # vLLM puts the scaling into B
+        assert torch.allclose(scaled, torch.full_like(scaled, 4.0)) or torch.equal(
+            read["b"][index], kt[f"{stem}B.weight"]
+        )
