@@ -1,4 +1,4 @@
-"""DeepSeek-V4 as its hub has it: its names, FP8 with scales of powers of two, experts of MXFP4, beside transformers' own."""
+"""DeepSeek-V4 as its hub has it, beside transformers: names, FP8 with scales of powers of two, experts of MXFP4."""
 
 from __future__ import annotations
 
