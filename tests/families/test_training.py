@@ -22,7 +22,6 @@ STEPS = 20
 FAMILIES = ("gpt_oss", "nemotron_h", "gemma4", "deepseek_v4", "llama4", "minimax_m3_vl", "aria")
 NO_HIDDEN_STATES = "llama4"  # which SFTTrainer takes its loss from: transformers' Trainer instead
 NO_ROUTER_LOSS = "deepseek_v4"  # TRL asks its configuration for num_experts
-FAST = "nemotron_h"
 
 
 def rows() -> datasets.Dataset:
@@ -40,9 +39,8 @@ def with_our_freedom(stock: PeftModel) -> PeftModel:
     return stock
 
 
-@pytest.mark.parametrize(
-    "family", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sft_beside_stock_peft(family: str, tmp_path: Path) -> None:
     model = adapted(family, std=0.02)
     model.save_pretrained(tmp_path / "kt")
