@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import KTAMXModelNotSupportedError
+from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from .forms.listed_block import BlockPlan, plan_block
 from .forms.listed_mlps import ExpertMlps, expert_mlps
 from .forms.stacked import Form, form_of, holds_experts
@@ -213,6 +213,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
 
     Raises:
         KTAMXModelNotSupportedError: transformers has no class for it.
+        KTAMXConfigError: It names no class.
     """
     import transformers
     from transformers.models.auto.modeling_auto import (
@@ -232,6 +233,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if not hasattr(transformers, named):
             raise KTAMXModelNotSupportedError(f"transformers {transformers.__version__} has no class {named}.")
+        if named == type(config).__name__:
+            raise KTAMXConfigError(f"This {named} names no model: its architectures must be [the model's class].")
         return getattr(transformers, named)._from_config(config)
 
 

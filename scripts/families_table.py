@@ -39,8 +39,8 @@ that has experts, on backend torch (on the CPU), beside transformers' own.
 - stock PEFT: the export computes the same there, and is read back.
 - load_kt_model: streamed from a checkpoint as transformers writes the family's.
 
-Empty: not in this run. `refused`: in words that name another way, which is from_pretrained and apply_kt_moe for
-load_kt_model, merging for stock PEFT.
+Empty: not a family of this test. `refused`: in words that name another way, which is from_pretrained and apply_kt_moe
+for load_kt_model, merging for stock PEFT, and the adapter beside its base for merging.
 """
 
 
@@ -76,8 +76,12 @@ def page(results: dict[str, dict[str, str]], reasons: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, ".")
-    from tests.families.test_files import NOT_IN_STOCK, NOT_STREAMED
+    from tests.families.test_files import NOT_IN_STOCK, NOT_STREAMED, SHARED
     from tests.support.families import REFUSED
 
-    lists = {"test_in_stock_peft": set(NOT_IN_STOCK), "test_load_kt_model": set(NOT_STREAMED)}
+    lists = {
+        "test_adapters": SHARED,
+        "test_in_stock_peft": set(NOT_IN_STOCK),
+        "test_load_kt_model": set(NOT_STREAMED),
+    }
     print(page(results_of(sys.argv[1:], lists), REFUSED))

@@ -38,6 +38,7 @@ class BaseNames:
     Attributes:
         embeddings: What the configuration says of them; None without a config.json.
         table: The family's names; None without a config.json.
+        sharing: Module -> another one with the same weights, both ways; not embeddings.
 
     Raises:
         KTAMXConfigError: A config.json that transformers does not take.
@@ -48,6 +49,7 @@ class BaseNames:
         self._model = _model_of(base)
         self.embeddings = None if self._model is None else _embeddings(self._model)
         self.table = None if self._model is None else ModelNames(self._model)
+        self.sharing = {} if self._model is None else _sharing(self._model, self.embeddings)
 
     def find(self, name: str, shape: Sequence[int]) -> ModelTensor:
         """What the checkpoint's tensor of this name and shape is."""
@@ -89,3 +91,10 @@ def _embeddings(model: Any) -> Embeddings:
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     return Embeddings(names.get(id(inputs)), names.get(id(outputs)), tied and outputs is not None)
+
+
+def _sharing(model: Any, embeddings: Embeddings | None) -> dict[str, str]:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [tuple(name.rpartition(".")[0] for name in pair) for pair in tied.items()]
+    apart = [pair for pair in pairs if embeddings is None or embeddings.output not in pair]
+    return {one: other for pair in apart for one, other in (pair, pair[::-1])}

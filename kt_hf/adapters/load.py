@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Iterable
@@ -46,7 +47,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
 
     if not kt_layers(model):
         raise KTAMXConfigError("load_adapter needs a patched model: call apply_kt_moe(model) before.")
-    path, base = as_path(path, "path"), base_model(model).config
+    path, base = as_path(path, "path"), _config_of(model)
     if path.is_dir():
         verify_adapter(path, base=base)
     with open_adapter(path, base=base) as adapter, tempfile.TemporaryDirectory(prefix="kt-adapter-") as temporary:
@@ -62,6 +63,16 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
 
 
+def _config_of(model: nn.Module) -> Any:
+    """Its configuration, which names its class: that of a model made of a configuration names none."""
+    inner = base_model(model)
+    if getattr(inner.config, "architectures", None):
+        return inner.config
+    config = copy.deepcopy(inner.config)
+    config.architectures = [type(inner).__name__]
+    return config
+
+
 def start_from(model: Any, path: str | Path) -> None:
     """Give the model's active adapter the values of another of any readable format; both must be of the same shape.
 
@@ -74,7 +85,7 @@ def start_from(model: Any, path: str | Path) -> None:
             adapter is damaged.
     """
     name = model.active_adapters[0] if isinstance(model.active_adapters, list) else model.active_adapters()[0]
-    path, base = as_path(path, "path"), base_model(model).config
+    path, base = as_path(path, "path"), _config_of(model)
     if path.is_dir():
         verify_adapter(path, base=base)
     with open_adapter(path, base=base) as adapter:

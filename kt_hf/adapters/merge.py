@@ -170,6 +170,16 @@ class _Merger:
             self._kept = one.module, one.a.load(), one.b.load()
         return self._kept[1], self._kept[2]
 
+    def refuse_shared(self) -> None:
+        """Refuse LoRA of modules with the weights of others: merged it would be in both, or two in one."""
+        for module in (*self.layers, *self.modules):
+            other = self.names.sharing.get(module)
+            if other and module not in self.plan.modules:
+                raise KTAMXError(
+                    f"{module} has the weights of {other}, and LoRA of its own: merged into those it would be in both. "
+                    "Load the adapter beside its base instead (load_adapter)."
+                )
+
     def check_all_used(self, base: Path) -> None:
         """Refuse to leave out a part of the adapter, with the reason."""
         if not self.left:
@@ -233,8 +243,8 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
         output: New folder.
 
     Raises:
-        KTAMXError: LoRA for which the base has no weight, or one of another shape; a part of the adapter that is no
-            change of a weight; a full disk.
+        KTAMXError: LoRA for which the base has no weight, one that other modules share, or one of another shape; a
+            part of the adapter that is no change of a weight; a full disk.
         KTAMXConfigError: base is no such folder, or its weights are quantised.
     """
     shards = list(dict.fromkeys(read_index(base).values())) or [SINGLE]
@@ -245,6 +255,7 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
     tensors = wide or tensors
     plan = plan_embeddings(adapter, names, tensors, base)
     merger = _Merger(adapter, names, plan)
+    merger.refuse_shared()
     for shard_tensors in tensors.values():  # before anything is written: does everything find its place?
         for name, tensor in shard_tensors.items():
             merger.change(name, tensor)

@@ -15,6 +15,7 @@ from typing import Any
 from ..backends import OPERATORS, bytes_per_weight
 from ..backends.quantizer import EXPERT_BITS
 from ..errors import KTAMXError
+from ..gates.gate import PLAIN, Gate
 from ..placement.choice import all_streamed, is_worth_its_cpu
 from ..placement.controller import RESERVE
 from ..placement.expert_memory import shares_backward
@@ -253,7 +254,7 @@ def shape_of(m: ModelSizes) -> ExpertShape:
     Args:
         m: Of the model.
     """
-    return ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate)
+    return ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate, PLAIN if m.gated else Gate("relu2", gated=False))
 
 
 def _width(s: TrainSettings) -> int:

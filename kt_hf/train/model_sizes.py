@@ -26,7 +26,7 @@ class ModelSizes:
         hidden: H.
         layers: All decoder layers.
         expert_parameters: In routed experts, all layers.
-        other_parameters: Everywhere else.
+        other_parameters: Everywhere else, experts' biases too: they stay on the GPU where experts are streamed.
         linear_parameters: Of those, in linear layers that `quantization_bit` is for.
         lora_experts: LoRA parameters on experts.
         lora_others: LoRA parameters elsewhere.
@@ -35,6 +35,7 @@ class ModelSizes:
         kv_width: What a token leaves in the keys and values of a layer, in elements.
         inner_bytes: What a token leaves for backward inside of a layer, outside its routed experts.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
+        gated: Whether an expert has a gate: three matrices, two without.
     """
 
     expert_layers: int
@@ -53,6 +54,7 @@ class ModelSizes:
     inner_bytes: int = 0
     bits: float = BF16
     linear_parameters: int = 0
+    gated: bool = True
 
     def rest_bytes(self, width: int, keys: RunKeys) -> int:
         """Bytes of the weights outside of routed experts.
@@ -125,6 +127,7 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         inner_bytes=inner_bytes(H, linear_widths(model), text.num_hidden_layers),
         bits=_bits(config, keys.torch_dtype),
         linear_parameters=sum(m.weight.numel() for _, m in _linears(model)),
+        gated=layers[0].gate.gated,
     )
 
 

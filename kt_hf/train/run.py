@@ -32,6 +32,7 @@ from .folding import Folding
 from .folding_rules import recorded
 from .full_disk import full_disks
 from .lock import OutputLock
+from .losses import check_loss
 from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
@@ -117,6 +118,7 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     _print_notes(console, [note for rows in (train_rows, eval_rows) if rows for note in rows.notes])
     outline = outline_of(keys, config)
     check_targets(outline, keys)
+    check_loss(settings, outline)
     if stage_of(keys.stage).scores:
         check_head(keys)
     rank, notes = check_start(keys, outline)

@@ -21,8 +21,9 @@ from tests.support.patched import fill_lora
 from tests.support.reference import relative_error
 
 FAMILIES = [name for name in CLASSES if name not in REFUSED]
-# One of each kind of gate, layout and call; the others are `slow`.
-FAST = {"lfm2_moe", "gpt_oss", "nemotron_h", "llama4"}
+# Of other gates, layouts and calls; the others are `slow`, plain ones are in all other tests.
+FAST = {"gpt_oss", "nemotron_h", "llama4"}
+LOW = 0.05  # inputs times this: gate and up are some 0.04, a limit 0.5
 EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
@@ -120,7 +121,12 @@ def test_each_layer(family: str, dtype: torch.dtype) -> None:
     assert calls
     for layer in kt_layers(model):
         if layer.label in calls and layer.lora_params:
-            _compare_layer(model, stock, layer, calls[layer.label], dtype)
+            hidden, *rest = calls[layer.label]
+            if dtype == torch.bfloat16 and layer.shape.gate.limit is not None:
+                # bf16 cannot tell on which side of a limit a value is, where the derivative jumps (stock's own bf16 is
+                # 11 % off): inputs so small that none is near it. test_gates_and_layouts has those that are.
+                hidden = hidden * LOW
+            _compare_layer(model, stock, layer, (hidden, *rest), dtype)
 
 
 def _compare_layer(model: nn.Module, stock: nn.Module, layer: Any, args: tuple[Any, ...], dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from kt_hf.quantized import Manifest
 from kt_hf.train.config.settings import RunKeys, TrainSettings
 from kt_hf.train.hub import sizes_of
 from kt_hf.train.memory import check_gpu, estimate
-from kt_hf.train.memory_parts import Estimate
+from kt_hf.train.memory_parts import Estimate, shape_of
 from kt_hf.train.model_sizes import model_sizes
 from kt_hf.train.models import load_config
+from tests.support.families import config_of, tiny
 from tests.support.tiny import ROOT
 
 KEYS = RunKeys(model_name_or_path="builtin:smollm2-moe")
@@ -263,3 +265,20 @@ def test_a_gpu_that_is_too_small_by_far_is_refused_with_the_batch_that_fits() ->
     check_gpu(made(CPU, gpu=True, gpu_free=int(0.9 * eight), per_device_train_batch_size=8))  # a note is enough
     nothing = made(CPU, gpu=True, gpu_free=2**29, per_device_train_batch_size=8)
     assert not any("fits on the GPU" in line for line in nothing.advice)
+
+
+@pytest.mark.parametrize(("family", "matrices"), [("gpt_oss", 3), ("nemotron_h", 2)])
+def test_experts_of_other_forms(family: str, matrices: int) -> None:
+    """Biases are counted, beside the experts, and only the matrices that are there."""
+    model, config = tiny(family), config_of(family)
+    config.architectures = [type(model).__name__]
+    sizes = model_sizes(config, KEYS)
+    biases = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and name.endswith("_bias"))
+    assert (biases > 0) == (family == "gpt_oss")
+    routed = [
+        p.numel() for name, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|up|down)_proj$", name)
+    ]
+    assert sizes.expert_parameters == sum(routed)
+    assert sizes.other_parameters == sum(p.numel() for p in model.parameters()) - sum(routed)
+    assert shape_of(sizes).num_weights * sizes.expert_layers == sum(routed)
+    assert len(shape_of(sizes).projections) == matrices
