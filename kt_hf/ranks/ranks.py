@@ -1,9 +1,10 @@
-"""How the ranks of a run talk: a header that all of them compare, then rows that go from each to each.
+"""How the ranks of a run talk: a header that all of them compare, and rows that go from each to each.
 
-A header (`agree`) comes before whatever is exchanged. It is an exchange of its own of a few bytes over gloo, and not a
-part of the rows' buffer: rows of unlike sizes, which is what ranks in different places send, end in a hang or in
-garbage, while headers of one size can always be compared; a rank that is out of memory can still send one; and on GPUs
-nobody has to wait for the GPU to read it (106 us between two processes of a host).
+No exchange is without a header. Where ranks may have come by different ways, it goes ahead with the number of each
+rank's tokens (`agree`): rows of unlike sizes, which is what ranks in different places send, end in a hang or in
+garbage, while headers of one size can always be compared. Where all have come from one such header by one way, sizes
+are known and the header rides in the rows' own buffer (`rows_to_owners`); but not on a GPU, which somebody would have
+to wait for to read it (106 us over gloo between two processes of a host).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,48 +65,93 @@ class Ranks:
             KTAMXError: Of `place.error`: another rank has failed, is in another place, has ended or stands still. A
                 rank that gives `failure` gets no error of its own: it raises what it has.
         """
+        rows: list[list[int]] = []
+        with self._noticing_loss(place, failure):
+            received = torch.empty(self.size * _HEADER, dtype=torch.int64, device="cpu")
+            group = self.group
+            dist.all_gather_into_tensor(received, self._header(place, tokens, failure), group=group)
+            rows = received.view(self.size, _HEADER).tolist()
+            self._compare(place, rows, failure)
+        return [row[-1] for row in rows]
+
+    @contextlib.contextmanager
+    def _noticing_loss(self, place: Place, failure: BaseException | None) -> Iterator[None]:
+        """Say in words what torch.distributed raises when a rank is gone; a rank that has failed says its own."""
         try:
-            rows = self._headers(place, tokens, failure)
-            failed = [rank for rank, row in enumerate(rows) if row[-2]]
-            if failed:
-                messages = self._messages("" if failure is None else f"{type(failure).__name__}: {failure}")
+            yield
         except RuntimeError as error:
-            if failure is not None:
-                return []
-            raise place.error(self._told_of_loss(place, error)) from error
+            if isinstance(error, KTAMXError):
+                raise
+            if failure is None:
+                raise place.error(self._told_of_loss(place, error)) from error
+
+    def _compare(self, place: Place, rows: list[list[int]], failure: BaseException | None) -> None:
+        """Look at the headers of all ranks, as `agree` says."""
+        failed = [rank for rank, row in enumerate(rows) if row[-2]]
+        messages = self._messages("" if failure is None else f"{type(failure).__name__}: {failure}") if failed else []
         if failure is not None:
-            return []
+            return
         if failed:
             raise place.error(f"{place}: rank {failed[0]} has failed there: {messages[failed[0]]}")
         places = [row[:-2] for row in rows]
         if any(other != places[0] for other in places):
             raise self._apart(place, places)
-        return [row[-1] for row in rows]
 
-    def rows_to_all(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The rows of all ranks, in rank order, on each of them.
+    def rows_to_all(self, rows: Tensor, lengths: Sequence[int], place: Place) -> Tensor:
+        """The rows of all ranks, in rank order, on each of them, right after an `agree`.
 
         Args:
             rows: Of this rank, [lengths[rank], …].
             lengths: Rows of each rank, as all ranks know them.
+            place: Where this rank is.
+
+        Raises:
+            KTAMXError: Of `place.error`: another rank has ended or stands still.
         """
         mine = rows.shape[0]
         sent = rows.contiguous().repeat(self.size, *([1] * (rows.dim() - 1)))
         received = rows.new_empty(sum(lengths), *rows.shape[1:])
-        self._exchange(received, sent, list(lengths), [mine] * self.size)
+        # On a GPU by the group that DDP uses: what both launch is then in one order on every rank.
+        group = self.group if sent.device.type == "cpu" else None
+        with self._noticing_loss(place, None):
+            dist.all_to_all_single(received, sent, list(lengths), [mine] * self.size, group=group)
         return received
 
-    def rows_to_owners(self, rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """What each rank has for this one's rows: N tensors [lengths[rank], …], in rank order.
+    def rows_to_owners(
+        self, rows: Tensor, lengths: Sequence[int], place: Place, failure: BaseException | None = None
+    ) -> list[Tensor]:
+        """What each rank has for this one's rows: N tensors [lengths[rank], B], in rank order; [] after a `failure`.
+
+        All ranks must have met at an `agree`, and do nothing else since that another might not do. On the CPU the
+        header then rides behind the rows for each rank.
 
         Args:
-            rows: For the rows of all ranks, in rank order, [sum of lengths, …].
+            rows: For the rows of all ranks, in rank order, [sum of lengths, B] uint8; of any values after a `failure`.
             lengths: Rows of each rank.
+            place: Where this rank is.
+            failure: Why this rank cannot go on, which the others are told.
+
+        Raises:
+            KTAMXError: As `agree` does.
         """
-        mine = lengths[self.rank]
-        received = rows.new_empty(mine * self.size, *rows.shape[1:])
-        self._exchange(received, rows.contiguous(), [mine] * self.size, list(lengths))
-        return list(received.split(mine)) if mine else [received] * self.size
+        mine, width = lengths[self.rank], rows.shape[1]
+        if rows.device.type != "cpu":
+            self.agree(place, failure=failure)
+            if failure is not None:
+                return []
+            received = rows.new_empty(mine * self.size, width)
+            with self._noticing_loss(place, None):
+                dist.all_to_all_single(received, rows.contiguous(), [mine] * self.size, list(lengths))
+            return list(received.split(mine)) if mine else [received] * self.size
+        header = self._header(place, 0, failure).view(torch.uint8)
+        sent = torch.cat([part for r in rows.split(list(lengths)) for part in (r.reshape(-1), header)])
+        into = [length * width + header.numel() for length in lengths]
+        received = sent.new_empty(self.size, into[self.rank])
+        with self._noticing_loss(place, failure):
+            dist.all_to_all_single(received.view(-1), sent, [into[self.rank]] * self.size, into, group=self.group)
+            headers = received[:, mine * width :].contiguous().view(torch.int64)
+            self._compare(place, headers.tolist(), failure)
+        return [] if failure else list(received[:, : mine * width].view(self.size, mine, width))
 
     def all_values(self, values: Tensor) -> Tensor:
         """The values of all ranks, [N, …]: `values` [...] on the CPU, of one shape and dtype on all ranks."""
@@ -148,14 +194,9 @@ class Ranks:
             self._group = dist.new_group(backend="gloo", timeout=_timeout())
         return self._group
 
-    def _headers(self, place: Place, tokens: int, failure: BaseException | None) -> list[list[int]]:
-        group = self.group
+    def _header(self, place: Place, tokens: int, failure: BaseException | None) -> Tensor:
         self._meetings += 1
-        header = torch.tensor([*place.numbers, int(failure is not None), tokens], dtype=torch.int64, device="cpu")
-        received = torch.empty(self.size * _HEADER, dtype=torch.int64, device="cpu")
-        dist.all_gather_into_tensor(received, header, group=group)
-        rows: list[list[int]] = received.view(self.size, _HEADER).tolist()
-        return rows
+        return torch.tensor([*place.numbers, int(failure is not None), tokens], dtype=torch.int64, device="cpu")
 
     def _messages(self, text: str) -> list[str]:
         """What each rank says of its failure."""
@@ -167,16 +208,6 @@ class Ranks:
         return [
             bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in received.view(self.size, _MESSAGE)
         ]
-
-    def _exchange(self, received: Tensor, sent: Tensor, out: list[int], into: list[int]) -> None:
-        # On a GPU by the group that DDP uses: what both launch is then in one order on every rank.
-        group = self.group if sent.device.type == "cpu" else None
-        try:
-            dist.all_to_all_single(received, sent, out, into, group=group)
-        except RuntimeError as error:
-            raise KTAMXError(
-                f"rank {self.rank} lost the other ranks between a header and its rows: {_line(error)}"
-            ) from error
 
     def _apart(self, place: Place, places: list[list[int]]) -> Exception:
         where = "; ".join(f"rank {rank}: {in_words(numbers)}" for rank, numbers in enumerate(places))
