@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,6 @@ class Ranks:
         self.gathered = False
         self._group: Any = None
         self._lost: str | None = None  # what was said when another rank was lost, after which nothing can be exchanged
-        self._meetings = 0
         self._first_step: int | None = None
 
     def agree(self, place: Place, tokens: int = 0, failure: BaseException | None = None) -> list[int]:
@@ -68,8 +68,7 @@ class Ranks:
         rows: list[list[int]] = []
         with self._noticing_loss(place, failure):
             received = torch.empty(self.size * _HEADER, dtype=torch.int64, device="cpu")
-            group = self.group
-            dist.all_gather_into_tensor(received, self._header(place, tokens, failure), group=group)
+            dist.all_gather_into_tensor(received, self._header(place, tokens, failure), group=self.group)
             rows = received.view(self.size, _HEADER).tolist()
             self._compare(place, rows, failure)
         return [row[-1] for row in rows]
@@ -79,11 +78,12 @@ class Ranks:
         """Say in words what torch.distributed raises when a rank is gone; a rank that has failed says its own."""
         try:
             yield
+        except KTAMXError:  # some are RuntimeErrors
+            raise
         except RuntimeError as error:
-            if isinstance(error, KTAMXError):
-                raise
             if failure is None:
-                raise place.error(self._told_of_loss(place, error)) from error
+                where = f"{place}: rank {self.rank} waited in {in_words(place.numbers)}"
+                raise place.error(self._told_of_loss(where, error)) from error
 
     def _compare(self, place: Place, rows: list[list[int]], failure: BaseException | None) -> None:
         """Look at the headers of all ranks, as `agree` says."""
@@ -195,7 +195,6 @@ class Ranks:
         return self._group
 
     def _header(self, place: Place, tokens: int, failure: BaseException | None) -> Tensor:
-        self._meetings += 1
         return torch.tensor([*place.numbers, int(failure is not None), tokens], dtype=torch.int64, device="cpu")
 
     def _messages(self, text: str) -> list[str]:
@@ -216,18 +215,30 @@ class Ranks:
             "and saves, in one order: look for a batch more on one of them, or a forward that one of them alone does."
         )
 
-    def _told_of_loss(self, place: Place, error: RuntimeError) -> str:
+    def loss_in_words(self, error: RuntimeError) -> str | None:
+        """What is to be said of an error, if it is one of torch.distributed's because a rank has ended or is stuck.
+
+        Args:
+            error: Of an exchange that others have begun, DDP or accelerate.
+        """
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return None
+        return self._told_of_loss(f"rank {self.rank} waited in an exchange of DDP's or accelerate's", error)
+
+    def _told_of_loss(self, where: str, error: RuntimeError) -> str:
         if self._lost is None:
-            where = f"{place}: rank {self.rank} waited in {in_words(place.numbers)} for"
             # Neighbours that wait for this rank learn from the closed connection that somebody is gone.
             group, self._group = self._group, None
-            self._lost = f"{where} another rank, which has ended"
+            self._lost = f"{where} for another rank, which has ended"
             with contextlib.suppress(Exception):
-                dist.destroy_process_group(group)
+                if group is not None:  # None is every group
+                    dist.destroy_process_group(group)
             del group
+            traceback.clear_frames(error.__traceback__)  # which hold the group, and so its connections
             absent = self._absent()
             names = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
-            self._lost = f"{where} {names}, which has ended or stands still; its own output says why ({_line(error)})."
+            self._lost = f"{where} for {names}, which has ended or stands still; its own output says why "
+            self._lost += f"({_line(error)})."
         return self._lost
 
     def _absent(self) -> list[int]:
@@ -244,7 +255,7 @@ class Ranks:
         return [] if self.size > 2 else sorted(others)
 
     def _key(self, rank: int) -> str:
-        return f"kt_hf/alive/{self._meetings}/{rank}"
+        return f"kt_hf/alive/{rank}"
 
 
 def _timeout() -> datetime.timedelta:
