@@ -74,16 +74,22 @@ class Ranks:
         return [row[-1] for row in rows]
 
     @contextlib.contextmanager
-    def _noticing_loss(self, place: Place, failure: BaseException | None) -> Iterator[None]:
+    def _noticing_loss(self, place: Place | None = None, failure: BaseException | None = None) -> Iterator[None]:
         """Say in words what torch.distributed raises when a rank is gone; a rank that has failed says its own."""
         try:
             yield
-        except KTAMXError:  # some are RuntimeErrors
+        except (KTAMXError, torch.OutOfMemoryError):  # which may be RuntimeErrors too
             raise
         except RuntimeError as error:
-            if failure is None:
-                where = f"{place}: rank {self.rank} waited in {in_words(place.numbers)}"
-                raise place.error(self._told_of_loss(where, error)) from error
+            if failure is not None:
+                return
+            kind = KTAMXError if place is None else place.error
+            where = (
+                f"{place}: rank {self.rank} waited in {in_words(place.numbers)}"
+                if place is not None
+                else (f"rank {self.rank} waited in an exchange of values")
+            )
+            raise kind(self._told_of_loss(where, error)) from error
 
     def _compare(self, place: Place, rows: list[list[int]], failure: BaseException | None) -> None:
         """Look at the headers of all ranks, as `agree` says."""
@@ -111,10 +117,8 @@ class Ranks:
         mine = rows.shape[0]
         sent = rows.contiguous().repeat(self.size, *([1] * (rows.dim() - 1)))
         received = rows.new_empty(sum(lengths), *rows.shape[1:])
-        # On a GPU by the group that DDP uses: what both launch is then in one order on every rank.
-        group = self.group if sent.device.type == "cpu" else None
-        with self._noticing_loss(place, None):
-            dist.all_to_all_single(received, sent, list(lengths), [mine] * self.size, group=group)
+        with self._noticing_loss(place):
+            self._exchange(received, sent, list(lengths), [mine] * self.size)
         return received
 
     def rows_to_owners(
@@ -140,15 +144,15 @@ class Ranks:
             if failure is not None:
                 return []
             received = rows.new_empty(mine * self.size, width)
-            with self._noticing_loss(place, None):
-                dist.all_to_all_single(received, rows.contiguous(), [mine] * self.size, list(lengths))
+            with self._noticing_loss(place):
+                self._exchange(received, rows.contiguous(), [mine] * self.size, list(lengths))
             return list(received.split(mine)) if mine else [received] * self.size
         header = self._header(place, 0, failure).view(torch.uint8)
         sent = torch.cat([part for r in rows.split(list(lengths)) for part in (r.reshape(-1), header)])
         into = [length * width + header.numel() for length in lengths]
         received = sent.new_empty(self.size, into[self.rank])
         with self._noticing_loss(place, failure):
-            dist.all_to_all_single(received.view(-1), sent, [into[self.rank]] * self.size, into, group=self.group)
+            self._exchange(received.view(-1), sent, [into[self.rank]] * self.size, into)
             headers = received[:, mine * width :].contiguous().view(torch.int64)
             self._compare(place, headers.tolist(), failure)
         return [] if failure else list(received[:, : mine * width].view(self.size, mine, width))
@@ -156,17 +160,16 @@ class Ranks:
     def all_values(self, values: Tensor) -> Tensor:
         """The values of all ranks, [N, …]: `values` [...] on the CPU, of one shape and dtype on all ranks."""
         received = values.new_empty(self.size * values.numel())
-        try:
+        with self._noticing_loss():
             dist.all_gather_into_tensor(received, values.detach().reshape(-1).contiguous(), group=self.group)
-        except RuntimeError as error:
-            raise KTAMXError(f"rank {self.rank} lost the other ranks: {_line(error)}") from error
         return received.view(self.size, *values.shape)
 
     def gather(self, values: Tensor) -> list[Tensor] | None:
         """A tensor of each rank, of one shape and dtype, on the CPU of rank 0, in rank order; None on the others."""
         values = values.detach().cpu().contiguous()
         parts = [torch.empty_like(values) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(values, parts, dst=0, group=self.group)
+        with self._noticing_loss():
+            dist.gather(values, parts, dst=0, group=self.group)
         return parts
 
     def steps_since_first(self, steps: int) -> int:
@@ -207,6 +210,11 @@ class Ranks:
         return [
             bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in received.view(self.size, _MESSAGE)
         ]
+
+    def _exchange(self, received: Tensor, sent: Tensor, out: list[int], into: list[int]) -> None:
+        # On a GPU by the group that DDP uses: what both launch is then in one order on every rank.
+        group = self.group if sent.device.type == "cpu" else None
+        dist.all_to_all_single(received, sent, out, into, group=group)
 
     def _apart(self, place: Place, places: list[list[int]]) -> Exception:
         where = "; ".join(f"rank {rank}: {in_words(numbers)}" for rank, numbers in enumerate(places))

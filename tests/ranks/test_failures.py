@@ -234,12 +234,12 @@ def does_one_batch_less(rank: int, model: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [is_killed, fails_elsewhere, does_one_batch_less])
 def test_a_rank_that_ends_is_named_at_once(work: Callable[[int, Any], None]) -> None:
-    def after_one(rank: int) -> None:
+    def after_one(rank: int) -> Outcome:
         model = model_of()
         loss_of(model)
-        work(rank, model)
+        return outcome(rank, lambda rank: work(rank, model))
 
-    values = on_ranks(4, lambda rank: outcome(rank, after_one))
+    values = on_ranks(4, after_one)
     for error, after in values[:3]:
         assert isinstance(error, KTAMXError), error
         assert re.search(r"layers?.\d.*for rank 3, which has ended", str(error)), error
