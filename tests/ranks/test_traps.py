@@ -86,7 +86,8 @@ def computed(tokens: slice, most: int | None = None) -> dict[str, Any]:
     out = layer(x, ids, weights)
     kept = {tuple(t.shape) for t in out.grad_fn.saved_tensors}
     out.pow(2).sum().backward()
-    return {"out": out.detach(), "x": x.grad, "calls": calls, "kept": kept, "messages": messages}
+    held = layer.backend.weights.gate_up.nbytes + layer.backend.weights.down.nbytes
+    return {"out": out.detach(), "x": x.grad, "calls": calls, "kept": kept, "messages": messages, "held": held}
 
 
 def halves(most: int | None = None) -> list[dict[str, Any]]:
@@ -101,6 +102,7 @@ def test_tokens_of_all_ranks_may_be_more_than_a_backend_takes(most: int) -> None
     for name in ("out", "x"):
         assert relative(torch.cat([rank[name] for rank in two]), one[name]) <= 2e-6
     assert all(max(rank["calls"]) <= most for rank in two)
+    assert all(rank["held"] == one["held"] // 2 for rank in two)
 
 
 def test_a_layer_sends_six_messages_and_keeps_its_own_inputs() -> None:
