@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..ranks import Kind, Place, Ranks
@@ -50,9 +52,15 @@ def scale_down(parameters: Iterable[Tensor], max_norm: float, total: Tensor, for
         foreach: As PyTorch has it.
     """
     given = list(parameters)
-    large = [p for p in given if is_large(p)]
-    clip_grads_with_norm_([p for p in given if not is_large(p)], max_norm, total, foreach)
-    coefficient = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0) if large else None
+    large, sharded = [p for p in given if is_large(p)], list[Tensor]()
+    if not isinstance(total, DTensor):  # FSDP2's gradients, which PyTorch multiplies by such a norm alone
+        sharded = [p for p in given if isinstance(p.grad, DTensor)]
+    apart = {id(p) for p in (*large, *sharded)}
+    clip_grads_with_norm_([p for p in given if id(p) not in apart], max_norm, total, foreach)
+    coefficient = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0) if apart else None
+    for parameter in sharded:
+        gradient: Any = parameter.grad
+        gradient.to_local().mul_(coefficient)
     if coefficient is not None and coefficient.item() != 1.0:
         clip_grads_with_norm_(large, max_norm, total, foreach)
 
@@ -104,7 +112,10 @@ def _norm(parameters: Sequence[Tensor], norm_type: float) -> float:
     """The norm of this rank's gradients of some parameters; 0 if there are none."""
     large = [p for p in parameters if is_large(p)]
     others = [p.grad for p in parameters if p.grad is not None and not is_large(p)]
-    norms = [float(get_total_norm(others, norm_type))] if others else []
+    sharded = [gradient for gradient in others if isinstance(gradient, DTensor)]
+    norms = [float(get_total_norm(sharded, norm_type).full_tensor())] if sharded else []  # type: ignore[attr-defined]
+    if len(others) > len(sharded):
+        norms.append(float(get_total_norm([g for g in others if not isinstance(g, DTensor)], norm_type)))
     if large:
         norms.append(float(large_norm(large, norm_type)))
     return _joined(norms, norm_type) if len(norms) > 1 else sum(norms)

@@ -2,8 +2,9 @@
 
 Forward: every rank gets the tokens of all ranks, computes them with the experts it owns, and sends each rank its rows;
 these are summed in fp32, in the order of the ranks, so that a run repeats its bits. Backward is the transpose: every
-rank gets the gradients of all outputs, and the gradients of the inputs are summed like the outputs. Before each of the
-four exchanges the ranks compare where they are (`Ranks.agree`), and a rank that has failed says so there.
+rank gets the gradients of all outputs, and the gradients of the inputs are summed like the outputs. A rank keeps its
+own inputs alone: those of the others come once more with the gradients, which is less than to hold N times as much of
+every layer. In each of the four exchanges the ranks compare where they are, and a rank that has failed says so there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +74,6 @@ class LayerExchange:
             self.ranks.agree(self._place(kind), failure=error)
             raise
 
-    @contextlib.contextmanager
-    def computing(self, kind: Kind) -> Iterator[None]:
-        """What one rank computes before an exchange of this kind: all know afterwards that none has failed."""
-        with self.telling(kind):
-            yield
-        self.ranks.agree(self._place(kind))
-
     def gather(self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool) -> Gathered:
         """The inputs of all ranks' forwards.
 
@@ -93,31 +87,60 @@ class LayerExchange:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
         """
         with self.telling(Kind.TOKENS):
-            columns = ids.shape[1]
-            ids, weights = ids.detach().to(torch.int64), weights.detach().to(torch.float32)
-            rows, layout = _packed([ids, weights, x.detach()])
-        lengths = self.ranks.agree(self._place(Kind.TOKENS, gradients, x.dtype, columns), x.shape[0])
-        ids, weights, x = _unpacked(self.ranks.rows_to_all(rows, lengths), layout)
-        return Gathered(x, ids - self.share.lo, weights, lengths)
+            rows, layout = _packed(_inputs(x, ids, weights))
+        place = self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1])
+        lengths = self.ranks.agree(place, x.shape[0])
+        return self._gathered(_unpacked(self.ranks.rows_to_all(rows, lengths, place), layout), lengths)
 
-    def gather_gradients(self, grad: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The gradients of all ranks' outputs, [S, H], from this rank's [T, H].
+    def gather_gradients(
+        self, grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Gathered]:
+        """The gradients of all ranks' outputs, [S, H], and once more the inputs they are of.
+
+        Args:
+            grad: Of this rank's output, [T, H], on x's device.
+            x: As given to `gather`, like the two that follow.
+            ids: [T, K] integers.
+            weights: [T, K], floating.
+            lengths: Tokens of each rank.
 
         Raises:
             KTAMXBackwardError: The ranks are in different places, or one has failed or ended.
         """
-        self.ranks.agree(self._place(Kind.GRADIENTS, dtype=grad.dtype), grad.shape[0])
-        return self.ranks.rows_to_all(grad.detach(), lengths)
+        with self.telling(Kind.GRADIENTS):
+            rows, layout = _packed([*_inputs(x, ids, weights), grad.detach()])
+        place = self._place(Kind.GRADIENTS, dtype=grad.dtype)
+        self.ranks.agree(place, grad.shape[0])
+        *inputs, grads = _unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
+        return grads, self._gathered(inputs, list(lengths))
 
-    def summed(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    def _gathered(self, inputs: list[Tensor], lengths: list[int]) -> Gathered:
+        ids, weights, x = inputs
+        return Gathered(x, ids - self.share.lo, weights, lengths)
+
+    def summed(
+        self, kind: Kind, compute: Callable[[], Sequence[Tensor]], like: Sequence[Tensor], lengths: Sequence[int]
+    ) -> list[Tensor]:
         """Of each tensor [S, …], what all ranks have for this rank's tokens, summed: [T, …] in its dtype.
 
         Args:
-            parts: What this rank's experts gave for the tokens of all ranks, on one device.
+            kind: What is exchanged. An error of `compute` is told to the other ranks.
+            compute: Gives what this rank's experts have for the tokens of all ranks, on the device of `like`.
+            like: Tensors whose dtypes and columns are those that `compute` gives.
             lengths: Tokens of each rank.
+
+        Raises:
+            KTAMXError: Another rank has failed, or has ended.
         """
-        rows, layout = _packed(list(parts))
-        of_ranks = [_unpacked(part, layout) for part in self.ranks.rows_to_owners(rows, lengths)]
+        place, layout = self._place(kind), [_layout(tensor) for tensor in like]
+        try:
+            rows, layout = _packed(list(compute()))
+        except Exception as error:
+            count = sum(lengths) if like[0].device.type == "cpu" else 0  # a GPU may have no memory left for them
+            rows = like[0].new_empty(count, sum(size for _, _, size in layout), dtype=torch.uint8)
+            self.ranks.rows_to_owners(rows, lengths, place, failure=error)
+            raise
+        of_ranks = [_unpacked(part, layout) for part in self.ranks.rows_to_owners(rows, lengths, place)]
         return [_sum(addends) for addends in zip(*of_ranks, strict=True)]
 
     def check_owners(self, tensors: Sequence[Tensor]) -> None:
@@ -178,19 +201,35 @@ def _digest(tensor: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(values.numpy().tobytes()).digest()[:7], "little")
 
 
-def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[tuple[torch.dtype, tuple[int, ...], int]]]:
+_Layout = tuple[torch.dtype, tuple[int, ...], int]  # a tensor's dtype, its shape but for the rows, bytes of a row
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return tensor.dtype, tuple(tensor.shape[1:]), tensor.element_size() * math.prod(tensor.shape[1:])
+
+
+def _inputs(x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
+    """A forward's inputs as they are sent: what has the widest values first."""
+    return [ids.detach().to(torch.int64), weights.detach().to(torch.float32), x.detach()]
+
+
+def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[_Layout]]:
     """Tensors [T, …] of one device as rows of bytes, [T, B] uint8, and how to unpack them."""
-    layout = [(t.dtype, tuple(t.shape[1:]), t.element_size() * math.prod(t.shape[1:])) for t in tensors]
     rows = [t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors]
-    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], layout
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], [_layout(t) for t in tensors]
 
 
-def _unpacked(rows: Tensor, layout: list[tuple[torch.dtype, tuple[int, ...], int]]) -> list[Tensor]:
+def _unpacked(rows: Tensor, layout: list[_Layout]) -> list[Tensor]:
     columns = rows.split([size for _, _, size in layout], dim=1)
     return [
-        part.contiguous().view(dtype).view(rows.shape[0], *shape)
+        _aligned(part.contiguous(), dtype).view(dtype).view(rows.shape[0], *shape)
         for part, (dtype, shape, _) in zip(columns, layout, strict=True)
     ]
+
+
+def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes that may be seen as values of a dtype: one row of several columns is contiguous wherever it begins."""
+    return data.clone() if data.storage_offset() % dtype.itemsize else data
 
 
 def _sum(addends: Sequence[Tensor]) -> Tensor:

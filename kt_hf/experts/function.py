@@ -44,7 +44,7 @@ class ExpertsFunction(torch.autograd.Function):
     ) -> Tensor:
         """Compute the layer, and keep the inputs and the ticket for the backward. Arguments are those of `apply`."""
         ctx.like_inputs = (x.device, x.dtype), (weights.device, weights.dtype, weights.shape[1])
-        out, ticket, (x, ids, weights), ctx.lengths = _forward(runner, exchange, x, ids, weights, save=True)
+        out, ticket, ctx.lengths = _forward(runner, exchange, x, ids, weights, save=True)
         assert ticket is not None
         ctx.runner, ctx.ticket, ctx.lora, ctx.exchange = runner, ticket, lora, exchange
         # The number travels as a saved tensor: under non-reentrant checkpointing the one that arrives in backward is
@@ -69,10 +69,10 @@ class ExpertsFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         lora = ctx.lora if any(needed[6:]) else None
 
-        def compute(grad_output: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-            return ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad_output, lora)
+        def compute(x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+            return ctx.runner.backward(ctx.ticket, int(number), x, ids, weights, grad, lora)
 
-        grad_x, grad_weights, grad_lora = _backward(ctx, grad_outputs[0], compute)
+        grad_x, grad_weights, grad_lora = _backward(ctx, compute, x, ids, weights, grad_outputs[0])
         gradients: list[Tensor | None] = [None] * len(ctx.like)
         for i, (grad, like) in enumerate(zip(grad_lora, ctx.like, strict=bool(grad_lora))):
             if needed[6 + i]:
@@ -100,30 +100,42 @@ def forward_only(
 
 def _forward(
     runner: ExpertsRunner, exchange: LayerExchange | None, x: Tensor, ids: Tensor, weights: Tensor, save: bool
-) -> tuple[Tensor, Ticket | None, tuple[Tensor, Tensor, Tensor], list[int]]:
-    """The output; the ticket; the inputs that the runner was given; and how many tokens of them are of each rank."""
+) -> tuple[Tensor, Ticket | None, list[int]]:
+    """The output; the ticket; and how many tokens each rank has."""
     if exchange is None:
         out, ticket = runner.forward(x, ids, weights, save)
-        return out.to(x.dtype), ticket, (x, ids, weights), []
+        return out.to(x.dtype), ticket, []
     every = exchange.gather(x, ids, weights, save)
-    inputs = every.x, every.ids, every.weights
-    with exchange.computing(Kind.OUTPUTS):
-        out, ticket = runner.forward(*inputs, save)
-        out = out.to(x.dtype)
-    return exchange.summed([out], every.lengths)[0], ticket, inputs, every.lengths
+    tickets: list[Ticket | None] = []
+
+    def compute() -> list[Tensor]:
+        out, ticket = runner.forward(every.x, every.ids, every.weights, save)
+        tickets.append(ticket)
+        return [out.to(x.dtype)]
+
+    (out,) = exchange.summed(Kind.OUTPUTS, compute, [x], every.lengths)
+    return out, tickets[0], every.lengths
 
 
 def _backward(
-    ctx: Any, grad_output: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor, list[Tensor]]]
+    ctx: Any,
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, list[Tensor]]],
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The gradients of x, of the routing weights and of LoRA, where `compute` knows this rank's experts alone."""
     exchange: LayerExchange | None = ctx.exchange
     if exchange is None:
-        return compute(grad_output)
-    grads = exchange.gather_gradients(grad_output, ctx.lengths)
-    with exchange.computing(Kind.INPUT_GRADIENTS):
-        grad_x, grad_weights, of_lora = compute(grads)
-        device, dtype = ctx.like_inputs[0]
-        parts = to_device(grad_weights, device).float(), to_device(grad_x, device).to(dtype)
-    grad_weights, grad_x = exchange.summed(parts, ctx.lengths)
+        return compute(x, ids, weights, grad_output)
+    grads, every = exchange.gather_gradients(grad_output, x, ids, weights, ctx.lengths)
+    of_lora: list[Tensor] = []
+
+    def parts() -> list[Tensor]:
+        grad_x, grad_weights, lora = compute(every.x, every.ids, every.weights, grads)
+        of_lora.extend(lora)
+        return [to_device(grad_weights, x.device)[:, : ids.shape[1]].float(), to_device(grad_x, x.device).to(x.dtype)]
+
+    grad_weights, grad_x = exchange.summed(Kind.INPUT_GRADIENTS, parts, [every.weights[:0], x], ctx.lengths)
     return grad_x, grad_weights, of_lora

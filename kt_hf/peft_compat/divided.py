@@ -14,7 +14,7 @@ from typing import Any
 from ..adapters.manifest import begin
 from ..adapters.owned_optimizer import remove_state, write_state
 from ..adapters.whole import ranks_of, whole_lora
-from ..errors import KTAMXConfigError
+from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.clipping import clip_grad_norm_, owned_among
 from ..experts.exchange import DIVIDED
 from ..ranks import Kind, Place
@@ -55,6 +55,24 @@ def all_parameters_used(original: Callable[..., Any], trainer: Any, **kwargs: An
     if trainer.args.ddp_find_unused_parameters is None and ranks_of(trainer.model) is not None:
         trainer.args.ddp_find_unused_parameters = False
     return original(trainer, **kwargs)
+
+
+def name_lost_rank(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `Trainer.train`: an exchange of DDP's or accelerate's that a rank's end stops says which rank.
+
+    Raises:
+        KTAMXError: Naming the rank that has ended or stands still.
+    """
+    try:
+        return original(trainer, *args, **kwargs)
+    except KTAMXError:  # some are RuntimeErrors
+        raise
+    except RuntimeError as error:
+        ranks = ranks_of(trainer.model)
+        words = ranks.loss_in_words(error) if ranks is not None else None
+        if words is None:
+            raise
+        raise KTAMXError(words) from error
 
 
 def generate_together(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -125,6 +125,7 @@ PATCHES = (
           "resuming would load the adapter into a copy of the wrong name", _TRANSFORMERS, until="5.23"),
     Patch("transformers.trainer.Trainer", "_load_optimizer_and_scheduler", "resuming.begin_from",
           "its state would be loaded beside layers left on the GPU, and be rank 0's on every rank", _TRANSFORMERS),
+    Patch(_TRAINER, "train", "divided.name_lost_rank", "DDP would say that a connection was closed", _TRANSFORMERS),
     Patch(_TRAINER, "save_model", "divided.save_whole", "rank 0 would save its own experts' LoRA alone", _TRANSFORMERS),
     Patch(_TRAINER, "_save_rng_state", "divided.save_random_state",
           "an older checkpoint could go before all ranks have written theirs", _TRANSFORMERS),

@@ -77,8 +77,9 @@ def test_thirty_kills_of_a_random_rank(tmp_path: Path) -> None:
         where = f"rank {victim} killed at {points[victim][at - 1]}"
         assert values[victim] is None, where
         other = values[1 - victim]
-        # RuntimeError where it learns in an exchange of DDP's own, which has its words.
-        assert other is True or isinstance(other, (KTAMXError, RuntimeError)), f"{where}: {other!r}"
+        # True: it had done all before it could have noticed.
+        named = isinstance(other, KTAMXError) and f"for rank {victim}, which has ended" in str(other)
+        assert other is True or named, f"{where}: {other!r}"
         try:
             last = examine(folder, golden)
         except AssertionError as error:
