@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import KTAMXConfigError, KTAMXError
 from ..system.files import write_json
 from ..system.json_fields import Field, read_json
-from .controller import Most, Seen, Taken
 from .packer import Packer
+from .passes import Most, Seen, Taken
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
