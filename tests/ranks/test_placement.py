@@ -33,6 +33,7 @@ def device(monkeypatch: pytest.MonkeyPatch, cpu_for_gpu: None) -> None:
     monkeypatch.setattr("kt_hf.placement.promotion.DeviceMemory", Owned)
     monkeypatch.setattr("kt_hf.placement.choice.copy_rate", lambda _: 1e12)
     monkeypatch.setattr("kt_hf.placement.promotion.work_bytes", lambda _: 0)
+    monkeypatch.setattr("kt_hf.placement.promotion._latest", {})  # a model of another test may be alive still
 
 
 class Owned(Scripted):
