@@ -64,6 +64,8 @@ class Ranks:
             KTAMXError: Of `place.error`: another rank has failed, is in another place, has ended or stands still. A
                 rank that gives `failure` gets no error of its own: it raises what it has.
         """
+        if failure is not None:
+            failure.__dict__["kt_told"] = True
         try:
             rows = self._headers(place, tokens, failure)
             failed = [rank for rank, row in enumerate(rows) if row[-2]]

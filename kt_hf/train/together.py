@@ -8,7 +8,10 @@ import torch
 from rich.console import Console
 
 from ..adapters.whole import ranks_of
+from ..errors import KTAMXError
 from ..ranks import Kind, Place, current_world
+
+_FAILED = "has failed there"  # in the words of `Ranks.agree`
 
 
 def is_first() -> bool:
@@ -37,6 +40,35 @@ def largest(model: Any, number: int) -> int:
 def total(model: Any, number: int) -> int:
     """The sum of all ranks' numbers; otherwise as `largest`."""
     return int(_numbers(model, number).sum())
+
+
+def meet_after(model: Any, failure: BaseException | None) -> None:
+    """Have all ranks be in one place again, behind work of which one may have failed, wherever the others were then.
+
+    Args:
+        model: A patched model; its ranks meet.
+        failure: Why this rank has left the work; None if it has done it, or left it because another has failed.
+
+    Raises:
+        KTAMXError: Another rank has ended or is elsewhere.
+    """
+    ranks = ranks_of(model)
+    if ranks is None:
+        return
+    if failure is not None:  # those that wait for this rank leave their work; those that are here come once more
+        ranks.agree(Place(Kind.PLAN), failure=failure)
+    for left in range(ranks.size, -1, -1):
+        try:
+            ranks.agree(Place(Kind.PLAN))
+            return
+        except KTAMXError as error:
+            if _FAILED not in str(error) or not left:
+                raise
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether the other ranks know of this error, or it is of another rank."""
+    return _FAILED in str(error) or bool(getattr(error, "kt_told", False))
 
 
 def ranks_in_words(model: Any) -> str | None:
