@@ -124,10 +124,7 @@ def where_to_begin(
         return streamed, None
     shape = max(shapes, key=expert_bytes)
     shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
-    every = of_all_ranks(
-        ranks, lambda: asdict(measure_rates(shape, machine.device, machine.threads, machine.backend, tokens))
-    )
-    rates = slowest_rates(every)
+    rates = _rates(machine, shape, tokens, ranks)
     streaming, for_experts = reason is None, budget.free_for_experts(have.free, tokens, shape)
     plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.bits)
     if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens, budget.bits):
@@ -142,6 +139,15 @@ def _measured(machine: Machine, unsuitable: str | None, asked: bool, host_room: 
     """What this rank has; the bus is not timed where nothing will cross it."""
     bus = copy_rate(machine.device) if unsuitable is None or asked else 0.0
     return Measured(unsuitable, free_device_memory(machine.device), host_room, bus, machine.threads.workers)
+
+
+def _rates(machine: Machine, shape: ExpertShape, tokens: int, ranks: Ranks | None) -> MachineRates:
+    """The machine's rates; of several ranks, which measure at the same time as they will compute, the slowest."""
+
+    def measure() -> MachineRates:
+        return measure_rates(shape, machine.device, machine.threads, machine.backend, tokens)
+
+    return measure() if ranks is None else slowest_rates(of_all_ranks(ranks, lambda: asdict(measure())))
 
 
 def unsuitable(device: torch.device, dtype: torch.dtype | None, shapes: Sequence[ExpertShape]) -> str | None:
