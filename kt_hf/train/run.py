@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
 from ..placement.assembly import training_as
 from ..ranks import current_world
+from ..system.parallel import refuse_several_gpus
 from ..system.text import printable
 from .checkpoints import clear_earlier_run
 from .config.read import on_this_machine
@@ -103,6 +105,8 @@ class _Ready:
 def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     """Everything that can be wrong is found before weights are loaded or anything is written."""
     keys = settings.run
+    if keys.use_kt and current_world().size == 1 and not settings.trainer.get("use_cpu"):
+        refuse_several_gpus(torch.cuda.device_count())
     _print_notes(console, settings.notices)
     resume, content = find_checkpoint(settings), record(settings)
     if resume:
@@ -228,7 +232,6 @@ def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estim
     Raises:
         KTAMXError: The model has no experts of a known kind, or the backend asked for does not run here.
     """
-    import torch
 
     from ..backends import choose_backend
     from ..shapes import ExpertShape
