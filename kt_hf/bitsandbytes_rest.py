@@ -101,6 +101,7 @@ def keep_trainable(model: nn.Module) -> None:
     operator without a backward: an evaluation in the middle of a run would end the gradients of attention and shared
     experts without a word, and sizes that are no multiple of 64 raise. A layer packed so already is unpacked.
     """
+    module: Any
     for module in model.modules():
         if not getattr(module, "support_avx512bf16_for_cpu", False):
             continue

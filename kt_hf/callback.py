@@ -264,7 +264,8 @@ def _computed_as(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
     """What decides how much memory a step takes, in plain values, for a checkpoint's record."""
     config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
     attention = str(getattr(config, "_attn_implementation", ""))
-    return {**step_of(args), "attention": attention, "liger": bool(args.use_liger_kernel)}
+    several = {"processes": args.world_size} if args.world_size > 1 else {}
+    return {**step_of(args), "attention": attention, "liger": bool(args.use_liger_kernel), **several}
 
 
 def checkpoint_bytes(args: TrainingArguments, model: Any, optimizer: Any) -> int:

@@ -17,12 +17,16 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
     Example: kt-hf doctor
 
+    Started by torchrun it says, once, what each process has of the cores and the memory.
+
     Ends with a block of text for bug reports. The exit code is 0 when all is well, 1 when something is wrong.
     """
     with plain_failures():
         from ..tools import doctor
 
         findings = doctor.examine()
+        if not findings:  # another of the processes that were started together tells it all
+            return
         if as_json:
             typer.echo(json.dumps(doctor.as_json(findings), indent=2))
         else:

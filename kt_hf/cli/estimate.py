@@ -29,6 +29,10 @@ def main(
         float | None, typer.Option(metavar="N", help="Host memory of another machine; by default what is free here.")
     ] = None,
     gpu_gb: Annotated[float | None, typer.Option(metavar="N", help="Memory of its GPU; means --device cuda.")] = None,
+    ranks: Annotated[
+        int,
+        typer.Option(metavar="N", help="Processes of one host that divide the experts, a GPU for each."),
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Tell how much memory a run takes, before anything is loaded.
@@ -38,11 +42,12 @@ def main(
     Example: kt-hf estimate configs/qwen3_30b_a3b_sft.yaml per_device_train_batch_size=4
 
     Sequences are taken to be as long as cutoff_len allows. Another machine (--host-gb 512 --gpu-gb 24, of 2^30 bytes,
-    as memory is sold) is taken to have a CPU that kt-kernel's operators run on. The exit code is 0 when it fits this
+    as memory is sold) is taken to have a CPU that kt-kernel's operators run on. With --ranks sizes are of one process;
+    --host-gb is the memory of the host, which they share. The exit code is 0 when it fits this
     machine, or the one given, 1 when not, 2 when a setting is wrong.
     """
     with plain_failures():
-        estimate = make(what, overrides or [], device, host_gb, gpu_gb)
+        estimate = make(what, overrides or [], device, host_gb, gpu_gb, ranks)
         if as_json:
             typer.echo(json.dumps(estimate.as_json(), indent=2))
         else:
@@ -52,7 +57,12 @@ def main(
 
 
 def make(
-    what: str, overrides: list[str], device: str = "auto", host_gb: float | None = None, gpu_gb: float | None = None
+    what: str,
+    overrides: list[str],
+    device: str = "auto",
+    host_gb: float | None = None,
+    gpu_gb: float | None = None,
+    ranks: int = 1,
 ) -> Any:
     """The `Estimate` of a YAML file, or of a model with the default settings.
 
@@ -62,6 +72,7 @@ def make(
         device: `cuda`, `cpu`, or `auto` for what this machine has.
         host_gb: Host memory of another machine, in units of 2^30 bytes; None for what is free here.
         gpu_gb: Memory of its GPU; None for what is free here, if the run is to be here.
+        ranks: Processes of the host that divide the experts; the estimate is of one of them.
 
     Raises:
         KTAMXError: Bad settings, no such model, or one without experts.
@@ -86,12 +97,16 @@ def make(
     has_gpu = torch.cuda.is_available()
     gpu = gpu_given is not None or (device == "cuda" if device != "auto" else has_gpu and not elsewhere)
     backend = settings.kt.kt_backend
+    sizes = model_sizes(config, settings.run)
+    if ranks < 1 or sizes.experts % ranks:
+        fitting = ", ".join(str(n) for n in range(1, sizes.experts + 1) if sizes.experts % n == 0)
+        raise KTAMXConfigError(f"--ranks={ranks}: a layer's {sizes.experts} experts are divided evenly by {fitting}.")
     return estimate(
         settings,
-        model_sizes(config, settings.run),
+        sizes.of_rank(ranks),
         kernel=backend in OPERATORS or (backend == "auto" and (elsewhere or kernel_availability().ok)),
         gpu=gpu,
-        host_free=available_memory() if host_given is None else host_given,
+        host_free=(available_memory() if host_given is None else host_given) // ranks,
         gpu_free=torch.cuda.mem_get_info()[0] if has_gpu and gpu and not elsewhere else gpu_given,
     )
 
@@ -134,6 +149,7 @@ def show(estimate: Any) -> None:
     ):
         if not parts:
             continue
+        title += f", of each of {estimate.ranks} processes" if estimate.ranks > 1 else ""
         table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2))
         table.add_column()
         table.add_column(justify="right")
@@ -143,6 +159,12 @@ def show(estimate: Any) -> None:
         if free is not None:
             table.add_row("there is", f"{free / 2**30:.1f} GiB")
         console.print(table)
+    if estimate.ranks > 1:
+        console.print(
+            f"{estimate.ranks} processes take {estimate.ranks * estimate.host_total / 2**30:.1f} GiB of the host: the "
+            f"experts once, {estimate.sizes.experts} of a layer and their LoRA in each, the rest of the model in each "
+            "as a whole."
+        )
     verdict = "It fits." if estimate.fits else "[red]It does not fit.[/red]"
     console.print(f"{estimate.tokens} tokens a forward. {verdict}")
     other = estimate.host_total_otherwise

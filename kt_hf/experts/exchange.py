@@ -157,8 +157,8 @@ class LayerExchange:
         wrapped = ddp_module() is not None
         if wrapped in self._checked or not tensors:
             return
-        self._checked.add(wrapped)
         self.ranks.agree(self._place(Kind.OWNERS, gradients=True))
+        self._checked.add(wrapped)  # on all ranks or on none
         every = self.ranks.all_values(torch.tensor([_digest(tensor) for tensor in tensors], device="cpu")).tolist()
         same = [
             (first, second)

@@ -136,7 +136,7 @@ def _tiers_of_rank(
     tiers = chosen_tiers(cfg, whole, backend, gpu)
     if tiers is None:
         return None
-    return replace(tiers, resident=-(-tiers.resident // ranks.size), streamed=-(-tiers.streamed // ranks.size))
+    return tiers.of_rank(ranks.size)
 
 
 def _log_choice(packer: Packer, layers: int) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from ..backends.gpu.grouped_mm import aligned
 from ..config import KTConfig
+from ..ranks import Ranks, of_all_ranks
 from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import free_device_memory
 from .calibration import copy_rate, measure_rates
 from .memory_model import MemoryBudget
-from .planner import MachineRates, TierPlan, assumed_rates, expected, plan_tiers
+from .planner import MachineRates, TierPlan, assumed_rates, expected, plan_tiers, slowest_rates
 from .tiers import Tiers, check_tiers, is_auto
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,41 @@ class Machine:
     backend: str
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a rank has before its experts are anywhere.
+
+    Attributes:
+        unsuitable: Why experts are not sent to its GPU without being asked to; None if they may be.
+        free: Bytes that are free on the GPU.
+        host_room: Bytes of host memory for experts; None if they are there already.
+        bus: Bytes a second from host memory to the GPU; 0 if it was not measured.
+        workers: Threads of the CPU's operators.
+    """
+
+    unsuitable: str | None
+    free: int
+    host_room: int | None
+    bus: float
+    workers: int
+
+    @classmethod
+    def least(cls, measured: Sequence[Measured]) -> Measured:
+        """The least of what ranks have: at every layer all wait for the slowest, and all are placed alike.
+
+        Args:
+            measured: Of all ranks.
+        """
+        rooms = [one.host_room for one in measured if one.host_room is not None]
+        return cls(
+            next((one.unsuitable for one in measured if one.unsuitable), None),
+            min(one.free for one in measured),
+            min(rooms, default=None),
+            min(one.bus for one in measured),
+            min(one.workers for one in measured),
+        )
+
+
 def where_to_begin(
     machine: Machine,
     config: KTConfig,
@@ -50,42 +86,46 @@ def where_to_begin(
     budget: MemoryBudget,
     popularity: Sequence[float] = (),
     host_room: int | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tiers, TierPlan | None]:
     """Where experts begin under `auto`: streamed to the GPU, or on the CPU as far as that is much faster by measuring.
+
+    Where ranks divide the experts all of them measure, and each gets the same answer, by the least of what they have.
 
     Args:
         machine: What computes.
         config: The settings.
-        shapes: Of the model's layers.
+        shapes: Of the model's layers; of the experts that this process owns.
         budget: What must fit on the GPU beside experts; its tokens are known.
         popularity: Share of the routers' choices of each expert, the most used first; () if they are alike.
         host_room: Bytes of host memory for experts; None if they are there already.
+        ranks: The processes that the experts are divided among; None in a run of one.
 
     Returns:
         The tiers; and the plan they are of, where the CPU was measured and has a part.
 
     Raises:
         KTAMXConfigError: Tiers that the settings or the layers do not allow.
+        KTAMXError: Another rank has failed to measure, or has ended.
     """
-    reason = unsuitable(machine.device, budget.dtype, shapes)
-    if reason is not None and config.kt_expert_placement is None:
+    asked = config.kt_expert_placement is not None
+    why = unsuitable(machine.device, budget.dtype, shapes)
+    every = of_all_ranks(ranks, lambda: asdict(_measured(machine, why, asked, host_room)))
+    have = Measured.least([Measured(**one) for one in every])
+    reason = have.unsuitable
+    if reason is not None and not asked:
         logger.info("kt_hf: experts are computed on the CPU, though there is a GPU: %s.", reason)
         return Tiers(), None
-    tokens, free = budget.tokens or 0, free_device_memory(machine.device)
-    streamed = all_streamed(shapes, host_room, budget.bits)
-    bus = copy_rate(machine.device)
-    if reason is None and not cpu_may_be_faster(
-        shapes, tokens, bus, machine.threads.workers, machine.backend, budget.bits
-    ):
+    tokens, streamed = budget.tokens or 0, all_streamed(shapes, have.host_room, budget.bits)
+    if reason is None and not cpu_may_be_faster(shapes, tokens, have.bus, have.workers, machine.backend, budget.bits):
         logger.info(
-            "kt_hf: experts are streamed to the GPU (%.0f GB/s), and stay there as the run leaves room.", bus / 1e9
+            "kt_hf: experts are streamed to the GPU (%.0f GB/s), and stay there as the run leaves room.", have.bus / 1e9
         )
         return streamed, None
     shape = max(shapes, key=expert_bytes)
     shape = replace(shape, num_experts=min(other.num_experts for other in shapes))
-    streaming = reason is None
-    rates = measure_rates(shape, machine.device, machine.threads, machine.backend, tokens)
-    for_experts = budget.free_for_experts(free, tokens, shape)
+    rates = _rates(machine, shape, tokens, ranks)
+    streaming, for_experts = reason is None, budget.free_for_experts(have.free, tokens, shape)
     plan = plan_tiers(rates, shape, len(shapes), tokens, for_experts, popularity, streaming, budget.bits)
     if streaming and not is_worth_its_cpu(plan, rates, shape, len(shapes), tokens, budget.bits):
         logger.info("kt_hf: experts are streamed to the GPU: a part on the CPU would bring too little.")
@@ -93,6 +133,21 @@ def where_to_begin(
     check_tiers(plan.tiers, config, shapes, machine.backend != "torch")
     logger.info("kt_hf: kt_expert_placement=auto, %d tokens a step: %s.", tokens, plan)
     return plan.tiers, plan
+
+
+def _measured(machine: Machine, unsuitable: str | None, asked: bool, host_room: int | None) -> Measured:
+    """What this rank has; the bus is not timed where nothing will cross it."""
+    bus = copy_rate(machine.device) if unsuitable is None or asked else 0.0
+    return Measured(unsuitable, free_device_memory(machine.device), host_room, bus, machine.threads.workers)
+
+
+def _rates(machine: Machine, shape: ExpertShape, tokens: int, ranks: Ranks | None) -> MachineRates:
+    """The machine's rates; of several ranks, which measure at the same time as they will compute, the slowest."""
+
+    def measure() -> MachineRates:
+        return measure_rates(shape, machine.device, machine.threads, machine.backend, tokens)
+
+    return measure() if ranks is None else slowest_rates(of_all_ranks(ranks, lambda: asdict(measure())))
 
 
 def unsuitable(device: torch.device, dtype: torch.dtype | None, shapes: Sequence[ExpertShape]) -> str | None:

@@ -13,138 +13,27 @@ left free.
 Of training the passes between two steps of an optimizer belong together: the backward of one may come behind the
 forward of another (DPO computes the policy, then the reference, then the policy's backward). A length counts as seen
 when the optimizer has stepped behind such a pass, and layers come to the GPU behind a step alone.
+
+Where ranks divide the experts, a device of each, all of them are asked with the readings of all, and so have one
+answer: as many layers as the one with the least room can hold. More on another would bring nothing, for at every layer
+all wait for the slowest.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from .passes import Length, Pass, Reading, Seen, Taken
 
 # Of the memory that can be had: what libraries take beside the allocator, and what fragments differ by.
 RESERVE = 0.04
 # Layers come back only if there is this much room beyond the reserve, so that they do not come and go.
 _SLACK = 0.01
-_ANY = 2**62  # tokens, before the first pass
 _LOGITS_WIDTH = 14  # bytes of a logit and its loss (bf16, fp32 twice, a gradient): an evaluation may make all of them
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward of the whole model that begins.
-
-    Attributes:
-        gradients: Whether a backward may follow.
-        training: Whether the model is in training mode; else it evaluates or generates.
-        tokens: Of the forward.
-    """
-
-    gradients: bool
-    training: bool
-    tokens: int
-
-    @property
-    def kind(self) -> str:
-        """Passes of a kind take memory by their tokens.
-
-        In training mode gradients make no difference: a forward that checkpointing computes again may have none, and
-        so has DPO's reference.
-        """
-        if self.training:
-            return "training"
-        return "gradients" if self.gradients else "evaluation"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a device's memory is like when a pass begins; all in bytes.
-
-    Attributes:
-        allocated: By tensors now, layers that stay on the GPU among them.
-        peak: The most that the allocator had taken since the last reset, fragments included.
-        limit: What it could take in all.
-        optimizer_steps: Steps of any optimizer so far.
-    """
-
-    allocated: int
-    peak: int
-    limit: int
-    optimizer_steps: int
-
-
-@dataclass
-class Most:
-    """The most that passes up to a length took.
-
-    Attributes:
-        tokens: Of the longest pass; 0 before the first.
-        size: Bytes.
-    """
-
-    tokens: int = 0
-    size: int = 0
-
-    def learn(self, tokens: int, size: int) -> None:
-        """A pass of so many tokens took so many bytes."""
-        self.tokens, self.size = max(self.tokens, tokens), max(self.size, size)
-
-    def expected(self, tokens: int) -> float:
-        """What a pass of so many tokens takes at most; of one longer than any nothing is known."""
-        return self.size if tokens <= self.tokens else math.inf
-
-
-@dataclass
-class Taken:
-    """What passes took.
-
-    Attributes:
-        beyond: Of a pass, beyond what was allocated when it began.
-        cycle: At the peak of all passes from one step of the optimizer to the next, by the shortest of them. Where
-            batches are accumulated gradients are there when the later ones begin: this counts them once.
-    """
-
-    beyond: Most = field(default_factory=Most)
-    cycle: Most = field(default_factory=Most)
-
-
-@dataclass
-class Seen:
-    """What is known of passes of a kind.
-
-    Attributes:
-        since: Steps of optimizers before the first pass.
-        passes: How many were seen, the first ones aside: an optimizer makes its state in its first step.
-        before: The most that was allocated when such a pass began, outside of the layers that stay.
-        streamed: What they took with all layers streamed.
-        held: What they took with layers on the GPU, without the weights of these.
-        whole: Whether passes have been seen with all that follows them.
-    """
-
-    since: int
-    passes: int = 0
-    before: int = 0
-    streamed: Taken = field(default_factory=Taken)
-    held: Taken = field(default_factory=Taken)
-    whole: bool = False
-
-    def need(self, tokens: int, before: int, work: int) -> float:
-        """Bytes that a pass with layers on the GPU takes at its peak, without their weights.
-
-        Args:
-            tokens: Of the pass.
-            before: Bytes that are allocated when it begins.
-            work: A bound of what such a layer takes for a token.
-        """
-
-        def with_layers(streamed: Most, held: Most) -> float:
-            least = streamed.size if tokens <= streamed.tokens else 0
-            return max(least, min(held.expected(tokens), streamed.expected(tokens) + work * tokens))
-
-        beyond = max(before, self.before) + with_layers(self.streamed.beyond, self.held.beyond)
-        cycle = max(0, before - self.before) + with_layers(self.streamed.cycle, self.held.cycle)
-        return min(beyond, cycle)
+_ANY = Length(2**62, 2**62)  # tokens, before the first pass
 
 
 @dataclass
@@ -152,7 +41,7 @@ class _Open:
     """The pass that is under way, and those of its kind just before it."""
 
     now: Pass
-    before: int
+    before: list[int]  # of each device
     held: int
     optimizer_steps: int
 
@@ -163,12 +52,12 @@ class _Cycle:
 
     Attributes:
         held: Layers on the GPU in all of them; -1 before the first.
-        tokens: Of the shortest.
+        length: Of the shortest.
         peak: Of all of them, without those layers; in bytes.
     """
 
     held: int
-    tokens: int
+    length: Length
     peak: int = 0
 
 
@@ -198,36 +87,48 @@ class Controller:
         self.seen.clear()
         self._open = self._cycle = None
 
-    def begins(self, now: Pass, reading: Reading) -> tuple[int, bool]:
+    def begins(self, now: Pass, *readings: Reading) -> tuple[int, bool]:
         """A pass begins.
 
         Args:
             now: The pass.
-            reading: Of the memory.
+            readings: Of the memory; where ranks divide the experts, of each rank's, in rank order.
 
         Returns:
             How many layers may be held during it; and whether the caller is to reset the peak, after layers have been
             moved.
         """
-        before = reading.allocated - self._bytes[self.held]
-        self._learn(reading)
-        seen = self.seen.setdefault(now.kind, Seen(reading.optimizer_steps))
-        held = self._allowed(now, before, reading, seen)
+        held_before = self._held_before(readings)
+        before = [r.allocated - self._bytes[held] for r, held in zip(readings, held_before, strict=True)]
+        steps = min(reading.optimizer_steps for reading in readings)
+        self._learn(readings, steps)
+        seen = self.seen.setdefault(now.kind, Seen(steps))
+        held = min(self._allowed(now, *device, seen) for device in zip(before, readings, strict=True))
         last = self._open
-        if last and last.now.kind == now.kind != "evaluation" and last.optimizer_steps == reading.optimizer_steps:
+        if last and last.now.kind == now.kind != "evaluation" and last.optimizer_steps == steps:
             held = min(held, self.held)
         taken = seen.held if held else seen.streamed
-        known = seen.whole and now.tokens <= taken.beyond.tokens and (taken.cycle.tokens or now.kind == "evaluation")
+        known = seen.whole and now.length.within(taken.beyond.length)
+        known = known and (taken.cycle.tokens > 0 or now.kind == "evaluation")
         same = last is not None and last.now.kind == now.kind and held == self.held
         self.held = held
         if last is not None and same and known:  # the peak goes on over passes of a kind
-            last.before, last.optimizer_steps = max(last.before, before), reading.optimizer_steps
+            last.before, last.optimizer_steps = list(map(max, last.before, before)), steps
             self._cycle = None
             return held, False
-        self._open = _Open(now, before, held, reading.optimizer_steps)
+        self._open = _Open(now, before, held, steps)
         if self._cycle is not None and self._cycle.held != held:  # it begins, or is another's from here on
             self._cycle = _Cycle(held, _ANY) if self._cycle.held < 0 else None
         return held, True
+
+    def _held_before(self, readings: Sequence[Reading]) -> list[int]:
+        """Layers on each device until now, which may be fewer than were allowed: one may have had no room after all."""
+        held = [self.held if reading.held is None else reading.held for reading in readings]
+        if min(held) != self.held:
+            self.moved(min(held))
+        if min(held) != max(held):
+            self.interrupted()
+        return held
 
     def moved(self, held: int) -> None:
         """Fewer layers are held than were allowed: the device had no room after all."""
@@ -239,48 +140,51 @@ class Controller:
         """The pass under way ran out of memory: what it took says nothing of others."""
         self._open = self._cycle = None
 
-    def _learn(self, reading: Reading) -> None:
+    def _learn(self, readings: Sequence[Reading], steps: int) -> None:
         """What the pass took that has ended, and those of its kind before it, if layers were the same."""
         done = self._open
         if done is None:
             return
         seen, evaluation = self.seen[done.now.kind], done.now.kind == "evaluation"
-        stepped = reading.optimizer_steps > done.optimizer_steps
+        stepped = steps > done.optimizer_steps
         if not evaluation and done.optimizer_steps == seen.since:
             self._cycle = _Cycle(-1, _ANY) if stepped else None
             return
-        taken, peak = seen.held if done.held else seen.streamed, reading.peak - self._bytes[done.held]
-        taken.beyond.learn(done.now.tokens if stepped or evaluation else 0, peak - done.before)
+        taken, peaks = seen.held if done.held else seen.streamed, [r.peak - self._bytes[done.held] for r in readings]
+        beyond = max(peak - before for peak, before in zip(peaks, done.before, strict=True))
+        taken.beyond.learn(done.now.length if stepped or evaluation else Length(), beyond)
         if not evaluation:
-            self._learn_cycle(done, peak, taken, stepped)
-        seen.before = max(seen.before, done.before)
+            self._learn_cycle(done, max(peaks), taken, stepped)
+        seen.before = max(seen.before, *done.before)
         seen.passes += 1
         # All passes between two steps of an optimizer have been seen, and what the second took.
-        seen.whole = seen.whole or (seen.passes >= 2 if evaluation else reading.optimizer_steps - seen.since >= 2)
+        seen.whole = seen.whole or (seen.passes >= 2 if evaluation else steps - seen.since >= 2)
 
     def _learn_cycle(self, done: _Open, peak: int, taken: Taken, stepped: bool) -> None:
         cycle = self._cycle
         if cycle is not None and cycle.held == done.held:
-            cycle.tokens, cycle.peak = min(cycle.tokens, done.now.tokens), max(cycle.peak, peak)
+            cycle.length, cycle.peak = cycle.length.shortest(done.now.length), max(cycle.peak, peak)
             if stepped:
-                taken.cycle.learn(cycle.tokens, cycle.peak)
+                taken.cycle.learn(cycle.length, cycle.peak)
         if stepped:
             self._cycle = _Cycle(-1, _ANY)
 
     def _allowed(self, now: Pass, before: int, reading: Reading, seen: Seen) -> int:
+        """How many layers one device has room for."""
         if not seen.whole:
             return 0
         room = (1 - RESERVE) * reading.limit - self._need(now, before, seen)
         fitting = sum(size <= room for size in self._bytes[1:])
         with_slack = sum(size <= room - _SLACK * reading.limit for size in self._bytes[1:])
-        return fitting if fitting < self.held else max(self.held, with_slack)
+        allowed = fitting if fitting < self.held else max(self.held, with_slack)
+        return allowed if reading.most is None else min(allowed, reading.most)
 
     def _need(self, now: Pass, before: int, seen: Seen) -> float:
         """Bytes that a pass takes at its peak, outside of the layers that stay.
 
         It is reckoned for the longest pass seen, so that shorter ones move nothing.
         """
-        longest = max(now.tokens, seen.streamed.beyond.tokens, seen.held.beyond.tokens)
+        longest = now.length.longest(seen.streamed.beyond.length).longest(seen.held.beyond.length)
         need = seen.need(longest, before, self._work)
         if now.kind == "evaluation":  # one that generates shows nothing of one that has a loss
             need = max(need, before + now.tokens * self._vocabulary * _LOGITS_WIDTH)

@@ -220,11 +220,17 @@ def fitting_chunk(
 def _kept(budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: int, tiers: Tiers) -> tuple[int, int]:
     """Bytes that all layers keep from their forward for backward, and those of one of them.
 
-    Experts keep the order of the rows beside their input (8 + 8 + 1 + 4 bytes a row, and ids and weights).
+    Experts keep the order of the rows beside their input (8 + 8 + 1 + 4 bytes a row, and ids and weights). Where ranks
+    divide them, other ranks' inputs come again with the gradients.
     """
     H = shape.hidden_size
     rows = 33 * shape.top_k if tiers.need_gpu else 0
-    in_experts = 4 * H + rows if budget.retain else 0 if budget.checkpointing else rows
+    if budget.retain:
+        in_experts = 4 * H + rows
+    elif budget.checkpointing:
+        in_experts = 0
+    else:
+        in_experts = rows  # the layer's input is what others keep
     in_layer = 2 * H if budget.checkpointing else budget.inner_bytes or 40 * H
     layers = min(_STASH, budget.layers) if budget.offloading else budget.layers
     # What is offloaded are tensors saved by autograd; experts keep theirs themselves.

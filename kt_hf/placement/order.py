@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KTAMXConfigError, KTAMXError
+from ..ranks import Ranks, of_all_ranks
 from ..system.files import as_path
 from ..system.json_fields import Field, read_json
 from .tiers import Tiers
@@ -106,6 +107,26 @@ def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) ->
             "experts on the GPU, or leave it out."
         )
     return placement
+
+
+def placement_of_first(ranks: Ranks | None, given: Placement | None) -> Placement | None:
+    """The placement that rank 0 was given, on every rank: experts go to GPUs in one order.
+
+    Args:
+        ranks: The processes, which call this together; None in a run of one.
+        given: On this rank.
+
+    Raises:
+        KTAMXError: Another rank has failed, or has ended.
+    """
+    if ranks is None:
+        return given
+    content: Any = None if given is None or ranks.rank else [list(given.order.items()), given.source, given.share]
+    first: Any = of_all_ranks(ranks, lambda: content)[0]
+    if first is None:
+        return None
+    order, source, share = first
+    return Placement({layer: tuple(experts) for layer, experts in order}, source, tuple(share))
 
 
 def _check_counts(counts: Mapping[Any, Any]) -> None:

@@ -25,7 +25,7 @@ from ..backends.quantizer import quantized_experts
 from ..config import KTConfig
 from ..experts.lora_tensors import optimizer_steps
 from ..quantized import PrequantizedExperts
-from ..ranks import Ranks
+from ..ranks import Ranks, least_of_all
 from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
@@ -33,7 +33,7 @@ from .backward_copies import share_backward
 from .choice import Machine, where_to_begin
 from .lora_device import LoraPlace
 from .memory_model import MemoryBudget, fitting_chunk
-from .order import Placement
+from .order import Placement, placement_of_first
 from .planner import TierPlan
 from .promotion import Promotion
 from .tiers import Tiers, spread
@@ -156,12 +156,15 @@ class Packer:
 
         Args:
             layers: Shape by layer index.
-            placement: Which experts go first; None for the first ones by id.
+            placement: Which experts go first; None for the first ones by id. Of several ranks, the first one's counts.
             budget: What must fit on the GPU beside them, where the numbers are planned.
 
         Raises:
             KTAMXConfigError: The placement is another model's.
+            KTAMXError: Another rank has failed, or has ended.
         """
+        if self.tiers is None or self.tiers.need_gpu:
+            placement = placement_of_first(self.ranks, placement)
         self.check_placement(layers, placement)
         budget = budget or MemoryBudget()
         if self.tiers is None:
@@ -170,9 +173,11 @@ class Packer:
             host_room = available_memory() if self.streamed else None
             tokens = budget.tokens or self.config.kt_max_len or _TOKENS
             budget_ = replace(self._with_lora(budget), tokens=tokens)
-            self.tiers, self.planned = where_to_begin(machine, self.config, shapes, budget_, popularity, host_room)
+            self.tiers, self.planned = where_to_begin(
+                machine, self.config, shapes, budget_, popularity, host_room, self.ranks
+            )
             if self.tiers.streamed:
-                self.promotion = Promotion(self.gpu_device, budget.vocabulary)
+                self.promotion = Promotion(self.gpu_device, budget.vocabulary, ranks=self.ranks)
         tiers, self.bits = self.tiers, budget.bits
         indices = sorted(layers)
         self._resident_layers = frozenset(indices[i] for i in spread(tiers.resident_layers, len(indices)))
@@ -184,7 +189,7 @@ class Packer:
         if not tiers.need_gpu:
             return
         self.placement, self.tokens = placement, budget.tokens or self.config.kt_max_len or _TOKENS
-        shapes, budget, free = list(layers.values()), self._with_lora(budget), free_device_memory(self.gpu_device)
+        shapes, budget, free = list(layers.values()), self._with_lora(budget), self._free()
         self._chunk_bytes = fitting_chunk(budget, max(shapes, key=expert_bytes), len(shapes), self.tokens, tiers, free)
         self.lora.learn(layers, tiers, budget, self.tokens, free)
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
@@ -202,9 +207,13 @@ class Packer:
             rank: LoRA rank.
             present: Bytes of LoRA and of experts that are on the GPU already.
         """
-        tokens, free = max(budget.tokens or 0, self.tokens), free_device_memory(self.gpu_device) + present
+        tokens, free = max(budget.tokens or 0, self.tokens), self._free(present)
         self.lora.learn(layers, self.tiers or _NO_GPU, self._with_lora(budget), tokens, free)
         self.lora.choose(rank)
+
+    def _free(self, present: int = 0) -> int:
+        """Bytes that are free on the GPU, `present` of experts counted as free; of the rank that has least."""
+        return least_of_all(self.ranks, lambda: free_device_memory(self.gpu_device) + present)
 
     def check_placement(self, layers: Mapping[int, ExpertShape], placement: Placement | None) -> None:
         """Refuse another model's placement, if it would be used.
@@ -243,7 +252,7 @@ class Packer:
         """
         if self._share is None:
             freed = -self._locked_bytes if self.streamed else self.cpu_bytes
-            self._share = share_backward(self.config, self.backend, self.saved, self.cpu_bytes, freed)
+            self._share = share_backward(self.config, self.backend, self.saved, self.cpu_bytes, freed, self.ranks)
 
         def on_cpu(weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape) -> ExpertsBackend:
             longest = self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape))

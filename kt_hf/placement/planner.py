@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from ..shapes import BF16, ExpertShape, expert_bytes
@@ -103,6 +104,22 @@ class MachineRates:
         """
         share = _WIDENING_4 if bits < 8 else _WIDENING_8
         return weights * (bits + BF16) / 8 / (share * self.gpu_bytes_per_s) if bits < BF16 else 0.0
+
+
+def slowest_rates(of_ranks: Sequence[Mapping[str, Any]]) -> MachineRates:
+    """The rates of the slowest: of each cost the most that a rank has measured, of each rate the least.
+
+    Args:
+        of_ranks: `MachineRates` of each rank as plain values (`dataclasses.asdict`).
+    """
+
+    def of(name: str) -> Any:
+        values = [rates[name] for rates in of_ranks]
+        if isinstance(values[0], Mapping):
+            return LinearCost(*(max(cost[term.name] for cost in values) for term in fields(LinearCost)))
+        return any(values) if isinstance(values[0], bool) else min(values)
+
+    return MachineRates(*(of(field.name) for field in fields(MachineRates)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 A run begins with every expert streamed from host memory. `Controller` learns what its passes take, and layers whose
 weights then stay on the GPU need no copies. The copy in host memory stays, so that memory can be given back at once.
 Results are the same to the bit.
+
+Where ranks divide the experts all of them meet when a pass begins, and one function of what all have said gives each
+the same answer. What one rank does alone is to give memory back at once when it runs out of it; the others follow with
+the next pass.
 """
 
 from __future__ import annotations
@@ -18,9 +22,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..backends.gpu.streamed import StreamedBackend
+from ..ranks import Ranks
 from ..shapes import ExpertShape
 from ..system.memory import DeviceMemory
-from .controller import Controller, Pass, Reading, Seen
+from .controller import Controller
+from .passes import Seen
+from .states import State, joint_pass, states_of_all
 from .tiers import spread
 
 logger = logging.getLogger(__name__)
@@ -53,6 +60,7 @@ class Promotion:
         device: The GPU.
         vocabulary: Logits of a token.
         memory: Of the device; None asks PyTorch.
+        ranks: The processes that the layers' experts are divided among; None in a run of one.
 
     Attributes:
         fixed: Whether layers stay where they are from now on.
@@ -60,16 +68,19 @@ class Promotion:
         controller: What was learned, and how many layers are held; None before the first pass.
     """
 
-    def __init__(self, device: torch.device, vocabulary: int = 0, memory: Memory | None = None) -> None:
+    def __init__(
+        self, device: torch.device, vocabulary: int = 0, memory: Memory | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.fixed = False
         self.resumed: Path | None = None
         self.controller: Controller | None = None
         self._device, self._vocabulary = device, vocabulary
-        self._memory = memory or DeviceMemory(device)
+        self._memory, self._ranks = memory or DeviceMemory(device), ranks
         self._layers: dict[int, StreamedBackend] = {}
         self._order: list[StreamedBackend] = []
         self._rank = 0
         self._most: int | None = None  # layers that the device had room for, where it had none for more
+        self._forgets = self._interrupted = False  # which the next pass begins with, on all ranks
         self._told = 0  # the most layers held so far, as the log says
         self._told_back = False  # whether it says that all were given back
         self._steps = StepTimes()
@@ -93,7 +104,7 @@ class Promotion:
 
     def forget(self) -> None:
         """Begin to learn anew: another optimizer, or another run."""
-        self._most = None
+        self._most, self._forgets = None, True
         if self.controller is not None:
             self.controller.forget()
 
@@ -105,6 +116,7 @@ class Promotion:
             seen: What passes took, by kind.
         """
         if self._layers:
+            self._forgets = False
             self._begun().seen.update(seen)
             self.hold(len(held))
 
@@ -129,9 +141,7 @@ class Promotion:
             return False
         self.release()
         self._memory.trim()
-        self._most = held - max(1, held // 4)
-        if self.controller is not None:
-            self.controller.interrupted()
+        self._most, self._interrupted = held - max(1, held // 4), True
         logger.warning(
             "kt_hf: the GPU ran out of memory in %s: the %d layers of experts there are streamed again, and it is "
             "computed once more. From the next pass on %d layers at most are held.", label, held, self._most,
@@ -173,30 +183,40 @@ class Promotion:
         """
         if self.fixed or not self._layers or layer_idx != min(self._layers):
             return
-        if not self._is_turn():
+        rank = self._layers[layer_idx].rank
+        if rank and self._rank and rank != self._rank:  # another adapter; without any it may be DPO's reference
+            self.forget()
+        self._rank = rank or self._rank
+        states = states_of_all(self._ranks, layer_idx, self._state(tokens, gradients, training, optimizer_steps))
+        if not all(state.is_turn for state in states):
             self.release()  # another model's passes take memory that this one's cannot tell from its own
             self.forget()
             return
-        controller, rank = self._begun(), self._layers[layer_idx].rank
-        if rank and self._rank and rank != self._rank:  # another adapter; without any it may be DPO's reference
+        controller = self._begun()
+        if any(state.forgets for state in states):
             controller.forget()
-        self._rank = rank or self._rank
+            self._most, states = None, [state._replace(most=-1) for state in states]
+        if any(state.interrupted for state in states):
+            controller.interrupted()
+        self._forgets = self._interrupted = False
         if training:
-            self._steps.begins(optimizer_steps, controller.held)
-        memory = self._memory
-        reading = Reading(memory.allocated(), memory.peak(), memory.limit(), optimizer_steps)
-        before = controller.held
-        count, fresh = controller.begins(Pass(gradients, training, tokens), reading)
-        if self._most is not None and count > self._most:
-            count = self._most
-            controller.moved(count)
-        if count != before:
+            self._steps.begins(optimizer_steps, len(self.held))
+        count, fresh = controller.begins(joint_pass(states), *(state.reading for state in states))
+        if count != len(self.held):
             self.hold(count)
-            self._tell(reading)
+            self._tell(self._memory.limit())
         if fresh:
             if count == 0:
-                memory.trim()
-            memory.reset_peak()
+                self._memory.trim()
+            self._memory.reset_peak()
+
+    def _state(self, tokens: int, gradients: bool, training: bool, optimizer_steps: int) -> State:
+        """This rank as a pass begins."""
+        memory, most = self._memory, -1 if self._most is None else self._most
+        return State(
+            tokens, gradients, training, self._is_turn(), self._forgets, self._interrupted, memory.allocated(),
+            memory.peak(), memory.limit(), optimizer_steps, len(self.held), most,
+        )  # fmt: skip
 
     def _is_turn(self) -> bool:
         """Whether the pass before on this device was this model's, or the first."""
@@ -219,10 +239,11 @@ class Promotion:
             self._order = [by_index[i] for i in spread(len(by_index), len(by_index))]
         return self._order
 
-    def _tell(self, reading: Reading) -> None:
-        """Log what changed: layers that come, and those that go for the first time."""
-        assert self.controller is not None
-        held, total = self.controller.held, len(self._layers)
+    def _tell(self, limit: int) -> None:
+        """Log what changed: layers that come, and those that go for the first time. Of several ranks the first does."""
+        if self._ranks is not None and self._ranks.rank:
+            return
+        held, total = len(self.held), len(self._layers)
         size = sum(layer.weights.nbytes for layer in self._ordered()[:held])
         news = held > self._told or (held == 0 and not self._told_back)
         level = logging.INFO if news else logging.DEBUG
@@ -230,7 +251,7 @@ class Promotion:
         logger.log(
             level,
             "kt_hf: %d of %d layers of experts are on the GPU now (%.1f GB of %.1f), the others streamed to it.",
-            held, total, size / GB, reading.limit / GB,
+            held, total, size / GB, limit / GB,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KTAMXConfigError, KTAMXError
+from ..ranks import of_all_ranks
 from ..system.files import write_json
 from ..system.json_fields import Field, read_json
-from .controller import Most, Seen, Taken
 from .packer import Packer
+from .passes import Most, Seen, Taken
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,13 @@ def read_run_placement(folder: Path) -> RunPlacement | None:
         raise KTAMXConfigError(f"{error} Delete the file: the run then begins with all experts streamed.") from error
 
 
+def _all_have(packer: Packer, recorded: RunPlacement | None, same: bool) -> bool:
+    """Whether all ranks have the same record, and it is of a run like theirs."""
+    digest = hashlib.sha256(repr(recorded).encode()).hexdigest() if same else ""
+    every = of_all_ranks(packer.ranks, lambda: digest)
+    return bool(digest) and len(set(every)) == 1
+
+
 def _seen(values: Field) -> Seen:
     """What passes of a kind took."""
     given = values.object()
@@ -98,8 +107,12 @@ def _seen(values: Field) -> Seen:
 
 def _taken(values: Field) -> Taken:
     given = values.object()
-    beyond, cycle = (given[name].object() for name in ("beyond", "cycle"))
-    return Taken(*(Most(most["tokens"].integer(least=0), most["size"].integer(least=0)) for most in (beyond, cycle)))
+    return Taken(*(_most(given[name].object()) for name in ("beyond", "cycle")))
+
+
+def _most(given: Any) -> Most:
+    tokens, gathered = given["tokens"].integer(least=0), given.get("gathered")  # which earlier records do not have
+    return Most(tokens, given["size"].integer(least=0), gathered.integer(least=0) if gathered else tokens)
 
 
 def begin_run(packer: Packer, step: Mapping[str, Any], fixed: bool) -> None:
@@ -123,7 +136,9 @@ def begin_run(packer: Packer, step: Mapping[str, Any], fixed: bool) -> None:
     promotion.release()
     promotion.forget()
     promotion.fixed = fixed
-    if recorded is not None and recorded.tiers == packer.tiers and recorded.step == step and not fixed:
+    same = recorded is not None and recorded.tiers == packer.tiers and recorded.step == step and not fixed
+    # A rank that cannot read the file learns anew, and so do all: what was learned is the same everywhere.
+    if _all_have(packer, recorded, same) and recorded is not None:
         promotion.restore(list(recorded.held), recorded.seen)
         if recorded.held:
             held = promotion.held

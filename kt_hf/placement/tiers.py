@@ -7,7 +7,7 @@ cost a second group of products in each. So some layers can be resident whole, b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..backends.gpu.grouped_mm import aligned
 from ..config import KTConfig
@@ -43,6 +43,10 @@ class Tiers:
     def on_cpu(self, experts: int) -> int:
         """Experts that the CPU computes, of a layer that has `experts` and is not resident whole."""
         return max(0, experts - self.on_gpu)
+
+    def of_rank(self, ranks: int) -> Tiers:
+        """The part of each of so many processes that a layer's experts are divided among."""
+        return replace(self, resident=-(-self.resident // ranks), streamed=-(-self.streamed // ranks))
 
     def __str__(self) -> str:
         if not self.resident_layers:

@@ -1,7 +1,8 @@
 """Several processes that train one model together: who is there, who owns which experts, and how they talk."""
 
+from .measured import least_of_all, of_all_ranks
 from .place import Kind, Place
 from .ranks import Ranks
 from .world import Share, World, current_world
 
-__all__ = ["Kind", "Place", "Ranks", "Share", "World", "current_world"]
+__all__ = ["Kind", "Place", "Ranks", "Share", "World", "current_world", "least_of_all", "of_all_ranks"]

@@ -65,6 +65,8 @@ class Ranks:
             KTAMXError: Of `place.error`: another rank has failed, is in another place, has ended or stands still. A
                 rank that gives `failure` gets no error of its own: it raises what it has.
         """
+        if failure is not None:
+            failure.__dict__["kt_told"] = True
         rows: list[list[int]] = []
         with self._noticing_loss(place, failure):
             received = torch.empty(self.size * _HEADER, dtype=torch.int64, device="cpu")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +35,27 @@ def refuse_parallel(model: nn.Module | None) -> None:
 
 def launch_command(processes: int) -> str:
     """The command that starts this program once for each GPU."""
+    if sys.argv and (sys.argv[0].endswith("kt-hf") or Path(sys.argv[0]).parent.name == "cli"):
+        rest = sys.argv[1:] if sys.argv[1:2] == ["train"] else ["train", "RUN.yaml"]
+        return shlex.join(["torchrun", "--nproc_per_node", str(max(processes, 2)), "-m", "kt_hf.cli", *rest])
     script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0].endswith(".py") else "SCRIPT.py"
     return f"torchrun --nproc_per_node {max(processes, 2)} {script} (or accelerate launch --multi_gpu {script})"
+
+
+def refuse_several_gpus(count: int) -> None:
+    """Refuse one process that several GPUs are shown to.
+
+    Args:
+        count: GPUs that it sees; of one or none nothing is said.
+
+    Raises:
+        KTAMXConfigError: Saying how a process is started for each.
+    """
+    if count > 1:
+        raise KTAMXConfigError(
+            f"The trainer sees {count} GPUs and would use nn.DataParallel, which cannot hold experts. Start a process "
+            f"for each GPU: {launch_command(count)}; or show this one a single GPU: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def refuse_parallel_trainer(model: nn.Module, gpus: int, args: Any) -> None:
@@ -49,11 +70,7 @@ def refuse_parallel_trainer(model: nn.Module, gpus: int, args: Any) -> None:
         KTAMXConfigError: Naming what is refused, and what is to be done instead.
     """
     if isinstance(model, nn.DataParallel) or gpus > 1:
-        count = max(gpus, torch.cuda.device_count())
-        raise KTAMXConfigError(
-            f"The trainer sees {count} GPUs and would use nn.DataParallel, which cannot hold experts. Start a process "
-            f"for each GPU: {launch_command(count)}; or show this one a single GPU: CUDA_VISIBLE_DEVICES=0."
-        )
+        refuse_several_gpus(max(gpus, torch.cuda.device_count()))
     if args.world_size <= 1:
         return
     for name, why in _UNTRIED.items():

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 from packaging.version import Version
 
+from ..ranks import Ranks, current_world, of_all_ranks
+
 # Oldest versions for training, besides those that importing kt_hf checks.
 TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.0", "matplotlib": "3.8"}
 KERNEL = "0.7.2"
@@ -37,8 +39,37 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are shown. Takes some seconds: each self-test is a process."""
-    return [*_cpu(), *_kernel(), *_memory(), *_gpu(), *_versions(), *_self_tests()]
+    """All findings, in the order in which they are shown. Takes some seconds: each self-test is a process.
+
+    Of several processes that a launcher has started all call this: the first examines, the others tell it what they
+    have, and get no findings.
+
+    Raises:
+        KTAMXError: The processes cannot meet.
+    """
+    together = list(_processes())
+    if current_world().rank:
+        return []
+    return [*_cpu(), *_kernel(), *_memory(), *_gpu(), *together, *_versions(), *_self_tests()]
+
+
+def _processes() -> Iterator[Finding]:
+    """What processes that were started together have of the machine."""
+    from ..system.cpu import plan_threads
+    from ..system.gpu import experts_device
+    from ..system.memory import available_memory
+
+    world = current_world()
+    if world.size == 1:
+        return
+    every = of_all_ranks(
+        Ranks(world),
+        lambda: [str(plan_threads()), f"{available_memory() / 2**30:.1f} GiB", str(experts_device() or "no GPU")],
+    )
+    backend = "nccl" if experts_device() is not None else "gloo"
+    yield Finding("processes", "world", f"{world.size} processes, {world.local_size} of this host, by {backend}", True)
+    for rank, (threads, memory, device) in enumerate(every):
+        yield Finding("processes", f"rank {rank}", f"{threads}; {memory} of host memory; {device}")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -91,6 +122,8 @@ def _memory() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
+    from ..system.parallel import launch_command
+
     if not torch.cuda.is_available():
         built = torch.version.cuda
         yield Finding(
@@ -105,7 +138,8 @@ def _gpu() -> Iterator[Finding]:
     if torch.cuda.device_count() > 1:
         yield Finding(
             "GPU", "count", str(torch.cuda.device_count()), None,
-            "one is used: CUDA_VISIBLE_DEVICES=0 keeps the trainer from DataParallel",
+            "" if current_world().size > 1 else f"one is used, as CUDA_VISIBLE_DEVICES=0 says to trainers. For all: "
+            f"{launch_command(torch.cuda.device_count())}",
         )  # fmt: skip
     to_gpu, back = pcie_speed()
     yield Finding("GPU", "copies", f"{to_gpu:.1f} GB/s to the GPU, {back:.1f} GB/s back (pinned)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..placement import Placement, count_experts, read_placement
 from ..placement.memory_model import MemoryBudget
 from ..placement.record import read_run_placement
 from ..placement.tiers import is_auto
+from ..ranks import Ranks, current_world, of_all_ranks
 from ..system import gpu
 from .config.settings import TrainSettings
 
@@ -87,7 +89,12 @@ class ProfileRun:
         """By the routers of `model`, still unpatched, over the first rows."""
         if self.console.is_terminal:
             self.console.print("Counting which experts the data use most")
-        return Placement.by_use(count_experts(model, self.batches()))
+        world = current_world()
+        counts = count_experts(model, itertools.islice(self.batches(), world.rank, None, world.size))
+        ranks = Ranks(world) if world.size > 1 else None  # each counts a part of the rows
+        every = of_all_ranks(ranks, lambda: {str(layer): count.tolist() for layer, count in counts.items()})
+        of_layer = {layer: torch.tensor([one[str(layer)] for one in every]) for layer in counts}
+        return Placement.by_use({layer: count.sum(0) for layer, count in of_layer.items()})
 
     def batches(self) -> Iterator[Tensor]:
         """Token ids of the first rows, one row at a time, as long as training would see them.

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from ..adapters import check_checkpoint
+from ..adapters.whole import ranks_of
 from ..errors import KTAMXError
 from ..monitoring.accumulation import streams_experts
 from ..placement import packer_of
+from ..ranks import of_all_ranks
 from .folding_rules import Split, draw_rows, over_pairs, padded_tokens, row_lengths, whole_batches, why_not
 from .start_values import StartValues
 from .stopping import checkpoint_of
+from .together import meet_after, was_told
 from .trial_step import Trial, forget_step, is_out_of_memory, try_step
 
 _PADDING = 0.1  # of the tokens, that folding may add
@@ -79,7 +83,7 @@ class Folding(TrainerCallback):
             return
         reason = why_not(self._trainer)
         factors = [] if reason else self._allowed(kept)
-        self._take(factors)
+        self._take(sorted(set.intersection(*map(set, self._of_all(factors))), reverse=True))
         self._on_trial = kept is None and self.factor > 1
         if not factors:
             self._say(
@@ -89,6 +93,10 @@ class Folding(TrainerCallback):
         elif kept is not None:
             was = "as" if self.factor == kept else f"not {before} as"
             self._say(f"{self.written} rows a step are computed as {self._split}, {was} in the checkpoint.")
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """What each rank has; in a run of one process, its own."""
+        return of_all_ranks(ranks_of(self._trainer.model), lambda: value)
 
     @property
     def _split(self) -> Split:
@@ -116,7 +124,7 @@ class Folding(TrainerCallback):
             for f, added in self._padding.items()
             if (kept is None or f <= kept)
             and (added < _PADDING or f == kept)
-            and whole_batches(trainer.args, written, f, rows, pairs)
+            and whole_batches(trainer.args, written, f, rows, pairs, trainer.args.world_size)
         ]
 
     def _no_factor(self) -> str:
@@ -196,10 +204,15 @@ class Folding(TrainerCallback):
             except _Again:
                 pass
             except Exception as error:
-                if self.factor == 1 or not is_out_of_memory(error):
+                several = self._trainer.args.world_size > 1
+                if self.factor == 1 or not is_out_of_memory(error) or (several and not was_told(error)):
                     raise
                 short = True
-                if (resume := self._last(resume)) is None and self._start is None and self._trainer.state.global_step:
+                meet_after(self._trainer.model, None)
+                last, start = self._last(resume), self._start is not None
+                every = self._of_all([str(last) if last else None, start])
+                resume = Path(every[0][0]) if every[0][0] else None  # by rank 0, which writes them
+                if resume is None and not all(one[1] for one in every) and self._trainer.state.global_step:
                     raise  # the disk had no room for what the run began with
             if short:  # out of the handler, whose error holds the batch in memory
                 self._halve(resume)
@@ -231,6 +244,8 @@ class Folding(TrainerCallback):
         """Let go what a `train` that did not end has left: gradients, the optimizer, layers on the GPU, sums to log."""
         trainer = self._trainer
         trainer.optimizer = trainer.lr_scheduler = None
+        if isinstance(trainer.model_wrapped, DistributedDataParallel):
+            trainer.model_wrapped = trainer.model  # DDP waits for the gradients that a backward did not come to
         trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
         trainer.accelerator.free_memory()
         for values in trainer._metrics.values():

@@ -87,8 +87,6 @@ def why_not(trainer: Any) -> str | None:
     args = trainer.args
     if getattr(trainer, "_is_vision_dataset", False):
         return "the rows have images, whose tokens are counted when their batch is made"
-    if args.world_size > 1:
-        return f"{args.world_size} processes part the rows of a step among them"
     if args.full_determinism:
         return "full_determinism leaves batches as they are written"
     if args.auto_find_batch_size:
@@ -111,6 +109,8 @@ def why_not(trainer: Any) -> str | None:
         return f"loss_type={other[0]} looks at all pairs of a batch" if other else None
     if args.loss_type not in _OVER_TOKENS or not trainer.model_accepts_loss_kwargs:
         return f"loss_type={args.loss_type} is no sum over the tokens of a step"
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        return "average_tokens_across_devices=False weighs a token by how many others its process has in the step"
     if trainer.padding_free and "flash" not in str(trainer.model.config._attn_implementation):
         return "packed rows end to end take attention over the whole batch without flash attention"
     return None
@@ -124,8 +124,11 @@ def over_pairs(trainer: Any) -> bool:
     return type(trainer) in (DPOTrainer, RewardTrainer)
 
 
-def whole_batches(args: Any, written: Split, factor: int, rows: int, pairs: bool) -> bool:
+def whole_batches(args: Any, written: Split, factor: int, rows: int, pairs: bool, processes: int = 1) -> bool:
     """Whether an epoch's last step, which may have fewer rows, has the same rows and the same loss when it is folded.
+
+    Where several processes part the rows, accelerate fills the last batches up with rows of the begin: it has to have
+    none to fill.
 
     Args:
         args: The trainer's arguments.
@@ -134,12 +137,16 @@ def whole_batches(args: Any, written: Split, factor: int, rows: int, pairs: bool
         rows: Of the training data.
         pairs: Whether the loss is a mean over each batch's rows, and the step's the mean of those: then its batches
             have to be equally large. A sum over tokens has the weights of the whole step.
+        processes: That part the rows of a step among them, batch by batch.
     """
-    batch, larger = written.per_device_train_batch_size, written.per_device_train_batch_size * factor
-    if 0 < args.max_steps * written.rows <= rows:
+    batch = written.per_device_train_batch_size * processes
+    larger = batch * factor
+    if 0 < args.max_steps * written.rows * processes <= rows:
         return True  # no epoch ends
     if args.dataloader_drop_last:
         return rows % larger == rows % batch
+    if processes > 1:
+        return rows % larger == 0
     last = rows % written.rows
     return not pairs or all(last % size == 0 or last < size for size in (batch, larger))
 

@@ -57,6 +57,11 @@ class Estimate:
     budget: MemoryBudget = field(default_factory=MemoryBudget)  # the model outside of its experts, and its steps
 
     @property
+    def ranks(self) -> int:
+        """Processes of the run, of one of which this is."""
+        return self.sizes.ranks if self.sizes else 1
+
+    @property
     def host_total(self) -> int:
         """Bytes of host memory at the peak."""
         return sum(self.host.values())
@@ -80,6 +85,7 @@ class Estimate:
             "fits": self.fits, "advice": self.advice, "tokens_per_batch": self.tokens,
             "shared_backward_weights": self.shared_backward, "host_total_otherwise": self.host_total_otherwise,
             "assumed_plan": dataclasses.asdict(self.plan) if self.plan else None,
+            "ranks": self.ranks, "host_total_of_all_ranks": self.ranks * self.host_total,
         }  # fmt: skip
 
 
@@ -120,14 +126,16 @@ class _Placed:
 def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: int | None, memory: Estimate) -> _Placed:
     """Where a run on a GPU has its experts; a plan by assumed rates is noted in `memory`."""
     shape, layers, T, free = shape_of(m), m.expert_layers, memory.tokens, ASSUMED_GPU if gpu_free is None else gpu_free
-    budget, asked, lora = memory.budget, asked_for(s.kt, [shape_of(m)], has_gpu=True), s.kt.kt_moe_lora_device
+    budget, lora = memory.budget, s.kt.kt_moe_lora_device
+    whole = dataclasses.replace(shape, num_experts=shape.num_experts * m.ranks, ranks=1)
+    asked = asked_for(s.kt, [whole], has_gpu=True)
 
     def on_gpu(tiers: Tiers) -> int:
         room = free - CUDA_CONTEXT
         return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, budget, T, room).on_gpu
 
     if asked is not None:
-        return _Placed(asked, 0, on_gpu(asked))
+        return _Placed(asked.of_rank(m.ranks), 0, on_gpu(asked.of_rank(m.ranks)))
     with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if lora == "gpu" else 0)
     rates, room = assumed_rates(shape), with_lora.free_for_experts(free, T, shape)
     plan = plan_tiers(rates, shape, layers, T, room, bits=budget.bits)
@@ -254,7 +262,8 @@ def shape_of(m: ModelSizes) -> ExpertShape:
     Args:
         m: Of the model.
     """
-    return ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate, PLAIN if m.gated else Gate("relu2", gated=False))
+    gate = PLAIN if m.gated else Gate("relu2", gated=False)
+    return ExpertShape(m.experts, m.top_k, m.hidden, m.intermediate, gate, ranks=m.ranks)
 
 
 def _width(s: TrainSettings) -> int:
@@ -318,14 +327,16 @@ def expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) ->
         T = min(T, s.kt.kt_max_len)
     rows = T * m.top_k
     kept_layers = m.expert_layers if s.kt.kt_expert_activations == "retain" or not s.checkpointing else 1
-    kept = rows * (3 * m.intermediate + m.hidden) * 2 + T * m.hidden * 2
+    own = T * m.hidden * 2  # hidden states of this rank's tokens; those of all are there in one layer at a time
+    kept = rows * (3 * m.intermediate + m.hidden) * 2 + own
     if s.checkpointing and s.kt.kt_expert_activations == "retain":
-        kept += 2 * T * m.hidden * 2  # input and output, for the recompute
+        kept += 2 * own  # input and output, for the recompute
+    gathered = 2 * (m.ranks - 1) * own
     if not kernel:
         work = rows * (4 * m.hidden + 6 * m.intermediate) * 2
-        return kept_layers * kept + work
+        return kept_layers * kept + work + gathered
     padded = rows + _ROWS_PER_EXPERT * m.experts
-    work = padded * (8 * m.hidden + 12 * m.intermediate) * 2
+    work = gathered + padded * (8 * m.hidden + 12 * m.intermediate) * 2
     work += m.lora_experts // m.expert_layers * 4 + rows * s.run.lora_rank * 240
     return kept_layers * kept + work
 

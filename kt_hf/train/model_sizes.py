@@ -28,6 +28,8 @@ class ModelSizes:
         expert_parameters: In routed experts, all layers.
         other_parameters: Everywhere else, experts' biases too: they stay on the GPU where experts are streamed.
         linear_parameters: Of those, in linear layers that `quantization_bit` is for.
+        ranks: Processes that the experts are divided among; `experts`, `expert_parameters` and `lora_experts` are then
+            of one of them.
         lora_experts: LoRA parameters on experts.
         lora_others: LoRA parameters elsewhere.
         vocabulary: V.
@@ -55,6 +57,7 @@ class ModelSizes:
     bits: float = BF16
     linear_parameters: int = 0
     gated: bool = True
+    ranks: int = 1
 
     def rest_bytes(self, width: int, keys: RunKeys) -> int:
         """Bytes of the weights outside of routed experts.
@@ -78,6 +81,7 @@ class ModelSizes:
             experts=self.experts // ranks,
             expert_parameters=self.expert_parameters // ranks,
             lora_experts=self.lora_experts // ranks,
+            ranks=ranks,
         )
 
 

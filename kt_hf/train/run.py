@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import KTAMXConfigError
 from ..placement.assembly import training_as
 from ..ranks import current_world
+from ..system.parallel import refuse_several_gpus
 from ..system.text import printable
 from .checkpoints import clear_earlier_run
 from .config.read import on_this_machine
@@ -57,7 +59,7 @@ from .rewards import reward_functions
 from .start_adapter import check_start, put_adapter
 from .stopping import Interrupted, StopOnSignal, checkpoint_of
 from .targets import check_targets, lora_config
-from .together import console_of_rank, is_first
+from .together import console_of_rank, first_of_host_first, is_first, told_once
 from .trainers import loraplus, make_trainer
 
 
@@ -74,7 +76,10 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     try:
         if first:
             lock.take(create=False)
-        ready = _prepare(settings, console)
+        with told_once(), first_of_host_first():
+            ready = _prepare(settings, console)
+        with told_once():
+            _try_out(settings, ready, console)
         if first:
             lock.take()
         return _train(settings, ready, console)
@@ -101,6 +106,8 @@ class _Ready:
 def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     """Everything that can be wrong is found before weights are loaded or anything is written."""
     keys = settings.run
+    if keys.use_kt and current_world().size == 1 and not settings.trainer.get("use_cpu"):
+        refuse_several_gpus(torch.cuda.device_count())
     _print_notes(console, settings.notices)
     resume, content = find_checkpoint(settings), record(settings)
     if resume:
@@ -134,14 +141,19 @@ def _prepare(settings: TrainSettings, console: Console) -> _Ready:
     _print_notes(console, [note for data in (train_data, eval_data) if data for note in data.notes])
     options = {key: value for key, value in options.items() if key not in IN_THE_LABELS}
     _check_batch(options, len(train_data.dataset))
-    one = example(train_data) if processor else train_data.dataset.select([0])
-    try_out(settings, options, tokenizer, one, rewards)
-    if not memory.fits:
-        advice = "; ".join(memory.advice)
-        _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
     return _Ready(
         config, processor or tokenizer, train_data, eval_data, options, memory, resume, content, rank, rewards
     )
+
+
+def _try_out(settings: TrainSettings, ready: _Ready, console: Console) -> None:
+    """What TRL refuses is refused before weights are loaded, too; all processes of a run try it together."""
+    tokenizer, data, memory = getattr(ready.tokenizer, "tokenizer", None), ready.train_data, ready.memory
+    one = data.dataset.select([0]) if tokenizer is None else example(data)
+    try_out(settings, ready.options, tokenizer or ready.tokenizer, one, ready.rewards)
+    if not memory.fits:
+        advice = "; ".join(memory.advice)
+        _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
 
 
 def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str, Any]:
@@ -223,7 +235,6 @@ def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estim
     Raises:
         KTAMXError: The model has no experts of a known kind, or the backend asked for does not run here.
     """
-    import torch
 
     from ..backends import choose_backend
     from ..shapes import ExpertShape

@@ -17,14 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from ..adapters.whole import ranks_of
 from ..backends import CALL_LOCK
 from ..backends.buffer_pool import BUFFER_POOL
+from ..errors import KTAMXError
 from ..experts.layer import kt_layers
+from ..ranks import of_all_ranks
 from ..system.memory import free_device_memory
+from .together import meet_after, was_told
 
 _ROOM = 0.05  # of the memory that PyTorch may take, to be left free: batches of other lengths do not fit as snugly
 _GB = 1e9
+_GATHERS = "gather", "gather_for_metrics"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,10 @@ class Trial:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU had no memory left, in the words of PyTorch or of the libraries that it calls."""
+    """Whether a GPU had no memory left, in the words of PyTorch or of the libraries that it calls; perhaps of another
+    rank, which has told this one."""
+    if isinstance(error, KTAMXError):
+        return was_told(error) and ("OutOfMemoryError: " in str(error) or "STATUS_ALLOC_FAILED" in str(error))
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "STATUS_ALLOC_FAILED" in str(error)
     )
@@ -57,10 +66,10 @@ def try_step(trainer: Any, loader: Any, rows: Sequence[int], accumulates: bool) 
         accumulates: Whether the run's steps have several such batches, so that gradients are there beside them.
 
     Returns:
-        Whether it fits. On the CPU it does unless something raised `torch.OutOfMemoryError`.
+        Whether it fits, on all ranks. On the CPU it does unless something raised `torch.OutOfMemoryError`.
     """
-    device, failed = trainer.args.device, False
-    with _put_back(trainer):
+    device, failed, failure = trainer.args.device, False, None
+    with _put_back(trainer), _by_itself(trainer):
         free, allocated = free_device_memory(device), _begin_peak(device)
         try:
             batch = loader.collate_fn([loader.dataset[row] for row in rows])
@@ -71,14 +80,50 @@ def try_step(trainer: Any, loader: Any, rows: Sequence[int], accumulates: bool) 
             if not is_out_of_memory(error):
                 raise
             failed = True
+            if not isinstance(error, KTAMXError):  # a copy of it, which holds no batch in memory
+                failure = torch.OutOfMemoryError(str(error))
+        meet_after(trainer.model, failure)
         if failed:
-            return Trial(False, "ran out of memory")
-        if device.type != "cuda":
-            return Trial(True, "")
-        torch.cuda.synchronize(device)
-        taken = torch.cuda.max_memory_allocated(device) - allocated + _later(trainer, accumulates)
-        fits, most = leaves_room(taken, free, allocated), free + allocated
-        return Trial(fits, f"{'took' if fits else 'would take'} {(allocated + taken) / _GB:.1f} of {most / _GB:.1f} GB")
+            trial = Trial(False, "ran out of memory")
+        elif device.type != "cuda":
+            trial = Trial(True, "")
+        else:
+            torch.cuda.synchronize(device)
+            trial = _measured(trainer, accumulates, free, allocated)
+        return _of_all(trainer.model, trial)
+
+
+def _measured(trainer: Any, accumulates: bool, free: int, allocated: int) -> Trial:
+    """Whether a step whose peak the allocator knows leaves room."""
+    taken = torch.cuda.max_memory_allocated(trainer.args.device) - allocated + _later(trainer, accumulates)
+    fits, most = leaves_room(taken, free, allocated), free + allocated
+    return Trial(fits, f"{'took' if fits else 'would take'} {(allocated + taken) / _GB:.1f} of {most / _GB:.1f} GB")
+
+
+def _of_all(model: Any, trial: Trial) -> Trial:
+    """What came of it on all ranks: it fits where it fits on all, and is told of the first on which it does not."""
+    every = [Trial(**one) for one in of_all_ranks(ranks_of(model), lambda: vars(trial))]
+    return next((one for one in every if not one.fits), every[0])
+
+
+@contextmanager
+def _by_itself(trainer: Any) -> Iterator[None]:
+    """While this is open ranks meet in the experts' layers alone, where one that fails can tell the others.
+
+    They would wait for it in DDP's exchange of gradients, and where TRL's trainers gather what they log.
+    """
+    wrapped, accelerator = trainer.model_wrapped, trainer.accelerator
+    if not isinstance(wrapped, DistributedDataParallel):
+        yield
+        return
+    with wrapped.no_sync():
+        for name in _GATHERS:
+            setattr(accelerator, name, lambda values, *_, **__: values)
+        try:
+            yield
+        finally:
+            for name in _GATHERS:
+                delattr(accelerator, name)
 
 
 def leaves_room(taken: int, free: int, allocated: int) -> bool:

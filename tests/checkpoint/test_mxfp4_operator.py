@@ -41,7 +41,7 @@ def backends(model: Any) -> set[str]:
 
 
 def route_alike(model: Any) -> None:
-    """Routers choose by token and layer alone: one choice that rounding turns is more than all of the operators' own."""
+    """Routers choose by token and layer alone: a choice that rounding turns is more than all of the operators' own."""
 
     def chosen(layer: int) -> Any:
         def hook(_: Any, __: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

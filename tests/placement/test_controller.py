@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kt_hf.placement.controller import RESERVE, Controller, Pass, Reading
+from kt_hf.placement.controller import RESERVE, Controller
+from kt_hf.placement.passes import Pass, Reading
 
 MB = 2**20
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from kt_hf import KTAMXConfigError
 from kt_hf.adapters import check_checkpoint
 from kt_hf.train.stopping import Interrupted, StopOnSignal
 from tests.support.ranks import on_ranks, relative, results
@@ -39,7 +40,9 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     assert "2, each with a part of every layer's experts" in printed
     assert not silent.strip()
     assert first["loss"] == second["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert "(0: 0 to 1, 1: 2 to 3)" in printed
     assert first["processes"] == 2
+    assert first["experts_of_processes"] == [(0, 2), (2, 4)]
     assert first["tokens"] == second["tokens"]
     adapters = [load_file(tmp_path / name / "out" / ADAPTER) for name in ("one", "two")]
     # B begins at zero, and AdamW's first steps are as large for the smallest gradients, rounding and all.
@@ -48,6 +51,26 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     assert not list((tmp_path / "two" / "out").glob(".kt_hf.lock"))
     summary = json.loads(next((tmp_path / "two" / "out").glob("*summary*.json")).read_text())
     assert summary["processes"] == 2
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_told_once(tmp_path: Path) -> None:
+    """By the first that has it; a row that only one process cannot read ends the others as well."""
+    runs = runs_in(tmp_path, save_model(tmp_path / "model"))
+
+    (tmp_path / "bad.jsonl").write_text('{"instruction": 1}\n')
+
+    def refused(file: str) -> str:
+        with pytest.raises(KTAMXConfigError) as error:
+            runs.again(f"dataset={tmp_path / file}")
+        return str(error.value)
+
+    every = results(on_ranks(2, lambda rank: refused(["data.jsonl", "bad.jsonl"][rank]), timeout=60))
+    assert every[0] == "process 0 ends with process 1, which says why"
+    assert "bad.jsonl" in every[1]
+    every = results(on_ranks(2, lambda rank: refused("bad.jsonl"), timeout=60))
+    assert "bad.jsonl" in every[0]
+    assert every[1] == "process 1 ends with process 0, which says why"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Scripts that may end their process, each in a fork of one that has imported the heavy libraries: `forked(scripts)`."""
+"""Scripts that may end their process, each in a fork of one that has imported the heavy libraries."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ OF_OUR_OWN_RUN = (
     # auto_find_batch_size, and what it leaves of a run.
     "trainer.args.per_device_train_batch_size", "trainer.args.gradient_accumulation_steps", "trainer._train_batch_size",
     "trainer.current_gradient_accumulation_steps", "trainer.lr_scheduler", "trainer.callback_handler.optimizer",
-    "trainer.callback_handler.lr_scheduler", "trainer._total_train_tokens",
+    "trainer.callback_handler.lr_scheduler", "trainer._total_train_tokens", "trainer.model_wrapped",
 )  # fmt: skip
 # With several processes, and only where the user left it open: by the Trainer's own default DDP looks for parameters
 # without a gradient, which reentrant checkpointing answers with "marked ready only once".
