@@ -108,12 +108,12 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
     targets = _target_names(model, keys)
     projections = len(layers[0].projections if targets is None else set(layers[0].projections) & targets)
     others = [m for name, m in _linears(model) if targets is None or name.rsplit(".", 1)[-1] in targets]
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or H // heads
+    heads = _largest(text, "num_attention_heads")
+    head = _largest(text, "head_dim") or H // heads
     latent = getattr(text, "kv_lora_rank", None)
     if latent:
         head = max(text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim)
-    kv = latent + text.qk_rope_head_dim if latent else 2 * head * text.num_key_value_heads
+    kv = latent + text.qk_rope_head_dim if latent else 2 * head * _largest(text, "num_key_value_heads")
     return ModelSizes(
         expert_layers=len(layers),
         experts=E,
@@ -133,6 +133,12 @@ def model_sizes(config: Any, keys: RunKeys, model: Any = None) -> ModelSizes:
         linear_parameters=sum(m.weight.numel() for _, m in _linears(model)),
         gated=layers[0].gate.gated,
     )
+
+
+def _largest(text: Any, name: str) -> Any:
+    """A field's value, the largest of those of layers that differ in it (Gemma 4); None if there is none."""
+    layers = getattr(text, "per_layer_config", None) or (text,)
+    return max((value for layer in layers if (value := getattr(layer, name, None))), default=None)
 
 
 def _bits(config: Any, asked: str) -> float:

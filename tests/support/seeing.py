@@ -35,6 +35,10 @@ def save_seeing(family: str, folder: Path) -> Path:
         config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
         config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
     else:
+        sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"patch_size": 4, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 256}
+        vision = transformers.Gemma4VisionConfig(**sizes)
+        config = transformers.Gemma4Config(text_config=config, vision_config=vision, audio_config=None)
         config.image_token_id, config.boi_token_id, config.eoi_token_id = (ids[word] for word in extra[:3])
     text = config.get_text_config()
     text.vocab_size = len(words) + 4
@@ -56,7 +60,15 @@ def _qwen(words: Any) -> Any:
 
 
 def _gemma(words: Any) -> Any:
-    raise NotImplementedError
+    names = ("image_token", "boi_token", "eoi_token", "audio_token", "video_token", "boa_token", "eoa_token")
+    named = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer, eos_token=words.eos_token, pad_token=words.pad_token,
+        extra_special_tokens=dict(zip(names, _GEMMA, strict=True)),
+    )  # fmt: skip
+    image = transformers.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70)
+    video = transformers.Gemma4VideoProcessor(patch_size=4, max_soft_tokens=70)
+    audio, template = transformers.Gemma4AudioFeatureExtractor(), _TEMPLATE.replace("IMAGE", "<|image|>")
+    return transformers.Gemma4Processor(audio, image, named, video, chat_template=template, image_seq_length=70)
 
 
 def images_in(folder: Path, count: int) -> list[str]:

@@ -282,3 +282,12 @@ def test_experts_of_other_forms(family: str, matrices: int) -> None:
     assert sizes.other_parameters == sum(p.numel() for p in model.parameters()) - sum(routed)
     assert shape_of(sizes).num_weights * sizes.expert_layers == sum(routed)
     assert len(shape_of(sizes).projections) == matrices
+
+
+def test_layers_that_differ_in_their_heads() -> None:
+    """Gemma 4's: the largest counts; asking for one of all layers is an error there."""
+    model, config = tiny("gemma4"), config_of("gemma4")
+    config.architectures = [type(model).__name__]
+    widths = {p.shape[0] for name, p in model.named_parameters() if name.endswith("q_proj.weight")}
+    assert len(widths) > 1
+    assert model_sizes(config, KEYS).attention_width == max(widths)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from kt_hf import KTAMXConfigError, apply_kt_moe
@@ -69,12 +70,31 @@ def test_trains_and_loads(seeing: Path, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
     assert summary["eval_loss"] < losses[0]
-    model = apply_kt_moe(AutoModelForImageTextToText.from_pretrained(seeing, dtype=torch.float32), make_config("torch"))
-    assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
-    model = PeftModel.from_pretrained(model, tmp_path / "out")
-    lora = [name for name, _ in model.named_parameters() if "lora_" in name]
+    _reloads(seeing, tmp_path / "out", "Qwen3VLMoeForConditionalGeneration")
+
+
+def _reloads(base: Path, adapter: Path, kind: str) -> None:
+    model = apply_kt_moe(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), make_config("torch"))
+    assert type(model).__name__ == kind
+    model = PeftModel.from_pretrained(model, adapter)
+    lora = {name: p for name, p in model.named_parameters() if "lora_" in name}
     assert lora
-    assert not [name for name in lora if "visual" in name]
+    assert not [name for name in lora if "visual" in name or "vision" in name]
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert len(saved) == len(lora)
+    assert all(torch.equal(saved[name.replace(".default", "")], p) for name, p in lora.items())
+
+
+@pytest.mark.slow
+def test_gemma_4(tmp_path: Path) -> None:
+    """Whose layers differ in their heads, which the estimate before it has to read."""
+    names, base = images_in(tmp_path, 2), save_seeing("gemma4", tmp_path / "base")
+    _, text = trained(tmp_path, base, [FORMS["parts"](name) for name in names] * 2)
+    assert "The first example, with 1 images" in text
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    _reloads(base, tmp_path / "out", "Gemma4ForConditionalGeneration")
 
 
 def test_the_tower_is_trained_as_it_is_named(seeing: Path, tmp_path: Path) -> None:
