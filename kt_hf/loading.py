@@ -21,7 +21,7 @@ from torch import nn
 from .backends import LOW_BIT
 from .backends.packed import PackedMatrices
 from .backends.quantizer import EXPERT_BITS
-from .bitsandbytes_rest import for_rest, keep_trainable, saved_bytes
+from .bitsandbytes_rest import for_rest, saved_bytes
 from .checkpoint.expert_index import ExpertCheckpoint
 from .checkpoint.hub import checkpoint_folder
 from .checkpoint.model_rest import NoExperts, Source, checked_dtype, load_rest
@@ -209,7 +209,6 @@ def _load_experts(model: Any, packer: Packer, checkpoint: ExpertCheckpoint, cons
         saved.check_model(model)
     sites = [_experts_site(model, name, checkpoint) for name in checkpoint.layers]
     model.requires_grad_(False)
-    keep_trainable(model)
     jobs = [
         (site, packer.low_bit_experts(owned_shape(site, packer.ranks), layer_index(site.name, i)))
         for i, site in enumerate(sites)

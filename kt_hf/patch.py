@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .adapters import load_adapter, open_adapter
 from .backends import KEPT, ExpertWeights, PackedLayerFiles
 from .backends.quantizer import EXPERT_BITS
-from .bitsandbytes_rest import keep_trainable
 from .checkpoint.fingerprint import fingerprint
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, base_model, by_layer, find_experts, layer_index
@@ -33,6 +32,7 @@ from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
 from .ranks import Ranks, Share, current_world
 from .shapes import ExpertShape
+from .system.bitsandbytes_cpu import keep_trainable
 from .system.parallel import refuse_parallel
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,6 @@ def apply_kt_moe(
     lora_on_experts = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
         model.requires_grad_(False)
-    keep_trainable(base)
     saved = packer.saved
     layers = replace_experts(
         base,
@@ -175,8 +174,8 @@ def replace_experts(
 ) -> list[KTExperts]:
     """Put `KTExperts` in the place of each experts module of a model, one after the other.
 
-    Also sets the model's `_kt_wrappers`, `_kt_moe_lora_params`, `_kt_cpu_infer` and `_kt_config`, and has its
-    `save_pretrained` refuse a checkpoint without experts.
+    Also sets the model's `_kt_wrappers`, `_kt_moe_lora_params`, `_kt_cpu_infer` and `_kt_config`, has its
+    `save_pretrained` refuse a checkpoint without experts, and its 4-bit layers on the CPU stay trainable.
 
     Args:
         base: The transformers model.
@@ -190,6 +189,7 @@ def replace_experts(
     if packer.backend != "torch":
         KEPT.warn_before_another_model()
     watch_optimizers()
+    keep_trainable(base)
     packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None
     layers = [_replace(site, index, packer, weights_of(site)) for index, site in enumerate(sites)]

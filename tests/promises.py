@@ -368,7 +368,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         ),
         "everything has a default": ("test_config.py::test_a_value", "test_config.py::test_every_field_has_its_cases"),
         "file descriptors and threads constant": ("end_to_end/test_soak.py::test_five_hundred_steps",),
-        "Several ranks and `nn.DataParallel` are refused": (
+        "`nn.DataParallel` is refused in words": (
             "test_patch_refused.py::test_several_processes_by_torch", "test_patch_refused.py::test_data_parallel",
         ),
         "LoRA bias and the data-driven initializations are refused": (
