@@ -69,8 +69,9 @@ def refuse_parallel_trainer(model: nn.Module, gpus: int, args: Any) -> None:
     Raises:
         KTAMXConfigError: Naming what is refused, and what is to be done instead.
     """
-    if isinstance(model, nn.DataParallel) or gpus > 1:
+    if gpus > 1:
         refuse_several_gpus(max(gpus, torch.cuda.device_count()))
+    refuse_parallel(model)
     if args.world_size <= 1:
         return
     for name, why in _UNTRIED.items():
