@@ -33,7 +33,7 @@ def test_experts_are_on_the_host_once() -> None:
     assert four["host"]["experts streamed"] * 4 == one["host"]["experts streamed"]
     assert four["gpu"]["LoRA of experts and its optimizer"] * 4 == one["gpu"]["LoRA of experts and its optimizer"]
     assert four["gpu"]["attention, embeddings and the rest"] == one["gpu"]["attention, embeddings and the rest"]
-    assert four["gpu"]["activations"] > one["gpu"]["activations"], "the inputs of all ranks"
+    assert four["gpu"]["activations"] == one["gpu"]["activations"], "a rank keeps the inputs of its own tokens"
     assert four["host_total_of_all_ranks"] == 4 * four["host_total"]
     assert four["host_free"] * 4 == one["host_free"]
 
