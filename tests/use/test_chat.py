@@ -199,6 +199,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
+    def rest(self) -> str:
+        """What it still shows until it has left."""
+        with contextlib.suppress(OSError):
+            while piece := os.read(self.descriptor, 4096):
+                self.shown += piece.decode("utf-8", errors="replace")
+        return self.shown
+
     def exit_code(self) -> int:
         """Wait for the program's end."""
         pid, self.pid = self.pid, 0
@@ -220,6 +227,7 @@ def terminal(trained: Trained, tmp_path: Path) -> Iterator[Terminal]:
         yield program
 
 
+@pytest.mark.slow  # a program of its own, 12 s
 def test_ctrl_c_stops_an_answer_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for("> ")
     terminal.type("Count to a million\n")
@@ -234,4 +242,5 @@ def test_ctrl_c_stops_an_answer_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for("The base model answers.")
     terminal.wait_for("> ")
     terminal.type("/quit\n")
-    assert terminal.exit_code() == 0
+    shown = terminal.rest()
+    assert terminal.exit_code() == 0, shown
