@@ -98,6 +98,7 @@ class Answerer:
         self._stopped.clear()
         streamer = TextIteratorStreamer(self.opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[BaseException] = []
+        ended = threading.Event()
 
         def generate() -> None:
             try:
@@ -106,14 +107,17 @@ class Answerer:
             except BaseException as error:
                 failures.append(error)
                 streamer.end()
+            finally:
+                ended.set()
 
         thread = threading.Thread(target=generate, name="kt-hf answer", daemon=True)
-        thread.start()
         try:
+            thread.start()
             yield from streamer
-        finally:  # whoever leaves off listening ends the answer
+        finally:  # whoever stops listening, in `start` too, ends it: a thread that outlives Python aborts
             self._stopped.set()
-            thread.join()
+            while not ended.wait(0.1) and thread in threading.enumerate():
+                pass
         if failures:
             raise failures[0]
 
