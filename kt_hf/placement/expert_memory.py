@@ -77,18 +77,19 @@ def resident_bytes(shape: ExpertShape, tiers: Tiers, layers: int, bits: float = 
     return (min(tiers.resident, E) * (layers - whole) + whole * E) * expert_bytes(shape, bits)
 
 
-def chunk_bytes(room: int, shape: ExpertShape, streamed: int, bits: float = BF16) -> int:
-    """Bytes of a chunk of streamed experts in bf16: less than the widest where room is short, never too little.
+def chunk_bytes(room: int, shape: ExpertShape, experts: int, bits: float = BF16, copied: bool = True) -> int:
+    """Bytes of a chunk of experts in bf16: less than the widest where room is short, never too little.
 
     Args:
         room: Bytes of the GPU's memory for buffers.
         shape: Sizes of a layer.
-        streamed: Experts of a layer that are streamed.
+        experts: Of a layer, that come in chunks.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
+        copied: Whether they are streamed, and not resident in low bits.
     """
     one = expert_bytes(shape)
-    fitting = max(int(room / _chunks(bits)), int(LEAST_CHUNK * BF16 / bits))
-    return max(one, min(widest_chunk(bits), fitting, streamed * one))
+    fitting = max(int(room / (_chunks(bits) if copied else 1)), int(LEAST_CHUNK * BF16 / bits))
+    return max(one, min(widest_chunk(bits), fitting, experts * one))
 
 
 def buffer_bytes(

@@ -214,7 +214,9 @@ def fitting_chunk(
     """
     room = replace(budget, loss="chunked").free_for_experts(free, tokens, shape)
     room -= resident_bytes(shape, tiers, expert_layers, budget.bits)
-    return chunk_bytes(room, shape, min(tiers.streamed, shape.num_experts), budget.bits)
+    widened = tiers.resident if budget.bits < BF16 else 0
+    experts = min(max(tiers.streamed, widened), shape.num_experts)
+    return chunk_bytes(room, shape, experts, budget.bits, copied=tiers.streamed > 0)
 
 
 def _kept(budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: int, tiers: Tiers) -> tuple[int, int]:

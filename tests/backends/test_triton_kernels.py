@@ -167,9 +167,14 @@ def test_widening_compiles(sm: int) -> None:
             module._widen4, sm, pointers | {"scales": scale}, numbers, CODE=code, SCALE=kind, ZERO=zero, FACTOR=factor,
             GROUP=2 if kind == 2 else 4, BLOCK=module._WORDS, num_warps=module._WARPS,
         )  # fmt: skip
-        assert "st.global.v4" in done.asm["ptx"], (code, kind)
-    sizes = {"rows": 1536, "columns": 2048, "part_rows": 768, "R": 6, "C": 16, "height": 128, "width": 128}
-    for values, fp8 in (("*u8", True), ("*i8", False)):
-        types = {"values": values, "scales": "*fp32", "out": "*bf16"}
-        done = compiled(module._widen8, sm, types, sizes, FP8=fp8, COLUMNS=module._COLUMNS)
-        assert "st.global.v4" in done.asm["ptx"], values
+        assert "st.global.cs.v4" in done.asm["ptx"], (code, kind)
+    sizes = {"lines": 2**16, "rows": 1536, "row_words": 512, "part_rows": 768, "R": 6, "C": 16}
+    for fp8 in (True, False):
+        for per, words in ((4, "*i32"), (1, "*i8")):
+            types = {"words": words, "scales": "*fp32", "out": "*bf16"}
+            done = compiled(
+                module._widen8, sm, types, sizes, HEIGHT=128, WIDTH=128 // per, FP8=fp8, PER=per, LINES=2, WORDS=512,
+                num_warps=module._WARPS,
+            )  # fmt: skip
+            assert "st.global.cs" in done.asm["ptx"], (fp8, per)
+            assert per == 1 or "st.global.cs.v2" in done.asm["ptx"] or "st.global.cs.v4" in done.asm["ptx"], fp8

@@ -29,7 +29,7 @@ from kt_hf.placement.memory_model import (
     most_resident_layers,
 )
 from kt_hf.placement.tiers import Tiers
-from kt_hf.shapes import ExpertShape
+from kt_hf.shapes import ExpertShape, expert_bytes
 from tests.support.helpers import MIXTRAL
 
 GB = 10**9
@@ -181,6 +181,15 @@ def test_what_fits() -> None:
     chunks = [fitting_chunk(budget, QWEN, 48, 8192, STREAMED, size) for size in (6 * GB, some, 24 * GB)]
     assert chunks == pytest.approx([2**24, 2**27, 2**28], abs=9)
     assert fitting_chunk(dataclasses.replace(budget, loss="full"), QWEN, 48, 8192, STREAMED, 24 * GB) == 2**28
+
+
+def test_resident_experts_of_low_bits_are_widened_a_layer_at_a_time() -> None:
+    """Not an expert at a time: a layer of 128 would be 128 launches of each of its products."""
+    budget = dataclasses.replace(qwen(12, 2048), bits=4.5)
+    assert fitting_chunk(budget, QWEN, 12, 2048, Tiers(128), 24 * GB) == 128 * expert_bytes(QWEN)
+    assert fitting_chunk(budget, QWEN, 12, 2048, Tiers(4, 8), 24 * GB) == 8 * expert_bytes(QWEN)
+    assert fitting_chunk(budget, QWEN, 12, 2048, Tiers(8, 4), 24 * GB) == 8 * expert_bytes(QWEN)
+
 
 
 def test_a_model_tells_its_sizes_and_the_run_its_steps() -> None:

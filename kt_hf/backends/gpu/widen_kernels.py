@@ -1,7 +1,7 @@
 """Triton kernels that widen low-bit weights in one pass; imported only where Triton is installed.
 
 PyTorch alone needs several passes over wide copies: 0.06 T weights a second of 4 bits on an H100, where the bus brings
-0.1 T; these 1.1 T, which is the rate of the card's memory.
+0.1 T; these run at the rate of the card's memory.
 
 Floats of 8 bits are decoded by hand, because Triton has none before sm_89 (A100, 3090).
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from ..packed import FOUR_BITS, NF4, PackedMatrices
 
-_WORDS, _WARPS = 512, 4  # int32 words of 4-bit codes that one program widens
-_COLUMNS = 1024  # columns of a row of 8-bit codes that one program widens
+_WORDS, _WARPS = 256, 4  # int32 words of 4-bit codes that one program widens
+_TILE = 1024  # int32 words of 8-bit codes that one program widens: a row's first 512 at most, of several rows
 _CODES = {"int4": 0, "e2m1": 1, "nf4": 2}
 
 
 @triton.jit
 def _e4m3(bits):  # type: ignore[no-untyped-def]
-    """Bits of float8_e4m3fn, as int32 of 0 to 255, to fp32."""
-    exponent = (bits >> 3) & 15
-    mantissa = bits & 7
-    normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-    size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
-    size = tl.where((bits & 127) == 127, float("nan"), size)
-    return tl.where((bits & 128) != 0, -size, size)
+    """Bits of float8_e4m3fn, as int32 of 0 to 255, to fp32.
+
+    Exponent and mantissa are moved to where fp32 has them, and 2^120 makes up for the other bias; of subnormals too,
+    which come out normal.
+    """
+    moved = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True)
+    return tl.where((bits & 127) == 127, float("nan"), moved * 1.329227995784916e36)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _widen4(  # type: ignore[no-untyped-def]
     """
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = word < count
-    bits = tl.load(words + word, mask=inside, other=0)
+    bits = tl.load(words + word, mask=inside, other=0, eviction_policy="evict_first")
     group = word // GROUP
     if SCALE == 0:
         scale = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
@@ -66,35 +66,46 @@ def _widen4(  # type: ignore[no-untyped-def]
     if CODE == 0:
         value = (code | 0x4B000000).to(tl.float32, bitcast=True)
         if ZERO:
-            zero = tl.load(zeros + group, mask=inside, other=0).to(tl.float32) + 8388608.0
-            value = value - zero[:, None]
+            zero = tl.load(zeros + group, mask=inside, other=0).to(tl.int32) | 0x4B000000
+            value = value - zero.to(tl.float32, bitcast=True)[:, None]
         else:
             value = value - 8388616.0
     elif CODE == 1:
-        # 0xC8643210: twice the size of each e2m1, 0 1 2 3 4 6 8 12, a nibble each
-        sizes = tl.full((1, 1), -932957680, tl.int32)
-        twice = (((sizes >> ((code & 7) * 4)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        value = (twice.to(tl.int32, bitcast=True) ^ ((code & 8) << 28)).to(tl.float32, bitcast=True) * 0.5
+        # As in `_e4m3`: a bit of mantissa and two of exponent, whose bias is 1.
+        moved = (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+        value = moved * 8.507059173023462e37  # 2^126
     else:
         value = tl.load(table + code)
     wide = (value * scale[:, None]).to(out.dtype.element_ty)
-    tl.store(out + word[:, None] * 8 + place[None, :], wide, mask=inside[:, None])
+    # Written once and read once, by the product: neither should push other things out of the cache.
+    tl.store(out + word[:, None] * 8 + place[None, :], wide, mask=inside[:, None], cache_modifier=".cs")
 
 
 @triton.jit
 def _widen8(  # type: ignore[no-untyped-def]
-    values, scales, out, rows, columns, part_rows, R, C, height, width, FP8: tl.constexpr, COLUMNS: tl.constexpr
+    words, scales, out, lines, rows, row_words, part_rows, R, C, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    FP8: tl.constexpr, PER: tl.constexpr, LINES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(0).to(tl.int64)  # of all matrices
+    """A tile of LINES rows, of all matrices one after the other, and of WORDS words of PER codes each.
+
+    HEIGHT, WIDTH: rows and words of a block that shares a scale.
+    """
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    inside = (line < lines)[:, None] & (word < row_words)[None, :]
     row = line % rows
     part = row // part_rows
-    block_row = (line // rows * (rows // part_rows) + part) * R + (row - part * part_rows) // height
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < columns
-    raw = tl.load(values + line * columns + column, mask=inside, other=0).to(tl.int32)
-    value = _e4m3(raw) if FP8 else raw.to(tl.float32)
-    scale = tl.load(scales + block_row * C + column // width, mask=inside, other=0.0)
-    tl.store(out + line * columns + column, (value * scale).to(out.dtype.element_ty), mask=inside)
+    block = (line // rows * (rows // part_rows) + part) * R + (row - part * part_rows) // HEIGHT
+    at = line.to(tl.int64)[:, None] * row_words + word[None, :]
+    bits = tl.load(words + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
+    scale = tl.load(scales + block[:, None] * C + (word // WIDTH)[None, :], mask=inside, other=0.0)
+    place = tl.arange(0, PER)
+    if FP8:
+        value = _e4m3((bits[:, :, None] >> (place * 8)[None, None, :]) & 255)
+    else:  # the shift back brings the sign
+        value = ((bits[:, :, None] << (24 - place * 8)[None, None, :]) >> 24).to(tl.float32)
+    wide = (value * scale[:, :, None]).to(out.dtype.element_ty)
+    tl.store(out + at[:, :, None] * PER + place[None, None, :], wide, mask=inside[:, :, None], cache_modifier=".cs")
 
 
 def widened(matrices: PackedMatrices, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -132,12 +143,16 @@ def _launch4(matrices: PackedMatrices, out: Tensor) -> None:
 def _launch8(matrices: PackedMatrices, out: Tensor) -> None:
     n, rows, columns = matrices.shape
     parts, R, C = matrices.scales.shape[1:]
-    fp8 = matrices.code == "e4m3"
-    values = matrices.codes.view(torch.uint8) if fp8 else matrices.codes
     height, width = min(matrices.block[0], rows), min(matrices.block[1], columns)
-    _widen8[n * rows, triton.cdiv(columns, _COLUMNS)](
-        values, matrices.scales, out, rows, columns, rows // parts, R, C, height, width, FP8=fp8, COLUMNS=_COLUMNS
-    )
+    codes = matrices.codes.view(torch.int8).view(-1)
+    per = 4 if columns % 4 == width % 4 == codes.data_ptr() % 4 == 0 else 1
+    words, row_words = codes.view(torch.int32) if per == 4 else codes, columns // per
+    across = min(_TILE // 2, triton.next_power_of_2(row_words))
+    lines = _TILE // across
+    _widen8[triton.cdiv(n * rows, lines), triton.cdiv(row_words, across)](
+        words, matrices.scales, out, n * rows, rows, row_words, rows // parts, R, C, HEIGHT=height, WIDTH=width // per,
+        FP8=matrices.code == "e4m3", PER=per, LINES=lines, WORDS=across, num_warps=_WARPS,
+    )  # fmt: skip
 
 
 _tables: dict[torch.device, Tensor] = {}
