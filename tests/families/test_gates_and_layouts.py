@@ -85,9 +85,12 @@ def but_slow(names: Iterable[str], slow: Callable[[str], bool]) -> list[Any]:
 
 
 class Layer:
-    """A family's first layer of experts, patched and stock, with inputs that reach every branch of its gate."""
+    """A family's first layer of experts, patched and stock, with inputs that reach every branch of its gate.
 
-    def __init__(self, family: str, dtype: torch.dtype, **settings: Any) -> None:
+    The patched model is on `device`; all else, and every result, is on the CPU.
+    """
+
+    def __init__(self, family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> None:
         model, stock = (tiny(family, dtype) for _ in range(2))
         site = find_experts(stock)[0]
         self.stock, self.shape, self.call, self.dtype = site.experts.float(), site.shape, site.form.call, dtype
@@ -106,6 +109,8 @@ class Layer:
         config = kt_lora_config(patched, lora_rank=RANK, lora_alpha=ALPHA, lora_target=expert_targets(patched))
         self.model = get_peft_model(patched, config)
         fill_lora(self.model, 0)
+        self.model.to(device)
+        self.device = device
         self.layer: KTExperts = patched._kt_wrappers[0]
 
     def inputs(self, tokens: int = TOKENS, anywhere: bool = False) -> tuple[Tensor, ...]:
@@ -136,12 +141,13 @@ class Layer:
 
     def ours(self, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor]:
         """Output, and gradients of floating inputs and LoRA for this gradient of the output."""
-        values = [x.to(self.dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
-        return self._results(self.layer(*values), values, self.lora(), grad)
+        there = [x.to(self.device) for x in inputs]
+        values = [x.to(self.dtype).requires_grad_() if x.is_floating_point() else x for x in there]
+        return self._results(self.layer(*values), values, self.lora(), grad.to(self.device))
 
     def stocks(self, inputs: tuple[Tensor, ...], grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same of the model's own module in `dtype`, W + B A in its parameters."""
-        leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in self.lora().items()}
+        leaves = {name: value.detach().to("cpu", dtype).requires_grad_() for name, value in self.lora().items()}
         values = [x.to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x for x in inputs]
         deltas = {
             name: leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"] * (ALPHA / RANK)
@@ -158,7 +164,7 @@ class Layer:
         leaves = {f"input {i}": x for i, x in enumerate(inputs) if x.requires_grad} | lora
         gradients = torch.autograd.grad(out, list(leaves.values()), grad.view(out.shape).to(out.dtype))
         results = {"output": out.detach().flatten(), **dict(zip(leaves, gradients, strict=True))}
-        return {name: value.float() for name, value in results.items()}
+        return {name: value.float().cpu() for name, value in results.items()}
 
     def compare(self, forward: float, gradient: float) -> None:
         """Compare with the reference, to relative errors of these norms at most."""
@@ -173,7 +179,7 @@ class Layer:
         taken, real = self.weights, ids.clamp(max=self.shape.num_experts - 1)
         gu = torch.einsum("th,tkoh->tko", x, taken.gate_up[real])
         for half, name in enumerate(self.shape.projections[:-1]):
-            a, b = (self.lora()[f"{name}.{holder}"].detach().float()[real] for holder in ("lora_A", "lora_B"))
+            a, b = (self.lora()[f"{name}.{holder}"].detach().float().cpu()[real] for holder in ("lora_A", "lora_B"))
             added = torch.einsum("tkor,tkrh,th->tko", b, a, x) * (ALPHA / RANK)
             gu.view(*ids.shape, self.shape.gate.halves, -1)[:, :, half] += added
         return gu if taken.gate_up_bias is None else gu + taken.gate_up_bias[real]
@@ -231,4 +237,14 @@ def test_on_the_tiers_of_a_gpu(family: str, tier: str) -> None:
     """The CPU stands for the GPU: grouped products by PyTorch, and weights streamed from host memory in bf16."""
     layer = Layer(family, torch.bfloat16, kt_expert_placement={tier: 8})
     assert layer.layer.backend_name == ("streamed" if tier == "streamed" else "torch")
+    layer.compare(0.02, 0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tier", ["resident", "streamed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu(family: str, tier: str) -> None:
+    layer = Layer(family, torch.bfloat16, "cuda", kt_expert_placement={tier: 8})
+    assert layer.layer.backend.device.type == "cuda"
     layer.compare(0.02, 0.02)
