@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,29 @@ def all_finite(*tensors: Tensor) -> Tensor:
     return get_total_norm(held, math.inf) < math.inf
 
 
+def magnitudes(*groups: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude in each group of tensors, in which NaN and infinity stay: a few launches for all groups.
+
+    Args:
+        *groups: Tensors of any floating dtype and size, all on one device.
+
+    Returns:
+        fp32 [groups] on that device, without a wait; 0 for a group without values. A group is finite where it is less
+        than infinity.
+    """
+    device = next(tensor.device for group in groups for tensor in group)
+    return torch.stack([_magnitude(group, device) for group in groups])
+
+
+def _magnitude(group: Sequence[Tensor], device: torch.device) -> Tensor:
+    held = [tensor for tensor in group if tensor.numel()]
+    if not held:
+        return torch.zeros((), device=device)
+    if len(held) == 1:
+        return torch.linalg.vector_norm(held[0], math.inf, dtype=torch.float32)
+    return get_total_norm(held, math.inf).float()
+
+
 class DeferredChecks:
     """Checks of one model's results, whose answers are copied from a GPU and looked at in order as they arrive.
 
@@ -40,16 +63,16 @@ class DeferredChecks:
     """
 
     def __init__(self) -> None:
-        self._open: list[tuple[Arriving, Callable[[], Exception]]] = []
+        self._open: list[tuple[Arriving, Callable[[Tensor], Exception | None]]] = []
 
-    def add(self, error: Callable[[], Exception], passed: Tensor) -> None:
+    def add(self, judge: Callable[[Tensor], Exception | None], answer: Tensor) -> None:
         """Let a later `settle` raise an exception if a check fails.
 
         Args:
-            error: Makes the exception.
-            passed: Whether the check has passed, a bool tensor [] on a GPU or the CPU.
+            judge: Makes the exception of an answer on the CPU; None if the check has passed.
+            answer: A small tensor on a GPU or the CPU.
         """
-        self._open.append((to_host([passed], [torch.bool]), error))
+        self._open.append((to_host([answer], [answer.dtype]), judge))
 
     def settle(self, wait: bool = False) -> None:
         """Look at the answers that have arrived, with `wait` at all of them, and raise the error of the first failure.
@@ -57,7 +80,8 @@ class DeferredChecks:
         The checks after one that fails are dropped: their failures are its consequences.
         """
         while self._open and (wait or self._open[0][0].arrived):
-            answer, error = self._open.pop(0)
-            if not answer.wait()[0]:
+            answer, judge = self._open.pop(0)
+            error = judge(answer.wait()[0])
+            if error is not None:
                 self._open.clear()
-                raise error()
+                raise error

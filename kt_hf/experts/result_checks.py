@@ -7,6 +7,7 @@ large. What a GPU computed is looked through later (`DeferredChecks`), for nobod
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..backends import Gradients
-from ..backends.finite_checks import DeferredChecks, all_finite, is_finite
+from ..backends.finite_checks import DeferredChecks, all_finite, is_finite, magnitudes
 from ..backends.transfer import flat_lora, lora_to_device, to_device, to_host
 from ..errors import KTAMXBackwardError, KTAMXForwardError
 from .lora_tensors import LoraTensors
 
 # Values of a result on the CPU that it looks through itself, at once: 20 us, and a GPU takes as long to be asked to.
 _SMALL = 2**16
+_LORA = "an expert LoRA tensor"
 
 
 class CheckedGradients(NamedTuple):
@@ -53,9 +55,9 @@ def check_output(checks: DeferredChecks, label: str, out: Tensor, result: Tensor
     """
     if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
         # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
-        checks.add(functools.partial(_output_error, label, all_finite(x)), all_finite(result))
+        checks.add(functools.partial(_judged_output, label), magnitudes([result], [x]))
     elif not is_finite(out):
-        raise _output_error(label, all_finite(x))
+        raise _output_error(label, bool(all_finite(x)))
 
 
 def arrived_gradient(grad_output: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -103,17 +105,22 @@ def checked(gradients: Gradients, home: torch.device, lora: bool) -> CheckedGrad
     return CheckedGradients(gradients, bool(hidden_finite), weights_finite)
 
 
-def check_gpu_gradients(checks: DeferredChecks, label: str, gradients: Gradients, grad_output: Tensor) -> None:
-    """Have the gradients of hidden states and routing weights that a GPU computed looked through.
+def check_gpu_gradients(
+    checks: DeferredChecks, label: str, gradients: Gradients, grad_output: Tensor, lora: LoraTensors | None
+) -> None:
+    """Have the gradients that a GPU computed looked through: of hidden states and routing weights, and of LoRA there.
 
     Args:
         checks: Raise KTAMXBackwardError later if they are not finite, though `grad_output` is.
         label: The layer's name, for the message.
         gradients: Of the layer's inputs, on a GPU.
         grad_output: [T, H] on the same GPU, what they were computed from.
+        lora: Whose parameters the gradients of LoRA are for; those in host memory are looked through on their way.
     """
-    passed = all_finite(gradients.hidden_states, gradients.top_k_weights)
-    checks.add(functools.partial(gradient_error, label, "its inputs"), passed | ~all_finite(grad_output))
+    there = lora is not None and lora.parameters[0].device.type != "cpu"
+    of_lora = _computed(gradients) if there and gradients.lora else ()
+    found = magnitudes([grad_output], [gradients.hidden_states, gradients.top_k_weights], of_lora)
+    checks.add(functools.partial(_judged_gradients, label), found)
 
 
 def lora_gradients(
@@ -139,23 +146,29 @@ def lora_gradients(
     device = lora.parameters[0].device
     if device.type != "cpu" and gradients.lora[0].device.type == "cpu":
         gradients = _lora_on(gradients, device)
-    flat = flat_lora(gradients.lora)
-    computed: Sequence[Tensor] = gradients.lora if flat is None else (flat,)
-    error = functools.partial(gradient_error, label, "an expert LoRA tensor")
+    computed = _computed(gradients)
+    error = functools.partial(gradient_error, label, _LORA)
     if _on_gpu(computed[0]):
+        scaled = lora.gradients(gradients)
+        if device.type != "cpu":
+            if not on_gpu:  # else they are looked through already, by `check_gpu_gradients`
+                checks.add(lambda found: None if found < math.inf else error(), magnitudes(computed))
+            return scaled
         passed = all_finite(*computed)
         if on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
             passed = passed | ~all_finite(gradients.hidden_states)
-        scaled = lora.gradients(gradients)
-        if device.type != "cpu":
-            checks.add(error, passed)
-            return scaled
         dtypes = [parameter.dtype for parameter in lora.parameters]  # nothing can be converted on the way
         return lora.deliver(to_host([*scaled, passed], [*dtypes, torch.bool], beside=True), error)
     for tensor in computed:  # before they are widened: half the memory to look through
         if not is_finite(tensor) and bool(all_finite(gradients.hidden_states)):
             raise error()
     return lora.gradients(gradients)
+
+
+def _computed(gradients: Gradients) -> Sequence[Tensor]:
+    """The gradients of LoRA; the memory that they share, if they do."""
+    flat = flat_lora(gradients.lora)
+    return gradients.lora if flat is None else (flat,)
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -167,7 +180,23 @@ def _lora_on(gradients: Gradients, device: torch.device) -> Gradients:
     return replace(gradients, lora=lora_to_device(gradients.lora, device), lora_is_free=True)
 
 
-def _output_error(label: str, input_finite: Tensor) -> KTAMXForwardError:
+def _judged_output(label: str, found: Tensor) -> Exception | None:
+    """The error of an output and input of these magnitudes; None if the output is finite."""
+    result, x = (found < math.inf).tolist()
+    return None if result else _output_error(label, x)
+
+
+def _judged_gradients(label: str, found: Tensor) -> Exception | None:
+    """The error of gradients of these magnitudes: the one that came in, those of the inputs, those of LoRA."""
+    came, inputs, lora = (found < math.inf).tolist()
+    if not came:  # a gradient scaler's overflow: it skips the step when it sees it
+        return None
+    if not inputs:
+        return gradient_error(label, "its inputs")
+    return None if lora else gradient_error(label, _LORA)
+
+
+def _output_error(label: str, input_finite: bool) -> KTAMXForwardError:
     where = "its input was finite" if input_finite else "its input already was not"
     return KTAMXForwardError(f"{label}: the output of the experts is not finite (NaN or infinity); {where}.")
 

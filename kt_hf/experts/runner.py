@@ -137,11 +137,11 @@ class ExpertsRunner:
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle()
             if save and self.retain and in_backward():
-                known = self._recognize(*self._prepared(x, ids, weights))
+                known = self._recognize(x, ids, weights)
                 if known is not None and known.retained is not None:
                     # Another alias: this one becomes the output of a graph that leads back to the ticket.
                     return to_device(known.retained.output.detach(), x.device), known
-            hidden = x.detach()
+            hidden, given = x.detach(), (ids.detach(), weights.detach())
             x, ids, weights = self._inputs(x, ids, weights)
             keep = save and (self.retain or in_backward())
             out, saved = self._with_room(lambda: self._compute(x, ids, weights, keep))
@@ -151,7 +151,7 @@ class ExpertsRunner:
                 return result, None
             ticket = Ticket(self._values, saved, ids)
             if keep and self.retain:
-                ticket.retained = Retained(x, ids, weights, out)
+                ticket.retained = Retained(x, *given, out)
             self._live[ticket.number] = ticket
             # A strong reference, for a recompute's own graph dies before the backward it was made for. The operators
             # hold one saved forward a layer anyway.
@@ -192,7 +192,7 @@ class ExpertsRunner:
                 that came in was.
         """
         with CALL_LOCK, torch.no_grad(), self._quiet():
-            gradients = self._gradients(ticket, number, x, ids, weights, grad_output, lora is not None)
+            gradients = self._gradients(ticket, number, x, ids, weights, grad_output, lora)
             if lora is None:
                 of_lora = []
             elif gradients.lora:
@@ -202,7 +202,14 @@ class ExpertsRunner:
             return gradients.hidden_states, gradients.top_k_weights, of_lora
 
     def _gradients(
-        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor, lora: bool
+        self,
+        ticket: Ticket,
+        number: int,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        grad_output: Tensor,
+        lora: LoraTensors | None,
     ) -> Gradients:
         self.checks.settle()
         if number != ticket.number and self._latest is not None and self._latest.number == number:
@@ -219,14 +226,14 @@ class ExpertsRunner:
         if values is not self._values:
             assert values.kept is not None, "LoRA values leave the backend with a copy kept"  # _swap sees to that
             self._swap(values, values.kept)
-        saved, check = ticket.saved, functools.partial(checked, home=x.device, lora=lora)
+        saved, check = ticket.saved, functools.partial(checked, home=x.device, lora=lora is not None)
         if saved is not None and self.backend.can_backward(saved):
             inputs = functools.partial(self._inputs, x, ids, weights)
             gradients = self._with_room(lambda: self._backward(saved, inputs, grad_output, check))
         else:
             gradients = self._with_room(lambda: self._recompute(*self._inputs(x, ids, weights), grad_output, check))
         if self.on_gpu:
-            check_gpu_gradients(self.checks, self.label, gradients, grad_output)
+            check_gpu_gradients(self.checks, self.label, gradients, grad_output, lora)
         self.tokens += x.shape[0]
         self.load += self._counted(ticket.ids.flatten() + 1)[1:]
         if not graph_is_kept():
@@ -324,6 +331,7 @@ class ExpertsRunner:
         return x.detach().to(self.backend.dtype).contiguous(), ids.contiguous(), weights.contiguous()
 
     def _recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        x = x.detach().to(self.backend.dtype).contiguous()
         for ticket in sorted(self._live.values(), key=lambda t: -t.number):
             if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
                 return ticket

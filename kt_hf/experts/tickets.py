@@ -43,12 +43,12 @@ class LoraValues:
 
 
 class Retained:
-    """Inputs and output of a forward as the backend had them, to answer a recompute of the same.
+    """Inputs and output of a forward, to answer a recompute of the same.
 
     Args:
-        x: [T, H], in the backend's dtype and on its device, as the others are.
-        ids: [T, K] int64.
-        weights: [T, K] fp32.
+        x: [T, H], in the backend's dtype and on its device, as the output is.
+        ids: [T, K], as the model gave them.
+        weights: [T, K], as the model gave them.
         output: [T, H].
     """
 
@@ -62,12 +62,13 @@ class Retained:
         """Whether these inputs are the same to the bit, and the output was not written to.
 
         Args:
-            x: [T, H], in the backend's dtype, on any device.
-            ids: [T, K] int64, on x's device.
-            weights: [T, K] fp32, on x's device.
+            x: [T, H], in the backend's dtype, contiguous, on any device.
+            ids: [T, K], as the model gives them.
+            weights: [T, K], as the model gives them.
         """
-        kept, asked = (self.ids, self.weights, self.x), (ids, weights, x)
-        if self.output._version != self._version or any(a.shape != b.shape for a, b in zip(kept, asked, strict=True)):
+        kept, asked = (self.ids, self.weights, self.x), (ids.detach(), weights.detach(), x)
+        alike = all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(kept, asked, strict=True))
+        if self.output._version != self._version or not alike:
             return False
         if x.is_cuda:  # compared there, with one wait
             pairs = [_bits(to_device(a, x.device), b) for a, b in zip(kept, asked, strict=True)]
@@ -76,7 +77,8 @@ class Retained:
 
 
 def _bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two contiguous tensors of a size and dtype as integers, which a CPU compares several times as fast as bf16."""
+    """Two tensors of a size and dtype as integers, which a CPU compares several times as fast as bf16."""
+    a, b = a.contiguous(), b.contiguous()
     size = a.element_size()
     wide = 8 if all(t.nbytes % 8 == 0 and t.storage_offset() * size % 8 == 0 for t in (a, b)) else size
     dtype = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[wide]

@@ -41,12 +41,13 @@ def test_inputs_are_recognised_wherever_they_lie(offset: int) -> None:
     assert not kept.fits(other, ids, weights)
     assert not kept.fits(x, ids, weights + 1)
     assert not kept.fits(x[:11], ids[:11], weights[:11])
+    assert not kept.fits(x, ids.int(), weights)
 
 
 def test_the_first_that_failed_is_told_and_the_others_forgotten() -> None:
     doubts = DeferredChecks()
     for name, fine in (("a", True), ("b", False), ("c", False)):
-        doubts.add(lambda name=name: ValueError(name), torch.tensor(fine))
+        doubts.add(lambda passed, name=name: None if passed else ValueError(name), torch.tensor(fine))
     with pytest.raises(ValueError, match="b"):
         doubts.settle()
     doubts.settle(wait=True)

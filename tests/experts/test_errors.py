@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kt_hf import KTAMXBackwardError, KTAMXError, KTAMXForwardError
-from kt_hf.backends.finite_checks import all_finite, is_finite
+from kt_hf.backends import Gradients
+from kt_hf.backends.finite_checks import DeferredChecks, all_finite, is_finite, magnitudes
+from kt_hf.experts.result_checks import check_gpu_gradients
 from tests.support.cases import Case
 from tests.support.helpers import MIXTRAL, count_calls
 from tests.support.layers import forward, forward_backward, gradients, make_inputs, random_lora, set_lora
@@ -124,6 +128,32 @@ def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, size: int
             assert not is_finite(bad), (place, value)
             assert not all_finite(bad), (place, value)
             assert not all_finite(good.float(), bad), (place, value)
+            found = magnitudes([good], [good.float(), bad], [])
+            assert found.dtype == torch.float32
+            assert (found < math.inf).tolist() == [True, False, True], (place, value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ((), None), (("grad",), None), (("grad", "hidden", "lora"), None), (("hidden",), "its inputs"),
+        (("weights", "lora"), "its inputs"), (("lora",), "an expert LoRA tensor"),
+    ],
+)  # fmt: skip
+def test_gradients_of_a_gpu_are_judged_together(bad: tuple[str, ...], message: str | None) -> None:
+    """What came in, the gradients of the inputs, and those of LoRA, in one answer; looked at later."""
+
+    def tensor(name: str, *size: int) -> torch.Tensor:
+        return torch.ones(size).fill_(math.nan if name in bad else 1)
+
+    gradients = Gradients(tensor("hidden", 3, 4), tensor("weights", 3, 2), (tensor("", 2, 2), tensor("lora", 2, 2)))
+    checks, lora = DeferredChecks(), SimpleNamespace(parameters=[torch.empty(1, device="meta")])
+    check_gpu_gradients(checks, "layer 3", gradients, tensor("grad", 3, 4), lora)  # type: ignore[arg-type]
+    if message is None:
+        checks.settle(wait=True)
+        return
+    with pytest.raises(KTAMXBackwardError, match=rf"layer 3: the gradient of {message} is not finite"):
+        checks.settle(wait=True)
 
 
 def test_a_projection_cannot_be_pickled(case: Case) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from kt_hf.backends.finite_checks import DeferredChecks, all_finite
 from kt_hf.backends.transfer import (
@@ -105,9 +106,13 @@ def test_a_buffer_is_not_overwritten_in_flight() -> None:
 
 def test_doubts_come_late_and_surely() -> None:
     doubts = DeferredChecks()
-    doubts.add(lambda: ValueError("fine"), all_finite(torch.ones(3, device="cuda")))
+
+    def judged(passed: Tensor) -> ValueError | None:
+        return None if passed else ValueError("NaN")
+
+    doubts.add(judged, all_finite(torch.ones(3, device="cuda")))
     doubts.settle(wait=True)
-    doubts.add(lambda: ValueError("NaN"), all_finite(torch.tensor([1, float("nan")], device="cuda")))
+    doubts.add(judged, all_finite(torch.tensor([1, float("nan")], device="cuda")))
     with pytest.raises(ValueError, match="NaN"):
         doubts.settle(wait=True)
     doubts.settle(wait=True)
