@@ -26,11 +26,11 @@ _CODES = {"int4": 0, "e2m1": 1, "nf4": 2}
 def _e4m3(bits):  # type: ignore[no-untyped-def]
     """Bits of float8_e4m3fn, as int32 of 0 to 255, to fp32.
 
-    Exponent and mantissa are moved to where fp32 has them, and 2^120 makes up for the other bias; of subnormals too,
-    which come out normal.
+    Exponent and mantissa are moved to where fp16 has them, and 2^8 makes up for the other bias; of subnormals too,
+    which fp16 has as well. (fp32 would need 2^120, which a compiler may multiply with the scale first: infinity.)
     """
-    moved = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True)
-    return tl.where((bits & 127) == 127, float("nan"), moved * 1.329227995784916e36)
+    moved = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where((bits & 127) == 127, float("nan"), moved.to(tl.float32) * 256.0)
 
 
 @triton.jit
@@ -71,9 +71,10 @@ def _widen4(  # type: ignore[no-untyped-def]
         else:
             value = value - 8388616.0
     elif CODE == 1:
-        # As in `_e4m3`: a bit of mantissa and two of exponent, whose bias is 1.
-        moved = (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
-        value = moved * 8.507059173023462e37  # 2^126
+        # 0xC8643210: twice the size of each e2m1, 0 1 2 3 4 6 8 12, a nibble each
+        sizes = tl.full((1, 1), -932957680, tl.int32)
+        twice = (((sizes >> ((code & 7) * 4)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        value = (twice.to(tl.int32, bitcast=True) ^ ((code & 8) << 28)).to(tl.float32, bitcast=True) * 0.5
     else:
         value = tl.load(table + code)
     wide = (value * scale[:, None]).to(out.dtype.element_ty)
