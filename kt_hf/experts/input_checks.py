@@ -41,3 +41,9 @@ def check_inputs(label: str, shape: ExpertShape, x: Tensor, ids: Tensor, weights
         problem = "experts on the CPU cannot be captured in a CUDA graph: switch CUDA graphs off"
     if problem:
         raise KTAMXForwardError(f"{label}: {problem}.")
+
+
+def within(ids: Tensor, count: int) -> bool:
+    """Whether ids on the CPU are each in [0, count) or -1."""
+    low, high = map(int, ids.aminmax()) if ids.numel() else (-1, -1)
+    return low >= -1 and high < count

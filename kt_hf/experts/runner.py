@@ -22,6 +22,7 @@ from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import to_device, to_host
 from ..errors import KTAMXBackwardError
 from ..system.threads import torch_threads
+from .input_checks import within
 from .lora_tensors import LoraTensors
 from .result_checks import (
     CheckedGradients,
@@ -202,15 +203,9 @@ class ExpertsRunner:
             return gradients.hidden_states, gradients.top_k_weights, of_lora
 
     def _gradients(
-        self,
-        ticket: Ticket,
-        number: int,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        grad_output: Tensor,
+        self, ticket: Ticket, number: int, x: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor,
         lora: LoraTensors | None,
-    ) -> Gradients:
+    ) -> Gradients:  # fmt: skip
         self.checks.settle()
         if number != ticket.number and self._latest is not None and self._latest.number == number:
             ticket, self._latest = self._latest, None
@@ -321,7 +316,7 @@ class ExpertsRunner:
         """
         shape = self.backend.shape
         ids = ids.detach().to(torch.int64)
-        if ids.is_cuda or not _within(ids, shape.num_experts):
+        if ids.is_cuda or not within(ids, shape.num_experts):
             ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
         weights = weights.detach().to(torch.float32)
         missing = shape.top_k - ids.shape[1]
@@ -340,12 +335,6 @@ class ExpertsRunner:
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
         return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
-
-
-def _within(ids: Tensor, count: int) -> bool:
-    """Whether ids on the CPU are each in [0, count) or -1."""
-    low, high = map(int, ids.aminmax()) if ids.numel() else (-1, -1)
-    return low >= -1 and high < count
 
 
 @contextlib.contextmanager

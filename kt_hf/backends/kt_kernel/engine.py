@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import KTAMXNotAvailableError
 from ...system.cpu import ThreadPlan, plan_threads
 from .idle_workers import IdleWorkers
-from .native_code import native_output_to_log, never_destroy
+from .native_code import native_output_to_log, never_destroy, subnormals
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +45,16 @@ class Engine:
     _current: weakref.ref[Engine] | None = None
 
     def __init__(self, plan: ThreadPlan) -> None:
-        from kt_kernel import kt_kernel_ext
-
         self.plan = plan
         self.pid = os.getpid()
         self.shared_cache = Cache()
         self.workers = IdleWorkers()
         # Upper bound of PyTorch's threads while the workers share one core between calls.
         self.torch_threads = plan_threads(tp_enabled=False).workers
-        with native_output_to_log(logger):
+        # The workers are slow at subnormals, and AMX and AVX512-BF16 have none.
+        with native_output_to_log(logger), subnormals(flushed=True):
+            from kt_kernel import kt_kernel_ext
+
             self.cpu_infer = kt_kernel_ext.CPUInfer(pool_config(plan))
         never_destroy(self)
 

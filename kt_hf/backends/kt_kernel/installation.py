@@ -8,7 +8,7 @@ import logging
 from ...errors import KTAMXNotAvailableError
 from ...system.cpu import cpu_features
 from ..base import Availability
-from .native_code import native_output_to_log
+from .native_code import native_output_to_log, subnormals
 from .operators import OPERATORS
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def availability(backend: str = "AMXBF16") -> Availability:
     """
     features, operators = cpu_features(), OPERATORS[backend]
     try:
-        with native_output_to_log(logger):
+        with native_output_to_log(logger), subnormals():
             import kt_kernel
             from kt_kernel import kt_kernel_ext
     except ImportError as error:

@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 
 @contextlib.contextmanager
 def native_output_to_log(logger: logging.Logger) -> Iterator[None]:
@@ -43,6 +45,26 @@ def native_output_to_log(logger: logging.Logger) -> Iterator[None]:
             for line in sink.read().decode(errors="replace").splitlines():
                 if line.strip():
                     logger.debug("kt-kernel: %s", line)
+
+
+@contextlib.contextmanager
+def subnormals(flushed: bool | None = None) -> Iterator[None]:
+    """Whatever happens inside, this thread takes subnormal numbers afterwards as it did before.
+
+    Loading kt-kernel's libraries, which are linked with -ffast-math, has the thread that loads them, and those that it
+    starts later, take subnormals for zero: PyTorch on the CPU would lose them in silence (weights with a scale of
+    2^-127, for one).
+
+    Args:
+        flushed: Whether subnormals are zero inside, and in threads that are started there; None leaves it.
+    """
+    before = sys.float_info.min * 0.5 == 0.0
+    if flushed is not None:
+        torch.set_flush_denormal(flushed)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def _flush_c() -> None:
