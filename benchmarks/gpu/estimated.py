@@ -1,4 +1,5 @@
-"""Part `estimate`: the memory that `kt-hf estimate` foretells against what parts `cells` and `full` measured.
+"""Part `estimate`: the memory that `kt-hf estimate` foretells against what parts `cells`, `full`
+and `low-bit` measured.
 
 Needs no GPU, but their results in --out. Compared are the tensors' peak on the GPU (the estimate's without CUDA's own
 part, which PyTorch does not count), and the host's of `full`, where no other model was before.
@@ -36,7 +37,10 @@ def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder
         "per_device_train_batch_size": row["batch"], "cutoff_len": given.sequence, "output_dir": str(folder / "out"),
         "dataset": "builtin:pydoc", "max_steps": 1,
     }  # fmt: skip
-    if row.get("held") is not None and row["case"] != "auto":
+    if "dtype" in row:  # of part low-bit
+        where = {"streamed": experts_of(config)} if row["case"] == "streamed" else {"resident_layers": row["layers"]}
+        values |= {"kt_expert_dtype": row["dtype"], "kt_expert_placement": where, "kt_moe_lora_device": "gpu"}
+    elif row.get("held") is not None and row["case"] != "auto":
         held = row["held"]
         values["kt_expert_placement"] = {"resident_layers": held} if held else {"streamed": experts_of(config)}
     settings = check_settings({k: Setting(v, "benchmark") for k, v in values.items()}, [], "benchmark", "estimate")
@@ -47,6 +51,7 @@ def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder
 def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     found = [("cells", row) for row in read_rows(given.out, "cells")]
     found += [("full", row) for row in read_rows(given.out, "full") if row["case"] != "stock"]
+    found += [("low-bit", row) for row in read_rows(given.out, "low-bit") if row["case"] != "stock"]
     outside = 0
     for part, row in found:
         if not row.get("step"):
@@ -64,6 +69,6 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
         rows.add(
             source=part, cell=row.get("cell", ""), case=row["case"], batch=row["batch"], held=row["held"],
             estimated_gb=gpu, allocated_gb=measured, gpu_ratio=ratio, host_ratio=host,
-            host_estimated_gb=memory.host_total / GB, host_gb=row["host_gb"],
+            host_estimated_gb=memory.host_total / GB, host_gb=row["host_gb"], dtype=row.get("dtype"),
         )  # fmt: skip
     rows.add(case="verdict", rows=len(found), outside=outside, within=WITHIN)
