@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -93,6 +94,45 @@ def test_experts_without_rows_are_not_copied() -> None:
     x = make_inputs(MIXTRAL, 21, torch.bfloat16, experts=[1, 4, 6])
     one.forward(x.hidden, x.ids, x.weights.float(), save=False)
     assert streamer.experts(one.weights) == [1, 4, 6]
+
+
+def counting(asked: list[int], row_counts: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    asked.append(1)
+    return row_counts(ids)
+
+
+def test_a_layer_of_one_chunk_is_computed_without_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are rows enough for all experts: the host need not wait for their numbers. The bits are the same."""
+    lora = tuple(random_lora(MIXTRAL).values())
+    for tokens, counted in ((16 * E // K, False), (16 * E // K - 1, True)):
+        streamer, asked = Watched(100 * ONE), []
+        one = backend(streamer)
+        one.set_lora(lora)
+        x = make_inputs(MIXTRAL, tokens, torch.bfloat16, experts=[e for e in range(E) if e != 3])
+        monkeypatch.setattr(one, "row_counts", functools.partial(counting, asked, one.row_counts))
+        out, grads = results(one, x)
+        assert bool(asked) == counted
+        assert set(streamer.experts(one.weights)) == {e for e in range(E) if e != 3 or not counted}
+        chunked = backend(Watched(3 * ONE))
+        chunked.set_lora(lora)
+        expected, expected_grads = results(chunked, x)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(grads[name], expected_grads[name]) for name in grads)
+
+
+def test_a_saved_forward_without_counts_goes_back_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamer = Watched(100 * ONE)
+    one = backend(streamer)
+    one.set_lora(tuple(random_lora(MIXTRAL).values()))
+    x = make_inputs(MIXTRAL, 16 * E, torch.bfloat16)
+    expected, expected_grads = results(one, x)
+    out, saved = one.forward(x.hidden, x.ids, x.weights.float(), save=True)
+    assert saved is not None
+    assert saved.counts is None  # type: ignore[attr-defined]
+    monkeypatch.setattr(streamer, "in_one_chunk", lambda weights: False)
+    found = one.backward(saved, x.grad_output)
+    assert torch.equal(out, expected)
+    assert torch.equal(found.hidden_states, expected_grads["hidden"])
 
 
 def test_weights_are_taken_over_or_copied() -> None:

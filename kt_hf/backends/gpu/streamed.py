@@ -2,7 +2,8 @@
 
 The mathematics is that of `grouped_mm`, over the rows of one chunk of experts at a time. The host has to know how many
 rows each expert has: a chunk's rows are then an exact slice, and an expert without any is not copied. `TieredBackend`
-copies the counts to the host along with the inputs of its part on the CPU; in backward they are known.
+copies the counts to the host along with the inputs of its part on the CPU; in backward they are known. A layer that is
+one chunk needs no counts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from .pinned_weights import HostWeights
 from .resident import resident_gradients, resident_output
 from .rows import Addends, Rows
 from .weight_stream import Loaded, Streamer
+
+# Rows of an expert on average, from which on each is taken to have some (none is 1e-7 then, if routing is even), and
+# so to be copied: waiting for their numbers costs more than copying one too many.
+_SURE = 16
 
 
 @dataclass
@@ -54,16 +59,29 @@ class StreamedBackend(GroupedExperts):
         self.name = "streamed" if weights.resident is None else "resident"
         self._streamer = streamer
 
-    @property
-    def _at_once(self) -> bool:
-        """Whether the layer is computed as a whole, without row counts: on the GPU, and of low bits in one chunk."""
-        weights = self.weights
-        return weights.resident is not None and (not weights.packed or self._streamer.in_one_chunk(weights))
+    def _at_once(self, rows: int, counts: list[int] | None) -> bool:
+        """Whether the layer is computed as a whole, for which nobody has to know how many rows each expert has.
 
-    def _resident_now(self) -> tuple[Tensor, Tensor] | None:
-        """gate_up and down on the GPU as they are multiplied; None if they come in chunks."""
+        Args:
+            rows: Of all ranks' experts.
+            counts: Of each expert here, if they are known.
+        """
+        weights = self.weights
+        if weights.resident is not None:
+            return not weights.packed or self._streamer.in_one_chunk(weights)
+        if not self._streamer.in_one_chunk(weights):
+            return False
+        return all(counts) if counts else rows >= _SURE * self.shape.num_experts * self.shape.ranks
+
+    def _whole(self, backward: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """gate_up and down of all experts, once, as they are multiplied; let them go before the next is asked for."""
         resident = self.weights.resident
-        return self.weights.products_of(resident) if resident is not None and self._at_once else None
+        if resident is not None and not self.weights.packed:
+            self._streamer.passed(self.weights, [], backward)
+            yield self.weights.products_of(resident)
+            return
+        for chunk in self._streamer.chunks(self.weights, [1] * self.shape.num_experts, backward):
+            yield chunk.gate_up, chunk.down
 
     def can_backward(self, saved: SavedForward) -> bool:
         """Whether `saved` is of this backend: a saved forward stays good."""
@@ -75,8 +93,8 @@ class StreamedBackend(GroupedExperts):
         return flat.new_zeros(self.shape.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
-        """Wait for the row counts, then compute as `forward_counted`; without a wait if the layer is one chunk."""
-        if self._at_once:
+        """Wait for the row counts, then compute as `forward_counted`; without a wait where the layer is one chunk."""
+        if self._at_once(ids.numel(), None):
             return self.forward_counted(x, ids, weights, save, None)
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return self.forward_counted(x, ids, weights, save, counts.tolist())
@@ -91,7 +109,7 @@ class StreamedBackend(GroupedExperts):
             ids: [T, K] int64, -1 for no expert.
             weights: Routing weights [T, K], fp32.
             save: Whether to keep the inputs for a backward.
-            counts: The values of `row_counts(ids)`; None will do if the layer is one chunk that is not copied.
+            counts: The values of `row_counts(ids)`; None will do if the layer is computed as a whole.
 
         Returns:
             The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
@@ -99,10 +117,11 @@ class StreamedBackend(GroupedExperts):
         valid = None if counts is None else sum(counts)
         rows, lora = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks, valid), self._lora
         saved = _StreamedForward(rows, counts, x, lora) if save else None
-        if (resident := self._resident_now()) is not None:
-            gate_up, down = resident
-            self._streamer.passed(self.weights, [], backward=False)
-            return resident_output(x, gate_up, down, lora, rows, self._gating), saved
+        if self._at_once(ids.numel(), counts):
+            for gate_up, down in self._whole(backward=False):
+                out = resident_output(x, gate_up, down, lora, rows, self._gating)
+                del gate_up, down
+            return out, saved
         assert counts is not None, "row counts are needed to stream"
         everything = x.new_empty(len(rows.tokens), x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
@@ -116,10 +135,11 @@ class StreamedBackend(GroupedExperts):
         """Launch the copies and products of a backward; all gradients are new tensors on `device`, LoRA's in bf16."""
         assert isinstance(saved, _StreamedForward)
         rows, lora = saved.rows, saved.lora
-        if (resident := self._resident_now()) is not None:
-            gate_up, down = resident
-            self._streamer.passed(self.weights, [], backward=True)
-            return resident_gradients(saved.x, grad_output, gate_up, down, lora, rows, self._gating)
+        if self._at_once(len(rows.place), saved.counts):
+            for gate_up, down in self._whole(backward=True):
+                result = resident_gradients(saved.x, grad_output, gate_up, down, lora, rows, self._gating)
+                del gate_up, down
+            return result
         counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
         everything = grad_output.new_empty(len(rows.tokens), grad_output.shape[1])
         by_row = torch.empty_like(rows.weights)
