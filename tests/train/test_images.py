@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from kt_hf import KTAMXConfigError, apply_kt_moe
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.run import run
 from tests.support.cases import make_config
-from tests.support.tiny import save_model, write_yaml
+from tests.support.tiny import environment, save_model, write_yaml
 
 pytest.importorskip("torchvision", reason="processors of models that see need it")
 from tests.support.seeing import FAMILIES, images_in, save_seeing
@@ -227,3 +229,27 @@ def test_a_loss_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("kt_hf.train.run.load_model", lambda *_, **__: pytest.fail("the model is loaded"))
     with pytest.raises(KTAMXConfigError, match=r"of its routers .* Set router_aux_loss_coef: 0"):
         trained(tmp_path, base, [FORMS["placeholder"](images_in(tmp_path, 1)[0])])
+
+
+@pytest.mark.slow
+def test_no_torchvision(seeing: Path, tmp_path: Path) -> None:
+    """Which the processors of models that see need: said before the model is loaded."""
+    (tmp_path / "data.jsonl").write_text(json.dumps(FORMS["placeholder"](images_in(tmp_path, 1)[0])))
+    file = write_yaml(
+        tmp_path / "run.yaml",
+        model_name_or_path=str(seeing),
+        dataset="data.jsonl",
+        output_dir="out",
+        kt_backend="torch",
+    )
+    hidden = "import importlib.util as u, sys\nfind = u.find_spec\n" + (
+        "u.find_spec = lambda name, *rest: None if name.split('.')[0] == 'torchvision' else find(name, *rest)\n"
+        "sys.modules['torchvision'] = None\nfrom kt_hf.cli import app\napp()"
+    )
+    command = [sys.executable, "-c", hidden, "train", str(file)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "its processor cannot be made: " in done.stderr
+    assert "requires the Torchvision library" in done.stderr
+    assert "Loading the model" not in done.stdout
+    assert not (tmp_path / "out").exists()
