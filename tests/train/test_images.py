@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kt_hf import KTAMXConfigError, apply_kt_moe
 from kt_hf.train.config.read import read_arguments
+from kt_hf.train.next_steps import loading_lines
 from kt_hf.train.run import run
 from tests.support.cases import make_config
 from tests.support.tiny import environment, save_model, write_yaml
@@ -193,7 +194,10 @@ def test_refused_before_the_model_is_loaded(
     assert f"{tmp_path / 'data.jsonl'} line {1 if name == 'alpaca' else 2}: " in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["packing=true", "stage=dpo", "assistant_only_loss=true", "enable_thinking=false"])
+@pytest.mark.parametrize(
+    "override",
+    ["packing=true", "stage=dpo", "assistant_only_loss=true", "enable_thinking=false", "completion_only_loss=false"],
+)
 def test_settings_that_do_not_go_with_images(override: str, seeing: Path, tmp_path: Path) -> None:
     names = images_in(tmp_path, 1)
     with pytest.raises(KTAMXConfigError, match=override.split("=")[0]):
@@ -204,6 +208,24 @@ def test_a_text_model_refuses_images(tmp_path: Path) -> None:
     names = images_in(tmp_path, 1)
     with pytest.raises(KTAMXConfigError, match="it has images, and this trains text models"):
         trained(tmp_path, save_model(tmp_path / "model"), [FORMS["placeholder"](names[0])])
+
+
+@pytest.mark.parametrize("use_kt", [True, False])
+def test_the_program_that_is_shown_runs(
+    use_kt: bool, seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the model's class for images, for which the adapter's names are, and its tokenizer."""
+    names, more = images_in(tmp_path, 1), [f"use_kt={use_kt}", "lora_target=q_proj", "max_steps=1"]
+    trained(tmp_path, seeing, [FORMS["parts"](names[0])], *more)
+    settings = read_arguments(tmp_path / "run.yaml", [*more, "overwrite_output_dir=true"])
+    lines = loading_lines(settings, str(tmp_path / "out"), 4, chats=True)
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines).replace("max_new_tokens=64", "max_new_tokens=2"), scope)
+    assert type(scope["model"].get_base_model()).__name__ == "Qwen3VLMoeForConditionalGeneration"
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    lora = {name.replace(".default", ""): p for name, p in scope["model"].named_parameters() if "lora_" in name}
+    assert all(torch.equal(lora[name], value) for name, value in saved.items())
+    assert capsys.readouterr().out
 
 
 def test_text_alone_trains_a_model_that_sees(seeing: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ _MASKED = -100
 _REFUSED = {
     "packing": "rows with images cannot be packed", "padding_free": "rows with images need padding",
     "assistant_only_loss": "of a row with images the last answer is trained", "pad_to_multiple_of": "TRL has no such "
-    "padding for images", "enable_thinking": "TRL gives the chat template of a row with images no settings",
+    "padding for images",
 }  # fmt: skip
 # Of a row, what the collator does not give to the chat template.
 _UNTOLD = ("tools", "chat_template_kwargs")
@@ -37,10 +37,18 @@ def check_options(keys: RunKeys, options: dict[str, Any]) -> None:
     """
     if keys.stage != "sft":
         raise KTAMXConfigError(f"stage={keys.stage}: rows with images are trained with stage: sft.")
-    given = options | {"enable_thinking": None if keys.enable_thinking is None else str(keys.enable_thinking)}
     for key, why in _REFUSED.items():
-        if given.get(key):
-            raise KTAMXConfigError(f"{key}={given[key]}: {why}. Leave it out.")
+        if options.get(key):
+            raise KTAMXConfigError(f"{key}={options[key]!r}: {why}. Leave it out.")
+    if options.get("completion_only_loss") is False:
+        raise KTAMXConfigError(
+            "completion_only_loss=False: of a row with images the last answer is trained. Leave it out."
+        )
+    if keys.enable_thinking is not None:
+        raise KTAMXConfigError(
+            f"enable_thinking={keys.enable_thinking}: TRL gives the chat template of a row with images no settings. "
+            "Leave it out."
+        )
     if options.get("truncation_mode") == "keep_end" and options.get("max_length", 1024) is not None:
         raise KTAMXConfigError("truncation_mode='keep_end': an image cannot be cut. Leave it out.")
 
