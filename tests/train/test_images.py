@@ -15,13 +15,16 @@ from peft import PeftModel
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kt_hf import KTAMXConfigError, apply_kt_moe
+from kt_hf.adapters import convert
 from kt_hf.train.config.read import read_arguments
 from kt_hf.train.next_steps import loading_lines
 from kt_hf.train.run import run
 from tests.support.cases import make_config
+from tests.support.reference import relative_error
 from tests.support.tiny import environment, save_model, write_yaml
 
 pytest.importorskip("torchvision", reason="processors of models that see need it")
@@ -107,7 +110,23 @@ def _reloads(base: Path, adapter: Path, evaluated: dict[str, Any], loss: float) 
     before, batch = (processor(images=[picture], text=[text], return_tensors="pt") for text in (asked, whole))
     labels = batch["input_ids"].clone()
     labels[:, : before["input_ids"].shape[1]] = -100
-    assert model(**batch, labels=labels).loss.item() == pytest.approx(loss, rel=1e-3)
+    result = model(**batch, labels=labels)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-3)
+    _exports(base, adapter, batch, result.logits)
+
+
+@torch.no_grad()
+def _exports(base: Path, adapter: Path, batch: Any, wanted: Tensor) -> None:
+    """In stock PEFT, and merged into the checkpoint, it computes the same of an image."""
+    folders = {to: convert(adapter, adapter.parent / to, to=to, base=base) for to in ("peft", "merged")}
+    stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    before = stock.eval()(**batch).logits
+    stock = PeftModel.from_pretrained(stock, folders["peft"]).eval()
+    merged = AutoModelForImageTextToText.from_pretrained(folders["merged"], dtype=torch.float32).eval()
+    assert relative_error(before, wanted) > 0.01
+    assert relative_error(stock(**batch).logits, wanted) < 1e-5
+    assert relative_error(merged(**batch).logits, wanted) < 1e-5
+    AutoProcessor.from_pretrained(folders["merged"])
 
 
 def _said(message: dict[str, Any]) -> dict[str, Any]:
