@@ -8,8 +8,6 @@ from .config.settings import RunKeys, TrainSettings
 from .config.stages import stage_of
 from .models import builtin_dtype, builtin_layers, is_builtin, load_config
 
-# transformers' class that loads a model, by whether it has a score head.
-_AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSequenceClassification"}
 _QUESTION = {"role": "user", "content": "Who are you?"}
 _ANSWER = {"role": "assistant", "content": "A language model."}
 
@@ -84,7 +82,7 @@ def _builtin(settings: TrainSettings, rank: int) -> list[str]:
 def _from_files(settings: TrainSettings, adapter: str, rank: int) -> list[str]:
     """The lines that make `model` of a folder or a name of the hub, and `tokenizer` of the adapter's folder."""
     keys = settings.run
-    name, auto = keys.model_name_or_path, _AUTO[stage_of(keys.stage).scores]
+    name, auto = keys.model_name_or_path, "" if keys.use_kt else _auto_class(keys)
     trusted = ", trust_remote_code=True" if keys.trust_remote_code else ""
     more = f", revision={keys.model_revision!r}" if keys.model_revision else ""
     more += trusted + _score_head(keys)
@@ -95,6 +93,18 @@ def _from_files(settings: TrainSettings, adapter: str, rank: int) -> list[str]:
     )
     lines += [f"model = {call}, dtype={keys.torch_dtype!r}{more})"]
     return [*lines, f"tokenizer = AutoTokenizer.from_pretrained({adapter!r}{trusted})"]
+
+
+def _auto_class(keys: RunKeys) -> str:
+    """transformers' class that loads the model as the run did."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if stage_of(keys.stage).scores:
+        return "AutoModelForSequenceClassification"
+    config = load_config(keys)[0]
+    named = (getattr(config, "architectures", None) or [None])[0]
+    seeing = named is not None and named == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return "AutoModelForImageTextToText" if seeing else "AutoModelForCausalLM"
 
 
 def _kt_config(settings: TrainSettings, rank: int) -> str:

@@ -38,6 +38,8 @@ def make_trainer(
 
     stage = stage_of(settings.run.stage)
     args = stage.config_class()(**options)
+    if getattr(args, "router_aux_loss_coef", None) is not None:
+        args.router_aux_loss_coef = float(args.router_aux_loss_coef)  # for the model's configuration, which takes no 0
     set_seed(args.seed)  # LoRA's start
     # With a quantized base TRL rounds what is trained to bf16, in which small steps of an optimizer vanish.
     exact = [(p, p.data) for p in model.parameters() if p.requires_grad] if settings.run.quantization_bit else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,9 @@ import transformers
 from PIL import Image
 from tokenizers import AddedToken
 
-from tests.support.families import config_of
+from tests.support.families import SIZES, config_of
 from tests.support.tiny import tokenizer
 
-_QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_GEMMA = ("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|video|>", "<|audio>", "<audio|>")
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
     "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -22,33 +22,41 @@ _TEMPLATE = (
 )
 
 
+@dataclass(frozen=True)
+class Seeing:
+    """A family that sees.
+
+    Attributes:
+        kind: Its model's class.
+        tokens: Token -> the field of its configuration that has its id; "" for none.
+        processor: Of a tokenizer that has these tokens.
+        config: The tiny model's, of the language model's.
+    """
+
+    kind: str
+    tokens: dict[str, str]
+    processor: Callable[[Any], Any]
+    config: Callable[[Any], Any] = lambda config: config
+
+
 def save_seeing(family: str, folder: Path) -> Path:
-    """A tiny Qwen3-VL-MoE or Gemma 4 with experts, in fp32, and its processor."""
-    words = tokenizer(None)
-    extra = _QWEN if family == "qwen3_vl_moe" else _GEMMA
+    """A tiny model of a family of `FAMILIES`, in fp32, and its processor."""
+    parts, words = FAMILIES[family], tokenizer(None)
+    extra = list(parts.tokens)
     words.add_special_tokens({"additional_special_tokens": [AddedToken(word, special=True) for word in extra]})
-    ids = dict(zip(extra, words.convert_tokens_to_ids(list(extra)), strict=True))
-    processor = (_qwen if family == "qwen3_vl_moe" else _gemma)(words)
-    processor.save_pretrained(folder)
-    config = config_of(family)
-    if family == "qwen3_vl_moe":
-        config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-        config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
-    else:
-        sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"patch_size": 4, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 256}
-        vision = transformers.Gemma4VisionConfig(**sizes)
-        config = transformers.Gemma4Config(text_config=config, vision_config=vision, audio_config=None)
-        config.image_token_id, config.boi_token_id, config.eoi_token_id = (ids[word] for word in extra[:3])
+    parts.processor(words).save_pretrained(folder)
+    config = parts.config(config_of(family))
+    for field, number in zip(parts.tokens.values(), words.convert_tokens_to_ids(extra), strict=True):
+        if field:
+            setattr(config, field, number)
     text = config.get_text_config()
     text.vocab_size = len(words) + 4
-    text.eos_token_id = words.eos_token_id
-    name = {"qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration", "gemma4": "Gemma4ForConditionalGeneration"}[family]
+    text.eos_token_id, text.pad_token_id = words.eos_token_id, words.pad_token_id
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = text.vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        getattr(transformers, name)._from_config(config).float().save_pretrained(folder)
+        getattr(transformers, parts.kind)._from_config(config).float().save_pretrained(folder)
     return folder
 
 
@@ -57,6 +65,14 @@ def _qwen(words: Any) -> Any:
     video = transformers.Qwen3VLVideoProcessor(patch_size=4, merge_size=2)
     template = _TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return transformers.Qwen3VLProcessor(image, words, video, chat_template=template)
+
+
+def _glm(words: Any) -> Any:
+    size = {"shortest_edge": 128, "longest_edge": 2048}  # pixels, of two frames
+    image = transformers.Glm4vImageProcessor(patch_size=4, merge_size=2, size=size)
+    video = transformers.Glm4vVideoProcessor(patch_size=4, merge_size=2)
+    template = _TEMPLATE.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
+    return transformers.Glm4vProcessor(image, words, video, chat_template=template)
 
 
 def _gemma(words: Any) -> Any:
@@ -69,6 +85,45 @@ def _gemma(words: Any) -> Any:
     video = transformers.Gemma4VideoProcessor(patch_size=4, max_soft_tokens=70)
     audio, template = transformers.Gemma4AudioFeatureExtractor(), _TEMPLATE.replace("IMAGE", "<|image|>")
     return transformers.Gemma4Processor(audio, image, named, video, chat_template=template, image_seq_length=70)
+
+
+def _gemma_config(text: Any) -> Any:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"patch_size": 4, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 256}
+    vision = transformers.Gemma4VisionConfig(**sizes)
+    return transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+
+
+def _qwen3_5_config(text: Any) -> Any:
+    fields = ("hidden_size", "intermediate_size", "depth", "num_heads", "patch_size", "out_hidden_size")
+    vision = transformers.Qwen3_5MoeVisionConfig(**{name: SIZES[name] for name in fields}, num_position_embeddings=64)
+    text.rope_parameters |= {"mrope_section": [1, 1, 0]}  # of two frequencies
+    return transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+
+
+_QWEN = {
+    "<|vision_start|>": "vision_start_token_id",
+    "<|vision_end|>": "vision_end_token_id",
+    "<|image_pad|>": "image_token_id",
+    "<|video_pad|>": "video_token_id",
+}
+_GLM = {
+    "<|begin_of_image|>": "image_start_token_id",
+    "<|end_of_image|>": "image_end_token_id",
+    "<|begin_of_video|>": "video_start_token_id",
+    "<|end_of_video|>": "video_end_token_id",
+    "<|image|>": "image_token_id",
+    "<|video|>": "video_token_id",
+}
+_GEMMA = {"<|image|>": "image_token_id", "<|image>": "boi_token_id", "<image|>": "eoi_token_id"} | dict.fromkeys(
+    ("<|audio|>", "<|video|>", "<|audio>", "<audio|>"), ""
+)
+FAMILIES = {
+    "qwen3_vl_moe": Seeing("Qwen3VLMoeForConditionalGeneration", _QWEN, _qwen),
+    "qwen3_5_moe": Seeing("Qwen3_5MoeForConditionalGeneration", _QWEN, _qwen, _qwen3_5_config),
+    "glm4v_moe": Seeing("Glm4vMoeForConditionalGeneration", _GLM, _glm),
+    "gemma4": Seeing("Gemma4ForConditionalGeneration", _GEMMA, _gemma, _gemma_config),
+}
 
 
 def images_in(folder: Path, count: int) -> list[str]:

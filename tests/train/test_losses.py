@@ -33,6 +33,11 @@ def test_no_hidden_states() -> None:
     with pytest.raises(KTAMXError, match=r"Llama4ForCausalLM has none. Train it by transformers' Trainer"):
         check("llama4")
     check("llama4", stage="orpo")
+    config = transformers.Llama4Config(text_config=config_of("llama4"))
+    with torch.device("meta"):
+        seeing = transformers.Llama4ForConditionalGeneration._from_config(config)
+    with pytest.raises(KTAMXError, match=r"Llama4ForConditionalGeneration has none"):
+        check_loss(TrainSettings("here", RunKeys(), KTConfig(), {}), seeing)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma4", "qwen3_moe", "dbrx"])

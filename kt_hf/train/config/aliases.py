@@ -40,7 +40,9 @@ TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 # Of these names the value is true or false.
 BOOLEANS = ("disable_gradient_checkpointing", "use_reentrant_gc", "train_on_prompt", "group_by_length", "pure_bf16")
-_FOR_IMAGES = "only text is trained"
+_BY_PROCESSOR = "sizes of images are the processor's own (preprocessor_config.json)"
+_NO_VIDEOS = "videos are not trained"
+_BY_TARGET = "a tower is left alone unless lora_target names its layers"
 _BY_ITSELF = "it is decided by the files and the machine"
 # Taken without effect, and why.
 IGNORED = {
@@ -55,15 +57,15 @@ IGNORED = {
     "infer_backend": "no inference takes part",
     "infer_dtype": "no inference takes part",
     "ray_run_name": "Ray takes no part",
-    "image_max_pixels": _FOR_IMAGES,
-    "image_min_pixels": _FOR_IMAGES,
-    "video_max_pixels": _FOR_IMAGES,
-    "video_min_pixels": _FOR_IMAGES,
-    "video_fps": _FOR_IMAGES,
-    "video_maxlen": _FOR_IMAGES,
-    "media_dir": _FOR_IMAGES,
-    "freeze_vision_tower": _FOR_IMAGES,
-    "freeze_multi_modal_projector": _FOR_IMAGES,
+    "image_max_pixels": _BY_PROCESSOR,
+    "image_min_pixels": _BY_PROCESSOR,
+    "video_max_pixels": _NO_VIDEOS,
+    "video_min_pixels": _NO_VIDEOS,
+    "video_fps": _NO_VIDEOS,
+    "video_maxlen": _NO_VIDEOS,
+    "media_dir": "paths of images begin at the data's file, or where kt-hf is started",
+    "freeze_vision_tower": _BY_TARGET,
+    "freeze_multi_modal_projector": _BY_TARGET,
     "kt_threadpool_count": "threads are planned for the machine's NUMA nodes; kt_tp_enabled: false keeps to one",
     "kt_model_max_length": "buffers grow with the batches; kt_max_len bounds them",
     "kt_force_fused_expert_lora": "each expert has LoRA of its own",

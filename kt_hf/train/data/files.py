@@ -143,10 +143,16 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
                 raise ValueError("two columns have the same name")
-            batches = table.iter_batches(batch_size=_PARQUET_BATCH)
-            yield from numbered((row for batch in batches for row in batch.to_pylist()), str(file))
+            # As datasets writes lists whose objects have different keys.
+            texts = [field.name for field in table.schema_arrow if str(field.type) == "extension<arrow.json>"]
+            rows = (row for batch in table.iter_batches(batch_size=_PARQUET_BATCH) for row in batch.to_pylist())
+            yield from numbered((row | {name: _json_cell(row[name]) for name in texts} for row in rows), str(file))
     except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise ValueError(f"not parquet, or damaged: {_one_line(error)}") from None
+
+
+def _json_cell(text: str | None) -> Any:
+    return None if text is None else parse_json(text)
 
 
 def _one_line(error: Exception) -> str:

@@ -2,10 +2,14 @@
 
 People write them as parts of a message (`{"type": "image", ...}`), or as `<image>` in its text with the files in a
 column `images`. Here both become the second: `<image>` in texts, and the row's `images` in that order.
+
+An image is the path of a file, what a file holds (`bytes`, alone or as `{"bytes": …, "path": …}`, which is how datasets
+and parquet files have them, or a `data:` address), or an image of PIL's.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,10 @@ def with_images(row: Row, folder: Path | None) -> Row:
 
     Args:
         row: As it was read.
-        folder: Where relative paths begin: that of the data's file.
+        folder: Where relative paths begin: that of the data's file. What is not there may be where the program runs.
 
     Returns:
-        The row; the same one if it has no images. An image is the path of a file, or what the data set has: an image
-        of PIL's, or `bytes`.
+        The row; the same one if it has no images. An image is the path of a file, `bytes`, or an image of PIL's.
 
     Raises:
         BadRow: As many placeholders as images are needed; or an image's file is not there.
@@ -133,15 +136,31 @@ def _put_first(dialogues: dict[str, list[Any]], count: int) -> None:
 
 
 def _found(image: Any, folder: Path | None) -> Any:
-    if isinstance(image, dict) and not image.get("bytes") and isinstance(image.get("path"), str):
-        image = image["path"]
+    if isinstance(image, dict):
+        # Not its path where the bytes are there: that is a name of elsewhere, and another file may have it here.
+        image = image["bytes"] if image.get("bytes") else image.get("path")
+        if image is None:
+            raise BadRow("an image of it has neither bytes nor a path")
     if not isinstance(image, str):
         return image
-    if "://" in image or image.startswith("data:"):
+    if image.startswith("data:"):
+        return _decoded(image)
+    image = image.removeprefix("file://")
+    if "://" in image:
         raise BadRow(f"the image {image[:60]!r} is no file: download it, and give its path")
     path = Path(image).expanduser()
-    for place in (path, *([folder / path] if folder and not path.is_absolute() else [])):
+    for place in (*([folder / path] if folder else []), path):
         if place.is_file():
             return str(place)
     where = f" (looked for in {folder} too)" if folder and not path.is_absolute() else ""
     raise BadRow(f"there is no image {image!r}{where}")
+
+
+def _decoded(address: str) -> bytes:
+    kind, _, content = address.partition(",")
+    try:
+        if kind.endswith(";base64"):
+            return base64.b64decode(content, validate=True)
+    except ValueError:
+        pass
+    raise BadRow(f"the image {address[:40]!r} is not base64: write data:image/png;base64,… or the path of a file")

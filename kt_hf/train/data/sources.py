@@ -162,7 +162,7 @@ def _hub(spec: str, entry: Entry | None, purpose: str) -> Iterator[Any]:
         names = (entry.split,) if entry and entry.split else names
         splits = [split for split in names if split in loaded] or list(loaded)[: 1 if len(loaded) == 1 else 0]
         if splits:
-            yield from loaded[splits[0]]
+            yield from _as_stored(loaded[splits[0]])
             return
     except Exception as error:  # permission, no such name, damaged files: the library's own words
         words = " ".join(str(error).split()) or type(error).__name__
@@ -173,6 +173,22 @@ def _hub(spec: str, entry: Entry | None, purpose: str) -> Iterator[Any]:
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
     raise KTAMXConfigError(f"dataset {spec} has the splits {', '.join(loaded)}, none of them for {purpose}.")
+
+
+def _as_stored(rows: Any) -> Any:
+    """A data set that gives its images as files have them, for in memory they would be some twenty times that."""
+
+    import datasets
+
+    def keep(feature: Any) -> None:
+        if isinstance(feature, datasets.Image):
+            feature.decode = False
+        for part in feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]:
+            if part is not None:
+                keep(part)
+
+    keep(rows.info.features)
+    return rows
 
 
 def _unreachable(name: str) -> str | None:

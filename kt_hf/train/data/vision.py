@@ -1,7 +1,7 @@
 """Rows with images, as TRL's collator for models that see takes them.
 
 Each row becomes a prompt and its last answer, which alone is trained; the images stay files until their batch is made.
-Every row goes through the processor once before the model is loaded, so that none fails in the middle of the training.
+Every row goes through that collator once before the model is loaded, so that none fails in the middle of the training.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from .template import conversation
 from .tokens import Prepared
 
 _SHOWN = 3
+_MASKED = -100
 # Settings of TRL that its collator for images refuses, after the model is loaded.
 _REFUSED = {
     "packing": "rows with images cannot be packed", "padding_free": "rows with images need padding",
     "assistant_only_loss": "of a row with images the last answer is trained", "pad_to_multiple_of": "TRL has no such "
     "padding for images",
 }  # fmt: skip
+# Of a row, what the collator does not give to the chat template.
+_UNTOLD = ("tools", "chat_template_kwargs")
 
 
 def check_options(keys: RunKeys, options: dict[str, Any]) -> None:
@@ -37,6 +40,15 @@ def check_options(keys: RunKeys, options: dict[str, Any]) -> None:
     for key, why in _REFUSED.items():
         if options.get(key):
             raise KTAMXConfigError(f"{key}={options[key]!r}: {why}. Leave it out.")
+    if options.get("completion_only_loss") is False:
+        raise KTAMXConfigError(
+            "completion_only_loss=False: of a row with images the last answer is trained. Leave it out."
+        )
+    if keys.enable_thinking is not None:
+        raise KTAMXConfigError(
+            f"enable_thinking={keys.enable_thinking}: TRL gives the chat template of a row with images no settings. "
+            "Leave it out."
+        )
     if options.get("truncation_mode") == "keep_end" and options.get("max_length", 1024) is not None:
         raise KTAMXConfigError("truncation_mode='keep_end': an image cannot be cut. Leave it out.")
 
@@ -61,9 +73,11 @@ def prepare_vision(rows: Rows, processor: Any, max_length: int | None, vocabular
     good: list[dict[str, Any]] = []
     sequences: list[list[int]] = []
     several = 0
+    tokens = _collator(processor)
     for index, row in enumerate(rows.rows):
         try:
-            ids = _token_ids(row, processor, vocabulary)
+            asked = _asked(row)
+            ids = _token_ids(asked, tokens, vocabulary)
             if max_length is not None and len(ids) > max_length:
                 raise BadRow(
                     f"it has {len(ids)} tokens with its images, and an image cannot be cut: max_length={max_length}"
@@ -71,14 +85,8 @@ def prepare_vision(rows: Rows, processor: Any, max_length: int | None, vocabular
         except BadRow as error:
             bad.append((rows.place(index), str(error)))
             continue
-        except Exception as error:  # whatever a processor, its template or a damaged image raises
-            bad.append((rows.place(index), f"the processor refuses it: {' '.join(str(error).split())[:300]}"))
-            continue
-        messages = conversation(row)
-        several += sum(message["role"] == "assistant" for message in messages) > 1
-        good.append(
-            {"prompt": _parts(messages[:-1]), "completion": _parts(messages[-1:]), "images": row.get("images", [])}
-        )
+        several += sum(message["role"] == "assistant" for message in conversation(row)) > 1
+        good.append(asked)
         sequences.append(ids)
     judge(name, bad, len(rows.rows))
     features = Features({"prompt": Json(), "completion": Json(), "images": List(Image())})
@@ -96,16 +104,37 @@ def example(data: Prepared) -> Any:
     return Dataset.from_dict({"input_ids": [data.sequences[0]], "labels": [data.sequences[0]]})
 
 
-def _token_ids(row: dict[str, Any], processor: Any, vocabulary: int) -> list[int]:
-    """A row's tokens, its images' among them."""
-    messages, images = _parts(conversation(row)), [_opened(image) for image in row.get("images", [])]
+def _collator(processor: Any) -> Any:
+    """TRL's, which makes tensors of rows as they will be in the training; nothing is cut."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    return DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+
+
+def _asked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the collator takes it: everything up to the last answer, that answer, and the images."""
     if "prompt" not in row and "messages" not in row:
         raise BadRow("it is no conversation, and a model that sees is trained on those")
-    text = processor.apply_chat_template(messages, tokenize=False)
-    ids = processor(images=images or None, text=[text], add_special_tokens=False)["input_ids"][0]
-    ids = [int(token) for token in ids]
+    if lost := [column for column in _UNTOLD if row.get(column)]:
+        raise BadRow(f"it has {' and '.join(lost)}, which TRL does not give to the chat template of a row with images")
+    messages = conversation(row)
+    if messages[-1].get("train") is False:
+        raise BadRow("its last answer is not to be trained, and of a row with images no other can be")
+    return {"prompt": _parts(messages[:-1]), "completion": _parts(messages[-1:]), "images": row.get("images", [])}
+
+
+def _token_ids(row: dict[str, Any], collator: Any, vocabulary: int) -> list[int]:
+    """A row's tokens, its images' among them."""
+    images = [_opened(image, number) for number, image in enumerate(row["images"], 1)]
+    try:
+        batch = collator([row | {"images": images}])
+    except Exception as error:  # whatever TRL, the processor, its template or an image of a strange kind raises
+        raise BadRow(f"the processor refuses it: {' '.join(str(error).split())[:300]}") from None
+    ids: list[int] = batch["input_ids"][0].tolist()
     if max(ids) >= vocabulary:
         raise BadRow(f"token {max(ids)} is none of the model's {vocabulary}: are model and processor a pair?")
+    if not (batch["labels"] != _MASKED).any():
+        raise BadRow("its answer has no tokens")
     return ids
 
 
@@ -117,18 +146,15 @@ def _parts(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _opened(image: Any) -> Any:
-    """An image in memory."""
-    import io
+def _opened(image: Any, number: int) -> Any:
+    """An image in memory, as the data set will give it to the collator."""
+    from datasets import Image
 
-    from PIL import Image
-
-    if hasattr(image, "size"):
-        return image
-    source = io.BytesIO(image["bytes"]) if isinstance(image, dict) else image
+    feature = Image()
     try:
-        opened = Image.open(source)
-        opened.load()
-    except Exception as error:
-        raise BadRow(f"the image {image if isinstance(image, str) else ''} cannot be opened: {error}") from None
-    return opened
+        return feature.decode_example(feature.encode_example(image))
+    except Exception as error:  # of PIL's, and of whatever codec the file needs
+        path = isinstance(image, str)
+        name = f"the image {image}" if path else f"image {number} of it"
+        why = f": {error}" if path else ": PIL knows no such file, or it is damaged"
+        raise BadRow(f"{name} cannot be opened{why}") from None
