@@ -96,8 +96,8 @@ def save_whole(
                 begin(folder)  # before another file in it changes
                 remove_state(folder)
             ranks.agree(Place(Kind.SAVING))
-            if not trainer.args.save_only_model and trainer.optimizer is not None:
-                write_state(folder, trainer.model, trainer.optimizer, ranks.rank)
+            if not trainer.args.save_only_model and trainer.optimizer is not None and ranks.replicas.index == 0:
+                write_state(folder, trainer.model, trainer.optimizer, ranks.owners.index)
             ranks.agree(Place(Kind.SAVED))
         return original(trainer, output_dir, _internal_call)
 
