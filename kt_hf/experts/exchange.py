@@ -184,8 +184,8 @@ class LayerExchange:
         if not same:
             raise KTAMXConfigError(
                 f"{self.label}: ranks {first} and {second}, of two hosts, hold different LoRA for the same experts. "
-                "Start all ranks with one seed (torch.manual_seed, transformers.set_seed) before adapters are made, and load "
-                "the same adapter on all hosts."
+                "Start all ranks with one seed (torch.manual_seed, transformers.set_seed) before adapters are made, "
+                "and load the same adapter on all hosts."
             )
 
     def joined_load(self, load: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Among which processes a model's experts are divided: those of a host, each host with all of them, or all there are."""
+"""Among which processes experts are divided: those of a host, where each host has all of them, or all there are."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def fits_host(tiers: Tiers | None, shapes: Sequence[ExpertShape], bits: float, h
         in_all += expert_bytes(shape, bits) * shape.num_experts
     for need, free, what in ((in_all - on_gpu, host, "free host memory"), (on_gpu, gpus, "free memory of its GPUs")):
         if need > _USABLE * free:
-            return f"a host's part would be {need / GIB:.1f} GiB, more than {_USABLE:.0%} of {free / GIB:.1f} GiB of {what}"
+            sizes = f"{need / GIB:.1f} GiB, more than {_USABLE:.0%} of {free / GIB:.1f} GiB"
+            return f"a host's part would be {sizes} of {what}"
     return None
 
 
@@ -102,15 +103,16 @@ def _check_hosts(every: list[list[int]]) -> None:
     if len(sizes) > 1 or len(every) % sizes[0]:
         numbers = ", ".join(str(size) for size in sizes)
         raise KTAMXConfigError(
-            f"The hosts of the run have unlike numbers of processes ({numbers} of {len(every)}, LOCAL_WORLD_SIZE): start "
-            "as many on each (torchrun --nproc_per_node N), or set kt_expert_ranks: all, which divides the experts "
+            f"The hosts of the run have unlike numbers of processes ({numbers} of {len(every)}, LOCAL_WORLD_SIZE): "
+            "start as many on each (torchrun --nproc_per_node N), or set kt_expert_ranks: all, which divides the experts "
             "among all processes."
         )
     owners = sizes[0]
     hosts = [{host for _, _, host in every[first : first + owners]} for first in range(0, len(every), owners)]
     in_order = all(local == rank % owners for rank, (_, local, _) in enumerate(every))
     if not in_order or any(len(host) > 1 for host in hosts):
+        given = ", ".join(str(local) for _, local, _ in every)
         raise KTAMXConfigError(
-            f"The ranks of a host do not follow each other (LOCAL_RANK {', '.join(str(one[1]) for one in every)}): start "
-            "them with torchrun or accelerate launch, which number them host by host, or set kt_expert_ranks: all."
+            f"The ranks of a host do not follow each other (LOCAL_RANK {given}): start them "
+            "with torchrun or accelerate launch, which number them host by host, or set kt_expert_ranks: all."
         )
