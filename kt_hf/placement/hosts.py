@@ -104,8 +104,8 @@ def _check_hosts(every: list[list[int]]) -> None:
         numbers = ", ".join(str(size) for size in sizes)
         raise KTAMXConfigError(
             f"The hosts of the run have unlike numbers of processes ({numbers} of {len(every)}, LOCAL_WORLD_SIZE): "
-            "start as many on each (torchrun --nproc_per_node N), or set kt_expert_ranks: all, which divides the experts "
-            "among all processes."
+            "start as many on each (torchrun --nproc_per_node N), or set kt_expert_ranks: all, which divides the "
+            "experts among all processes."
         )
     owners = sizes[0]
     hosts = [{host for _, _, host in every[first : first + owners]} for first in range(0, len(every), owners)]

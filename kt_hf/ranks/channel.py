@@ -163,15 +163,17 @@ class Losses:
         Where ranks are connected in several groups, one may wait for another that has lost a third: what those who
         waited for that one have found out is then at the store.
         """
-        others, until = {rank for rank in members if rank != self.rank}, time.monotonic() + _PATIENCE
+        others, began = {rank for rank in members if rank != self.rank}, time.monotonic()
         with contextlib.suppress(Exception):  # the store is gone with the process that held it
             store: Any = dist.distributed_c10d._get_default_store()
             store.set(self._key(self.rank), "1")
             among_all = len(members) == self.size
-            while time.monotonic() < until and (others or not among_all):
+            while others or not among_all:
                 others = {rank for rank in others if not store.check([self._key(rank)])}
                 if store.check([_ABSENT]):
                     return [int(rank) for rank in json.loads(bytes(store.get(_ABSENT)))]
+                if time.monotonic() > began + _PATIENCE * (1 if others else 2):
+                    break
                 time.sleep(0.05)
             if others:
                 store.set(_ABSENT, json.dumps(sorted(others)))

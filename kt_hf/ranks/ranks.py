@@ -107,9 +107,12 @@ class Ranks:
         """
         if self.replicas.size == 1 or self._losses.words is not None or (failure is None and not self._is_edge(place)):
             return
+        edges, self._edges = self._edges, {}  # forgotten on all hosts where one has failed, for it may know fewer
         with self._losses.noticed(self.replicas, place, failure):
             rows = self.replicas.gathered(self._header(place, 0, failure)).tolist()
             self._compare(self.replicas, place, rows, failure)
+        if failure is None:
+            self._edges = edges
 
     def _is_edge(self, place: Place) -> bool:
         if place.kind not in _INSIDE:
