@@ -55,6 +55,27 @@ def ranks_of_run(
     return Ranks(world, world.local_size)
 
 
+def expected_owners(
+    config: KTConfig, shape: ExpertShape, layers: int, bits: float, hosts: int, ranks: int, free: tuple[int, int]
+) -> int:
+    """Among how many processes experts will be divided, as `ranks_of_run` says when a checkpoint is loaded.
+
+    Args:
+        config: Settings.
+        shape: Of each of the model's layers, of all their experts.
+        layers: How many have experts.
+        bits: Of a weight as it is held.
+        hosts: Of the run.
+        ranks: Processes of a host.
+        free: Bytes that are free in a host's memory, and in that of its GPUs together.
+    """
+    if hosts == 1 or config.kt_expert_ranks == "host":
+        return ranks
+    tiers = asked_for(config, [shape], free[1] > 0)
+    fits = config.kt_expert_ranks == "auto" and fits_host(tiers, [shape] * layers, bits, *free) is None
+    return ranks if fits else hosts * ranks
+
+
 def fits_host(tiers: Tiers | None, shapes: Sequence[ExpertShape], bits: float, host: int, gpus: int) -> str | None:
     """What a host lacks to have all experts of a model; None if it has room for them.
 

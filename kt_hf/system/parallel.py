@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import KTAMXConfigError
+from ..ranks import current_world
 
 _UNTRIED = {
     "deepspeed": "DeepSpeed divides parameters and gradients by itself",
@@ -77,6 +78,11 @@ def refuse_parallel_trainer(model: nn.Module, gpus: int, args: Any) -> None:
     for name, why in _UNTRIED.items():
         if getattr(args, name, None):
             raise KTAMXConfigError(f"{name} does not go together with several processes: {why}. Leave it out.")
+    if getattr(args, "save_on_each_node", False) and current_world().local_size < args.world_size:
+        raise KTAMXConfigError(
+            "save_on_each_node=True: rank 0 alone has the LoRA of all experts, and writes it. Leave it out, and give "
+            "an output_dir that all hosts see."
+        )
     if getattr(args, "fsdp", None):
         raise KTAMXConfigError(
             f"fsdp={args.fsdp}: FSDP does not go together with experts that are divided among processes. Leave it "

@@ -228,13 +228,13 @@ def fails(where: str, rank: int) -> None:
 
 @pytest.mark.parametrize("where", ["forward", slowly("backward")])
 def test_an_error_of_one_rank_is_raised_on_all_hosts(where: str) -> None:
-    every = outcomes(RANKS, lambda rank: fails(where, rank), hosts=HOSTS)
+    every = outcomes(RANKS, lambda rank: fails(where, rank), timeout=60, hosts=HOSTS)
     for rank, (error, after) in enumerate(every):
         assert isinstance(error, torch.OutOfMemoryError if rank == 3 else KTAMXError), error
         assert rank == 3 or "rank 3 has failed" in str(error)
         assert rank == 3 or f"layers.{int(where == 'forward')}.mlp.experts" in str(error)
         assert "CUDA out of memory" in str(error)
-        assert after < 5
+        assert after < 30
 
 
 @pytest.mark.slow
@@ -247,10 +247,10 @@ def test_an_error_in_evaluation_does_not_leave_the_other_host_waiting() -> None:
                 raise_in(model.base_model.model._kt_wrappers[0].backend, "forward", RuntimeError("no luck"))
             loss_of(model)
 
-    for rank, (error, after) in enumerate(outcomes(RANKS, work, hosts=HOSTS)):
+    for rank, (error, after) in enumerate(outcomes(RANKS, work, hosts=HOSTS, timeout=60)):
         assert "no luck" in str(error)
         assert rank == 3 or "rank 3 has failed" in str(error)
-        assert after < 5
+        assert after < 30
 
 
 @pytest.mark.slow
@@ -263,11 +263,11 @@ def test_one_micro_batch_more_on_a_host_is_an_error_at_once() -> None:
                 loss_of(model).backward()
             optimizer.step()
 
-    for error, after in outcomes(RANKS, work, hosts=HOSTS):
+    for error, after in outcomes(RANKS, work, timeout=60, hosts=HOSTS):
         assert isinstance(error, KTAMXError), error
         assert "different places" in str(error)
         assert "step 0" in str(error)
-        assert after < 5
+        assert after < 30
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_a_rank_that_ends_is_named_on_all_hosts(by: int) -> None:
 
         return outcome(rank, second)
 
-    values = on_ranks(RANKS, work, hosts=HOSTS)
+    values = on_ranks(RANKS, work, timeout=60, hosts=HOSTS)
     for rank, value in enumerate(values):
         if rank == by:
             assert value is None
@@ -312,4 +312,4 @@ def test_a_rank_that_ends_is_named_on_all_hosts(by: int) -> None:
         error, after = value
         assert isinstance(error, KTAMXError), error
         assert f"for rank {by}, which has ended" in str(error)
-        assert after < 8
+        assert after < 30
