@@ -48,6 +48,7 @@ class Ranks:
         owners: The ranks that divide the experts, of which this is one.
         replicas: The ranks that own the same experts as this one, one of each host.
         gathered: Whether a save is under way, for which LoRA was gathered.
+        dense: Whole tensors of the parameters that are sharded otherwise, by their `id`, while a save is under way.
         serial: A number that the other processes have for this model too, if all make models in one order.
     """
 
@@ -55,6 +56,7 @@ class Ranks:
         self.world = world
         self.rank, self.size = world.rank, world.size
         self.gathered, self.serial = False, next(_serials)
+        self.dense: dict[int, Tensor] = {}
         divided = divided or world.size
         first = world.rank - world.rank % divided
         self.owners = Channel(range(first, first + divided), world.rank, world.size)
