@@ -151,7 +151,7 @@ def plot(file: Path, name: str, tokens: int) -> None:
         axes.legend(fontsize=7)
     figure.suptitle(f"{name}, {tokens:,} tokens a GPU: predicted, not measured")
     figure.tight_layout()
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=70)
 
 
 def main() -> int:

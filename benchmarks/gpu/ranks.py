@@ -5,12 +5,12 @@
     python benchmarks/gpu/ranks.py --gpus 1 2 --tiers streamed --tokens 8192  # a part of it
     python benchmarks/gpu/ranks.py --gpus 1 2 --shape tiny --layers 2         # try it on CPUs, connected by gloo
 
-Twelve layers of Qwen3-30B. Routing is spread (routing.py), weights are random, tokens of a rank are one row; steps are of
-the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median seconds, the host's
-seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU; of the run the bus's
-rate of each GPU while all copy, and the memory that the processes have of the host and of their GPUs. Then the same with
-the last rank slowed in each layer, and with the last rank killed, after which the others have to name it. Each of these
-is a process of its own on each rank.
+Twelve layers of Qwen3-30B. Routing is spread (routing.py), weights are random, tokens of a rank are one row; steps are
+of the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median seconds, the
+host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU; of the run the
+bus's rate of each GPU while all copy, and the memory that the processes have of the host and of their GPUs. Then the
+same with the last rank slowed in each layer, and with the last rank killed, after which the others have to name it.
+Each of these is a process of its own on each rank.
 """
 
 # ruff: noqa: E402
