@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
 import time
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,18 @@ from .place import Place, in_words
 _MESSAGE = 1024  # bytes of what a failing rank says to the others
 _PATIENCE = 3.0  # seconds that ranks which lost another give each other to say that they are alive
 _ABSENT = "kt_hf/absent"
+_CHANNELS: weakref.WeakSet[Channel] = weakref.WeakSet()  # those with a process group
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Before Python ends: gloo's threads, which may still have to let go tensors of the last exchange.
+
+    That takes Python's lock, and a thread that asks for it once Python is ending ends the process by SIGABRT
+    ("terminate called without an active exception"). Where a process group is closed its threads are waited for.
+    """
+    for channel in list(_CHANNELS):
+        channel.close("the process ends")
 
 
 class Channel:
@@ -40,6 +54,7 @@ class Channel:
         self.index, self.size = self.members.index(rank), len(self.members)
         self._world = size
         self._groups: dict[str, Any] = {}
+        self._closed: str | None = None
 
     def gathered(self, values: Tensor) -> Tensor:
         """The values of all members, [size, …]: `values` [...] on the CPU, of one shape and dtype on all."""
@@ -73,6 +88,8 @@ class Channel:
 
     def group(self, device: str = "cpu") -> Any:
         """The process group for tensors of a kind of device."""
+        if self._closed is not None:
+            raise RuntimeError(self._closed)
         if not (dist.is_available() and dist.is_initialized()):
             raise KTAMXConfigError(
                 f"The experts are divided among {self._world} processes (WORLD_SIZE), which are not connected: "
@@ -87,6 +104,7 @@ class Channel:
         if device != "cpu" and whole:  # the one that DDP uses: what both launch is then in one order on every rank
             return None
         if device not in self._groups:
+            _CHANNELS.add(self)
             if whole:
                 self._groups[device] = dist.new_group(backend="gloo", timeout=_timeout())
             else:
@@ -96,8 +114,13 @@ class Channel:
                 )
         return self._groups[device]
 
-    def close(self) -> None:
-        """Close the connections, from which members that wait for this process learn that somebody is gone."""
+    def close(self, words: str) -> None:
+        """Close the connections, from which members that wait for this process learn that somebody is gone.
+
+        Args:
+            words: What is said of every later exchange.
+        """
+        self._closed = words
         groups, self._groups = self._groups, {}
         for group in groups.values():
             with contextlib.suppress(Exception):
@@ -122,8 +145,6 @@ class Losses:
     def noticed(self, channel: Channel, place: Place | None, failure: BaseException | None = None) -> Iterator[None]:
         """Say in words what torch.distributed raises when a rank is gone; a rank that has failed says its own."""
         try:
-            if self.words is not None:
-                raise RuntimeError(self.words)
             yield
         except (KTAMXError, torch.OutOfMemoryError):  # which may be RuntimeErrors too
             raise
@@ -149,12 +170,14 @@ class Losses:
         if self.words is None:
             self.words = f"{where} for another rank, which has ended"
             for channel in self._channels:
-                channel.close()
+                channel.close(self.words)
             traceback.clear_frames(error.__traceback__)  # which hold a group, and so its connections
             absent = self._absent(members)
             names = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
             self.words = f"{where} for {names}, which has ended or stands still; its own output says why "
             self.words += f"({' '.join(str(error).split())[:200]})."
+            for channel in self._channels:
+                channel.close(self.words)
         return self.words
 
     def _absent(self, members: Sequence[int]) -> list[int]:

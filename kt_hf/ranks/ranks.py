@@ -83,8 +83,6 @@ class Ranks:
             KTAMXError: Of `place.error`: another rank has failed, is in another place, has ended or stands still. A
                 rank that gives `failure` gets no error of its own: it raises what it has.
         """
-        if failure is not None:
-            failure.__dict__["kt_told"] = True
         rows: list[list[int]] = []
         with self._meeting(place, failure), self._losses.noticed(self.owners, place, failure):
             rows = self.owners.gathered(self._header(place, tokens, failure)).tolist()
@@ -238,6 +236,8 @@ class Ranks:
         return steps - self._first_step
 
     def _header(self, place: Place, tokens: int, failure: BaseException | None) -> Tensor:
+        if failure is not None:
+            failure.__dict__["kt_told"] = True  # to all, once this is sent
         return torch.tensor([*place.numbers, int(failure is not None), tokens], dtype=torch.int64, device="cpu")
 
     def _apart(self, channel: Channel, place: Place, places: list[list[int]]) -> KTAMXError:
