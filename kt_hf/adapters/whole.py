@@ -66,14 +66,14 @@ def _whole_dense(model: nn.Module, ranks: Ranks) -> Iterator[None]:
         if isinstance(module, FSDPModule):  # some are whole after an evaluation, and rank 0's state would shard its own
             module.reshard()
     embeddings = {
-        id(module.weight)
+        id(embedding.weight)
         for get in ("get_input_embeddings", "get_output_embeddings")
-        if (module := getattr(model, get, lambda: None)()) is not None
+        if (embedding := getattr(model, get, lambda: None)()) is not None
     }
     by_name: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and (_OF_ADAPTER.search(name) or id(parameter) in embeddings):
-            whole = parameter.detach().full_tensor()  # of all ranks together
+            whole = parameter.full_tensor().detach()  # of all ranks together
             if ranks.rank == 0:
                 by_name[name] = ranks.dense[id(parameter)] = whole.cpu()
 
