@@ -301,8 +301,8 @@ def _layers(model: nn.Module) -> list[KTExperts]:
 
 def _check_world(layers: list[KTExperts], processes: int) -> None:
     """Refuse a model that was patched for another number of processes than train it."""
-    share = layers[0].share
-    patched = 1 if share is None else share.ranks
+    exchange = layers[0].exchange
+    patched = 1 if exchange is None else exchange.ranks.size
     if patched != processes:
         raise KTAMXConfigError(
             f"The model was patched in a run of {patched} processes, and the trainer counts {processes} (WORLD_SIZE): "

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 PLACEMENTS = ("auto", "cpu", "gpu")
 LORA_DEVICES = ("auto", "cpu", "gpu")
 EXPERT_DTYPES = ("bf16", "int4", "int8", "fp8")
+EXPERT_RANKS = ("auto", "host", "all")
 BACKENDS = ("auto", "AMXBF16", "AMXInt8", "AMXInt4", "MXFP4", "AMXFP8", "AMXInt4KGroup", "torch")
 
 # Keys of older integrations, with what took their place.
@@ -67,6 +68,10 @@ class KTConfig:
         kt_max_len: Most tokens in one operator call; longer batches are computed in pieces. None means 32,768, or less
             where the buffers for as many would be larger than the memory.
         kt_lora_rank: LoRA rank the operators are built for. None takes the first adapter's; 0 packs for inference.
+        kt_expert_ranks: Among which processes of several hosts the experts are divided: `host` (each host has all of
+            them, divided among its processes; gradients of their LoRA are averaged over hosts once a step), `all`
+            (among all processes, for models that no host holds: each layer's tokens cross the network), or `auto`,
+            which is `host` where that fits in each host's memory. Of one host both are the same.
         kt_max_cache_depth: Accepted from older configurations and ignored.
 
     Raises:
@@ -85,6 +90,7 @@ class KTConfig:
     kt_share_backward_weights: bool | None = None
     kt_max_len: int | None = None
     kt_lora_rank: int | None = None
+    kt_expert_ranks: str = "auto"
     kt_max_cache_depth: InitVar[int | None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> KTConfig:  # noqa: D102
@@ -123,6 +129,7 @@ class KTConfig:
             _alone(self.kt_expert_dtype, self.kt_backend, self.kt_weight_path)
         _choice("kt_moe_lora_device", self.kt_moe_lora_device, LORA_DEVICES)
         _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
+        _choice("kt_expert_ranks", self.kt_expert_ranks, EXPERT_RANKS)
         _integer("kt_num_threads", self.kt_num_threads, 1, "leave it out (None) to have it planned")
         _integer("kt_num_gpu_experts", self.kt_num_gpu_experts, 0, "use 0 to compute every expert on the CPU")
         _placement(self.kt_expert_placement)

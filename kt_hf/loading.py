@@ -30,8 +30,9 @@ from .checkpoint.read_ahead import read_ahead
 from .config import KTConfig, as_config
 from .discovery import ExpertsSite, by_layer, find_experts, layer_index, skeleton
 from .errors import KTAMXConfigError, KTAMXModelNotSupportedError
-from .patch import OwnedWeights, owned_shape, owned_weights, ranks_of_run, replace_experts, share_of
+from .patch import OwnedWeights, owned_shape, owned_weights, replace_experts, share_of
 from .placement.assembly import make_packer, memory_budget
+from .placement.hosts import ranks_of_run
 from .placement.memory_model import MemoryBudget
 from .placement.order import Placement, as_placement
 from .placement.packer import Packer
@@ -107,8 +108,10 @@ def load_kt_model(
     _check_arguments(path_or_name, kwargs)
     refuse_parallel(None)
     source = _source(path_or_name, dtype, kwargs)
-    outline, ranks = skeleton(source.config, source.trusted), ranks_of_run()
-    shapes = {site.name: owned_shape(site, ranks) for site in find_experts(outline, weightless=True)}
+    outline = skeleton(source.config, source.trusted)
+    sites = find_experts(outline, weightless=True)
+    ranks = ranks_of_run(cfg, [site.shape for site in sites], lambda: _bits(cfg, source, outline))
+    shapes = {site.name: owned_shape(site, ranks) for site in sites}
     if source.rest is not None:
         source.rest = for_rest(source.rest, outline, getattr(source.config, "quantization_config", None) is not None)
     packer = _packer(cfg, shapes, source, ranks, tokens_per_step)
@@ -122,6 +125,13 @@ def load_kt_model(
     model = load_rest(source, checkpoint, outline)
     _load_experts(model, packer, checkpoint, console)
     return model
+
+
+def _bits(cfg: KTConfig, source: Source, outline: nn.Module) -> float:
+    """Of an expert's weight, as it will be held."""
+    if cfg.kt_expert_dtype != "bf16":
+        return EXPERT_BITS[cfg.kt_expert_dtype]
+    return ExpertCheckpoint(checkpoint_folder(source.path_or_name, **source.hub), source.config, model=outline).bits()
 
 
 def _budget(outline: nn.Module, source: Source, tokens: int | None) -> MemoryBudget:

@@ -24,13 +24,15 @@ from .experts.calls import BY_CALL
 from .experts.holders import ExpertLora
 from .experts.listed import ListedExperts
 from .experts.lora_tensors import watch_optimizers
+from .experts.replicas import watch_steps
 from .peft_compat.internals import PREFIX
 from .peft_compat.saving import save_native_verified
 from .peft_compat.stock_lora import unwrap_expert_parameters
 from .placement.assembly import check_rank_for_low_bits, make_packer, memory_budget
+from .placement.hosts import ranks_of_run
 from .placement.order import Placement, as_placement, read_placement
 from .placement.packer import Packer
-from .ranks import Ranks, Share, current_world
+from .ranks import Ranks, Share
 from .shapes import ExpertShape
 from .system.bitsandbytes_cpu import keep_trainable
 from .system.parallel import refuse_parallel
@@ -85,7 +87,7 @@ def apply_kt_moe(
     base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
-    ranks = ranks_of_run()
+    ranks = ranks_of_run(cfg, [site.shape for site in find_experts(model)])
     packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step, ranks)
     lora_on_experts = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
@@ -134,12 +136,6 @@ def _packer(
     return packer
 
 
-def ranks_of_run() -> Ranks | None:
-    """The processes among which this one trains a model; None if it is alone."""
-    world = current_world()
-    return Ranks(world) if world.size > 1 else None
-
-
 def owned_shape(site: ExpertsSite, ranks: Ranks | None) -> ExpertShape:
     """Sizes of the part of a layer that this process owns.
 
@@ -163,7 +159,7 @@ def share_of(site: ExpertsSite, ranks: Ranks | None) -> Share | None:
             f"{site.name}: a list of experts that their block calls one by one cannot be divided among processes "
             f"(WORLD_SIZE={ranks.size}): a process without tokens for any would not meet the others. Start one."
         )
-    return Share.of(ranks.world, site.shape.num_experts, site.name)
+    return Share.of(ranks.owners.index, ranks.owners.size, site.shape.num_experts, site.name)
 
 
 def replace_experts(
@@ -189,6 +185,8 @@ def replace_experts(
     if packer.backend != "torch":
         KEPT.warn_before_another_model()
     watch_optimizers()
+    if packer.ranks is not None:
+        watch_steps()
     keep_trainable(base)
     packer.on_build = functools.partial(_show_engine, weakref.ref(base))
     base._kt_cpu_infer = None

@@ -275,12 +275,14 @@ DECISIONS: dict[int, tuple[str, Tests]] = {
         ),
     ),
     11: (
-        "several processes each own a part of the experts; DataParallel, DeepSpeed and FSDP are refused",
+        "several processes each own a part of the experts, of hosts too; DataParallel, DeepSpeed, FSDP1 are refused",
         (
             "test_patch_refused.py::test_several_processes_by_environment",
             "test_patch_refused.py::test_data_parallel",
             "ranks/test_agreement.py::test_two_ranks_compute_what_one_does",
             "ranks/test_failures.py::test_an_error_of_one_rank_is_raised_on_all",
+            "ranks/test_hosts.py::test_four_ranks_of_two_hosts_compute_what_one_process_does",
+            "ranks/test_sharded.py::test_fsdp1_is_refused",
             "trainer/test_callback.py::test_runs_over_several_devices_are_refused",
         ),
     ),

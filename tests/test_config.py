@@ -26,6 +26,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "kt_share_backward_weights": (None, True, False),
     "kt_max_len": (None, 1, 100_000),
     "kt_lora_rank": (None, 0, 1, 1024),
+    "kt_expert_ranks": ("auto", "host", "all"),
 }
 BAD: dict[str, tuple[Any, ...]] = {
     "kt_backend": ("amx", "TORCH", "", None, 3, True),
@@ -53,6 +54,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "kt_share_backward_weights": ("auto", 0, 1),
     "kt_max_len": (0, -5, 2.0, "64", False),
     "kt_lora_rank": (-1, 1025, 8.0, "8", True),
+    "kt_expert_ranks": ("hosts", "", None, 2, True),
 }
 
 

@@ -1,12 +1,16 @@
 """Experts divided among the GPUs of a host: stock SFTTrainer, a process a GPU, beside one process on one GPU.
 
-    python benchmarks/gpu/ranks.py --gpus 1 2 --csv gpu_ranks.jsonl            # all of it: 12 layers of Qwen3-30B
-    python benchmarks/gpu/ranks.py --gpus 1 2 --tiers streamed --tokens 8192   # a part of it
-    python benchmarks/gpu/ranks.py --gpus 1 2 --shape tiny --layers 2          # try it on CPUs, connected by gloo
+    torchrun --nproc-per-node 4 benchmarks/gpu/ranks.py --csv ranks.jsonl     # all of it on 4 GPUs
+    python benchmarks/gpu/ranks.py --gpus 1 2 4 8 --csv ranks.jsonl           # with each number, and the ratios
+    python benchmarks/gpu/ranks.py --gpus 1 2 --tiers streamed --tokens 8192  # a part of it
+    python benchmarks/gpu/ranks.py --gpus 1 2 --shape tiny --layers 2         # try it on CPUs, connected by gloo
 
-Each cell is a run of its own by torchrun. Routing is spread (routing.py), weights are random, tokens of a rank are one
-row; steps are of the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median
-seconds, the host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU.
+Twelve layers of Qwen3-30B. Routing is spread (routing.py), weights are random, tokens of a rank are one row; steps are
+of the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median seconds, the
+host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU; of the run the
+bus's rate of each GPU while all copy, and the memory that the processes have of the host and of their GPUs. Then the
+same with the last rank slowed in each layer, and with the last rank killed, after which the others have to name it.
+Each of these is a process of its own on each rank.
 """
 
 # ruff: noqa: E402
@@ -15,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,10 +31,12 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent)]
 sys.path.append(str(Path(__file__).parents[1]))
 
+import psutil
 import torch
+import torch.distributed as dist
 
 MARK = "RANKS-ROW "
-PLACEMENTS = {"streamed": {"resident": 0}, "resident": {"streamed": 0}}
+TIERS = ("streamed", "resident")
 
 
 class Watch:
@@ -41,8 +49,9 @@ class Watch:
 
     def install(self) -> None:
         from kt_hf.ranks import Ranks
+        from kt_hf.ranks.channel import Channel
 
-        agree, exchange = Ranks.agree, Ranks._exchange
+        agree, exchange = Ranks.agree, Channel.exchange
 
         def timed_agree(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
@@ -51,20 +60,20 @@ class Watch:
             finally:
                 self.headers += time.perf_counter() - begin
 
-        def timed_exchange(ranks: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
+        def timed_exchange(channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
             self.bytes += sent.nbytes
             if not sent.is_cuda:
                 begin = time.perf_counter()
-                exchange(ranks, received, sent, *rest)
+                exchange(channel, received, sent, *rest)
                 self.rows += time.perf_counter() - begin
                 return
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
-            exchange(ranks, received, sent, *rest)
+            exchange(channel, received, sent, *rest)
             events[1].record()
             self._events.append(events)
 
-        Ranks.agree, Ranks._exchange = timed_agree, timed_exchange  # type: ignore[method-assign]
+        Ranks.agree, Channel.exchange = timed_agree, timed_exchange  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float, int]:
         """Headers' seconds, rows' seconds and bytes sent since the last call."""
@@ -76,17 +85,99 @@ class Watch:
         return taken
 
 
-def train(given: argparse.Namespace, tier: str, tokens: int) -> None:
-    """One run, in each of the processes that torchrun has started; rank 0 prints its row."""
-    import torch.distributed as dist
-    from card import Card
+def of_all(value: Any) -> list[Any]:
+    """What each rank has."""
+    every = [value] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def bus_rate(device: torch.device) -> float:
+    """GB/s from page-locked memory to this rank's GPU while all ranks copy; without a GPU from memory to memory."""
+    gpu = device.type == "cuda"
+    source = torch.empty((2**28 if gpu else 2**24) // 4, pin_memory=gpu)
+    target = torch.empty_like(source, device=device)
+    for count in (2, 20):  # the first warm up
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(count):
+            target.copy_(source, non_blocking=True)
+        if gpu:
+            torch.cuda.synchronize()
+    return count * source.nbytes / (time.perf_counter() - begin) / 1e9
+
+
+def memory(gpu: bool) -> dict[str, Any]:
+    """GB that each process has of the host at the end (shared pages counted once), and of its GPU at the peak."""
+    host = psutil.Process().memory_full_info().pss / 1e9
+    peak = torch.cuda.max_memory_reserved() / 1e9 if gpu else 0.0
+    host_gb, gpu_gb = zip(*of_all((round(host, 2), round(peak, 2))), strict=True)
+    return {"host_gb": list(host_gb), "host_gb_in_all": round(sum(host_gb), 2), "gpu_gb": list(gpu_gb)}
+
+
+class Trouble:
+    """What is done to the last rank: nothing, a pause in each layer's forward, or an end in the third step.
+
+    Args:
+        kind: `train`, `slowed` or `killed`.
+        given: Options.
+        last: Whether this is the last rank.
+    """
+
+    def __init__(self, kind: str, given: argparse.Namespace, last: bool) -> None:
+        self.kind, self.last, self.pause, self.note = kind, last, given.pause, given.checkpoint / "killed"
+
+    def install(self, model: Any) -> None:
+        if self.kind == "slowed" and self.last:
+            for layer in model._kt_wrappers:
+                layer.register_forward_pre_hook(lambda *_: time.sleep(self.pause))
+
+    def step_ends(self, step: int) -> None:
+        if self.kind == "killed" and self.last and step == 2:
+            self.note.write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def told(self, error: Exception, rank: int, size: int) -> dict[str, Any]:
+        """What a rank that is left says of the one that was killed."""
+        seconds = time.time() - float(self.note.read_text())
+        return {
+            "trouble": "killed", "rank": rank, "named": f"rank {size - 1}, which has ended" in str(error),
+            "seconds": round(seconds, 2), "error": f"{type(error).__name__}: {str(error)[:300]}",
+        }  # fmt: skip
+
+
+def loaded(given: argparse.Namespace, tier: str, card: Any) -> tuple[Any, float, Any]:
+    """The patched model, the seconds that loading took, and the spread of its routing."""
     from checkpoints import make_checkpoint
     from models import experts_of, make_config
     from routing import Spread
-    from sft import Tokens, summary, trainer_for
-    from transformers import TrainerCallback
 
     from kt_hf import KTConfig, load_kt_model
+
+    tiny = given.shape == "tiny"
+    config = make_config("qwen3_30b", given.shape, given.layers)
+    folder = given.checkpoint / f"qwen3_30b-{given.shape}-{given.layers}"
+    if dist.get_rank() == 0:
+        make_checkpoint(config, folder, card.device)
+    dist.barrier()
+    placement = None if tiny else {"resident": 0, "streamed": 0, tier: experts_of(config)}
+    begin = time.perf_counter()
+    model = load_kt_model(
+        folder,
+        KTConfig(
+            kt_lora_rank=16, kt_backend="torch" if tiny else "auto", kt_expert_placement=placement,
+            kt_expert_dtype="bf16" if tiny else given.dtype,
+        ),
+    )  # fmt: skip
+    model.config.use_cache = False
+    return model, time.perf_counter() - begin, Spread(model)
+
+
+def train(given: argparse.Namespace, kind: str, tier: str, tokens: int) -> None:
+    """One run, in each process of a cell; rank 0 prints its row, or each that is left what it was told."""
+    from card import Card
+    from sft import Tokens, summary, trainer_for
+    from transformers import TrainerCallback
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     tiny = given.shape == "tiny"
@@ -94,28 +185,18 @@ def train(given: argparse.Namespace, tier: str, tokens: int) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if tiny else "cpu:gloo,cuda:nccl")
     card = Card(torch.device("cpu") if tiny else torch.device("cuda"))
-    config = make_config("qwen3_30b", given.shape, given.layers)
-    folder = given.checkpoint / f"qwen3_30b-{given.shape}-{given.layers}"
-    if rank == 0:
-        make_checkpoint(config, folder, card.device)
-    dist.barrier()
-    placement = None
-    if not tiny:
-        placement = {"resident": 0, "streamed": 0, tier: experts_of(config)}
-    begin = time.perf_counter()
-    model = load_kt_model(
-        folder, KTConfig(kt_lora_rank=16, kt_backend="torch" if tiny else "auto", kt_expert_placement=placement)
-    )
-    loading = time.perf_counter() - begin
-    model.config.use_cache = False
-    spread = Spread(model)
+    rates = of_all(round(bus_rate(card.device), 1))
+    model, loading, spread = loaded(given, tier, card)
+    trouble = Trouble(kind, given, rank == size - 1)
+    trouble.install(model)
     watch, parts = Watch(), []
     if size > 1:
         watch.install()
 
     class Parts(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             parts.append(watch.take())
+            trouble.step_ends(state.global_step)
 
     class Rows(Tokens):
         """Batch n of rank r is batch n * size + r of one process."""
@@ -125,85 +206,139 @@ def train(given: argparse.Namespace, tier: str, tokens: int) -> None:
             return self.batch(len(rows), tokens, (self._count - 1) * size + rank)
 
     trainer = trainer_for(
-        card, model, 1, Rows(config.vocab_size, tokens), given.steps * given.rows, callbacks=[Parts()],
+        card, model, 1, Rows(model.config.vocab_size, tokens), given.steps * given.rows, callbacks=[Parts()],
         gradient_accumulation_steps=max(1, given.rows // size),
     )  # fmt: skip
     trainer.args.max_steps = given.steps
+    if kind == "killed":
+        try:
+            trainer.train()
+        except Exception as error:
+            print(MARK + json.dumps(trouble.told(error, rank, size)), flush=True)
+        os._exit(0)  # what is left of the group cannot be ended in order
     trainer.train()
-    timed = trainer.timer.steps[2:]
-    per_step = tokens * size * max(1, given.rows // size)
     headers, rows, sent = (sorted(values)[len(values) // 2] for values in zip(*parts[2:], strict=True))
+    result = summary(trainer.timer.steps[2:], tokens * size * max(1, given.rows // size))
+    row = {
+        "trouble": kind, "tier": tier, "dtype": given.dtype, "gpus": size, "tokens_a_rank": tokens,
+        "layers": given.layers, "loading": round(loading, 1), "header_seconds": round(headers, 4),
+        "rows_seconds": round(rows, 4), "gb_sent": round(sent / 1e9, 3),
+        "exchange_share": round((headers + rows) / result["step"], 3), "bus_gb_per_s": rates, **memory(not tiny),
+        "experts_touched": spread.describe(),
+        "losses": [round(e["loss"], 4) for e in trainer.state.log_history if "loss" in e],
+        "norms": [round(e["grad_norm"], 4) for e in trainer.state.log_history if "grad_norm" in e],
+        "device": "CPU" if tiny else torch.cuda.get_device_name(), "torch": torch.__version__, **result,
+    }  # fmt: skip
     if rank == 0:
-        result = summary(timed, per_step)
-        row = {
-            "tier": tier, "gpus": size, "tokens_a_rank": tokens, "layers": given.layers, "loading": round(loading, 1),
-            "header_seconds": round(headers, 4), "rows_seconds": round(rows, 4), "gb_sent": round(sent / 1e9, 3),
-            "exchange_share": round((headers + rows) / result["step"], 3), "experts_touched": spread.describe(),
-            "losses": [round(e["loss"], 4) for e in trainer.state.log_history if "loss" in e],
-            "norms": [round(e["grad_norm"], 4) for e in trainer.state.log_history if "grad_norm" in e],
-            "device": "CPU" if tiny else torch.cuda.get_device_name(), "torch": torch.__version__, **result,
-        }  # fmt: skip
         print(MARK + json.dumps(row), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def cells(given: argparse.Namespace, size: int) -> list[tuple[str, str, int]]:
+    """(what is done to the last rank, tier, tokens) of each run."""
+    kinds = given.trouble if size > 1 else ["train"]
+    every = [("train", tier, tokens) for tier in given.tiers for tokens in given.tokens]
+    return every + [(kind, given.tiers[0], given.tokens[0]) for kind in kinds if kind != "train"]
+
+
+def worker(given: argparse.Namespace) -> int:
+    """One of the processes that torchrun has started: runs its rank of each cell as a process of its own."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    failed = 0
+    for cell in cells(given, size):
+        port = of_all(free_port())[0]
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", *map(str, cell)]
+        environment = {**os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=given.limit, check=False
+            )
+            code, out, errors = done.returncode, done.stdout, done.stderr
+        except subprocess.TimeoutExpired as error:
+            code, out, errors = 1, "", f"more than {error.timeout} s"
+        lines = [line for line in out.splitlines() if line.startswith(MARK)]
+        every = of_all((code, lines, errors[-3000:]))
+        wrong = [(r, e) for r, (c, _, e) in enumerate(every) if c and not (cell[0] == "killed" and r == size - 1)]
+        failed += bool(wrong)
+        if rank == 0:
+            print("\n".join(line for _, found, _ in every for line in found), flush=True)
+            for number, text in wrong[:1]:
+                print(f"{' '.join(map(str, cell))} failed on rank {number} of {size}:\n{text}", flush=True)
+            append(given, [json.loads(line[len(MARK) :]) for _, found, _ in every for line in found])
+    dist.barrier()
+    dist.destroy_process_group()
+    return failed if rank == 0 else 0
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def append(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if given.csv:
+        with given.csv.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def series(given: argparse.Namespace) -> int:
-    """Each cell by torchrun; a table of what came out, and the rows in the file."""
+    """Each number of GPUs by torchrun, and a table of what came out."""
     results, failed = [], 0
-    for tier in given.tiers:
-        for tokens in given.tokens:
-            for gpus in given.gpus:
-                command = [
-                    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(gpus), "--standalone",
-                    __file__, *sys.argv[1:], "--cell", tier, str(tokens),
-                ]  # fmt: skip
-                done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit, check=False)
-                rows = [json.loads(line[len(MARK) :]) for line in done.stdout.splitlines() if line.startswith(MARK)]
-                if done.returncode or not rows:
-                    failed += 1
-                    print(f"{tier}, {tokens} tokens, {gpus} GPUs failed:\n{done.stderr[-3000:]}", flush=True)
-                    continue
-                results += rows
-                print(json.dumps(rows[0]), flush=True)
-                if given.csv:
-                    with given.csv.open("a") as file:
-                        file.write(json.dumps(rows[0]) + "\n")
+    for gpus in given.gpus:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(gpus), "--standalone", __file__,
+            *sys.argv[1:], "--rows", str(given.rows),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        failed += done.returncode != 0
+        print(done.stdout, end="", flush=True)
+        results += [json.loads(line[len(MARK) :]) for line in done.stdout.splitlines() if line.startswith(MARK)]
     for row in results:
-        one = next((r for r in results if r["gpus"] == 1 and same(r, row)), None)
+        if row["trouble"] == "killed":
+            print(f"rank {row['rank']} was told after {row['seconds']} s, by name: {row['named']}")
+            continue
+        one = next((r for r in results if r.get("gpus") == 1 and same(r, row)), None)
         ratio = row["tokens_per_second"] / one["tokens_per_second"] if one else float("nan")
         apart = abs(row["losses"][-1] - one["losses"][-1]) if one else float("nan")
         print(
-            f"{row['tier']:9} {row['gpus']} GPU(s) {row['tokens_a_rank']:6} tokens a rank "
+            f"{row['tier']:9} {row['trouble']:6} {row['gpus']} GPU(s) {row['tokens_a_rank']:6} tokens a rank "
             f"{row['tokens_per_second']:9.0f} tokens/s  x{ratio:.2f}  exchange {row['exchange_share']:.1%}  "
-            f"last loss apart {apart:.4f}"
+            f"bus {min(row['bus_gb_per_s']):.0f} GB/s  host {row['host_gb_in_all']:.1f} GB  last loss apart {apart:.4f}"
         )
     return failed
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (one["tier"], one["tokens_a_rank"]) == (other["tier"], other["tokens_a_rank"])
+    return all(one.get(key) == other[key] for key in ("tier", "dtype", "tokens_a_rank"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tiers", nargs="+", choices=tuple(PLACEMENTS), default=["streamed", "resident"])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="without torchrun, which says it itself")
+    parser.add_argument("--tiers", nargs="+", choices=TIERS, default=["streamed", "resident"])
+    parser.add_argument("--dtype", choices=("bf16", "int4", "int8", "fp8"), default="bf16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, help="rows of a step, of all ranks together; default: as many as GPUs")
+    parser.add_argument("--trouble", nargs="*", choices=("slowed", "killed"), default=["slowed", "killed"])
+    parser.add_argument("--pause", type=float, default=0.02, help="seconds that the slowed rank waits in each layer")
     parser.add_argument("--shape", choices=("real", "tiny"), default="real")
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "kt_hf_ranks")
     parser.add_argument("--csv", type=Path, help="file that rows are appended to, one JSON object a line")
     parser.add_argument("--limit", type=float, default=500, help="seconds that a cell may take")
-    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.rows = given.rows or max(given.gpus)
+    size = int(os.environ.get("WORLD_SIZE", 0))
+    given.rows = given.rows or size or max(given.gpus)
+    given.checkpoint.mkdir(parents=True, exist_ok=True)
     if given.cell:
-        train(given, given.cell[0], int(given.cell[1]))
+        train(given, given.cell[0], given.cell[1], int(given.cell[2]))
         return 0
-    return series(given)
+    return worker(given) if size else series(given)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def write_manifest(folder: Path, model: Any, checked: os.stat_result | None = No
         "tensors": {key: {"dtype": _name_of(t.dtype), "shape": list(t.shape)} for key, t in tensors.items()},
     }
     if packer is not None and packer.ranks is not None:
-        content["ranks"] = packer.ranks.size
+        content |= {"ranks": packer.ranks.size, "owners": packer.ranks.owners.size}
     now = (folder / ADAPTER).stat()
     if checked and (checked.st_ino, checked.st_size, checked.st_mtime_ns) != (now.st_ino, now.st_size, now.st_mtime_ns):
         raise _other_process(folder)

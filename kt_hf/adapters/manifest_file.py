@@ -33,7 +33,9 @@ class Manifest:
         tensors: Key -> dtype ("float32") and shape of each tensor.
         lora: The settings that belong to the tensors.
         base: The base model's name, and what of its configuration decides about shapes; None if unknown.
-        ranks: How many ranks trained the adapter, each of which keeps a file of the optimizer's state in a checkpoint.
+        ranks: How many ranks trained the adapter.
+        owners: Among how many of them experts were divided, each of which keeps a file of the optimizer's state in a
+            checkpoint.
         content: All of it, as it is in the file.
     """
 
@@ -43,6 +45,7 @@ class Manifest:
     lora: dict[str, Any]
     base: BaseModel | None
     ranks: int
+    owners: int
     content: dict[str, Any]
 
 
@@ -83,6 +86,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not {ADAPTER, CONFIG} <= set(files):
         manifest["files"].refuse(f"lacks {ADAPTER} or {CONFIG}")
     training, base, ranks = manifest.get("training"), manifest.get("base"), manifest.get("ranks")
+    owners = manifest.get("owners") or ranks  # a run of several hosts has fewer owners than ranks
     return Manifest(
         files=files,
         training={name: _stored_file(entry) for name, entry in training.object().items()} if training else {},
@@ -90,6 +94,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         lora=dict(manifest["lora"].object().values()),
         base=_base_model(base.object()) if base else None,
         ranks=ranks.integer(least=1) if ranks else 1,
+        owners=owners.integer(least=1) if owners else 1,
         content=dict(manifest.values()),
     )
 

@@ -24,7 +24,7 @@ _FILE = "kt_experts_optimizer_{}.pt"
 
 
 def state_files(folder: Path, ranks: int) -> list[Path]:
-    """The files of a checkpoint that so many ranks wrote."""
+    """The files of a checkpoint that so many ranks wrote, the owners of a layer's experts."""
     return [folder / _FILE.format(rank) for rank in range(ranks)]
 
 
@@ -41,7 +41,7 @@ def write_state(folder: Path, model: nn.Module, optimizer: Any, rank: int) -> No
         folder: Of the checkpoint.
         model: With adapters on experts.
         optimizer: That trains it, or accelerate's wrapper of one.
-        rank: Of this process.
+        rank: Of this process among the owners.
     """
     file = folder / _FILE.format(rank)
     temporary = file.with_suffix(".part")
@@ -69,13 +69,13 @@ def restore_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
             be cut.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    ranks = manifest.ranks if manifest else 1
+    ranks, owners = (manifest.ranks, manifest.owners) if manifest else (1, 1)
     holders = list(_holders(model))
     if ranks == 1 and all(holder.share is None for _, holder in holders):
         return
     files = [
         torch.load(file, map_location="cpu", weights_only=True)
-        for file in state_files(folder, ranks)[: ranks * (ranks > 1)]
+        for file in state_files(folder, owners)[: owners * (ranks > 1)]
     ]
     state = _inner(optimizer).state
     for name, holder in holders:

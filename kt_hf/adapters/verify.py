@@ -24,11 +24,11 @@ _STATE = "trainer_state.json"
 _TRAINING = ("optimizer.pt", "scheduler.pt")
 
 
-def _training_files(ranks: int) -> list[str]:
-    """What a Trainer of so many ranks needs to go on as if it had not stopped."""
+def _training_files(ranks: int, owners: int) -> list[str]:
+    """What a Trainer of so many ranks, of which `owners` divide the experts, needs to go on as before."""
     if ranks == 1:
         return [*_TRAINING, "rng_state.pth"]
-    states = [file.name for file in state_files(Path(), ranks)]
+    states = [file.name for file in state_files(Path(), owners)]
     return [*_TRAINING, *states, *(f"rng_state_{rank}.pth" for rank in range(ranks))]
 
 
@@ -106,7 +106,7 @@ def _check_state(folder: Path) -> None:
             entry.object()
     manifests = [folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]
     read = [read_manifest(path.parent) for path in manifests if path.exists()]
-    needed = _training_files(max((manifest.ranks for manifest in read if manifest), default=1))
+    needed = _training_files(*max(((manifest.ranks, manifest.owners) for manifest in read if manifest), default=(1, 1)))
     states = [name for name in needed if (folder / name).is_file()]
     for name in states:
         if not zipfile.is_zipfile(folder / name):  # as torch.save writes them; the index comes last

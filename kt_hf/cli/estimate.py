@@ -33,6 +33,7 @@ def main(
         int,
         typer.Option(metavar="N", help="Processes of one host that divide the experts, a GPU for each."),
     ] = 1,
+    hosts: Annotated[int, typer.Option(metavar="N", help="Hosts with as many processes each.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Tell how much memory a run takes, before anything is loaded.
@@ -43,11 +44,12 @@ def main(
 
     Sequences are taken to be as long as cutoff_len allows. Another machine (--host-gb 512 --gpu-gb 24, of 2^30 bytes,
     as memory is sold) is taken to have a CPU that kt-kernel's operators run on. With --ranks sizes are of one process;
-    --host-gb is the memory of the host, which they share. The exit code is 0 when it fits this
-    machine, or the one given, 1 when not, 2 when a setting is wrong.
+    --host-gb is the memory of a host, which they share. With --hosts each host has all experts, or they are divided
+    among the processes of all (kt_expert_ranks, by default where no host has memory for them). The exit code is 0 when
+    it fits this machine, or the one given, 1 when not, 2 when a setting is wrong.
     """
     with plain_failures():
-        estimate = make(what, overrides or [], device, host_gb, gpu_gb, ranks)
+        estimate = make(what, overrides or [], device, host_gb, gpu_gb, ranks, hosts)
         if as_json:
             typer.echo(json.dumps(estimate.as_json(), indent=2))
         else:
@@ -63,6 +65,7 @@ def make(
     host_gb: float | None = None,
     gpu_gb: float | None = None,
     ranks: int = 1,
+    hosts: int = 1,
 ) -> Any:
     """The `Estimate` of a YAML file, or of a model with the default settings.
 
@@ -72,7 +75,8 @@ def make(
         device: `cuda`, `cpu`, or `auto` for what this machine has.
         host_gb: Host memory of another machine, in units of 2^30 bytes; None for what is free here.
         gpu_gb: Memory of its GPU; None for what is free here, if the run is to be here.
-        ranks: Processes of the host that divide the experts; the estimate is of one of them.
+        ranks: Processes of a host; the estimate is of one of them.
+        hosts: How many hosts have as many processes.
 
     Raises:
         KTAMXError: Bad settings, no such model, or one without experts.
@@ -98,17 +102,35 @@ def make(
     gpu = gpu_given is not None or (device == "cuda" if device != "auto" else has_gpu and not elsewhere)
     backend = settings.kt.kt_backend
     sizes = model_sizes(config, settings.run)
-    if ranks < 1 or sizes.experts % ranks:
-        fitting = ", ".join(str(n) for n in range(1, sizes.experts + 1) if sizes.experts % n == 0)
-        raise KTAMXConfigError(f"--ranks={ranks}: a layer's {sizes.experts} experts are divided evenly by {fitting}.")
+    host_free = available_memory() if host_given is None else host_given
+    gpu_free = torch.cuda.mem_get_info()[0] if has_gpu and gpu and not elsewhere else gpu_given
     return estimate(
         settings,
-        sizes.of_rank(ranks),
+        _divided(settings, sizes, (hosts, ranks), host_free, gpu_free if gpu else 0),
         kernel=backend in OPERATORS or (backend == "auto" and (elsewhere or kernel_availability().ok)),
         gpu=gpu,
-        host_free=(available_memory() if host_given is None else host_given) // ranks,
-        gpu_free=torch.cuda.mem_get_info()[0] if has_gpu and gpu and not elsewhere else gpu_given,
+        host_free=host_free // ranks,
+        gpu_free=gpu_free,
     )
+
+
+def _divided(settings: TrainSettings, sizes: Any, world: tuple[int, int], host_free: int, gpu_free: int | None) -> Any:
+    """The sizes of one of the processes: `world` are hosts, and processes of each."""
+    from ..train.memory_parts import ASSUMED_GPU
+    from ..train.owners import owners_of
+
+    hosts, ranks = world
+    if hosts < 1 or ranks < 1:
+        raise KTAMXConfigError(f"--hosts={hosts} --ranks={ranks}: give 1 or more of both.")
+    gpus = ranks * (ASSUMED_GPU if gpu_free is None else gpu_free)
+    owners = owners_of(settings, sizes, world, (host_free, gpus))
+    if sizes.experts % owners:
+        fitting = ", ".join(str(n) for n in range(1, sizes.experts + 1) if sizes.experts % n == 0)
+        several = f" --hosts={hosts}" if owners > ranks else ""
+        raise KTAMXConfigError(
+            f"--ranks={ranks}{several}: a layer's {sizes.experts} experts are divided evenly by {fitting}."
+        )
+    return sizes.of_rank(owners, ranks, hosts)
 
 
 def _bytes(gb: float | None, option: str) -> int | None:
@@ -137,6 +159,13 @@ def _settings(what: str, overrides: list[str]) -> TrainSettings:
     return check_settings(given, problems, what, purpose="estimate")
 
 
+def _of_each(sizes: Any) -> str:
+    """Of how many processes a table is."""
+    if sizes is None or sizes.of_host * sizes.hosts == 1:
+        return ""
+    return f", of each of {sizes.of_host} processes" + (f" on each of {sizes.hosts} hosts" if sizes.hosts > 1 else "")
+
+
 def show(estimate: Any) -> None:
     """Print an `Estimate` as tables, its verdict and its advice."""
     from rich.console import Console
@@ -149,7 +178,7 @@ def show(estimate: Any) -> None:
     ):
         if not parts:
             continue
-        title += f", of each of {estimate.ranks} processes" if estimate.ranks > 1 else ""
+        title += _of_each(estimate.sizes)
         table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2))
         table.add_column()
         table.add_column(justify="right")
@@ -160,10 +189,12 @@ def show(estimate: Any) -> None:
             table.add_row("there is", f"{free / 2**30:.1f} GiB")
         console.print(table)
     if estimate.ranks > 1:
+        sizes, a_host = estimate.sizes, "a host" if estimate.sizes.hosts > 1 else "the host"
+        once = "once" if sizes.ranks == sizes.of_host else f"once on {sizes.hosts} hosts together"
         console.print(
-            f"{estimate.ranks} processes take {estimate.ranks * estimate.host_total / 2**30:.1f} GiB of the host: the "
-            f"experts once, {estimate.sizes.experts} of a layer and their LoRA in each, the rest of the model in each "
-            "as a whole."
+            f"{sizes.of_host} processes take {sizes.of_host * estimate.host_total / 2**30:.1f} GiB of {a_host}: the "
+            f"experts {once}, {sizes.experts} of a layer and their LoRA in each, the rest of the model in each as a "
+            "whole."
         )
     verdict = "It fits." if estimate.fits else "[red]It does not fit.[/red]"
     console.print(f"{estimate.tokens} tokens a forward. {verdict}")

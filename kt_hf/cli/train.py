@@ -24,6 +24,7 @@ def main(
     is wrong is reported at once, nothing is written), 130 after Ctrl-C, 143 after SIGTERM.
     """
     with plain_failures():
+        import torch
         from rich.console import Console
 
         from ..train.config.read import read_arguments
@@ -34,3 +35,5 @@ def main(
         from ..train.run import run
 
         run(settings, Console(highlight=False))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # and its threads, before Python ends

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..ranks import Kind, Place, Ranks
 from .exchange import DIVIDED
+from .replicas import average_over_hosts
 
 _LARGE = 2**20  # values: smaller gradients are left to PyTorch
 
@@ -94,13 +95,14 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     owned, ranks = owned_among(parameters)
+    average_over_hosts(owned)
     ids = {id(parameter) for parameter in owned}
     rest = [p for p in parameters if id(p) not in ids]
     total = _norm(rest, norm_type)
     if ranks is not None:
         norm = _norm(owned, norm_type)
-        ranks.agree(Place(Kind.NORM))
-        norms = ranks.all_values(torch.tensor([norm], dtype=torch.float64, device="cpu")).flatten().tolist()
+        ranks.agree(Place(Kind.NORM))  # each expert's gradients once, not those of its replicas
+        norms = ranks.owner_values(torch.tensor([norm], dtype=torch.float64, device="cpu")).flatten().tolist()
         total = _joined([total, *norms], norm_type)
     device = next((p.grad.device for p in (*rest, *owned) if p.grad is not None), None)
     result = torch.tensor(total, dtype=torch.float32, device=device)

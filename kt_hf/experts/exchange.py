@@ -33,7 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Gathered:
-    """The inputs of all ranks, in rank order: S = sum of `lengths` tokens.
+    """The inputs of all owners, in rank order: S = sum of `lengths` tokens.
 
     Attributes:
         x: [S, H], as the ranks' models gave it.
@@ -56,6 +56,10 @@ class LayerExchange:
         share: The experts that this rank owns.
         layer_idx: Index of the layer in the model.
         label: Its full name, for messages.
+
+    Attributes:
+        unaveraged: Whether gradients of owned LoRA are of this host's tokens alone, where other hosts have the same
+            experts.
     """
 
     def __init__(self, ranks: Ranks, share: Share, layer_idx: int, label: str) -> None:
@@ -63,6 +67,7 @@ class LayerExchange:
         self.share = share
         self.layer_idx = layer_idx
         self.label = label
+        self.unaveraged = False
         self._checked: set[bool] = set()
 
     @contextlib.contextmanager
@@ -111,6 +116,7 @@ class LayerExchange:
             rows, layout = _packed([*_inputs(x, ids, weights), grad.detach()])
         place = self._place(Kind.GRADIENTS, dtype=grad.dtype)
         self.ranks.agree(place, grad.shape[0])
+        self.unaveraged = self.ranks.replicas.size > 1
         *inputs, grads = _unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
         return grads, self._gathered(inputs, list(lengths))
 
@@ -144,9 +150,10 @@ class LayerExchange:
         return [_sum(addends) for addends in zip(*of_ranks, strict=True)]
 
     def check_owners(self, tensors: Sequence[Tensor]) -> None:
-        """At the first step, with and without DDP: refuse LoRA that another rank holds too, to the bit.
+        """At the first step, with and without DDP: refuse LoRA that another owner holds too, to the bit.
 
-        Something has broadcast it then, as DDP does with parameters that it was not told to leave alone.
+        Something has broadcast it then, as DDP does with parameters that it was not told to leave alone. Replicas on
+        other hosts must hold the same.
 
         Args:
             tensors: The A of each adapter and projection, [E/N, r, in].
@@ -160,24 +167,39 @@ class LayerExchange:
         self.ranks.agree(self._place(Kind.OWNERS, gradients=True))
         self._checked.add(wrapped)  # on all ranks or on none
         every = self.ranks.all_values(torch.tensor([_digest(tensor) for tensor in tensors], device="cpu")).tolist()
-        same = [
-            (first, second)
-            for second in range(len(every))
-            for first in range(second)
-            if any(a == b != 0 for a, b in zip(every[first], every[second], strict=True))
-        ]
-        if same:
+        owners = self.ranks.owners.size
+        for second, its in enumerate(every):
+            for first, others in enumerate(every[:second]):
+                if (second - first) % owners == 0:
+                    self._check_replicas(first, second, others == its)
+                elif any(a == b != 0 for a, b in zip(others, its, strict=True)):
+                    raise KTAMXConfigError(
+                        f"{self.label}: ranks {first} and {second} hold the same LoRA, bit for bit, for different "
+                        "experts: it was broadcast, as DistributedDataParallel does with parameters that it is not "
+                        "told to leave alone. Do not replace `_ddp_params_and_buffers_to_ignore` of the model, give "
+                        "DDP the model or its PeftModel itself, and do not broadcast LoRA of experts."
+                    )
+
+    def _check_replicas(self, first: int, second: int, same: bool) -> None:
+        if not same:
             raise KTAMXConfigError(
-                f"{self.label}: ranks {same[0][0]} and {same[0][1]} hold the same LoRA, bit for bit, for different "
-                "experts: it was broadcast, as DistributedDataParallel does with parameters that it is not told to "
-                "leave alone. Do not replace `_ddp_params_and_buffers_to_ignore` of the model, give DDP the model or "
-                "its PeftModel itself, and do not broadcast LoRA of experts."
+                f"{self.label}: ranks {first} and {second}, of two hosts, hold different LoRA for the same experts. "
+                "Start all ranks with one seed (torch.manual_seed, transformers.set_seed) before adapters are made, "
+                "and load the same adapter on all hosts."
             )
 
     def joined_load(self, load: Tensor) -> Tensor:
         """How often each of the layer's experts was used, [E], from what this rank counted of its own, [E/N] int64."""
         self.ranks.agree(self._place(Kind.LOAD))
-        return self.ranks.all_values(load).flatten()
+        hosts, owners = self.ranks.replicas.size, self.ranks.owners.size
+        return self.ranks.all_values(load).view(hosts, owners, -1).sum(0).flatten()
+
+    def joined_tokens(self, tokens: int) -> int:
+        """Tokens of all hosts, from those of this one."""
+        if self.ranks.replicas.size == 1:
+            return tokens
+        self.ranks.agree(self._place(Kind.LOAD))
+        return int(self.ranks.all_values(torch.tensor([tokens], device="cpu"))[:: self.ranks.owners.size].sum())
 
     def _place(self, kind: Kind, gradients: bool = False, dtype: torch.dtype | None = None, columns: int = 0) -> Place:
         step = self.ranks.steps_since_first(optimizer_steps())

@@ -189,7 +189,9 @@ class KTExperts(nn.Module):
         tokens, load = runner.tokens, runner.load.cpu().clone()
         runner.tokens = 0
         runner.load.zero_()
-        return tokens, load if self.exchange is None else self.exchange.joined_load(load)
+        if self.exchange is None:
+            return tokens, load
+        return self.exchange.joined_tokens(tokens), self.exchange.joined_load(load)
 
     def forget_recompute(self) -> None:
         """Let go what a backward that failed, for want of memory perhaps, has left of the layer in memory."""

@@ -6,6 +6,7 @@ stand for, and the other arguments are that function's. A model that is not divi
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.clipping import clip_grad_norm_, owned_among
 from ..experts.exchange import DIVIDED
 from ..ranks import Kind, Place
+from .sharded import as_unsharded, is_sharded
 
 
 def clip_whole_norm(
@@ -29,6 +31,14 @@ def clip_whole_norm(
         return original(accelerator, parameters, max_norm, norm_type)
     accelerator.unscale_gradients()
     return clip_grad_norm_(parameters, max_norm, float(norm_type))
+
+
+def clip_mixed_norm(original: Callable[..., Any], trainer: Any, model: Any, max_norm: float) -> Any:
+    """Replaces `Trainer._mixed_mesh_grad_norm`, by which gradients are clipped of which FSDP2 has sharded some."""
+    parameters = list(model.parameters())
+    if not owned_among(parameters)[0]:
+        return original(trainer, model, max_norm)
+    return clip_grad_norm_(parameters, max_norm)
 
 
 def refuse_state(original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,10 +106,11 @@ def save_whole(
                 begin(folder)  # before another file in it changes
                 remove_state(folder)
             ranks.agree(Place(Kind.SAVING))
-            if not trainer.args.save_only_model and trainer.optimizer is not None:
-                write_state(folder, trainer.model, trainer.optimizer, ranks.rank)
+            if not trainer.args.save_only_model and trainer.optimizer is not None and ranks.replicas.index == 0:
+                write_state(folder, trainer.model, trainer.optimizer, ranks.owners.index)
             ranks.agree(Place(Kind.SAVED))
-        return original(trainer, output_dir, _internal_call)
+        with as_unsharded(trainer) if is_sharded(trainer.model) else contextlib.nullcontext():
+            return original(trainer, output_dir, _internal_call)
 
 
 def save_random_state(original: Callable[..., Any], trainer: Any, output_dir: str) -> None:

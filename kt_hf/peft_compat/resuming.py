@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapters.owned_optimizer import restore_state
 from ..placement import packer_of
+from .sharded import loading_whole_states
 
 
 def begin_from(original: Callable[..., Any], trainer: Any, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -23,7 +24,8 @@ def begin_from(original: Callable[..., Any], trainer: Any, checkpoint: str | Non
     if packer is not None and packer.promotion is not None:
         packer.promotion.release()
         packer.promotion.resumed = Path(checkpoint) if checkpoint else None
-    result = original(trainer, checkpoint, *args, **kwargs)
+    with loading_whole_states(trainer):
+        result = original(trainer, checkpoint, *args, **kwargs)
     if checkpoint is not None and packer is not None and (Path(checkpoint) / "optimizer.pt").is_file():
         restore_state(Path(checkpoint), trainer.model, trainer.optimizer)
     return result

@@ -132,11 +132,11 @@ def _tiers_of_rank(
             f"kt_weight_path={cfg.kt_weight_path}: saved experts are packed for one process, and there are "
             f"{ranks.size} (WORLD_SIZE). Leave it out: they are packed from the model's own weights."
         )
-    whole = [replace(shape, num_experts=shape.num_experts * ranks.size, ranks=1) for shape in shapes]
+    whole = [replace(shape, num_experts=shape.num_experts * shape.ranks, ranks=1) for shape in shapes]
     tiers = chosen_tiers(cfg, whole, backend, gpu)
     if tiers is None:
         return None
-    return tiers.of_rank(ranks.size)
+    return tiers.of_rank(ranks.owners.size)
 
 
 def _log_choice(packer: Packer, layers: int) -> None:

@@ -227,7 +227,7 @@ class Packer:
         """
         if placement is not None and (self.tiers is None or self.tiers.need_gpu):
             for layer, shape in layers.items():
-                placement.check(layer, shape.num_experts * (self.ranks.size if self.ranks else 1))
+                placement.check(layer, shape.num_experts * shape.ranks)
 
     def _with_lora(self, budget: MemoryBudget) -> MemoryBudget:
         """The budget with the experts' LoRA, of the rank that is expected."""
@@ -317,7 +317,7 @@ class Packer:
         """Ids of a layer's resident and of its streamed experts."""
         order: Sequence[int] = self.placement.order[layer] if self.placement else range(shape.num_experts)
         if self.placement and self.ranks:  # it is of all experts, whatever the number of ranks
-            first = self.ranks.rank * shape.num_experts
+            first = self.ranks.owners.index * shape.num_experts
             order = [expert - first for expert in order if 0 <= expert - first < shape.num_experts]
         if layer in self._resident_layers:
             return order, ()

@@ -12,7 +12,7 @@ class Length(NamedTuple):
 
     Attributes:
         tokens: Of the forward; where there are several ranks, the most that one of them has.
-        gathered: Of all ranks' forwards.
+        gathered: Of the forwards of all ranks that divide the experts.
     """
 
     tokens: int = 0
@@ -39,7 +39,7 @@ class Pass:
         gradients: Whether a backward may follow.
         training: Whether the model is in training mode; else it evaluates or generates.
         tokens: Of the forward; where there are several ranks, the most that one of them has.
-        gathered: Tokens of all ranks; None if there is one.
+        gathered: Tokens of all ranks that divide the experts, of the host that has most; None if there is one.
     """
 
     gradients: bool

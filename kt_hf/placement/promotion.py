@@ -201,7 +201,8 @@ class Promotion:
         self._forgets = self._interrupted = False
         if training:
             self._steps.begins(optimizer_steps, len(self.held))
-        count, fresh = controller.begins(joint_pass(states), *(state.reading for state in states))
+        owners = 1 if self._ranks is None else self._ranks.owners.size
+        count, fresh = controller.begins(joint_pass(states, owners), *(state.reading for state in states))
         if count != len(self.held):
             self.hold(count)
             self._tell(self._memory.limit())

@@ -67,12 +67,14 @@ def states_of_all(ranks: Ranks | None, layer_idx: int, state: State) -> list[Sta
     return [State(*row) for row in rows.tolist()]
 
 
-def joint_pass(states: Sequence[State]) -> Pass:
+def joint_pass(states: Sequence[State], owners: int) -> Pass:
     """The pass that begins on all ranks.
 
     Args:
         states: Of all ranks.
+        owners: How many of them, those of a host, gather their tokens.
     """
     tokens = [state.tokens for state in states]
     gradients, training = (any(state[i] for state in states) for i in (1, 2))
-    return Pass(gradients, training, max(tokens), sum(tokens))
+    gathered = max(sum(tokens[first : first + owners]) for first in range(0, len(tokens), owners))
+    return Pass(gradients, training, max(tokens), gathered)

@@ -2,7 +2,7 @@
 
 from .measured import least_of_all, of_all_ranks
 from .place import Kind, Place
-from .ranks import Ranks
+from .ranks import PendingMean, Ranks
 from .world import Share, World, current_world
 
-__all__ = ["Kind", "Place", "Ranks", "Share", "World", "current_world", "least_of_all", "of_all_ranks"]
+__all__ = ["Kind", "PendingMean", "Place", "Ranks", "Share", "World", "current_world", "least_of_all", "of_all_ranks"]

@@ -57,7 +57,8 @@ def least_of_all(ranks: Ranks | None, measure: Callable[[], int]) -> int:
 
 
 def _by_group(ranks: Ranks, data: bytes) -> list[bytes]:
-    lengths = ranks.agree(Place(Kind.PLAN), len(data))
+    ranks.agree(Place(Kind.PLAN))
+    lengths = ranks.all_values(torch.tensor([len(data)], dtype=torch.int64, device="cpu")).flatten().tolist()
     sent = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
     sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     rows = ranks.all_values(sent)

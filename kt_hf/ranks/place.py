@@ -24,6 +24,7 @@ class Kind(enum.IntEnum):
     LOAD = 9  # how often experts were used
     PLAN = 10  # what each rank has measured
     RUN = 11  # whether to stop, and how much was done
+    REPLICAS = 12  # gradients of LoRA that ranks of several hosts own
 
 
 _WORDS = {
@@ -38,6 +39,7 @@ _WORDS = {
     Kind.LOAD: "the count of used experts",
     Kind.PLAN: "the plan of the placement",
     Kind.RUN: "the end of a step of the run",
+    Kind.REPLICAS: "the mean over hosts of the gradients of layer {}",
 }
 _ERRORS: dict[Kind, type[KTAMXError]] = {
     Kind.OWNERS: KTAMXForwardError,

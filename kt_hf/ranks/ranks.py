@@ -5,53 +5,71 @@ rank's tokens (`agree`): rows of unlike sizes, which is what ranks in different 
 garbage, while headers of one size can always be compared. Where all have come from one such header by one way, sizes
 are known and the header rides in the rows' own buffer (`rows_to_owners`); but not on a GPU, which somebody would have
 to wait for to read it (106 us over gloo between two processes of a host).
+
+Where every host has all experts, the ranks of a host divide them (owners), and ranks of other hosts own the same ones
+(replicas). Layers exchange among owners alone, so that hosts need not wait for each other in each. Hosts meet where a
+pass enters the layers and where it leaves them; a host in which a rank has failed waits for the others there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import time
-import traceback
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import KTAMXConfigError, KTAMXError
-from .place import Place, in_words
+from ..errors import KTAMXError
+from .channel import Channel, Losses
+from .place import Kind, Place, in_words
 from .world import World
 
 _HEADER = 8
-_MESSAGE = 1024  # bytes of a failing rank's error that the others are told
-_PATIENCE = 3.0  # seconds that ranks which lost another give each other to say that they are alive
+# Where a pass of the model enters its layers of experts or leaves them: in the first or in the last layer.
+_EDGES = {Kind.TOKENS: min, Kind.OUTPUTS: max, Kind.INPUT_GRADIENTS: min}
+_INSIDE = (*_EDGES, Kind.GRADIENTS)
+_serials = itertools.count()
 
 
 class Ranks:
-    """The processes that a model's experts are divided among.
+    """The processes that train a model whose experts are divided among them.
 
     Process groups are made at the first exchange, by all ranks together, so that a model can be patched before
     torch.distributed is initialized.
 
     Args:
         world: The processes; more than one.
+        divided: Among how many the experts are divided, those of a host: ranks 0 to `divided` - 1, and so on. None is
+            among all.
 
     Attributes:
+        owners: The ranks that divide the experts, of which this is one.
+        replicas: The ranks that own the same experts as this one, one of each host.
         gathered: Whether a save is under way, for which LoRA was gathered.
+        dense: Whole tensors of the parameters that are sharded otherwise, by their `id`, while a save is under way.
+        serial: A number that the other processes have for this model too, if all make models in one order.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, divided: int | None = None) -> None:
         self.world = world
         self.rank, self.size = world.rank, world.size
-        self.gathered = False
-        self._group: Any = None
-        self._lost: str | None = None  # what was said when another rank was lost, after which nothing can be exchanged
+        self.gathered, self.serial = False, next(_serials)
+        self.dense: dict[int, Tensor] = {}
+        divided = divided or world.size
+        first = world.rank - world.rank % divided
+        self.owners = Channel(range(first, first + divided), world.rank, world.size)
+        self.replicas = Channel(range(world.rank % divided, world.size, divided), world.rank, world.size)
+        self._losses = Losses(world.rank, world.size, (self.owners, self.replicas))
         self._first_step: int | None = None
+        self._edges: dict[Kind, int] = {}
 
     def agree(self, place: Place, tokens: int = 0, failure: BaseException | None = None) -> list[int]:
         """Meet the other ranks: all must be in the same place, and none may have failed.
+
+        In a layer these are the owners of its experts; ranks of other hosts learn of a failure where the pass leaves
+        the layers.
 
         Args:
             place: Where this rank is.
@@ -59,120 +77,157 @@ class Ranks:
             failure: Why this rank cannot go on, which the others are told.
 
         Returns:
-            Each rank's tokens.
+            The owners' tokens.
 
         Raises:
             KTAMXError: Of `place.error`: another rank has failed, is in another place, has ended or stands still. A
                 rank that gives `failure` gets no error of its own: it raises what it has.
         """
-        if failure is not None:
-            failure.__dict__["kt_told"] = True
         rows: list[list[int]] = []
-        with self._noticing_loss(place, failure):
-            received = torch.empty(self.size * _HEADER, dtype=torch.int64, device="cpu")
-            dist.all_gather_into_tensor(received, self._header(place, tokens, failure), group=self.group)
-            rows = received.view(self.size, _HEADER).tolist()
-            self._compare(place, rows, failure)
+        with self._meeting(place, failure), self._losses.noticed(self.owners, place, failure):
+            rows = self.owners.gathered(self._header(place, tokens, failure)).tolist()
+            self._compare(self.owners, place, rows, failure)
         return [row[-1] for row in rows]
 
     @contextlib.contextmanager
-    def _noticing_loss(self, place: Place | None = None, failure: BaseException | None = None) -> Iterator[None]:
-        """Say in words what torch.distributed raises when a rank is gone; a rank that has failed says its own."""
+    def _meeting(self, place: Place, failure: BaseException | None) -> Iterator[None]:
+        """A meeting of owners, after which hosts meet: where a pass enters or leaves the layers, or a rank failed."""
         try:
             yield
-        except (KTAMXError, torch.OutOfMemoryError):  # which may be RuntimeErrors too
+        except KTAMXError as error:
+            self._meet_hosts(place, _Told(str(error)))
             raise
-        except RuntimeError as error:
-            if failure is not None:
-                return
-            kind = KTAMXError if place is None else place.error
-            where = (
-                f"{place}: rank {self.rank} waited in {in_words(place.numbers)}"
-                if place is not None
-                else (f"rank {self.rank} waited in an exchange of values")
-            )
-            raise kind(self._told_of_loss(where, error)) from error
+        self._meet_hosts(place, failure)
 
-    def _compare(self, place: Place, rows: list[list[int]], failure: BaseException | None) -> None:
-        """Look at the headers of all ranks, as `agree` says."""
-        failed = [rank for rank, row in enumerate(rows) if row[-2]]
-        messages = self._messages("" if failure is None else f"{type(failure).__name__}: {failure}") if failed else []
+    def _meet_hosts(self, place: Place, failure: BaseException | None) -> None:
+        """Meet the replicas, which the owners have met already: `failure` is this rank's or one that it was told of.
+
+        Raises:
+            KTAMXError: As `agree` does, of another host.
+        """
+        if self.replicas.size == 1 or self._losses.words is not None or (failure is None and not self._is_edge(place)):
+            return
+        edges, self._edges = self._edges, {}  # forgotten on all hosts where one has failed, for it may know fewer
+        with self._losses.noticed(self.replicas, place, failure):
+            rows = self.replicas.gathered(self._header(place, 0, failure)).tolist()
+            self._compare(self.replicas, place, rows, failure)
+        if failure is None:
+            self._edges = edges
+
+    def _is_edge(self, place: Place) -> bool:
+        if place.kind not in _INSIDE:
+            return True
+        if place.kind not in _EDGES:
+            return False
+        edge = _EDGES[place.kind](place.layer, self._edges.get(place.kind, place.layer))
+        self._edges[place.kind] = edge
+        return edge == place.layer
+
+    def _compare(self, channel: Channel, place: Place, rows: list[list[int]], failure: BaseException | None) -> None:
+        """Look at the headers of a channel's members, as `agree` says."""
+        failed = [member for member, row in enumerate(rows) if row[-2]]
+        texts = channel.texts("" if failure is None else self._sentence(channel, place, failure)) if failed else []
         if failure is not None:
             return
         if failed:
-            raise place.error(f"{place}: rank {failed[0]} has failed there: {messages[failed[0]]}")
+            sentence = texts[failed[0]]
+            if channel is self.owners:
+                sentence = f"{place}: rank {channel.members[failed[0]]} has failed there: {sentence}"
+            raise place.error(sentence)
         places = [row[:-2] for row in rows]
         if any(other != places[0] for other in places):
-            raise self._apart(place, places)
+            raise self._apart(channel, place, places)
+
+    def _sentence(self, channel: Channel, place: Place, failure: BaseException) -> str:
+        """What this rank says of its failure, or of one that it was told of: to other hosts all of it."""
+        text = f"{type(failure).__name__}: {failure}"
+        if channel is self.owners:
+            return text
+        return str(failure) if isinstance(failure, _Told) else f"{place}: rank {self.rank} has failed there: {text}"
 
     def rows_to_all(self, rows: Tensor, lengths: Sequence[int], place: Place) -> Tensor:
-        """The rows of all ranks, in rank order, on each of them, right after an `agree`.
+        """The rows of all owners, in rank order, on each of them, right after an `agree`.
 
         Args:
-            rows: Of this rank, [lengths[rank], …].
-            lengths: Rows of each rank, as all ranks know them.
+            rows: Of this rank, [lengths[index], …].
+            lengths: Rows of each owner, as all of them know them.
             place: Where this rank is.
 
         Raises:
             KTAMXError: Of `place.error`: another rank has ended or stands still.
         """
-        mine = rows.shape[0]
-        sent = rows.contiguous().repeat(self.size, *([1] * (rows.dim() - 1)))
+        mine, size = rows.shape[0], self.owners.size
+        if size == 1:
+            return rows
+        sent = rows.contiguous().repeat(size, *([1] * (rows.dim() - 1)))
         received = rows.new_empty(sum(lengths), *rows.shape[1:])
-        with self._noticing_loss(place):
-            self._exchange(received, sent, list(lengths), [mine] * self.size)
+        with self._losses.noticed(self.owners, place):
+            self.owners.exchange(received, sent, list(lengths), [mine] * size)
         return received
 
     def rows_to_owners(
         self, rows: Tensor, lengths: Sequence[int], place: Place, failure: BaseException | None = None
     ) -> list[Tensor]:
-        """What each rank has for this one's rows: N tensors [lengths[rank], B], in rank order; [] after a `failure`.
+        """What each owner has for this one's rows: N tensors [lengths[index], B], in rank order; [] after a `failure`.
 
-        All ranks must have met at an `agree`, and do nothing else since that another might not do. On the CPU the
-        header then rides behind the rows for each rank.
+        All must have met at an `agree`, and do nothing else since that another might not do. On the CPU the header
+        then rides behind the rows for each rank.
 
         Args:
-            rows: For the rows of all ranks, in rank order, [sum of lengths, B] uint8; of any values after a `failure`.
-            lengths: Rows of each rank.
+            rows: For the rows of all owners, in rank order, [sum of lengths, B] uint8; of any values after a `failure`.
+            lengths: Rows of each owner.
             place: Where this rank is.
             failure: Why this rank cannot go on, which the others are told.
 
         Raises:
             KTAMXError: As `agree` does.
         """
-        mine, width = lengths[self.rank], rows.shape[1]
-        if rows.device.type != "cpu":
+        mine, width, size = lengths[self.owners.index], rows.shape[1], self.owners.size
+        if rows.device.type != "cpu" or size == 1:
             self.agree(place, failure=failure)
             if failure is not None:
                 return []
-            received = rows.new_empty(mine * self.size, width)
-            with self._noticing_loss(place):
-                self._exchange(received, rows.contiguous(), [mine] * self.size, list(lengths))
-            return list(received.split(mine)) if mine else [received] * self.size
+            if size == 1:
+                return [rows]
+            received = rows.new_empty(mine * size, width)
+            with self._losses.noticed(self.owners, place):
+                self.owners.exchange(received, rows.contiguous(), [mine] * size, list(lengths))
+            return list(received.split(mine)) if mine else [received] * size
         header = self._header(place, 0, failure).view(torch.uint8)
         sent = torch.cat([part for r in rows.split(list(lengths)) for part in (r.reshape(-1), header)])
         into = [length * width + header.numel() for length in lengths]
-        received = sent.new_empty(self.size, into[self.rank])
-        with self._noticing_loss(place, failure):
-            self._exchange(received.view(-1), sent, [into[self.rank]] * self.size, into)
+        received = sent.new_empty(size, into[self.owners.index])
+        with self._meeting(place, failure), self._losses.noticed(self.owners, place, failure):
+            self.owners.exchange(received.view(-1), sent, [into[self.owners.index]] * size, into)
             headers = received[:, mine * width :].contiguous().view(torch.int64)
-            self._compare(place, headers.tolist(), failure)
-        return [] if failure else list(received[:, : mine * width].view(self.size, mine, width))
+            self._compare(self.owners, place, headers.tolist(), failure)
+        return [] if failure else list(received[:, : mine * width].view(size, mine, width))
 
     def all_values(self, values: Tensor) -> Tensor:
-        """The values of all ranks, [N, …]: `values` [...] on the CPU, of one shape and dtype on all ranks."""
-        received = values.new_empty(self.size * values.numel())
-        with self._noticing_loss():
-            dist.all_gather_into_tensor(received, values.detach().reshape(-1).contiguous(), group=self.group)
-        return received.view(self.size, *values.shape)
+        """The values of all ranks, [size, …]: `values` [...] on the CPU, of one shape and dtype on all ranks."""
+        with self._losses.noticed(self.owners, None):
+            of_owners = self.owners.gathered(values)
+        if self.replicas.size == 1:
+            return of_owners
+        with self._losses.noticed(self.replicas, None):
+            return self.replicas.gathered(of_owners).flatten(0, 1)
+
+    def owner_values(self, values: Tensor) -> Tensor:
+        """The values of the owners, [N, …]; otherwise as `all_values`."""
+        with self._losses.noticed(self.owners, None):
+            return self.owners.gathered(values)
 
     def gather(self, values: Tensor) -> list[Tensor] | None:
-        """A tensor of each rank, of one shape and dtype, on the CPU of rank 0, in rank order; None on the others."""
-        values = values.detach().cpu().contiguous()
-        parts = [torch.empty_like(values) for _ in range(self.size)] if self.rank == 0 else None
-        with self._noticing_loss():
-            dist.gather(values, parts, dst=0, group=self.group)
-        return parts
+        """A tensor of each owner, of one shape and dtype, on the CPU of rank 0, in rank order; None on the others."""
+        if self.owners.members[0] != 0:
+            return None
+        with self._losses.noticed(self.owners, None):
+            return self.owners.gather(values.detach().cpu().contiguous())
+
+    def mean_of_replicas(self, values: Tensor, place: Place) -> PendingMean:
+        """Begin to replace values, which all replicas have of one shape, by their mean over these."""
+        with self._losses.noticed(self.replicas, place):
+            return PendingMean(self, place, values, self.replicas.summed(values))
 
     def steps_since_first(self, steps: int) -> int:
         """Optimizer steps since this was first asked, of `steps` that the process has seen in all."""
@@ -180,46 +235,14 @@ class Ranks:
             self._first_step = steps
         return steps - self._first_step
 
-    @property
-    def group(self) -> Any:
-        """The gloo group of all ranks, for headers and for tensors on the CPU."""
-        if self._lost is not None:
-            raise RuntimeError(self._lost)
-        if self._group is None:
-            if not (dist.is_available() and dist.is_initialized()):
-                raise KTAMXConfigError(
-                    f"The experts are divided among {self.size} processes (WORLD_SIZE), which are not connected: "
-                    "torch.distributed.init_process_group, accelerate.Accelerator() or TrainingArguments connects them."
-                )
-            if dist.get_world_size() != self.size:
-                raise KTAMXConfigError(
-                    f"The experts were divided among {self.size} processes, and torch.distributed has "
-                    f"{dist.get_world_size()} now: patch the model with the processes that will train it."
-                )
-            self._group = dist.new_group(backend="gloo", timeout=_timeout())
-        return self._group
-
     def _header(self, place: Place, tokens: int, failure: BaseException | None) -> Tensor:
+        if failure is not None:
+            failure.__dict__["kt_told"] = True  # to all, once this is sent
         return torch.tensor([*place.numbers, int(failure is not None), tokens], dtype=torch.int64, device="cpu")
 
-    def _messages(self, text: str) -> list[str]:
-        """What each rank says of its failure."""
-        data = " ".join(text.split()).encode()[:_MESSAGE]
-        sent = torch.zeros(_MESSAGE, dtype=torch.uint8, device="cpu")
-        sent[: len(data)] = torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)[: len(data)]
-        received = torch.empty(self.size * _MESSAGE, dtype=torch.uint8, device="cpu")
-        dist.all_gather_into_tensor(received, sent, group=self.group)
-        return [
-            bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in received.view(self.size, _MESSAGE)
-        ]
-
-    def _exchange(self, received: Tensor, sent: Tensor, out: list[int], into: list[int]) -> None:
-        # On a GPU by the group that DDP uses: what both launch is then in one order on every rank.
-        group = self.group if sent.device.type == "cpu" else None
-        dist.all_to_all_single(received, sent, out, into, group=group)
-
-    def _apart(self, place: Place, places: list[list[int]]) -> Exception:
-        where = "; ".join(f"rank {rank}: {in_words(numbers)}" for rank, numbers in enumerate(places))
+    def _apart(self, channel: Channel, place: Place, places: list[list[int]]) -> KTAMXError:
+        every = zip(channel.members, places, strict=True)
+        where = "; ".join(f"rank {rank}: {in_words(numbers)}" for rank, numbers in every)
         return place.error(
             f"{place}: the ranks are in different places. {where}. Each must do the same number of forwards, backwards "
             "and saves, in one order: look for a batch more on one of them, or a forward that one of them alone does."
@@ -233,49 +256,33 @@ class Ranks:
         """
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return None
-        return self._told_of_loss(f"rank {self.rank} waited in an exchange of DDP's or accelerate's", error)
-
-    def _told_of_loss(self, where: str, error: RuntimeError) -> str:
-        if self._lost is None:
-            # Neighbours that wait for this rank learn from the closed connection that somebody is gone.
-            group, self._group = self._group, None
-            self._lost = f"{where} for another rank, which has ended"
-            with contextlib.suppress(Exception):
-                if group is not None:  # None is every group
-                    dist.destroy_process_group(group)
-            del group
-            traceback.clear_frames(error.__traceback__)  # which hold the group, and so its connections
-            absent = self._absent()
-            names = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
-            self._lost = f"{where} for {names}, which has ended or stands still; its own output says why "
-            self._lost += f"({_line(error)})."
-        return self._lost
-
-    def _absent(self) -> list[int]:
-        """The ranks that do not say, within a moment, that they too have lost somebody."""
-        others = {rank for rank in range(self.size) if rank != self.rank}
-        with contextlib.suppress(Exception):  # the store is gone with the process that held it
-            store: Any = dist.distributed_c10d._get_default_store()
-            store.set(self._key(self.rank), "1")
-            until = time.monotonic() + _PATIENCE
-            while others and time.monotonic() < until:
-                others = {rank for rank in others if not store.check([self._key(rank)])}
-                time.sleep(0.05)
-            return sorted(others)
-        return [] if self.size > 2 else sorted(others)
-
-    def _key(self, rank: int) -> str:
-        return f"kt_hf/alive/{rank}"
+        where = f"rank {self.rank} waited in an exchange of DDP's or accelerate's"
+        return self._losses.in_words(where, error, range(self.size))
 
 
-def _timeout() -> datetime.timedelta:
-    """How long the run's own group waits, as its `init_process_group` was told."""
-    default = torch.distributed.constants.default_pg_timeout
-    with contextlib.suppress(Exception):  # a backend without options
-        group: Any = dist.group.WORLD
-        return group._get_backend(torch.device("cpu")).options._timeout
-    return default
+class _Told(RuntimeError):
+    """What another rank of the host has said, to be passed on to other hosts as it is."""
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+class PendingMean:
+    """A mean over replicas that is being computed.
+
+    Args:
+        ranks: The processes.
+        place: Where they are.
+        values: Summed in place.
+        work: Of torch.distributed.
+    """
+
+    def __init__(self, ranks: Ranks, place: Place, values: Tensor, work: object) -> None:
+        self._ranks, self._place, self._values, self._work = ranks, place, values, work
+
+    def wait(self) -> Tensor:
+        """The values, once they are the mean; of a GPU they are on their way.
+
+        Raises:
+            KTAMXError: Another rank has ended or stands still.
+        """
+        with self._ranks._losses.noticed(self._ranks.replicas, self._place):
+            self._work.wait()  # type: ignore[attr-defined]
+        return self._values.div_(self._ranks.replicas.size)

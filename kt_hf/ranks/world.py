@@ -19,12 +19,14 @@ class World:
         size: How many there are; 1 for a run of one process.
         local_rank: This process among those of its host.
         local_size: How many of them are on this host.
+        host: The number that the launcher has given this host, of several; -1 if it has given none.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    host: int = -1
 
 
 def current_world() -> World:
@@ -51,7 +53,8 @@ def current_world() -> World:
         return World()
     # Processes that were started without a launcher are taken to be of one host.
     here = min(local_size or size, size)
-    return World(rank, size, rank % here if local_rank is None else local_rank, here)
+    host = _number("GROUP_RANK")
+    return World(rank, size, rank % here if local_rank is None else local_rank, here, -1 if host is None else host)
 
 
 def _number(name: str) -> int | None:
@@ -64,8 +67,8 @@ class Share:
     """The experts of a layer that one rank owns: `lo` to `hi` - 1 of `total`.
 
     Attributes:
-        rank: The rank that owns them.
-        ranks: How many ranks the layer's experts are divided among.
+        rank: Of the rank that owns them, among those.
+        ranks: How many ranks the layer's experts are divided among: those of a host, or all.
         total: Experts of the layer, E.
     """
 
@@ -74,26 +77,25 @@ class Share:
     total: int
 
     @classmethod
-    def of(cls, world: World, total: int, where: str) -> Share | None:
-        """This process's share of a layer; None where it has the layer to itself.
+    def of(cls, rank: int, ranks: int, total: int, where: str) -> Share:
+        """This process's share of a layer.
 
         Args:
-            world: The processes.
+            rank: This process, among those that divide the experts.
+            ranks: How many they are.
             total: Experts of the layer, E.
             where: The layer's name, for the message.
 
         Raises:
             KTAMXConfigError: The experts cannot be divided evenly.
         """
-        if world.size == 1:
-            return None
-        if total % world.size:
-            fitting = [n for n in range(1, world.size) if total % n == 0]
+        if total % ranks:
+            fitting = [n for n in range(1, ranks) if total % n == 0]
             raise KTAMXConfigError(
-                f"{where}: {total} experts cannot be divided evenly among {world.size} processes (WORLD_SIZE). Start "
-                f"{fitting[-1]}, or another number that divides {total}."
+                f"{where}: {total} experts cannot be divided evenly among {ranks} processes (WORLD_SIZE, or those of a "
+                f"host). Start {fitting[-1]}, or another number that divides {total}."
             )
-        return cls(world.rank, world.size, total)
+        return cls(rank, ranks, total)
 
     @property
     def count(self) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import KTAMXConfigError
+from ..ranks import current_world
 
 _UNTRIED = {
     "deepspeed": "DeepSpeed divides parameters and gradients by itself",
@@ -77,8 +79,14 @@ def refuse_parallel_trainer(model: nn.Module, gpus: int, args: Any) -> None:
     for name, why in _UNTRIED.items():
         if getattr(args, name, None):
             raise KTAMXConfigError(f"{name} does not go together with several processes: {why}. Leave it out.")
-    if getattr(args, "fsdp", None):
+    if getattr(args, "save_on_each_node", False) and current_world().local_size < args.world_size:
         raise KTAMXConfigError(
-            f"fsdp={args.fsdp}: FSDP does not go together with experts that are divided among processes. Leave it "
-            "out: DDP takes what is not experts, and each process holds its part of the experts."
+            "save_on_each_node=True: rank 0 alone has the LoRA of all experts, and writes it. Leave it out, and give "
+            "an output_dir that all hosts see."
+        )
+    asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and not any(isinstance(p, DTensor) for p in model.parameters()):
+        raise KTAMXConfigError(
+            f"fsdp={getattr(args, 'fsdp', None) or True}: nothing of the model is sharded; accelerate shards on GPUs "
+            "alone. Leave it out: DDP takes what is not experts, and each process holds its part of the experts."
         )

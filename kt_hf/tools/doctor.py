@@ -64,12 +64,24 @@ def _processes() -> Iterator[Finding]:
         return
     every = of_all_ranks(
         Ranks(world),
-        lambda: [str(plan_threads()), f"{available_memory() / 2**30:.1f} GiB", str(experts_device() or "no GPU")],
+        lambda: [
+            str(plan_threads()),
+            f"{available_memory() / 2**30:.1f} GiB",
+            str(experts_device() or "no GPU"),
+            world.local_size,
+            platform.node(),
+        ],
     )
     backend = "nccl" if experts_device() is not None else "gloo"
-    yield Finding("processes", "world", f"{world.size} processes, {world.local_size} of this host, by {backend}", True)
-    for rank, (threads, memory, device) in enumerate(every):
-        yield Finding("processes", f"rank {rank}", f"{threads}; {memory} of host memory; {device}")
+    hosts = world.size // world.local_size
+    several = f" on {hosts} hosts" if hosts > 1 else ""
+    words = f"{world.size} processes{several}, {world.local_size} of this host, by {backend}"
+    even = len({one[3] for one in every}) == 1
+    fix = "" if even else "start as many processes on each host, or set kt_expert_ranks: all"
+    yield Finding("processes", "world", words, even, fix)
+    for rank, (threads, memory, device, _, host) in enumerate(every):
+        where = f"on {host}; " if hosts > 1 else ""
+        yield Finding("processes", f"rank {rank}", f"{where}{threads}; {memory} of host memory; {device}")
 
 
 def _cpu() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import tempfile
 import warnings
@@ -62,7 +63,8 @@ def try_out(
     Raises:
         KTAMXConfigError: What the libraries refuse, naming the setting where they do.
     """
-    if settings.trainer.get("deepspeed") or settings.trainer.get("fsdp"):
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if by_launcher or settings.trainer.get("deepspeed") or settings.trainer.get("fsdp"):
         return  # they keep a state in the process, which only the run's own model may make
     named = [key for key in options if key in settings.trainer]
     try:

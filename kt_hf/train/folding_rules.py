@@ -111,6 +111,8 @@ def why_not(trainer: Any) -> str | None:
         return f"loss_type={args.loss_type} is no sum over the tokens of a step"
     if args.world_size > 1 and not args.average_tokens_across_devices:
         return "average_tokens_across_devices=False weighs a token by how many others its process has in the step"
+    if args.world_size > 1 and trainer.is_fsdp_enabled:
+        return "FSDP shards what is not experts, and a trial would leave ranks waiting in its exchanges"
     if trainer.padding_free and "flash" not in str(trainer.model.config._attn_implementation):
         return "packed rows end to end take attention over the whole batch without flash attention"
     return None

@@ -85,7 +85,8 @@ class Estimate:
             "fits": self.fits, "advice": self.advice, "tokens_per_batch": self.tokens,
             "shared_backward_weights": self.shared_backward, "host_total_otherwise": self.host_total_otherwise,
             "assumed_plan": dataclasses.asdict(self.plan) if self.plan else None,
-            "ranks": self.ranks, "host_total_of_all_ranks": self.ranks * self.host_total,
+            "ranks": self.ranks, "hosts": self.sizes.hosts if self.sizes else 1,
+            "host_total_of_all_ranks": (self.sizes.of_host if self.sizes else 1) * self.host_total,
         }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
         m.rest_bytes(_width(s), s.run),
         m.layers,
         m.vocabulary,
-        bits=_bits(s, m),
+        bits=expert_bits(s, m),
         computed_rank=s.run.lora_rank if m.lora_experts else 0,
         other_lora=m.lora_others,
         inner_bytes=m.inner_bytes,
@@ -204,7 +205,7 @@ def _experts_in_host(
     streamed = (min(tiers.streamed, m.experts) * others + m.experts * placed.in_host_too) * one
     on_cpu = tiers.on_cpu(m.experts) * others * one
     if streamed:
-        host["experts streamed"] = int(streamed * _bits(s, m) / 8)
+        host["experts streamed"] = int(streamed * expert_bits(s, m) / 8)
     if not kernel:
         host["experts"] = on_cpu * _width(s)
     else:
@@ -271,7 +272,7 @@ def _width(s: TrainSettings) -> int:
     return 4 if s.run.torch_dtype == "float32" else 2
 
 
-def _bits(s: TrainSettings, m: ModelSizes) -> float:
+def expert_bits(s: TrainSettings, m: ModelSizes) -> float:
     """Of a weight of experts on the GPU, as it is stored there."""
     if s.kt.kt_expert_dtype != "bf16" and _width(s) == 2:
         return EXPERT_BITS[s.kt.kt_expert_dtype]

@@ -30,6 +30,8 @@ class ModelSizes:
         linear_parameters: Of those, in linear layers that `quantization_bit` is for.
         ranks: Processes that the experts are divided among; `experts`, `expert_parameters` and `lora_experts` are then
             of one of them.
+        of_host: Processes of a host.
+        hosts: Of the run.
         lora_experts: LoRA parameters on experts.
         lora_others: LoRA parameters elsewhere.
         vocabulary: V.
@@ -58,6 +60,8 @@ class ModelSizes:
     linear_parameters: int = 0
     gated: bool = True
     ranks: int = 1
+    of_host: int = 1
+    hosts: int = 1
 
     def rest_bytes(self, width: int, keys: RunKeys) -> int:
         """Bytes of the weights outside of routed experts.
@@ -70,11 +74,13 @@ class ModelSizes:
         one = linear_bytes(keys.quantization_bit or 8, keys.double_quantization) if low else 0
         return (self.other_parameters - low) * width + int(low * one)
 
-    def of_rank(self, ranks: int) -> ModelSizes:
+    def of_rank(self, ranks: int, of_host: int | None = None, hosts: int = 1) -> ModelSizes:
         """What one of so many processes holds, each with its part of every layer's experts and their LoRA.
 
         Args:
-            ranks: Processes; 1 for a run of one.
+            ranks: Processes that the experts are divided among; 1 for a run of one.
+            of_host: Processes of a host; None if they are all of one.
+            hosts: Of the run.
         """
         return replace(
             self,
@@ -82,6 +88,8 @@ class ModelSizes:
             expert_parameters=self.expert_parameters // ranks,
             lora_experts=self.lora_experts // ranks,
             ranks=ranks,
+            of_host=of_host or ranks,
+            hosts=hosts,
         )
 
 

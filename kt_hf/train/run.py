@@ -39,6 +39,7 @@ from .memory import check_gpu, estimate, in_words
 from .memory_parts import PROGRAM, Estimate
 from .model_sizes import model_sizes
 from .models import check_weights, load_config, load_model, load_tokenizer, outline_of
+from .owners import owners_of
 from .processor import load_processor, sees
 from .progress import ShowProgress, TokenCounter
 from .report import show_example, show_result, show_start
@@ -243,17 +244,25 @@ def _before_loading(settings: TrainSettings, config: Any, outline: Any) -> Estim
 
     sizes = model_sizes(config, settings.run, outline)
     if settings.run.use_kt:
-        sizes = sizes.of_rank(current_world().size)
+        world = current_world()
+        hosts = world.size // world.local_size
+        free = available_memory() * world.local_size, _gpu_free(settings) * world.local_size
+        sizes = sizes.of_rank(owners_of(settings, sizes, (hosts, world.local_size), free), world.local_size, hosts)
     kernel = False
     if settings.run.use_kt:
         shape = ExpertShape(sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate)
         workers = plan_threads().workers if settings.kt.kt_num_threads is None else None
         dtype = getattr(torch, settings.run.torch_dtype, None)
         kernel = choose_backend(settings.kt.kt_backend, shape, workers=workers, dtype=dtype)[0] != "torch"
-    gpu = torch.cuda.is_available() and not settings.trainer.get("use_cpu")
-    gpu_free = torch.cuda.mem_get_info()[0] if gpu else None
+    gpu_free = _gpu_free(settings) or None
+    gpu = gpu_free is not None
     # The program's own part is in memory already.
     return estimate(settings, sizes, kernel, gpu, available_memory() + PROGRAM, gpu_free)
+
+
+def _gpu_free(settings: TrainSettings) -> int:
+    gpu = torch.cuda.is_available() and not settings.trainer.get("use_cpu")
+    return int(torch.cuda.mem_get_info()[0]) if gpu else 0
 
 
 def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_config: Any) -> Any:

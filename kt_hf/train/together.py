@@ -124,14 +124,17 @@ def ranks_in_words(model: Any) -> str | None:
     if ranks is None:
         return None
     parts = [f"{rank}: {lo} to {hi - 1}" for rank, (lo, hi) in enumerate(experts_of_ranks(model))]
-    return (
-        f"{ranks.size}, each with a part of every layer's experts and their LoRA ({', '.join(parts)}), and the rest by "
-        "DDP"
-    )
+    held = f"each with a part of every layer's experts and their LoRA ({', '.join(parts)}), and the rest by DDP"
+    copies, hosts = ranks.replicas.size, ranks.size // ranks.world.local_size
+    if copies > 1:
+        return f"{ranks.size} on {copies} hosts, which have all experts each: of a host's {ranks.owners.size}, {held}"
+    return f"{ranks.size}{f' on {hosts} hosts' if hosts > 1 else ''}, {held}"
 
 
 def experts_of_ranks(model: Any) -> list[tuple[int, int]]:
-    """Of each rank, the first expert of a layer that it owns and the one after the last; [] in a run of one process."""
+    """Of each rank (of each host the same, where hosts have all experts), the first expert of a layer that it owns and
+    the one after the last; [] in a run of one process.
+    """
     share = next((layer.share for layer in kt_layers(model)), None)
     if share is None:
         return []

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.tiny import ROOT
 
-FILES = {"one_process": 1, "two_cpu_processes": 2, "all_gpus": 2}
+FILES = {"one_process": 1, "two_cpu_processes": 2, "all_gpus": 2, "fsdp2": 2}
 SCRIPT = """
 import os, pathlib, sys
 rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")

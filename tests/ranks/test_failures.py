@@ -52,7 +52,7 @@ def raise_in(owner: Any, name: str, error: Exception, after: int = 0) -> None:
 Outcome = tuple[Exception | None, float]
 
 
-def outcomes(ranks: int, work: Callable[[int], Any], timeout: float = 20) -> list[Outcome]:
+def outcomes(ranks: int, work: Callable[[int], Any], timeout: float = 20, hosts: int = 1) -> list[Outcome]:
     """What each rank raised, and after how many seconds."""
 
     def timed(rank: int) -> Outcome:
@@ -64,7 +64,7 @@ def outcomes(ranks: int, work: Callable[[int], Any], timeout: float = 20) -> lis
             return error, time.perf_counter() - begin
         return None, time.perf_counter() - begin
 
-    return results(on_ranks(ranks, timed, timeout))
+    return results(on_ranks(ranks, timed, timeout, hosts=hosts))
 
 
 def fails_in_forward(rank: int) -> None:

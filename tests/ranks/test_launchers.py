@@ -68,6 +68,35 @@ def test_a_script_needs_nothing_but_a_launcher(launcher: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_two_hosts_by_torchrun(tmp_path: Path) -> None:
+    """An agent for each host, both on this machine, each with two processes."""
+    one = run([], tmp_path / "one", 1)[0]
+    (tmp_path / "two").mkdir()
+    script, port = str(ROOT / "tests/support/rank_script.py"), free_port()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    agents = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--node_rank",
+                str(host), "--master_addr", "127.0.0.1", "--master_port", str(port), script, str(tmp_path / "two"),
+            ],
+            env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for host in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [agent.communicate(timeout=300)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], errors[0][-3000:]
+    two = [torch.load(tmp_path / "two" / f"{rank}.pt") for rank in range(4)]
+    compare([Trained(*rank[0]) for rank in two], Trained(*one[0]), hosts=2)
+    adapters = saved(tmp_path / "one" / "bare"), saved(tmp_path / "two" / "bare")
+    assert max(relative(adapters[1][key], value) for key, value in adapters[0].items()) <= 5e-6
+
+
+@pytest.mark.slow
 def test_kt_hf_train_by_torchrun(tmp_path: Path) -> None:
     runs_in(tmp_path, save_model(tmp_path / "model"), per_device_train_batch_size=1, torch_dtype="float32")
     done = subprocess.run(

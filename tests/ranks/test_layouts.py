@@ -20,7 +20,8 @@ from kt_hf.checkpoint import ExpertCheckpoint, expert_reader, tensor_files
 from kt_hf.checkpoint.fingerprint import combined, fingerprint, fingerprints_of_weights
 from kt_hf.checkpoint.tensor_files import read_tensors
 from kt_hf.experts import kt_layers
-from kt_hf.patch import owned_shape, ranks_of_run
+from kt_hf.patch import owned_shape
+from kt_hf.ranks import Ranks, current_world
 from tests.support.cases import TORCH_FP32, make_config
 from tests.support.checkpoints import saved
 from tests.support.families import VOCAB, tiny
@@ -123,7 +124,7 @@ def test_lists_of_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     site: Any = SimpleNamespace(name="layer", form=SimpleNamespace(call="listed"), shape=None)
     with pytest.raises(KTAMXConfigError, match=r"layer: a list of experts.*WORLD_SIZE=2"):
-        owned_shape(site, ranks_of_run())
+        owned_shape(site, Ranks(current_world()))
 
 
 class Reads:

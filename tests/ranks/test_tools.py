@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from kt_hf import KTAMXConfigError
 from kt_hf.cli import app
-from kt_hf.system.parallel import launch_command
+from kt_hf.system.parallel import launch_command, refuse_parallel_trainer
 from kt_hf.tools import doctor
 from tests.support.ranks import on_ranks, results
 from tests.support.tiny import ROOT, save_model
@@ -44,6 +45,24 @@ def test_a_number_that_does_not_divide_the_experts() -> None:
     assert "--ranks=3: a layer's 128 experts are divided evenly by 1, 2, 4" in result.stderr
 
 
+def test_experts_are_on_each_host_or_once_on_all() -> None:
+    """By the memory of a host, unless `kt_expert_ranks` says it."""
+    one, two = estimated("--ranks", "4"), estimated("--ranks", "4", "--hosts", "2")
+    assert (two["hosts"], two["ranks"]) == (2, 4)
+    assert two["host"] == one["host"]
+    assert two["host_total_of_all_ranks"] == one["host_total_of_all_ranks"]
+    divided = estimated("--ranks", "4", "--hosts", "2", "kt_expert_ranks=all")
+    assert (divided["hosts"], divided["ranks"]) == (2, 8)
+    assert 2 * divided["host"]["experts streamed"] == one["host"]["experts streamed"]
+    assert divided["host_total_of_all_ranks"] == 4 * divided["host_total"]
+    small = CliRunner().invoke(
+        app, ["estimate", MODEL, "--host-gb", "48", "--gpu-gb", "80", "--ranks", "2", "--hosts", "2"]
+    )
+    words = " ".join(small.output.split())
+    assert "of each of 2 processes on each of 2 hosts" in words
+    assert "once on 2 hosts together" in words
+
+
 def test_several_gpus_and_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded, with the command."""
     forbid_loading(monkeypatch)
@@ -63,3 +82,29 @@ def test_doctor_tells_once_what_each_has(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first[0] == ("world", "2 processes, 2 of this host, by gloo")
     assert [name for name, _ in first[1:]] == ["rank 0", "rank 1"]
     assert all("worker thread" in value for _, value in first[1:])
+
+
+def test_doctor_tells_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("_cpu", "_kernel", "_memory", "_gpu", "_versions", "_self_tests"):
+        monkeypatch.setattr(doctor, part, lambda: [])
+
+    def work(rank: int) -> Any:
+        even = [(f.value, f.ok, f.fix) for f in doctor.examine()]
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1" if rank == 3 else "3")
+        return even, [(f.ok, f.fix) for f in doctor.examine()]
+
+    (even, uneven), *_ = results(on_ranks(4, work, hosts=2))
+    assert even[0] == ("4 processes on 2 hosts, 2 of this host, by gloo", True, "")
+    assert all("on " in value for value, *_ in even[1:])
+    assert uneven[0][0] is False
+    assert "as many processes on each host" in uneven[0][1]
+
+
+def test_saving_on_each_host_is_refused() -> None:
+    def work(rank: int) -> bool:
+        args = SimpleNamespace(world_size=4, save_on_each_node=True)
+        with pytest.raises(KTAMXConfigError, match=r"save_on_each_node=True: .*output_dir that all hosts see"):
+            refuse_parallel_trainer(torch.nn.Linear(1, 1), 0, args)
+        return True
+
+    assert all(results(on_ranks(4, work, hosts=2)))

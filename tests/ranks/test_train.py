@@ -21,14 +21,33 @@ from tests.support.train_runs import runs_in
 ADAPTER = "adapter_model.safetensors"
 
 
-def run_on_ranks(folder: Path, model: Path, *overrides: str, **settings: Any) -> list[tuple[dict[str, Any], str]]:
+def run_on_ranks(
+    folder: Path, model: Path, *overrides: str, ranks: int = 2, hosts: int = 1, **settings: Any
+) -> list[tuple[dict[str, Any], str]]:
     folder.mkdir()
     runs = runs_in(folder, model, torch_dtype="float32", **settings)
 
     def work(rank: int) -> tuple[dict[str, Any], str]:
         return runs.again(*overrides), runs.printed
 
-    return results(on_ranks(2, work, timeout=60))
+    return results(on_ranks(ranks, work, timeout=60, hosts=hosts))
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_process_does(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    (tmp_path / "one").mkdir()
+    one = runs_in(tmp_path / "one", model, torch_dtype="float32", per_device_train_batch_size=4).again()
+    every = run_on_ranks(tmp_path / "two", model, ranks=4, hosts=2, per_device_train_batch_size=1)
+    (first, printed), others = every[0], every[1:]
+    assert "4 on 2 hosts, which have all experts each: of a host's 2, each with a part" in " ".join(printed.split())
+    assert not any(silent.strip() for _, silent in others)
+    assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert first["tokens"] == one["tokens"]
+    assert first["processes"] == 4
+    assert first["experts_of_processes"] == [(0, 2), (2, 4)]
+    assert first["expert_load"] == one["expert_load"]
+    check_checkpoint(tmp_path / "two" / "out" / "checkpoint-2")
 
 
 @pytest.mark.slow

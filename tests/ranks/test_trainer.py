@@ -27,12 +27,12 @@ def on(ranks: int, folder: Path, train: dict[str, Any] | None = None, **settings
     return results(on_ranks(ranks, work))
 
 
-def compare(got: list[Trained], expected: Trained, lora: float = 5e-6) -> None:
+def compare(got: list[Trained], expected: Trained, lora: float = 5e-6, hosts: int = 1) -> None:
     assert len(got[0].losses) == len(expected.losses)
     for mine, reference in ((got[0].losses, expected.losses), (got[0].norms, expected.norms)):
         worst = max(abs(a - b) / abs(b) for a, b in zip(mine, reference, strict=True))
         assert worst <= 1e-6, worst
-    parameters = joined([rank.parameters for rank in got])  # replicated ones are equal to the bit
+    parameters = joined([rank.parameters for rank in got], hosts)  # replicated ones are equal to the bit
     worst_of = max((relative(parameters[name], value), name) for name, value in expected.parameters.items())
     assert worst_of[0] <= lora, worst_of
 

@@ -34,7 +34,12 @@ class RanksFailed(AssertionError):
 
 
 def on_ranks(
-    count: int, work: Callable[[int], Any], timeout: float = TIMEOUT, limit: float = 120, connect: bool = True
+    count: int,
+    work: Callable[[int], Any],
+    timeout: float = TIMEOUT,
+    limit: float = 120,
+    connect: bool = True,
+    hosts: int = 1,
 ) -> list[Any]:
     """What `work(rank)` returns on each of `count` forked processes; an exception it raises is returned in its place.
 
@@ -44,11 +49,12 @@ def on_ranks(
         timeout: Seconds that a rank waits for another in an exchange.
         limit: Seconds after which processes are ended that have not ended by themselves.
         connect: Whether torch.distributed is initialized for them.
+        hosts: As many machines as they take themselves to be on, with `count / hosts` processes each.
     """
     with contextlib.suppress(ImportError):  # which PEFT imports, and takes seconds in each process
         importlib.import_module("bitsandbytes")
     with tempfile.TemporaryDirectory() as folder:
-        children = [_start(rank, count, work, Path(folder), timeout, connect) for rank in range(count)]
+        children = [_start(rank, count, work, Path(folder), timeout, connect, hosts) for rank in range(count)]
         until, left = time.monotonic() + limit, dict(enumerate(children))
         while left and time.monotonic() < until:
             left = {rank: pid for rank, pid in left.items() if os.waitpid(pid, os.WNOHANG) == (0, 0)}
@@ -71,15 +77,18 @@ def results(values: list[Any]) -> list[Any]:
     return values
 
 
-def _start(rank: int, count: int, work: Callable[[int], Any], folder: Path, timeout: float, connect: bool) -> int:
+def _start(
+    rank: int, count: int, work: Callable[[int], Any], folder: Path, timeout: float, connect: bool, hosts: int
+) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank % (count // hosts))}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(count // hosts), "GROUP_RANK": str(rank // (count // hosts))}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         if connect:
             dist.init_process_group(
                 "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count,
@@ -126,12 +135,17 @@ def is_owned(name: str) -> bool:
     return ".experts." in name and ".lora_" in name
 
 
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of each rank's tensors by name: owned ones joined, the others as rank 0 has them, which all must have alike."""
-    for part in parts[1:]:
+def joined(parts: list[dict[str, Tensor]], hosts: int = 1) -> dict[str, Tensor]:
+    """Of each rank's tensors by name: owned ones joined, the others as rank 0 has them, which all must have alike.
+
+    Owned ones must be alike on all hosts.
+    """
+    owners = len(parts) // hosts
+    for rank, part in enumerate(parts):
         for name, value in part.items():
-            assert is_owned(name) or torch.equal(value, parts[0][name]), f"{name} differs between ranks"
-    return {n: torch.cat([part[n] for part in parts]) if is_owned(n) else v for n, v in parts[0].items()}
+            other = parts[rank % owners if is_owned(name) else 0][name]
+            assert torch.equal(value, other), f"{name} differs between rank {rank} and another"
+    return {n: torch.cat([part[n] for part in parts[:owners]]) if is_owned(n) else v for n, v in parts[0].items()}
 
 
 def relative(a: Tensor, b: Tensor) -> float:

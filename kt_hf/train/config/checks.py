@@ -45,7 +45,7 @@ _BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_facto
 # Key -> why it cannot be used with experts on the CPU, and what to do.
 _NOT_WITH_KT = {
     "deepspeed": "DeepSpeed partitions a model that is whole here: leave it out, the experts are on the CPU already",
-    "fsdp": "FSDP shards over processes, and experts on the CPU are held by one: leave it out",
+    "fsdp": "leave it out: accelerate launch --config_file configs/accelerate/fsdp2.yaml shards what is not experts",
     "parallelism_config": "experts on the CPU are held by one process: leave it out",
     "activation_offloading": "the experts' activations are on the CPU already; kt_expert_activations saves them",
     "use_ipex": "leave it out",
