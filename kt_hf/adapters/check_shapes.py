@@ -5,6 +5,7 @@ Those of a stock PEFT adapter are what PEFT itself makes on the base model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,10 @@ def of_peft(source: Adapter, output: Path, base: Any) -> Shapes | None:
         config = AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, TypeError):
         return None
-    model = get_peft_model(skeleton(config), LoraConfig.from_pretrained(output), low_cpu_mem_usage=True)
-    state: dict[str, Tensor] = get_peft_model_state_dict(model)
+    with warnings.catch_warnings():  # advice to who would train this model, which has no weights
+        warnings.simplefilter("ignore")
+        model = get_peft_model(skeleton(config), LoraConfig.from_pretrained(output), low_cpu_mem_usage=True)
+        state: dict[str, Tensor] = get_peft_model_state_dict(model)
     whole = [f"{PREFIX}{name}." for name, one in source.other_modules().items() if one.whole or one.tokens]
     own = {name: tensor.shape for name, tensor in source.others.items() if name.startswith(tuple(whole))}
     return {name: tuple(tensor.shape) for name, tensor in state.items()} | own
