@@ -1,9 +1,15 @@
-"""What servers read is right for readers that know r and lora_alpha alone: no rsLoRA, no patterns."""
+"""What servers read is right for readers that know r and lora_alpha alone: no rsLoRA, no patterns.
+
+ktransformers is no dependency: KT_TEST_KTRANSFORMERS names its source tree, without which its test is skipped.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +25,7 @@ from tests.support.cases import TORCH_FP32
 from tests.support.layers import RANK
 from tests.support.models import FAMILIES, Family
 from tests.support.patched import logits_of, patched_model
+from tests.support.tiny import environment
 
 # As pairs of options; "both" is what no reader but PEFT would get right.
 MANY = {
@@ -87,6 +94,19 @@ def test_readers_of_r_and_alpha_alone(variant: str, to: str, tmp_path: Path) -> 
         assert not torch.allclose(logits_of(family(), family.inputs()), expected, atol=1e-2)
         model = load_adapter(patched_model(family, TORCH_FP32), folder, trainable=False)
         assert (logits_of(model, family.inputs()) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not os.environ.get("KT_TEST_KTRANSFORMERS"), reason="KT_TEST_KTRANSFORMERS names no source tree")
+def test_ktransformers_converter_takes_it(tmp_path: Path) -> None:
+    """It refuses several ranks, and leaves lora_alpha and use_rslora as they are; SGLang then reads lora_alpha / r."""
+    family = FAMILIES["qwen3_moe"]
+    kt, expected = saved(family, tmp_path / "kt", **MANY["both"])
+    folder = convert(kt, tmp_path / "fused", to="fused")
+    script = Path(os.environ["KT_TEST_KTRANSFORMERS"], "kt-kernel/scripts/convert_kt_to_sglang_adapter.py")
+    words = [sys.executable, str(script), str(folder), str(tmp_path / "out"), "--base-model-name-or-path", "base"]
+    ran = subprocess.run(words, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert (read_by(lambda alpha, r, own: alpha / r, family, tmp_path / "out") - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("variant", MANY)
