@@ -20,6 +20,7 @@ from .config_file import read_config
 from .manifest import check_files, write_manifest
 from .manifest_file import MANIFEST, read_manifest
 from .stock_forms import stock_forms
+from .uniform import one_scaling, uniform
 
 logger = logging.getLogger(__name__)
 FORMATS = ("kt", "peft", "per-expert", "fused", "sglang", "merged")
@@ -143,6 +144,10 @@ def convert(
 ) -> Path:
     """Write an adapter in another format. Exact: tensors keep their dtype and, but for their layout, their values.
 
+    What servers read (per-expert, fused, sglang) has one r and one lora_alpha for all, lora_alpha / r being the factor
+    of B·A: without rsLoRA and patterns. Smaller ranks get zeros; B of modules of another factor takes up the ratio,
+    rounded to its dtype, which is logged.
+
     Args:
         input: Folder or safetensors file of an adapter: kt, peft, per-expert or fused, recognized by its keys.
         output: A new folder; or a file, `….pt` for sglang and `fused_expert_lora.safetensors` for fused.
@@ -168,6 +173,10 @@ def convert(
         if target == "merged":
             merge.merge(adapter, as_path(base, "base"), output)
             return output
+        # A fused file alone is read with the settings of the adapter that it lies beside.
+        if target in ("per-expert", "fused") and output.name != fused.FILE:
+            _tell_one_scaling(adapter, output)
+            adapter = uniform(adapter)
         # Gate and up as one are of twice their rank, half of B zeros; sglang has zeros for missing projections.
         size = (2 if target in ("peft", "sglang") else 1) * sum(tensor.size for _, tensor in adapter.tensors())
         check_space(output, size)
@@ -242,6 +251,16 @@ def _tell_left_out(adapter: Adapter, output: Path) -> None:
         logger.warning(
             "%s holds the experts' LoRA alone; %d tensors of attention and other layers stay in %s.",
             output, len(adapter.others), adapter.where,
+        )  # fmt: skip
+
+
+def _tell_one_scaling(adapter: Adapter, output: Path) -> None:
+    common = one_scaling(adapter)
+    if common.padded or common.rescaled:
+        logger.warning(
+            "%s has one rank and one scaling, as its readers take: %d modules are padded with zeros to rank %d, B of "
+            "%d is multiplied so that lora_alpha / r is their factor too.",
+            output, common.padded, common.rank, common.rescaled,
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
     layers.{L}.experts.{gate,up,down}_lora_b     B [E, out, r]
 
 The tensors are those of kt under other names. In an adapter's folder the file lies beside adapter_model.safetensors,
-which then holds the LoRA of everything but the experts; r and lora_alpha are those of adapter_config.json.
+which then holds the LoRA of everything but the experts; r and lora_alpha are those of adapter_config.json, which
+ktransformers' converter takes for all.
 
 The `.pt` is a pickled dict of the experts alone, as SGLang's kt experts load it (format of kt-kernel's
 convert_moe_lora.py). It has one rank and one alpha for all:
@@ -12,25 +13,25 @@ convert_moe_lora.py). It has one rank and one alpha for all:
     {"metadata": {lora_rank, lora_alpha, num_layers (with experts), num_experts, hidden_size, intermediate_size},
      "layer_{L}": {gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b}}
 
-A projection of smaller rank is padded with zeros, a missing one is all zeros, and where s differs from lora_alpha /
-lora_rank, B takes up the ratio: B·A stays what it was.
+A projection that was not trained is all zeros. In both r and lora_alpha are one for all (`uniform`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import KTAMXError
 from ..shapes import PROJECTIONS
 from ..system.files import Lazy, Part, part, replacing
-from .adapter import PREFIX, Adapter, Projection, alpha_for
+from .adapter import PREFIX, Adapter, Projection
 from .kt import add_pair
+from .uniform import uniform
 
 FILE = "fused_expert_lora.safetensors"
 KEY = re.compile(r"layers\.(\d+)\.experts\.(gate|up|down)_lora_([ab])$")
@@ -89,17 +90,14 @@ def write_sglang(adapter: Adapter, path: Path) -> None:
     layers = adapter.layers()
     if not layers:
         raise KTAMXError(f"{adapter.where} holds no LoRA of experts.")
-    loras = list(adapter.experts.values())
-    rank = max(one.rank for one in loras)
-    scaling = next((one.scaling for one in loras if one.rank == rank), loras[0].scaling)
-    same = {one.scaling for one in loras} == {scaling}
-    # The factor is read as lora_alpha / lora_rank, whatever the adapter's config said (rsLoRA, patterns).
-    alpha = alpha_for({}, rank, scaling)
+    alone = uniform(replace(adapter, others={}))
+    loras, layers = list(alone.experts.values()), alone.layers()
+    rank = loras[0].rank
     experts, hidden, inner = _sizes(loras)
     content: dict[str, Any] = {
         "metadata": {
             "lora_rank": rank,
-            "lora_alpha": alpha,
+            "lora_alpha": alone.config["lora_alpha"],
             "num_layers": len(layers),
             "num_experts": experts,
             "hidden_size": hidden,
@@ -114,19 +112,15 @@ def write_sglang(adapter: Adapter, path: Path) -> None:
         content[key] = {}
         for projection in PROJECTIONS:
             into, out = (inner, hidden) if projection == "down_proj" else (hidden, inner)
-            a, b = torch.zeros(experts, rank, into, dtype=dtype), torch.zeros(experts, out, rank, dtype=dtype)
             one = projections.get(projection)
-            if one is not None:
-                a[:, : one.rank] = one.a.load()
-                b[:, :, : one.rank] = _scaled(one.b.load(), 1.0 if same else one.scaling / scaling)
+            if one is None:
+                a, b = torch.zeros(experts, rank, into, dtype=dtype), torch.zeros(experts, out, rank, dtype=dtype)
+            else:
+                a, b = one.a.load(), one.b.load()
             stem = projection.removesuffix("_proj")
             content[key] |= {f"{stem}_lora_a": a, f"{stem}_lora_b": b}
     with replacing(path) as temporary:
         torch.save(content, temporary)
-
-
-def _scaled(b: Tensor, factor: float) -> Tensor:
-    return b if factor == 1.0 else (b.double() * factor).to(b.dtype)
 
 
 def _sizes(loras: list[Projection]) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ _VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocat
 Change = Callable[[Tensor], Tensor]
 
 
-class _Merger:
+class Merger:
     """The change of each of the base's tensors, and which of the adapter's have been used."""
 
     def __init__(self, adapter: Adapter, names: BaseNames, plan: EmbeddingPlan) -> None:
@@ -254,7 +254,7 @@ def merge(adapter: Adapter, base: Path, output: Path) -> None:
     wide = widened(base, tensors)
     tensors = wide or tensors
     plan = plan_embeddings(adapter, names, tensors, base)
-    merger = _Merger(adapter, names, plan)
+    merger = Merger(adapter, names, plan)
     merger.refuse_shared()
     for shard_tensors in tensors.values():  # before anything is written: does everything find its place?
         for name, tensor in shard_tensors.items():
@@ -292,7 +292,7 @@ def _index(base: Path, plan: EmbeddingPlan, wide: Shards | None, size: int) -> d
     return index
 
 
-def _merged(merger: _Merger, name: str, tensor: Lazy) -> Part:
+def _merged(merger: Merger, name: str, tensor: Lazy) -> Part:
     change = merger.change(name, tensor)
 
     def make() -> Iterable[Tensor]:

@@ -4,8 +4,9 @@
     base_model.model.model.layers.{L}.mlp.experts.{e}.{gate,up,down}_proj.lora_B.weight             B_e [out, r]
     base_model.model.model.layers.{L}.block_sparse_moe.experts.{e}.{w1,w3,w2}.lora_{A,B}.weight     the same, Mixtral
 
-A_e is A[e] of kt, B_e is B[e]. PEFT on transformers 5 fuses these keys itself on loading an unpatched model (where it
-leaves shared experts and dense MLPs out, for it takes their names for the experts').
+A_e is A[e] of kt, B_e is B[e]. The readers take one r and one lora_alpha for all (`uniform`). PEFT on transformers 5
+fuses these keys itself on loading an unpatched model (where it leaves shared experts and dense MLPs out, for it takes
+their names for the experts').
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from ..errors import KTAMXError
 from ..shapes import ALIASES
 from ..system.files import Lazy, Part, part
-from .adapter import PREFIX, Adapter, patterns
+from .adapter import PREFIX, Adapter
 from .kt import add_pair
 
 _NAMES = {**ALIASES, "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
@@ -110,15 +111,8 @@ def parts(adapter: Adapter, mixtral: bool) -> Iterator[Part]:
 
 
 def config(adapter: Adapter, mixtral: bool) -> dict[str, Any]:
-    """adapter_config.json of the same adapter; target_modules are the last parts of names, as servers expect."""
+    """adapter_config.json; target_modules are the last parts of names, as servers expect. The adapter is `uniform`."""
     names = {one.name for one in adapter.experts.values()}
     targets = {_HUB[name] if mixtral else name for name in names}
     targets |= {module.rsplit(".", 1)[-1] for module in adapter.modules()}
-    result = {**adapter.config, "target_modules": sorted(targets), "target_parameters": None}
-    ranks_alphas = {}
-    for one in adapter.experts.values():
-        name = _HUB[one.name] if mixtral else one.name
-        for expert in range(one.a.shape[0]):
-            ranks_alphas[f"{_hub_name(one.experts, mixtral)}.{expert}.{name}"] = (one.rank, one.alpha)
-    patterns(result, ranks_alphas)
-    return result
+    return {**adapter.config, "target_modules": sorted(targets), "target_parameters": None}

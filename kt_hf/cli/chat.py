@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,9 +58,10 @@ def main(
         from ..train.quiet import quiet_libraries
         from ..use.generation import Answerer, Sampling
         from ..use.opening import Choice, check
-        from ..use.questions import check_output, read_questions
+        from ..use.questions import Question, check_output, check_questions, read_questions
 
         _check(prompt, questions, output, who, adapter)
+        _check_texts(prompt, system)
         sampling = Sampling(temperature, top_p, max_new_tokens, seed)
         rows = read_questions(questions, system) if questions else []
         if output:
@@ -68,6 +71,10 @@ def main(
         checked = check(Choice(adapter, base, backend, device, template))
         for note in checked.notes:
             errors.print(f"note: {note}", markup=False)
+        if prompt is not None:
+            asked = [{"role": "system", "content": system}] if system else []
+            rows = [Question({}, [*asked, {"role": "user", "content": prompt}], "--prompt")]
+        check_questions(checked.tokenizer, checked.config, rows, thinking)
         answerer = Answerer(checked.load(errors), sampling, thinking)
         _answer(answerer, console, errors, prompt, rows, output, who, system)
 
@@ -83,6 +90,14 @@ def _check(prompt: str | None, questions: Path | None, output: Path | None, who:
         raise KTAMXConfigError(f"--answer {who}: it must be adapter, base or both.")
     if who == "both" and adapter is None:
         raise KTAMXConfigError("--answer both needs an adapter.")
+
+
+def _check_texts(prompt: str | None, system: str) -> None:
+    from ..use.questions import is_text
+
+    for name, text in (("--prompt", prompt), ("--system", system)):
+        if not is_text(text or ""):
+            raise KTAMXConfigError(f"{name} is not UTF-8 text.")
 
 
 def _answer(
@@ -106,6 +121,8 @@ def _answer(
     if prompt is not None:
         chat.ask(prompt)
         return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, not the end
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401 - editing and history of the line that is typed
     console.print("Ask something; /help lists the commands, Ctrl-D leaves.")

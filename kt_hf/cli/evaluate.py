@@ -33,7 +33,7 @@ def main(
     cutoff_len: Annotated[int, typer.Option(help="Tokens of a row at most.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
-    output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the numbers to this new JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     backend: Annotated[str | None, typer.Option(help="kt_backend, in place of the adapter's.")] = None,
     device: Annotated[str, typer.Option(help="Where all but the experts runs: auto, cpu or cuda.")] = "auto",
@@ -53,17 +53,20 @@ def main(
         _check(adapter, dataset, names, generate, rouge, compare)
         from ..use.evaluation import Wanted, write_result
         from ..use.opening import Choice
+        from ..use.questions import check_output
 
+        if output is not None:
+            check_output(output)
         choice = Choice(adapter, base, backend, device, template, chat=generate)
         wanted = Wanted(
             dataset, generate, rouge, names, include_path, compare, max_samples, cutoff_len, batch_size, max_new_tokens
         )
         result = _evaluate(choice, wanted)
-        write_result(output, result)
         if as_json:
             typer.echo(json.dumps(result, indent=2))
         else:
             show(result)
+        write_result(output, result)  # after they are shown: a full disk does not take them
 
 
 def _evaluate(choice: Choice, wanted: Wanted) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def main(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model; needed for merged.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Read it again as its target will: every tensor there, of the right shape.")
+        bool, typer.Option("--check", help="Read it again as its target will: every tensor there, every value right.")
     ] = False,
 ) -> None:
     """Write an adapter in another program's format, or merged.
@@ -35,6 +35,6 @@ def main(
         typer.echo(f"Written: {convert(adapter, output, to=to, base=base)}")
         if check:
             notes = check_export(output, adapter, base=base)
-            typer.echo("Checked: every tensor is there.")
+            typer.echo("Checked: every tensor is there, of the values that adapter and base give.")
             for note in notes:
                 typer.echo(f"Note: {note}")

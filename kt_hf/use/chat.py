@@ -16,6 +16,7 @@ from ..system.files import write_json
 from ..system.text import printable
 from .generation import Answerer, Message
 from .opening import Choice, check
+from .questions import is_text
 
 HELP = """\
 /reset            forget the conversation
@@ -64,6 +65,9 @@ class Chat:
             except KeyboardInterrupt:
                 self.console.print("\n(/quit or Ctrl-D leaves)")
                 continue
+            if not is_text(line):
+                self._say("That line is not UTF-8 text.")
+                continue
             name, _, rest = line.partition(" ")
             if name == "/quit":
                 return
@@ -81,6 +85,7 @@ class Chat:
     def ask(self, question: str) -> None:
         """Put a question, show the answer, and keep both; a stopped answer is kept as far as it came."""
         asked = [*self.history, {"role": "user", "content": question}]
+        self.answerer.inputs(self._with_system(asked))  # what is wrong with it is said before an answer begins
         answer = self._both(asked) if self.who == "both" else self._streamed(asked)
         if answer:
             self.history = [*asked, {"role": "assistant", "content": answer}]

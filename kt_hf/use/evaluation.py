@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from ..train.data.reading import reading
 from ..train.data.rows import Rows, load_rows, messages_column
 from ..train.data.template import conversation
 from ..train.data.tokens import Prepared, prepare
-from .generation import Answerer, Sampling
+from .generation import Answerer, Sampling, positions_of
 from .opening import Checked, Opened
+from .questions import Question, check_questions
 from .scores import Score, score
 from .tasks import run_tasks
 
@@ -98,8 +99,20 @@ def read_data(checked: Checked, wanted: Wanted) -> EvalData | None:
             "alpaca."
         )
     vocabulary = getattr(checked.config.get_text_config(), "vocab_size", None) or len(checked.tokenizer)
+    if wanted.generate:
+        asked = [
+            Question({}, messages, f"--generate, question {i}") for i, (messages, _) in enumerate(_questions(rows), 1)
+        ]
+        check_questions(checked.tokenizer, checked.config, asked)
     how = reading(checked.keys, {"max_length": wanted.length}, checked.tokenizer, vocabulary)
-    return EvalData(rows, prepare(rows, how, "sft", "eval"), wanted.length, wanted.batch)
+    prepared = prepare(rows, how, "sft", "eval")
+    longest, positions = max(map(len, prepared.dataset["input_ids"])), positions_of(checked.config)
+    if positions is not None and longest > positions:
+        note = (
+            f"{wanted.dataset}: a row has {longest:,} tokens, and the model was made for {positions:,} (--cutoff-len)"
+        )
+        prepared = replace(prepared, notes=[*prepared.notes, note])
+    return EvalData(rows, prepared, wanted.length, wanted.batch)
 
 
 def evaluate(opened: Opened, data: EvalData | None, wanted: Wanted, console: Console) -> dict[str, Any]:
@@ -182,12 +195,18 @@ def scored(answerer: Answerer, data: EvalData, console: Console, rouge: bool) ->
     Raises:
         KTAMXConfigError: No row is a question with its answer.
     """
-    pairs = [pair for row in data.rows.rows if (pair := _question(row)) is not None]
-    if not pairs:
-        raise KTAMXConfigError("--generate needs rows with a question and its answer: messages, or prompt/completion.")
+    pairs = _questions(data.rows)
     steps = track(pairs, "Answers", console=console, transient=True, disable=not console.is_terminal)
     answers = [answerer.answer(asked) for asked, _ in steps]
     return score(answers, [reference for _, reference in pairs], rouge)
+
+
+def _questions(rows: Rows) -> list[tuple[list[dict[str, Any]], str]]:
+    """The rows that are questions with their answers."""
+    pairs = [pair for row in rows.rows if (pair := _question(row)) is not None]
+    if not pairs:
+        raise KTAMXConfigError("--generate needs rows with a question and its answer: messages, or prompt/completion.")
+    return pairs
 
 
 def _question(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str] | None:

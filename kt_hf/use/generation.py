@@ -73,16 +73,9 @@ class Answerer:
         """Token ids and attention mask of a conversation that asks for an answer, on the model's device.
 
         Raises:
-            KTAMXConfigError: The chat template refuses the conversation.
+            KTAMXConfigError: As `encode`.
         """
-        options: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        try:
-            encoded = self.opened.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
-            )
-        except Exception as error:  # templates are programs of strangers
-            words = " ".join(str(error).split()) or type(error).__name__
-            raise KTAMXConfigError(f"The chat template refuses the conversation: {words}") from error
+        encoded = encode(self.opened.tokenizer, self.opened.model.config, messages, self.thinking)
         return dict(encoded.to(self.opened.model.device))
 
     def stream(self, messages: Sequence[Message], adapter: bool = True) -> Iterator[str]:
@@ -138,7 +131,11 @@ class Answerer:
             torch_threads(threads_beside(model)),
             contextlib.nullcontext() if adapter else self.opened.without_adapter(),
         ):
-            return model.generate(**inputs, **self.sampling.arguments(), pad_token_id=self._pad(), **more)
+            arguments = self.sampling.arguments()
+            positions = positions_of(model.config)
+            if positions is not None:
+                arguments["max_new_tokens"] = min(arguments["max_new_tokens"], positions - inputs["input_ids"].shape[1])
+            return model.generate(**inputs, **arguments, pad_token_id=self._pad(), **more)
 
     def _pad(self) -> int | None:
         tokenizer = self.opened.tokenizer
@@ -149,6 +146,54 @@ class Answerer:
         import torch
 
         return torch.full((ids.shape[0],), self._stopped.is_set(), dtype=torch.bool, device=ids.device)
+
+
+def encode(tokenizer: Any, config: Any, messages: Sequence[Message], thinking: bool | None = None) -> Any:
+    """Token ids and attention mask of a conversation that asks for an answer.
+
+    Args:
+        tokenizer: With a chat template.
+        config: The model's configuration.
+        messages: The conversation.
+        thinking: `enable_thinking` of the chat template; None leaves it to the template.
+
+    Raises:
+        KTAMXConfigError: The chat template refuses the conversation, or no position of the model is left for an answer.
+    """
+    options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
+        )
+    except Exception as error:  # templates are programs of strangers
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise KTAMXConfigError(f"The chat template refuses the conversation: {words}") from error
+    length, positions = encoded["input_ids"].shape[1], positions_of(config)
+    if positions is not None and length >= positions:
+        raise KTAMXConfigError(
+            f"The conversation has {length:,} tokens, and the model positions for {positions:,}, an answer's too: "
+            "shorten it, or begin anew."
+        )
+    return encoded
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for, at most; None where its configuration sets no bound.
+
+    Args:
+        config: Of the model. Where its positions are stretched (YaRN and the like) the stretched number counts.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    stretched = [positions]
+    for values in (rope, *rope.values()):  # of all layers, or of each kind of them
+        factor = values.get("factor") if isinstance(values, dict) else None
+        if isinstance(factor, (int, float)):
+            stretched.append(int((values.get("original_max_position_embeddings") or positions) * factor))
+    return max(stretched)
 
 
 def threads_beside(model: Any) -> int | None:

@@ -127,6 +127,8 @@ def check(choice: Choice) -> Checked:
             if choice.adapter
             else "Name an adapter's folder, or a base model alone: --base NAME_OR_FOLDER."
         )
+    if choice.base and (Path(base) / CONFIG).is_file() and not (Path(base) / "config.json").is_file():
+        raise KTAMXConfigError(f"--base {base}: that is an adapter's folder. Give it without --base.")
     path = str(choice.adapter) if choice.adapter else None
     keys = RunKeys(model_name_or_path=base, adapter_name_or_path=path, template=choice.template)
     keys = replace(keys, torch_dtype=dtype or keys.torch_dtype)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from kt_hf import KTAMXError, apply_kt_moe, kt_lora_config, verify_adapter
-from kt_hf.adapters import MANIFEST, check_checkpoint, convert, last_complete, start_from
+from kt_hf.adapters import MANIFEST, check_checkpoint, check_export, convert, last_complete, start_from
 from kt_hf.adapters.manifest import begin, seal
 from kt_hf.peft_compat import saving
 from kt_hf.system import disk
@@ -316,6 +316,7 @@ def test_checkpoints_of_other_names(name: str, tmp_path: Path) -> None:
     expected = logits_of(model, ids)
     assert difference(loaded(base, patched=False), ids, expected) > 0.1
     merged = convert(tmp_path / "a", tmp_path / "merged", to="merged", base=base)
+    check_export(merged, tmp_path / "a", base)
     assert difference(loaded(merged, patched=False), ids, expected) < 1e-5
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from kt_hf import KTAMXConfigError, verify_adapter
-from kt_hf.adapters import convert
+from kt_hf.adapters import check_export, convert
 from kt_hf.peft_compat.saving import check_trained
 from tests.support.models import FAMILIES, VOCAB, Family
 from tests.support.patched import logits_of, lora_config
@@ -93,11 +93,13 @@ def check_setting(family: Family, name: str, vocabulary: str, tmp_path: Path) ->
     assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
 
     stock = convert(adapter, tmp_path / "stock", to="peft")
+    check_export(stock, adapter)
     stock_model = PeftModel.from_pretrained(loaded(base, more_tokens, patched=False), stock).eval()
     assert difference(stock_model, ids, expected) < 1e-5
     if setting.stock_merges or not tied:
         assert difference(stock_model.merge_and_unload().eval(), ids, expected) < 1e-5
     merged = convert(adapter, tmp_path / "merged", to="merged", base=base)
+    check_export(merged, adapter, base)
     result = loaded(merged, patched=False)
     assert result.get_input_embeddings().weight.shape[0] == VOCAB + more_tokens
     assert difference(result, ids, expected) < 1e-5

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kt_hf import KTAMXError, apply_kt_moe, load_kt_model
-from kt_hf.adapters import convert, load_adapter
+from kt_hf.adapters import check_export, convert, load_adapter
 from tests.families.test_families import EVERY, adapted, called, inputs_of
 from tests.support.cases import make_config
 from tests.support.families import tiny
@@ -77,6 +77,7 @@ def test_adapters(family: str, tmp_path: Path) -> None:
             convert(tmp_path / "kt", tmp_path / "merged", to="merged", base=base)
         tiny(family).save_pretrained(base, save_original_format=False)
     convert(tmp_path / "kt", tmp_path / "merged", to="merged", base=base)
+    check_export(tmp_path / "merged", tmp_path / "kt", base)
     merged = logits(stock_again(family, tmp_path / "merged"))
     assert relative_error(merged, wanted) < 1e-5
 
@@ -93,6 +94,7 @@ def test_in_stock_peft(family: str, tmp_path: Path) -> None:
             convert(tmp_path / "kt", tmp_path / "peft", to="peft", base=base)
         return
     exported = convert(tmp_path / "kt", tmp_path / "peft", to="peft", base=base)
+    check_export(exported, tmp_path / "kt", base)
     stock = PeftModel.from_pretrained(tiny(family), exported).eval()
     assert relative_error(logits(stock), wanted) < 1e-5
     again = load_adapter(apply_kt_moe(tiny(family), make_config("torch")), exported).eval()
@@ -104,7 +106,7 @@ def test_per_expert(family: str, tmp_path: Path) -> None:
     """However the model holds its experts, each one's A and B are the same matrices: there and back to the bit."""
     model = adapted(family)
     model.save_pretrained(tmp_path / "kt")
-    convert(tmp_path / "kt", tmp_path / "each", to="per-expert")
+    check_export(convert(tmp_path / "kt", tmp_path / "each", to="per-expert"), tmp_path / "kt")
     convert(tmp_path / "each", tmp_path / "back", to="kt")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kt", "back"))
     assert set(before) == set(after)

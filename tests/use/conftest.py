@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from kt_hf import KTConfig, apply_kt_moe, kt_lora_config
@@ -22,9 +22,10 @@ class Trained:
     adapter: Path
 
 
-def save_adapter(base: Path, folder: Path, seed: int = 0) -> Path:
+def save_adapter(base: Path, folder: Path, seed: int = 0, target_modules: list[str] | None = None) -> Path:
     model = apply_kt_moe(AutoModelForCausalLM.from_pretrained(base), KTConfig(kt_backend="torch"))
-    tuned = get_peft_model(model, kt_lora_config(model, 4))
+    config = LoraConfig(r=4, target_modules=target_modules) if target_modules else kt_lora_config(model, 4)
+    tuned = get_peft_model(model, config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -17,14 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from kt_hf import KTAMXError, KTConfig, apply_kt_moe
 from kt_hf.cli import app
 from kt_hf.use.chat import Chat
-from kt_hf.use.generation import Answerer, Sampling
+from kt_hf.use.generation import Answerer, Sampling, positions_of
 from kt_hf.use.opening import Choice, Opened, check
+from kt_hf.use.questions import Question, answer_file, read_questions
 from tests.support.tiny import environment, save_model
 from tests.use.conftest import Trained, save_adapter
 
@@ -151,6 +153,87 @@ def test_a_bad_line_is_refused_before_anything_is_loaded(line: str, tmp_path: Pa
     assert not out.exists()
 
 
+def test_lines_are_read_as_they_are_written(trained: Trained, tmp_path: Path) -> None:
+    """With a byte order mark, line ends of Windows, and what Python takes for line ends within a text."""
+    file = tmp_path / "in.jsonl"
+    file.write_bytes("\ufeff".encode() + '{"prompt": "a\u2028b\x85c"}\r\n\r\n{"prompt": "d"}\r\n'.encode())
+    assert [q.messages[0]["content"] for q in read_questions(file)] == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"prompt": "caf\xe9"}', "not UTF-8 text (at byte 15)"),
+        (b'{"prompt": "a\\ud800"}', "line 1: it holds half of a pair"),
+        (b"\n \n", "has no lines"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(KTAMXError, match=re.escape(says)):
+        read_questions(file)
+
+
+def test_more_than_the_model_has_positions_for(
+    trained: Trained, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the weights are loaded; in a conversation the question is not kept."""
+    long = "word " * 200
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Hi", long)))
+    for words in (["--prompt", long], ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]):
+        with monkeypatch.context() as patched:
+            patched.setattr("kt_hf.use.opening.load_model", lambda *_, **__: pytest.fail("loaded"))
+            done = CliRunner().invoke(app, ["chat", str(trained.adapter), "--device", "cpu", *words])
+        assert done.exit_code == 2, done.output
+        where = "--prompt" if "--prompt" in words else "in.jsonl line 2"
+        assert f"{where}: The conversation has 1,0" in done.stderr
+        assert "positions for 512" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    shown, chat = typed(opened, [long, "Hi"])
+    assert "positions for 512" in " ".join(shown.split())
+    assert [message["content"] for message in chat.messages][:1] == ["Hi"]
+
+
+def test_an_answer_ends_where_the_positions_do(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    answerer = Answerer(opened, Sampling(max_new_tokens=50))
+    inputs = answerer.inputs([{"role": "user", "content": QUESTION}])
+    length = inputs["input_ids"].shape[1]
+    monkeypatch.setattr(opened.model.config, "max_position_embeddings", length + 3)
+    assert answerer._generate(inputs, adapter=True).shape[1] == length + 3
+
+
+def test_positions_that_are_stretched_count() -> None:
+    def positions(**rope: object) -> int | None:
+        parameters = {"rope_theta": 1e6, "rope_type": "default", **rope}
+        return positions_of(Qwen3MoeConfig(max_position_embeddings=512, rope_parameters=parameters))
+
+    assert positions() == 512
+    assert positions(rope_type="yarn", factor=4.0, original_max_position_embeddings=512) == 2048
+    assert positions(rope_type="linear", factor=2.0) == 1024
+    assert positions_of(MambaConfig()) is None
+
+
+def test_bytes_that_are_no_text(trained: Trained, opened: Opened) -> None:
+    shown, chat = typed(opened, ["caf\udce9", "Hi"])
+    assert "not UTF-8 text" in shown
+    assert chat.messages[0]["content"] == "Hi"
+    for words in (["--prompt", "caf\udce9"], ["--prompt", "Hi", "--system", "\udce9"]):
+        done = CliRunner().invoke(app, ["chat", str(trained.adapter), *words])
+        assert done.exit_code == 2, done.output
+        assert f"{words[-2]} is not UTF-8 text" in done.stderr
+
+
+def test_answers_that_cannot_be_written_are_printed(
+    opened: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [Question({"prompt": "Hi", "id": 7}, [{"role": "user", "content": "Hi"}], "line 1")]
+    answerer = Answerer(opened, Sampling(max_new_tokens=2))
+    with pytest.raises(OSError, match="gone"):  # a folder that went away meanwhile
+        answer_file(answerer, questions, tmp_path / "gone" / "out.jsonl", "adapter", Console(quiet=True), False)
+    assert json.loads(capsys.readouterr().out)["id"] == 7
+
+
 def test_errors_say_what_to_do(trained: Trained, tmp_path: Path) -> None:
     def says(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["chat", *arguments, "--prompt", "Hi"])
@@ -163,6 +246,7 @@ def test_errors_say_what_to_do(trained: Trained, tmp_path: Path) -> None:
     assert "checkpoint-3 has one" in says(str(tmp_path / "run"))
     assert "--base NAME_OR_FOLDER" in says()
     assert "base model '/none/such'" in says(str(trained.adapter), "--base", "/none/such")
+    assert "that is an adapter's folder" in says("--base", str(trained.adapter))
     assert "--temperature -1" in says(str(trained.adapter), "--temperature", "-1")
     assert "--answer all" in says(str(trained.adapter), "--answer", "all")
     bare = save_model(tmp_path / "bare", chat_template=None)

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from kt_hf import KTAMXConfigError
 from kt_hf.cli import app
 from kt_hf.use.evaluation import EvalData, Wanted, losses, read_data
 from kt_hf.use.opening import Choice, check
@@ -58,6 +59,61 @@ def test_base_beside_adapter_as_json_and_table(trained: Trained, data: Path, tmp
     assert isinstance(read, EvalData)
     alone = losses(checked.load(), read, Console(quiet=True))
     assert base["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_where_the_numbers_go_is_looked_at_first(trained: Trained, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("mine")
+    outputs = {"none/n.json": "there is no folder", "mine.json": "exists already", ".": "exists already"}
+    for output, says in ((tmp_path / name, says) for name, says in outputs.items()):
+        done = CliRunner().invoke(app, ["eval", "nowhere", "--dataset", str(data), "--output", str(output)])
+        assert done.exit_code == 2, done.output
+        assert f"--output {output}" in done.stderr
+        assert says in done.stderr
+    assert (tmp_path / "mine.json").read_text() == "mine"
+
+
+def test_numbers_that_cannot_be_written_are_shown(
+    trained: Trained, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kt_hf.use.evaluation.write_result", full)
+    words = [
+        "eval",
+        str(trained.adapter),
+        "--dataset",
+        str(data),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "n.json"),
+    ]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert "perplexity" in done.stdout
+
+
+def test_what_cannot_be_answered_is_refused_before_the_weights_are_loaded(trained: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    checked = check(Choice(adapter=trained.adapter, device="cpu"))
+    long = {"instruction": "w " * 300, "output": "x"}
+    refused = {
+        "needs rows with a question": {"text": "A story."},
+        r"question 1: The conversation has 6\d\d tokens": long,
+    }
+    for says, row in refused.items():
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(KTAMXConfigError, match=says):
+            read_data(checked, Wanted(str(file), generate=True))
+
+
+def test_a_row_longer_than_the_model_has_positions_for_is_told(trained: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"instruction": "a", "output": "x " * 400}) + "\n")
+    read = read_data(check(Choice(adapter=trained.adapter, device="cpu")), Wanted(str(file)))
+    assert isinstance(read, EvalData)
+    assert "tokens, and the model was made for 512" in read.prepared.notes[-1]
 
 
 def test_scores() -> None:
