@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-oldest test-newest lint format bench setup wheel
+.PHONY: demo test test-all test-oldest test-newest test-release lint format bench setup wheel
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/ready
@@ -48,15 +48,23 @@ EDGE := $(if $(filter no,$(KERNEL)),-no-kernel)
 test-oldest test-newest: test-%: .venv-%$(EDGE)/ready
 	.venv-$*$(EDGE)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-# A wheel and the source archive of this version, in dist/.
+# The source archive and the wheel of this version, in dist/.
 wheel: $(VENV)/ready
-	rm -rf build
 	$(PY) -m build --outdir dist
+
+# Installs the wheel in empty environments, one after the other for each of PYTHONS, from a package index.
+PYTHONS ?= $(PYTHON)
+test-release: $(VENV)/ready
+	KT_TEST_PYTHONS="$(PYTHONS)" $(PY) -m pytest -m slow tests/release $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*_re*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
