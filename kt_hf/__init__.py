@@ -9,6 +9,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ._versions import __version__ as __version__
 from ._versions import check_versions
 from .errors import (
     KTAMXBackwardError,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from .placement import Placement, count_experts, read_placement
 
 install()  # at import, so that an adapter of ours loaded before the patch is refused, not dropped
-
-__version__ = "0.1.0"
 
 __all__ = [
     "KTAMXBackwardError",

@@ -1,4 +1,4 @@
-"""Versions of other packages that kt_hf runs with. Below a floor it refuses at import, from a ceiling on it warns."""
+"""The version of kt_hf, and those of other packages: below a floor it refuses at import, from a ceiling on it warns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from packaging.version import Version
 
 from .errors import KTAMXNotAvailableError
 
-FLOORS = {"torch": "2.9", "transformers": "5.17", "peft": "0.21", "accelerate": "1.15", "safetensors": "0.6"}
+__version__ = "0.2.0"
+"""The one place where it stands: pyproject.toml, manifests and the command line read it here."""
+
+FLOORS = {"torch": "2.9", "transformers": "5.17", "peft": "0.21", "accelerate": "1.15", "safetensors": "0.8"}
 CEILINGS = {"transformers": "6", "peft": "0.23"}
 """The first versions whose private functions nobody has compared with those that kt_hf replaces."""
 

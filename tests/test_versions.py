@@ -9,10 +9,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import kt_hf
 from kt_hf import KTAMXNotAvailableError, _versions
 from kt_hf._versions import CEILINGS, FLOORS, check_versions
+from kt_hf.adapters import manifest
+from kt_hf.cli import app
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,4 +103,12 @@ def test_the_command_says_it_without_a_traceback(
 
 def test_public_names_are_there() -> None:
     assert all(hasattr(kt_hf, name) for name in kt_hf.__all__)
-    assert kt_hf.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """A second number would stay behind at a release: pyproject.toml takes it from the code."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in pyproject["project"]
+    assert pyproject["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "kt_hf._versions.__version__"}}
+    assert kt_hf.__version__ == _versions.__version__ == manifest._packages()["kt-hf"]
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"{_versions.__version__}\n"

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import nn
 
+from .._versions import __version__
 from ..checkpoint.tensor_files import read_header
 from ..errors import KTAMXError
 from ..placement import PLACEMENT, packer_of, write_placement
@@ -294,8 +295,8 @@ def _bound(config: Fields) -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("kt-hf", "torch", "transformers", "peft", "safetensors", "kt-kernel"):
+    versions = {"python": platform.python_version(), "kt-hf": __version__}
+    for name in ("torch", "transformers", "peft", "safetensors", "kt-kernel"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

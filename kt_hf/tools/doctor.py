@@ -15,7 +15,7 @@ from packaging.version import Version
 from ..ranks import Ranks, current_world, of_all_ranks
 
 # Oldest versions for training, besides those that importing kt_hf checks.
-TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.0", "matplotlib": "3.8"}
+TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.7", "matplotlib": "3.8"}
 KERNEL = "0.7.2"
 
 
@@ -177,10 +177,10 @@ def pcie_speed(megabytes: int = 256, runs: int = 3) -> tuple[float, float]:
 
 
 def _versions() -> Iterator[Finding]:
-    from .._versions import FLOORS
+    from .._versions import FLOORS, __version__
 
     yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
-    yield Finding("versions", "kt-hf", _installed("kt-hf") or "from the source tree")
+    yield Finding("versions", "kt-hf", __version__)
     for name, floor in (FLOORS | TRAIN_FLOORS).items():
         installed = _installed(name)
         good = installed is not None and Version(Version(installed).base_version) >= Version(floor)

@@ -32,8 +32,9 @@ def missing(kind: str) -> str | None:
         return f"the CPU cannot run {kind}"
     if kind == "AMXFP8" and "avx512vbmi" not in flags:
         return "the CPU has no AVX512-VBMI"
-    if os.environ.get("KT_KERNEL_CPU_VARIANT"):
-        return "KT_KERNEL_CPU_VARIANT forces a variant"
+    forced = os.environ.get("KT_KERNEL_CPU_VARIANT", "").lower()
+    if forced and (kind, forced) != ("MXFP4", "avx2"):
+        return f"KT_KERNEL_CPU_VARIANT={forced} forces a variant"
     probe = subprocess.run([sys.executable, "-c", PROBE, CLASSES[kind]], capture_output=True)
     return None if probe.returncode == 0 else f"kt-kernel's variant here has no {CLASSES[kind]}"
 
