@@ -96,6 +96,9 @@ class KTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> KTConfig:
         """A config from a mapping, of a YAML file for instance, with the checks of the constructor.
 
+        Args:
+            values: Field -> value.
+
         Raises:
             KTAMXConfigError: No mapping, an unknown field, or a value that is out of range.
         """

@@ -1,6 +1,8 @@
 """The reference that is made from the code: settings, keys of a run, names of other programs, verbs.
 
-The site's build puts each where a page says `<!-- generated: NAME -->`; `python scripts/reference_pages.py NAME` prints it.
+The site's build puts each where a page says `<!-- generated: NAME -->`. To print one:
+
+    python scripts/reference_pages.py NAME
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from kt_hf.train.config.settings import CHOICES, RunKeys
 from kt_hf.train.config.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-# Where the code names a page of this documentation, the reference links it. The pages it is put into are one folder down.
+# Where the code names a page of this documentation, the reference links it. Its own pages are one folder down.
 _PAGE = re.compile(r"docs/([\w/-]+\.md(?:#[\w-]+)?)")
 
 

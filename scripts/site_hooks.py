@@ -18,7 +18,8 @@ def _parts() -> dict[str, Any]:
     # By its file: the folder scripts/ is no package, and MkDocs runs a hook from wherever it was started.
     file = Path(__file__).with_name("reference_pages.py")
     spec = importlib.util.spec_from_file_location("reference_pages", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.PARTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from kt_hf import KTConfig
 from kt_hf.config import BACKENDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "AGENTS"))]
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "AGENTS")),
+]
 FOLDERS = ("kt_hf", "tests", "benchmarks", "configs", "scripts", "docs")
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -98,6 +102,22 @@ def test_readme_links_the_architecture_in_its_first_screen() -> None:
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:25])
     assert "(docs/architecture.md)" in first
     assert "(CONTRIBUTING.md)" in first
+
+
+def test_numbers_in_readmes_table_were_measured() -> None:
+    """Tokens/s of each row, and the GPU's peak beside them, are those of a row of the benchmark."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/gpu_placements.jsonl").read_text().splitlines()]
+    measured: dict[str, set[int]] = {}
+    for row in rows:
+        if row.get("tokens_per_second"):
+            peaks = measured.setdefault(f"{row['tokens_per_second']:,.0f}", set())
+            peaks.add(round(row["allocated_gb"]))
+    table = (ROOT / "README.md").read_text().split("| tokens a step |")[1].split("\n\n")[0]
+    cells = re.findall(r"\| ([\d,]+)(?: to ([\d,]+))? \((\d+)\)", table)
+    assert len(cells) == 12
+    for least, most, peak in cells:
+        for number in filter(None, (least, most)):
+            assert int(peak) in measured[number], number
 
 
 def test_every_setting_is_in_every_list_of_them() -> None:

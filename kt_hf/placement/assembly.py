@@ -164,8 +164,8 @@ def _log_slow_dtype(packer: Packer, dtype: torch.dtype) -> None:
     if packer.backend != "torch" or packer.gpu is not None or cpu.amx or cpu.avx512_bf16 or dtype == torch.float32:
         return
     logger.warning(
-        "kt_hf: this CPU has no 16-bit products (AVX512-BF16, AMX), and a model in %s takes several times as long on it "
-        'as one in float32. Load it with dtype="float32" if the memory suffices.',
+        "kt_hf: this CPU has no 16-bit products (AVX512-BF16, AMX), and a model in %s takes several times as long on "
+        'it as one in float32. Load it with dtype="float32" if the memory suffices.',
         str(dtype).removeprefix("torch."),
     )
 

@@ -1,4 +1,4 @@
-"""The blocks of a documentation page, and a folder in which they are run in turn, as a reader would by copy and paste."""
+"""The blocks of a documentation page, and a folder in which they are run in turn, as by copy and paste."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tests.support.tiny import ROOT, environment
 
 DOCS = ROOT / "docs"
 _BLOCK = re.compile(
-    r"(?:^<!-- needs: (?P<needs>.*) -->\n)?^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<text>.*?)^```$",
+    r"(?:^<!-- needs: (?P<needs>.*) -->\n)?"
+    r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 RUN = ("python", "bash")  # what has no title and one of these languages is run

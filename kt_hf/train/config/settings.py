@@ -41,8 +41,8 @@ class RunKeys:
         model_name_or_path: Needed: a folder, a name on the hub, or `builtin:smollm2-moe` (`builtin:smollm2-moe/2`: its
             first two layers).
         model_revision: Branch, tag or commit of a model of the hub; its main branch without.
-        adapter_name_or_path: Start from this adapter (folder or file, of any format `kt-hf import` reads), with its rank,
-            alpha and targets; `use_kt: false` takes stock PEFT's.
+        adapter_name_or_path: Start from this adapter (folder or file, of any format `kt-hf import` reads), with its
+            rank, alpha and targets; `use_kt: false` takes stock PEFT's.
         trust_remote_code: Run code that comes with the model; where transformers has the model itself, its own class is
             used anyway, and that is said.
         torch_dtype: `auto`, `bfloat16`, `float16` or `float32`. `auto` is the checkpoint's.
@@ -58,8 +58,8 @@ class RunKeys:
         lora_rank: LoRA rank r, of linear layers and experts.
         lora_alpha: The factor before B·A is lora_alpha / lora_rank.
         lora_dropout: Of the linear layers; experts train without.
-        lora_target: `all` (linear layers but router and head, and every expert), `all_attention`, or names. On DeepSeek's
-            latent attention q_proj, k_proj and v_proj mean the projections it has in their place.
+        lora_target: `all` (linear layers but router and head, and every expert), `all_attention`, or names. On
+            DeepSeek's latent attention q_proj, k_proj and v_proj mean the projections it has in their place.
         use_rslora: The factor before B·A is lora_alpha / sqrt(lora_rank).
         additional_target: Modules trained in full and saved with the adapter: `embed_tokens,lm_head` (PEFT's
             modules_to_save).
@@ -68,9 +68,9 @@ class RunKeys:
             (`owner/name`), `builtin:pydoc`; several by commas (docs/cli.md#data).
         eval_dataset: The same, to evaluate on.
         dataset_dir: The folder of LLaMA-Factory's `dataset_info.json`, if there is one; `data` without.
-        mix_strategy: Several data sets one after the other (`concat`), or in turn: `interleave_under` until the first is
-            used up, `interleave_over` until all are (rows of the shorter come again), `interleave_once` until all are,
-            each row once.
+        mix_strategy: Several data sets one after the other (`concat`), or in turn: `interleave_under` until the first
+            is used up, `interleave_over` until all are (rows of the shorter come again), `interleave_once` until all
+            are, each row once.
         interleave_probs: Shares of the data sets in an interleaved mixture: `0.7,0.3`.
         val_size: A share or a number of rows held out of `dataset`, to evaluate on.
         template: The tokenizer's chat template is used where there is one; `chatml` or `alpaca` for base models.
@@ -83,8 +83,8 @@ class RunKeys:
         plot_loss: `loss.png`, `expert_load.png` and `report.html` beside the adapter (docs/using.md#watching-a-run).
         overwrite_output_dir: A folder with an earlier run is refused without it; with it, that run's checkpoints are
             removed: folders `checkpoint-<number>` that hold an adapter or a trainer's state, and nothing else.
-        resume_from_checkpoint: `true`: the last complete checkpoint in `output_dir`, and it is said which later ones are
-            not; or a checkpoint's folder.
+        resume_from_checkpoint: `true`: the last complete checkpoint in `output_dir`, and it is said which later ones
+            are not; or a checkpoint's folder.
     """
 
     model_name_or_path: str = ""
