@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -95,6 +96,7 @@ def train_keys() -> str:
 
 def stages() -> str:
     """What each stage takes besides transformers' `TrainingArguments`: the fields of TRL's class."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from transformers import TrainingArguments
 
     common = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -129,8 +131,7 @@ def names() -> str:
 
 def verbs() -> str:
     """Every verb of `kt-hf`, with its arguments and options."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    group: Any = typer.main.get_command(app)
     return "\n\n".join(_verb(name, group.commands[name]) for name in VERBS)
 
 
@@ -143,8 +144,10 @@ def _verb(name: str, command: Any) -> str:
         lines.append(f"```\n{inspect.cleandoc(example[1])}\n```" if example else linked(paragraph))
     rows = []
     for parameter in command.params:
-        text, help_text = parameter.get_help_record(context) or (parameter.make_metavar(context), parameter.help or "")
-        rows.append((f"`{text.replace('|', '/')}`", cell(help_text or getattr(parameter, "help", "") or "")))
+        text, meaning = parameter.get_help_record(context) or ("", "")
+        if parameter.param_type_name == "argument":
+            text = parameter.metavar or str(parameter.name).upper()
+        rows.append((f"`{text.replace('|', '/')}`", cell(meaning)))
     return "\n\n".join([*lines, table(("argument or option", "meaning"), rows)])
 
 
