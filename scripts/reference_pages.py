@@ -159,7 +159,7 @@ def changelog() -> str:
 def speed() -> str:
     """README's table of speed and memory, with what it says of it."""
     section = (ROOT / "README.md").read_text().split("## Speed and memory on one card")[1].split("\n## ")[0]
-    return "## Speed and memory on one card" + section.replace("](docs/", "](").replace("[docs/", "[")
+    return section.strip().replace("](docs/", "](").replace("[docs/", "[")
 
 
 PARTS: dict[str, Callable[[], str]] = {
