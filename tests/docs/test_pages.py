@@ -14,7 +14,7 @@ from tests.support.pages import DOCS, NEEDS, RUN, Reader, blocks
 # Pages of a user's way from nothing to an adapter, which lie in a folder made by `start/index`.
 ROUTES = {"start/trainer": "out-trainer", "start/trl": "out-trl", "start/yaml": "out-yaml", "start/ranks": "out-ranks"}
 MIGRATIONS = ("migrate/llama-factory", "migrate/unsloth", "migrate/experts4bit-qlora")
-OTHERS = ("index", "reference/settings", "troubleshooting")
+OTHERS = ("index", "loading", "reference/settings", "troubleshooting")
 PAGES = ("start/index", *ROUTES, *MIGRATIONS, *OTHERS)
 # A model that trains in seconds stands where the pages have one of minutes, or the hub's.
 TINY = {
@@ -23,9 +23,10 @@ TINY = {
     "kt-hf chat": "kt-hf chat --max-new-tokens 4",
     "max_steps: 12": "max_steps: 2",
     "max_steps=12": "max_steps=2",
+    "Qwen/Qwen3-30B-A3B": "smollm2-moe",
 }
-# Each process of a page takes ten seconds to import its libraries.
-fast = ("start/trl",)
+# Each process of a page takes ten seconds to import its libraries: one route is left to every run of the tests.
+FAST = ("start/trl",)
 
 
 def test_what_is_not_run_says_what_it_needs() -> None:
@@ -77,7 +78,7 @@ def on(begun: Path, folder: Path) -> Reader:
     return Reader(folder, TINY)
 
 
-@pytest.mark.parametrize("route", [pytest.param(r, marks=[] if r in fast else pytest.mark.slow) for r in ROUTES])
+@pytest.mark.parametrize("route", [pytest.param(r, marks=[] if r in FAST else pytest.mark.slow) for r in ROUTES])
 def test_a_route_leads_to_an_adapter_that_answers(route: str, begun: Path, tmp_path: Path) -> None:
     printed = on(begun, tmp_path).follow(route)
     adapter = tmp_path / ROUTES[route]
@@ -95,8 +96,8 @@ def test_a_migration_runs(page: str, begun: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", OTHERS)
-def test_blocks_of_another_page_run(page: str, tmp_path: Path) -> None:
-    Reader(tmp_path, TINY).follow(page)
+def test_blocks_of_another_page_run(page: str, begun: Path, tmp_path: Path) -> None:
+    on(begun, tmp_path).follow(page)
 
 
 @pytest.mark.slow
