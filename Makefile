@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-oldest test-newest test-release lint format bench setup wheel
+.PHONY: demo test test-all test-oldest test-newest test-release lint format bench docs setup wheel
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/ready
@@ -69,6 +69,10 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The documentation site, in site/. A warning is an error: links, anchors and docstrings are checked.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # About ten minutes on two cores, on a machine that does nothing else. The scripts' defaults measure more.
 bench: $(VENV)/ready

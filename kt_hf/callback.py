@@ -46,10 +46,11 @@ class KTMoECallback(TrainerCallback):
     Attributes:
         expert_load: `LoadLog` of the run; `expert_load.total` has every layer's counts.
 
-    Raises (from the Trainer's calls):
-        KTAMXConfigError: An unpatched model, several processes or DataParallel, or nothing to train that would be
-        saved.
-        KTAMXError: A checkpoint that lacks expert tensors; an adapter to start from that does not fit.
+    Raises:
+        KTAMXConfigError: From the Trainer's calls: an unpatched model, several processes or DataParallel, or nothing to
+            train that would be saved.
+        KTAMXError: From the Trainer's calls: a checkpoint that lacks expert tensors; an adapter to start from that does
+            not fit.
     """
 
     def __init__(self, adapter: str | Path | None = None) -> None:

@@ -39,8 +39,8 @@ class KTConfig:
             never chosen by `auto`), `MXFP4`, `AMXFP8` or `AMXInt4KGroup` (operators for checkpoints that are in these
             formats, which they take as they are; others are rounded to them; see docs/low-bit.md), or `torch`
             (PyTorch, any device and dtype).
-        kt_num_threads: Worker threads of the operators. None plans them from the machine; more than it
-            has are clamped with a warning.
+        kt_num_threads: Worker threads of the operators. None plans them from the machine (its physical cores, less
+            one); more than it has are clamped with a warning.
         kt_tp_enabled: Split each expert over the NUMA nodes of the machine, where it has several.
         kt_num_gpu_experts: Experts of each layer that are computed on the GPU while the CPU computes the others: the
             most used, if `apply_kt_moe` is given a placement. 0 computes all of them on the CPU. None is not set.
@@ -101,6 +101,9 @@ class KTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KTConfig:
         """A config from a mapping, of a YAML file for instance, with the checks of the constructor.
+
+        Args:
+            values: Field -> value.
 
         Raises:
             KTAMXConfigError: No mapping, an unknown field, or a value that is out of range.

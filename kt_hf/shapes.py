@@ -17,8 +17,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 # Bits of a weight that is not packed in fewer.
 BF16 = 16.0
-# The order in which the LoRA tensors of a layer are passed everywhere: all six, or the last four without a gate.
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+"""The order in which the LoRA tensors of a layer are passed everywhere: all six, or the last four without a gate."""
 
 
 @dataclass(frozen=True)

@@ -339,13 +339,8 @@ PAGES: dict[str, dict[str, Tests]] = {
             "peft_compat/test_peft.py::test_disabled_adapter_is_the_base_to_the_bit",
             "adapters/test_resume.py::test_resumed_is_uninterrupted",
         ),
-        "`use_kt` YAMLs are taken as they are": ("configs/test_configs.py::test_a_users_file_is_understood",),
-        "with the three added lines marked": ("train/test_scripts.py::test_a_script_runs",),
-        "do, to the bit": ("checkpoint/test_equal.py::test_numbers",),
-        "one layer at a time": ("checkpoint/test_memory.py::test_peak",),
-        "is refused by file and tensor before anything is loaded": (
-            "checkpoint/test_broken.py::test_it_is_refused_by_name_before_anything_is_loaded",
-        ),
+    },
+    "docs/how-it-works.md": {
         "refreshed after each optimizer step": (
             "trainer/test_callback.py::test_refreshed_at_begin_steps_and_end",
             "trainer/test_stock_trainer.py::test_stale_pointers",
@@ -360,6 +355,8 @@ PAGES: dict[str, dict[str, Tests]] = {
         "is an error in Python that names the field, the value and the fix": (
             "test_config.py::test_bad_values_are_refused_by_name_and_value", _GUARDS,
         ),
+    },
+    "docs/models.md": {
         "refused, with the reason": (
             "test_patch_refused.py::test_unsupported_models_are_refused_by_name",
         ),
@@ -368,8 +365,8 @@ PAGES: dict[str, dict[str, Tests]] = {
         "stay within 0.009 of stock's": (
             "end_to_end/test_against_stock.py::test_losses_of_twenty_steps_are_stocks",
         ),
-        "everything has a default": ("test_config.py::test_a_value", "test_config.py::test_every_field_has_its_cases"),
-        "file descriptors and threads constant": ("end_to_end/test_soak.py::test_five_hundred_steps",),
+    },
+    "docs/limits.md": {
         "`nn.DataParallel` is refused in words": (
             "test_patch_refused.py::test_several_processes_by_torch", "test_patch_refused.py::test_data_parallel",
         ),
@@ -382,6 +379,31 @@ PAGES: dict[str, dict[str, Tests]] = {
         ),
         "a patched model that is deleted leaves them behind": (
             "process_life/test_models_in_turn.py::test_memory_of_deleted_layers",
+        ),
+    },
+    "docs/reference/settings.md": {
+        "Everything has a default": ("test_config.py::test_a_value", "test_config.py::test_every_field_has_its_cases"),
+    },
+    "docs/start/trl.md": {
+        "are such scripts with the lines marked": ("train/test_scripts.py::test_a_script_runs",),
+    },
+    "docs/migrate/llama-factory.md": {
+        "A file with `use_kt: true` is taken as it is": ("configs/test_configs.py::test_a_users_file_is_understood",),
+        "**Refused, with what to write instead**": (
+            "train/test_arguments.py::test_a_bad_setting_is_told",
+            "train/test_arguments.py::test_llamafactorys_names_are_translated",
+        ),
+    },
+    "kt_hf/train/config/settings.py": {
+        "`false` trains the same file": (
+            "train/test_train_command.py::test_it_succeeds_and_tells_what_it_does",
+        ),
+        "On DeepSeek's latent attention q_proj": (
+            "train/test_targets.py::test_names_of_plain_attention_mean_what_latent_attention_has",
+        ),
+        "A folder with an earlier run is refused without it": (
+            "train/test_arguments.py::test_an_earlier_run_is_not_written_over_by_accident",
+            "train/test_run.py::test_earlier_checkpoints_are_cleared_only_when_asked",
         ),
     },
     "docs/cli.md": {
@@ -406,16 +428,6 @@ PAGES: dict[str, dict[str, Tests]] = {
         "all that is wrong is reported at once, with line numbers": (
             "train/test_arguments.py::test_a_bad_setting_is_told",
         ),
-        "`use_kt: false` trains the same file": (
-            "train/test_train_command.py::test_it_succeeds_and_tells_what_it_does",
-        ),
-        "On DeepSeek's latent attention q_proj": (
-            "train/test_targets.py::test_names_of_plain_attention_mean_what_latent_attention_has",
-        ),
-        "a folder with an earlier run is refused without it": (
-            "train/test_arguments.py::test_an_earlier_run_is_not_written_over_by_accident",
-            "train/test_run.py::test_earlier_checkpoints_are_cleared_only_when_asked",
-        ),
         "The format is recognized by the columns": ("train/test_data.py::test_a_format_is_recognised_by_its_columns",),
         "and stop the run above 1 %": ("train/test_data.py::test_its_malformed_twin_is_refused_above_one_percent",),
         "The loss is on the answers": (
@@ -433,10 +445,6 @@ PAGES: dict[str, dict[str, Tests]] = {
         "is refused at once, and so": ("train/test_data_info.py::test_the_hub_out_of_reach_is_a_sentence_at_once",),
         "Its log-probabilities are computed once": ("train/test_arguments.py::test_the_reference_is_computed_once",),
         "A second one stops at once": ("train/test_interrupt.py::test_twice_stops_at_once",),
-        "Refused, with what to write instead": (
-            "train/test_arguments.py::test_a_bad_setting_is_told",
-            "train/test_arguments.py::test_llamafactorys_names_are_translated",
-        ),
     },
     "docs/gpu.md": {
         "with one wait for the": ("backends/gpu/test_transfer.py::test_nothing_waits_in_secret",),
@@ -477,11 +485,15 @@ PAGES: dict[str, dict[str, Tests]] = {
         ),
     },
     "docs/loading.md": {
-        "in one, to the bit": (
+        "do, to the bit": (
             "checkpoint/test_equal.py::test_numbers",
             "checkpoint/test_equal.py::test_everything_else",
         ),
-        "the next layer while one is packed": ("checkpoint/test_equal.py::test_layers_are_read_one_ahead",),
+        "one layer at a time": ("checkpoint/test_memory.py::test_peak",),
+        "is refused by file and tensor before anything is loaded": (
+            "checkpoint/test_broken.py::test_it_is_refused_by_name_before_anything_is_loaded",
+        ),
+        "the next one read while one is packed": ("checkpoint/test_equal.py::test_layers_are_read_one_ahead",),
         "`kt_lora_rank` is needed": ("checkpoint/test_arguments.py::test_the_operators_need_a_rank",),
         "or fused, in one file or sharded": ("checkpoint/test_sources.py::test_fused",),
         "to the bit what compressed-tensors": (
@@ -526,6 +538,7 @@ PAGES: dict[str, dict[str, Tests]] = {
         "at the end of the process nowhere": ("process_life/test_exit.py::test_end",),
     },
     "docs/performance.md": {
+        "file descriptors and threads constant": ("end_to_end/test_soak.py::test_five_hundred_steps",),
         "benchmarks/results.csv": ("benchmarks/test_scripts.py::test_the_page_is_made_of_the_csv",),
     },
 }  # fmt: skip

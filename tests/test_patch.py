@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ from transformers import MixtralForCausalLM
 
 from kt_hf import KTAMXConfigError, KTAMXModelNotSupportedError, KTConfig, KTExperts, apply_kt_moe
 from kt_hf.experts import kt_layers
-from kt_hf.system.cpu import plan_threads
+from kt_hf.system.cpu import cpu_features, plan_threads
 from tests.support.cases import TORCH_FP32, Case, make_config
 from tests.support.helpers import MIXTRAL
 from tests.support.models import FAMILIES, Family, expert_modules
@@ -253,3 +254,17 @@ def test_routers_are_not_called_by_the_callback(tmp_path: Path) -> None:
     model.base_model.model.model.layers[0].mlp.gate.register_forward_hook(lambda *_: calls.append(1))
     trainer_for(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "avx512_bf16", "told"),
+    [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False)],
+)
+def test_16_bits_on_a_cpu_without_their_products_are_told(
+    dtype: torch.dtype, avx512_bf16: bool, told: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = dataclasses.replace(cpu_features(), amx=False, avx512_bf16=avx512_bf16)
+    monkeypatch.setattr("kt_hf.placement.assembly.cpu_features", lambda: cpu)
+    with caplog.at_level(logging.WARNING, "kt_hf"):
+        apply_kt_moe(MIXTRAL(dtype), KTConfig(kt_backend="torch", kt_num_gpu_experts=0))
+    assert ('dtype="float32"' in caplog.text) == told

@@ -24,6 +24,8 @@ from .uniform import one_scaling, uniform
 
 logger = logging.getLogger(__name__)
 FORMATS = ("kt", "peft", "per-expert", "fused", "sglang", "merged")
+"""The formats that `convert` writes: kt_hf's own, stock PEFT's stacks, a module for each expert, ktransformers' fused
+file, SGLang's `.pt` file, and a merged checkpoint. The first four are read too."""
 _MIXTRAL = ("mixtral", "minimax", "minimax_m2")  # model types whose hub names are w1, w2, w3
 
 

@@ -123,7 +123,10 @@ def _other_process(folder: Path) -> KTAMXError:
 
 
 def seal(folder: Path) -> None:
-    """Add the Trainer's own files, once they are all there. Does nothing to a folder without a finished manifest.
+    """Add the Trainer's own files to a manifest, once they are all there.
+
+    Args:
+        folder: Of the checkpoint. Nothing is done to one without a finished manifest.
 
     Raises:
         KTAMXError: Another process saves into this folder too.
@@ -144,9 +147,13 @@ def seal(folder: Path) -> None:
 
 
 def publish(checkpoint: Path, output_dir: Path) -> None:
-    """Before a push: the Trainer copies a checkpoint's adapter to the folder it uploads, but not the manifest.
+    """Copy a checkpoint's adapter to the folder that is uploaded, with its manifest, before a push.
 
-    The same files are copied here first, the manifest last.
+    A Trainer copies the adapter alone, and not the manifest. The same files are copied here first, the manifest last.
+
+    Args:
+        checkpoint: Folder of the checkpoint; nothing is done where it has no manifest.
+        output_dir: The Trainer's, which it uploads.
     """
     manifest = read_manifest(checkpoint) if (checkpoint / MANIFEST).exists() else None
     if manifest is None:

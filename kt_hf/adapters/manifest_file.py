@@ -11,6 +11,7 @@ from ..system.json_fields import Field, Fields, read_json
 from .adapter import ADAPTER, CONFIG
 
 MANIFEST = "kt_adapter_manifest.json"
+"""The file beside a saved adapter that lists its files, sizes, checksums, tensors, base model and settings."""
 VERSION = 1
 WRITER = "kt_hf"
 

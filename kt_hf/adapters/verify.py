@@ -150,7 +150,11 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def tell_interrupted(output_dir: str | Path) -> None:
-    """Warn, before a run, if its last checkpoint is one that resume_from_checkpoint=True would take and fail with."""
+    """Warn, before a run, if its last checkpoint is one that resume_from_checkpoint=True would take and fail with.
+
+    Args:
+        output_dir: The Trainer's. The warning names what is wrong and the last complete checkpoint, if there is one.
+    """
     checkpoints = _checkpoints(output_dir)
     if not checkpoints:
         return

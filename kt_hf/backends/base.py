@@ -17,8 +17,8 @@ from torch import Tensor
 from ..shapes import ExpertShape
 from .packed import PackedExperts, PackedMatrices
 
-# Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer.
 CALL_LOCK = threading.RLock()
+"""Held around every call of a backend: the operators' scratch memory is the process's, whatever the layer."""
 if hasattr(os, "register_at_fork"):
     # A fork made while another thread computes: nobody would ever give the child's copy of the lock back.
     os.register_at_fork(after_in_child=CALL_LOCK._at_fork_reinit)  # type: ignore[attr-defined]

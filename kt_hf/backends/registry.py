@@ -25,6 +25,7 @@ FEW_CORES = (
     "this process has two physical cores without AMX, which compute experts faster by PyTorch than by the operators; "
     "kt_num_threads=1 asks for the operators"
 )
+"""Why `auto` takes PyTorch on two cores without AMX, as the log says it."""
 # Tokens of an expert up to which MXFP4's operators are as fast as PyTorch on two cores of AVX2 (docs/low-bit.md): their
 # time grows with rows, PyTorch's is mostly that of weights. A call of unknown length is taken to be of `_TOKENS`.
 _MXFP4_ROWS, _TOKENS = 128, 2_048

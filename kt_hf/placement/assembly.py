@@ -24,7 +24,7 @@ from ..quantized import for_run
 from ..ranks import Ranks
 from ..shapes import ExpertShape, expert_bytes
 from ..system import gpu as experts_gpu
-from ..system.cpu import plan_threads
+from ..system.cpu import cpu_features, plan_threads
 from .choice import hint
 from .expert_memory import resident_bytes
 from .memory_model import MemoryBudget, inner_bytes
@@ -114,6 +114,7 @@ def make_packer(
     packer.ranks = ranks
     packer.keeps_on_cpu = keeps_packed(backend, stored)
     _log_choice(packer, len(shapes))
+    _log_slow_dtype(packer, dtype)
     return packer
 
 
@@ -155,6 +156,18 @@ def _log_choice(packer: Packer, layers: int) -> None:
     )  # fmt: skip
     if cfg.kt_backend == "auto" and backend == "torch" and packer.reason != FEW_CORES:
         logger.warning("kt_hf: experts are computed by PyTorch (backend torch), because %s.", packer.reason)
+
+
+def _log_slow_dtype(packer: Packer, dtype: torch.dtype) -> None:
+    """Say that 16 bits are slow where PyTorch has to emulate their products (6 to 8 times fp32's time, torch 2.9)."""
+    cpu = cpu_features()
+    if packer.backend != "torch" or packer.gpu is not None or cpu.amx or cpu.avx512_bf16 or dtype == torch.float32:
+        return
+    logger.warning(
+        "kt_hf: this CPU has no 16-bit products (AVX512-BF16, AMX), and a model in %s takes several times as long on "
+        'it as one in float32. Load it with dtype="float32" if the memory suffices.',
+        str(dtype).removeprefix("torch."),
+    )
 
 
 def check_rank_for_low_bits(packer: Packer, shapes: Sequence[ExpertShape]) -> None:

@@ -28,6 +28,7 @@ from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
 PLACEMENT = "kt_placement.json"
+"""The file beside an adapter with the order of its experts and the numbers of its tiers."""
 _VERSION = 1
 
 
@@ -90,10 +91,17 @@ def _share(counts: Mapping[int, Tensor]) -> tuple[float, ...]:
 
 
 def as_placement(given: Placement | Mapping[int, Tensor] | str | Path | None) -> Placement | None:
-    """A placement from what a user may give: itself, counts, a folder that has one, or None.
+    """A placement from what a user may give.
+
+    Args:
+        given: A `Placement`, which is returned; counts, as `count_experts` gives them; the folder of an adapter that
+            has one; or None.
+
+    Returns:
+        The placement; None for None.
 
     Raises:
-        KTAMXConfigError: The folder has none.
+        KTAMXConfigError: The folder has none, or the counts are none.
     """
     if given is None or isinstance(given, Placement):
         return given
@@ -144,6 +152,9 @@ def _check_counts(counts: Mapping[Any, Any]) -> None:
 
 def read_placement(folder: str | Path) -> Placement | None:
     """The placement saved in an adapter's folder; None if there is none.
+
+    Args:
+        folder: The adapter's folder, or a checkpoint's that holds it.
 
     Raises:
         KTAMXConfigError: The file is damaged.

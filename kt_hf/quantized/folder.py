@@ -180,6 +180,12 @@ def for_run(path: str | Path, backend: str, lora_rank: int | None) -> Prequantiz
 def open_saved(path: str | Path) -> PrequantizedExperts:
     """Open a folder that `kt-hf quantize` wrote, and check that its files are there, no others, and of their sizes.
 
+    Args:
+        path: The folder.
+
+    Returns:
+        The folder, of which nothing but the manifest is read yet.
+
     Raises:
         KTAMXConfigError: There is no such folder, or it is none of saved experts, or another kt-kernel's.
         KTAMXError: A file is missing, truncated or does not belong there, naming it.

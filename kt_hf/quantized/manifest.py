@@ -11,6 +11,7 @@ from ..system.files import write_json
 from ..system.json_fields import Field, read_json
 
 MANIFEST = "kt_experts_manifest.json"
+"""The file in a folder of saved experts that says what they were made of, and every file's size and sha256."""
 FORMAT = 1
 
 

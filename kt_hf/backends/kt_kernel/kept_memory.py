@@ -34,3 +34,4 @@ class KeptMemory:
 
 
 KEPT = KeptMemory()
+"""What packed layers of deleted models have left in this process's memory, which kt-kernel does not free."""

@@ -128,9 +128,11 @@ OPERATORS = {
         ),
     )
 }
+"""kt-kernel's operators by their `kt_backend`, with what each demands: multiples of sizes, pools, ranks, its code."""
 QUANTIZED = tuple(operators.name for operators in OPERATORS.values() if operators.saved_as)
-# Those whose weights are packed in low bits before they get them.
+"""The backends that quantize experts themselves while they pack, and can save them: AMXInt8 and AMXInt4."""
 LOW_BIT = tuple(operators.name for operators in OPERATORS.values() if operators.code)
+"""The backends whose weights are packed in low bits before they get them: MXFP4, AMXFP8 and AMXInt4KGroup."""
 
 
 def shape_problem(shape: ExpertShape, pools: int = 1, backend: str = "AMXBF16") -> str | None:

@@ -35,7 +35,57 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class RunKeys:
-    """The keys that are not TRL's: name, type and default. `convert` checks their types as it does TRL's."""
+    """The keys of `kt-hf train` that are neither TRL's nor `kt_*`. `convert` checks their types as it does TRL's.
+
+    Attributes:
+        model_name_or_path: Needed: a folder, a name on the hub, or `builtin:smollm2-moe` (`builtin:smollm2-moe/2`: its
+            first two layers).
+        model_revision: Branch, tag or commit of a model of the hub; its main branch without.
+        adapter_name_or_path: Start from this adapter (folder or file, of any format `kt-hf import` reads), with its
+            rank, alpha and targets; `use_kt: false` takes stock PEFT's.
+        trust_remote_code: Run code that comes with the model; where transformers has the model itself, its own class is
+            used anyway, and that is said.
+        torch_dtype: `auto`, `bfloat16`, `float16` or `float32`. `auto` is the checkpoint's.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, …; transformers picks one without.
+        quantization_bit: `4` or `8`: linear layers outside the experts, by bitsandbytes, routers and head excepted
+            (docs/low-bit.md).
+        quantization_method: `bnb`, the only one there is.
+        quantization_type: Of 4 bits: `nf4` or `fp4`.
+        double_quantization: Whether scales of 4 bits are quantized too.
+        stage: `pt`, `sft`, `dpo`, `kto`, `orpo`, `rm` or `grpo` (docs/cli.md#stages).
+        finetuning_type: `lora`, the only one there is.
+        use_kt: `false` trains the same file with transformers and PEFT alone.
+        lora_rank: LoRA rank r, of linear layers and experts.
+        lora_alpha: The factor before B·A is lora_alpha / lora_rank.
+        lora_dropout: Of the linear layers; experts train without.
+        lora_target: `all` (linear layers but router and head, and every expert), `all_attention`, or names. On
+            DeepSeek's latent attention q_proj, k_proj and v_proj mean the projections it has in their place.
+        use_rslora: The factor before B·A is lora_alpha / sqrt(lora_rank).
+        additional_target: Modules trained in full and saved with the adapter: `embed_tokens,lm_head` (PEFT's
+            modules_to_save).
+        loraplus_lr_ratio: LoRA+: B learns so many times faster than A.
+        dataset: Needed: files or folders (json, jsonl, parquet, csv, tsv), names in `dataset_info.json` or on the hub
+            (`owner/name`), `builtin:pydoc`; several by commas (docs/cli.md#data).
+        eval_dataset: The same, to evaluate on.
+        dataset_dir: The folder of LLaMA-Factory's `dataset_info.json`, if there is one; `data` without.
+        mix_strategy: Several data sets one after the other (`concat`), or in turn: `interleave_under` until the first
+            is used up, `interleave_over` until all are (rows of the shorter come again), `interleave_once` until all
+            are, each row once.
+        interleave_probs: Shares of the data sets in an interleaved mixture: `0.7,0.3`.
+        val_size: A share or a number of rows held out of `dataset`, to evaluate on.
+        template: The tokenizer's chat template is used where there is one; `chatml` or `alpaca` for base models.
+        default_system: The system message of conversations that have none.
+        enable_thinking: Passed to the chat template of every conversation that does not set it itself.
+        mask_history: Only the last answer of a conversation is trained.
+        reward_funcs: Of `stage: grpo`: `PATH.py:FUNCTION`, `package.module:function`, or the name of one of TRL's
+            (`accuracy_reward`).
+        max_samples: Rows of each data set; all without.
+        plot_loss: `loss.png`, `expert_load.png` and `report.html` beside the adapter (docs/using.md#watching-a-run).
+        overwrite_output_dir: A folder with an earlier run is refused without it; with it, that run's checkpoints are
+            removed: folders `checkpoint-<number>` that hold an adapter or a trainer's state, and nothing else.
+        resume_from_checkpoint: `true`: the last complete checkpoint in `output_dir`, and it is said which later ones
+            are not; or a checkpoint's folder.
+    """
 
     model_name_or_path: str = ""
     model_revision: str | None = None
