@@ -191,7 +191,6 @@ def test_resident_experts_of_low_bits_are_widened_a_layer_at_a_time() -> None:
     assert fitting_chunk(budget, QWEN, 12, 2048, Tiers(8, 4), 24 * GB) == 8 * expert_bytes(QWEN)
 
 
-
 def test_a_model_tells_its_sizes_and_the_run_its_steps() -> None:
     model = MIXTRAL(torch.bfloat16)
     budget = memory_budget(model, model.config, 64)
