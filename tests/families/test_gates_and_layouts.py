@@ -20,7 +20,7 @@ from kt_hf.discovery import find_experts
 from kt_hf.experts import KTExperts
 from kt_hf.gates import Gate
 from kt_hf.lora import expert_targets
-from tests.support.families import tiny
+from tests.support.families import CLASSES, REFUSED, tiny
 from tests.support.patched import fill_lora
 from tests.support.reference import assert_close, relative_error
 
@@ -75,6 +75,7 @@ FAMILIES: dict[str, tuple[Callable[[Deltas], Deltas], Gate]] = {
     "longcat_flash": (_with_identities, Gate()),
     "muse_spark": (_concatenated, Gate()),
 }
+PLAIN = set(CLASSES) - set(REFUSED) - set(FAMILIES)
 SLOW = {"diffusion_gemma", "glm5_next", "hy_v4", "hy_v4_vl", "inkling2_loop"}  # like others; too many for every run
 CLAMPED = [name for name, (_, gate) in FAMILIES.items() if gate.limit is not None]
 QUICK = {"gpt_oss", "nemotron_h", "gemma4"}  # layouts and gates are each in fp32 in every run; beyond it these
@@ -94,7 +95,7 @@ class Layer:
         model, stock = (tiny(family, dtype) for _ in range(2))
         site = find_experts(stock)[0]
         self.stock, self.shape, self.call, self.dtype = site.experts.float(), site.shape, site.form.call, dtype
-        self.merge, gate = FAMILIES[family]
+        self.merge, gate = FAMILIES.get(family, (_concatenated, Gate()))
         assert site.shape.gate == gate
         with torch.no_grad():
             for name, parameter in self.stock.named_parameters():
@@ -240,10 +241,19 @@ def test_on_the_tiers_of_a_gpu(family: str, tier: str) -> None:
     layer.compare(0.02, 0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_for_gpu")
+@pytest.mark.parametrize("tier", ["resident", "streamed"])
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_plain_families_on_the_tiers_of_a_gpu(family: str, tier: str) -> None:
+    """The others, which have the usual gate and layout."""
+    Layer(family, torch.bfloat16, kt_expert_placement={tier: 8}).compare(0.02, 0.02)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tier", ["resident", "streamed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *sorted(PLAIN)])
 def test_on_a_gpu(family: str, tier: str) -> None:
     layer = Layer(family, torch.bfloat16, "cuda", kt_expert_placement={tier: 8})
     assert layer.layer.backend.device.type == "cuda"
