@@ -14,7 +14,7 @@ from .config.settings import TrainSettings
 from .html_report import write_report
 from .plots import plot_expert_load, plot_losses
 from .progress import ShowProgress, last_metrics
-from .together import experts_of_ranks, is_first, total
+from .together import experts_of_ranks, hosts_of, is_first, total
 
 
 def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProgress) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def finish(settings: TrainSettings, ready: Any, trainer: Any, progress: ShowProg
         "seconds": round(progress.seconds, 2),
         "tokens_per_second": round(tokens / progress.seconds, 1) if progress.seconds else 0.0,
         "processes": trainer.args.world_size,
+        "hosts": hosts_of(trainer.model),
         "experts_of_processes": experts_of_ranks(trainer.model),
         "adapter": str(folder),
         "plots": [str(path) for path in plots],

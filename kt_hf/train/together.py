@@ -125,10 +125,16 @@ def ranks_in_words(model: Any) -> str | None:
         return None
     parts = [f"{rank}: {lo} to {hi - 1}" for rank, (lo, hi) in enumerate(experts_of_ranks(model))]
     held = f"each with a part of every layer's experts and their LoRA ({', '.join(parts)}), and the rest by DDP"
-    copies, hosts = ranks.replicas.size, ranks.size // ranks.world.local_size
+    copies, hosts = ranks.replicas.size, hosts_of(model)
     if copies > 1:
         return f"{ranks.size} on {copies} hosts, which have all experts each: of a host's {ranks.owners.size}, {held}"
     return f"{ranks.size}{f' on {hosts} hosts' if hosts > 1 else ''}, {held}"
+
+
+def hosts_of(model: Any) -> int:
+    """How many hosts the run's processes are on."""
+    ranks = ranks_of(model)
+    return 1 if ranks is None else ranks.size // ranks.world.local_size
 
 
 def experts_of_ranks(model: Any) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from kt_hf.errors import KTAMXBackwardError, KTAMXConfigError, KTAMXError, KTAMXForwardError
+from kt_hf.ranks import Kind, Place, Ranks, channel, current_world
 from tests.support.cases import TORCH_FP32
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import adapted_model
@@ -292,3 +293,21 @@ def test_experts_that_cannot_be_divided_are_refused() -> None:
         assert isinstance(error, KTAMXConfigError)
         assert "8 experts cannot be divided evenly among 3 processes" in str(error)
         assert "Start 2, or another number that divides 8" in str(error)
+
+
+def test_threads_of_gloo_end_before_python_does() -> None:
+    """One that is at work when Python ends asks for its lock, and ends the process by SIGABRT."""
+
+    def work(rank: int) -> tuple[int, int, str]:
+        ranks = Ranks(current_world())
+        before = len(os.listdir("/proc/self/task"))
+        ranks.agree(Place(Kind.PLAN))
+        during = len(os.listdir("/proc/self/task"))
+        channel._end_threads()
+        with pytest.raises(KTAMXError, match="the process ends") as error:
+            ranks.agree(Place(Kind.PLAN))
+        return during - before, len(os.listdir("/proc/self/task")) - before, str(error.value)
+
+    for during, after, _ in results(on_ranks(2, work)):
+        assert during > 0
+        assert after <= 0

@@ -44,7 +44,7 @@ def test_two_hosts_train_what_one_process_does(tmp_path: Path) -> None:
     assert not any(silent.strip() for _, silent in others)
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert first["tokens"] == one["tokens"]
-    assert first["processes"] == 4
+    assert (first["processes"], first["hosts"]) == (4, 2)
     assert first["experts_of_processes"] == [(0, 2), (2, 4)]
     assert first["expert_load"] == one["expert_load"]
     check_checkpoint(tmp_path / "two" / "out" / "checkpoint-2")
