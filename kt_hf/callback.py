@@ -305,9 +305,14 @@ def _check_world(layers: list[KTExperts], processes: int) -> None:
     exchange = layers[0].exchange
     patched = 1 if exchange is None else exchange.ranks.size
     if patched != processes:
+        launched = (
+            "start the script with torchrun or accelerate launch, which tell each process before the model is patched"
+        )
+        # accelerate 1.15 counts one process where it sees no GPU, unless the CPU is asked for.
+        on_cpu = "without a GPU the trainer's arguments need use_cpu=True to count the processes of torchrun"
         raise KTAMXConfigError(
             f"The model was patched in a run of {patched} processes, and the trainer counts {processes} (WORLD_SIZE): "
-            "start the script with torchrun or accelerate launch, which tell each process before the model is patched."
+            f"{on_cpu if processes == 1 and not torch.cuda.is_available() else launched}."
         )
 
 

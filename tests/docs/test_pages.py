@@ -78,6 +78,7 @@ def on(begun: Path, folder: Path) -> Reader:
     return Reader(folder, TINY)
 
 
+@pytest.mark.timeout(3600)  # several processes, each of which imports everything
 @pytest.mark.parametrize("route", [pytest.param(r, marks=[] if r in FAST else pytest.mark.slow) for r in ROUTES])
 def test_a_route_leads_to_an_adapter_that_answers(route: str, begun: Path, tmp_path: Path) -> None:
     printed = on(begun, tmp_path).follow(route)
@@ -88,6 +89,7 @@ def test_a_route_leads_to_an_adapter_that_answers(route: str, begun: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", MIGRATIONS)
 def test_a_migration_runs(page: str, begun: Path, tmp_path: Path) -> None:
     on(begun, tmp_path).follow(page)
@@ -95,6 +97,7 @@ def test_a_migration_runs(page: str, begun: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", OTHERS)
 def test_blocks_of_another_page_run(page: str, begun: Path, tmp_path: Path) -> None:
     on(begun, tmp_path).follow(page)

@@ -63,7 +63,7 @@ class Reader:
         programs = folder / ".programs"
         programs.mkdir()
         modules = {
-            "python": "", "kt-hf": "-m kt_hf.cli", "torchrun": "-m torch.distributed.run", "pip": "-m pip",
+            "python": "", "kt-hf": "-m kt_hf.cli", "torchrun": "-m torch.distributed.run --standalone", "pip": "-m pip",
             "accelerate": "-m accelerate.commands.accelerate_cli",
         }  # fmt: skip
         for name, module in modules.items():
