@@ -86,7 +86,7 @@ def test_kt_kernel_comes_where_it_has_wheels(installed: Environment) -> None:
 
 def test_the_package_data_are_there(installed: Environment) -> None:
     """The sizes of models that `kt-hf estimate` knows without a network."""
-    code = "from kt_hf.builtin.known_models import known_config; print(known_config('Qwen/Qwen3-30B-A3B')['num_experts'])"
+    code = "from kt_hf.builtin import known_models as m; print(m.known_config('Qwen/Qwen3-30B-A3B')['num_experts'])"
     assert installed.run("python", "-c", code).stdout.strip() == "128"
 
 
