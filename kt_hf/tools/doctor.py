@@ -15,7 +15,7 @@ from packaging.version import Version
 from ..ranks import Ranks, current_world, of_all_ranks
 
 # Oldest versions for training, besides those that importing kt_hf checks.
-TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.7", "matplotlib": "3.8"}
+TRAIN_FLOORS = {"trl": "1.16", "datasets": "4.7", "matplotlib": "3.9"}
 KERNEL = "0.7.2"
 
 
