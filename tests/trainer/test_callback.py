@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from kt_hf import KTAMXConfigError, KTAMXError, KTMoECallback
 from kt_hf.backends.buffer_pool import BUFFER_POOL
+from kt_hf.callback import _check_world
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import lora_config, patched_model
@@ -232,3 +233,14 @@ def test_adapter_of_another_name_is_checked_as_well(tmp_path: Path) -> None:
     state = TrainerState(global_step=1, is_world_process_zero=True)
     with pytest.raises(KTAMXError, match=f"mine/{ADAPTER}"):
         KTMoECallback().on_save(args, state, TrainerControl(), model=model)
+
+
+@pytest.mark.parametrize(("gpu", "words"), [(False, "use_cpu=True"), (True, "torchrun or accelerate launch")])
+def test_a_trainer_that_counts_one_of_two_processes_is_told_why(
+    gpu: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate counts one process under torchrun where there is no GPU and the CPU is not asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    layer: Any = SimpleNamespace(share=SimpleNamespace(ranks=2))
+    with pytest.raises(KTAMXConfigError, match=f"run of 2 processes, and the trainer counts 1.*{words}"):
+        _check_world([layer], 1)
