@@ -101,11 +101,13 @@ def test_checkpoints_are_one_adapter_and_resume_on_any_number_of_hosts(tmp_path:
         "kt_experts_optimizer_0.pt", "kt_experts_optimizer_1.pt", *(f"rng_state_{rank}.pth" for rank in range(RANKS)),
     ]  # fmt: skip
     check_checkpoint(folder)
-    for ranks, hosts, start in ((4, 2, "hosts"), (4, 4, "hosts"), (2, 1, "hosts"), (4, 1, "hosts"), (4, 2, "one")):
+    pair = on(2, 2, tmp_path / "pair", **runs)
+    cases = (4, 2, "hosts"), (4, 4, "hosts"), (2, 1, "hosts"), (4, 1, "hosts"), (4, 2, "one"), (2, 2, "pair")
+    for ranks, hosts, start in cases:
         train = {"resume_from_checkpoint": str(tmp_path / start / "checkpoint-3")}
         again = on(ranks, hosts, tmp_path / f"{start}-on-{ranks}-{hosts}", train, fill=False, **runs)
-        if (ranks, hosts, start) == (RANKS, HOSTS, "hosts"):
-            for before, after in zip(whole, again, strict=True):
+        if start == "pair":  # DDP lays out its buckets anew, and so the order of sums of more than two
+            for before, after in zip(pair, again, strict=True):
                 assert before.losses[3:] == after.losses[3:]
                 assert all(torch.equal(value, after.parameters[name]) for name, value in before.parameters.items())
         compare(again, expected, hosts=hosts)
