@@ -85,6 +85,8 @@ SEEING = {
 
 @pytest.mark.parametrize("name", SEEING)
 def test_targets_are_of_the_language_model(name: str) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     config = transformers.AutoConfig.for_model(SEEING[name])
     config = small(getattr(config, "thinker_config", config))
     with torch.device("meta"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from kt_hf.cli import app
@@ -57,8 +58,10 @@ def test_llamafactorys_names_are_translated(tmp_path: Path) -> None:
     assert settings.run.lora_target == "q_proj,k_proj,gate_proj"
     assert settings.run.dataset == ["alpaca_en"]
     assert settings.kt.kt_num_threads == 60
+    fields = TrainingArguments.__dataclass_fields__  # the old name, before transformers had the new
+    checkpointing = f"{'activation' if 'activation_checkpointing' in fields else 'gradient'}_checkpointing"
     expected = {
-        "max_length": 2048, "dataset_num_proc": 8, "warmup_steps": 0.1, "activation_checkpointing": False,
+        "max_length": 2048, "dataset_num_proc": 8, "warmup_steps": 0.1, checkpointing: False,
         "learning_rate": 1e-4, "weight_decay": 1e-2, "eval_strategy": "no", "output_dir": "outputs/x",
     }  # fmt: skip
     assert settings.trainer == expected
