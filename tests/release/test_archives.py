@@ -63,7 +63,7 @@ def test_what_the_wheel_says_of_itself(archives: Archives) -> None:
     metadata = email.message_from_bytes(files[f"{about}/METADATA"])
     assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("kt-hf", __version__, ">=3.11")
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"train", "vision", "demo", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"train", "vision", "demo", "docs", "dev"}
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     for extra in ("", "train", "demo"):
         names = {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})}

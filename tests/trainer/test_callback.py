@@ -241,6 +241,6 @@ def test_a_trainer_that_counts_one_of_two_processes_is_told_why(
 ) -> None:
     """accelerate counts one process under torchrun where there is no GPU and the CPU is not asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    layer: Any = SimpleNamespace(share=SimpleNamespace(ranks=2))
+    layer: Any = SimpleNamespace(exchange=SimpleNamespace(ranks=SimpleNamespace(size=2)))
     with pytest.raises(KTAMXConfigError, match=f"run of 2 processes, and the trainer counts 1.*{words}"):
         _check_world([layer], 1)

@@ -60,7 +60,10 @@ OF_OUR_OWN_RUN = (
 )  # fmt: skip
 # With several processes, and only where the user left it open: by the Trainer's own default DDP looks for parameters
 # without a gradient, which reentrant checkpointing answers with "marked ready only once".
-OF_RANKS = ("divided.py", "trainer.args.ddp_find_unused_parameters")
+OF_RANKS = {
+    ("divided.py", "trainer.args.ddp_find_unused_parameters"),
+    ("sharded.py", "trainer.optimizer"),  # under FSDP2, while a checkpoint of it is written or read
+}
 
 
 def test_trainer_signature() -> None:
@@ -78,7 +81,7 @@ def test_trainer_signature() -> None:
         if isinstance(node, ast.Assign)
         for target in node.targets
         if not (file.parent.name == "train" and ast.unparse(target) in OF_OUR_OWN_RUN)
-        if (file.name, ast.unparse(target)) != OF_RANKS
+        if (file.name, ast.unparse(target)) not in OF_RANKS
     ]
     assert not [target for target in targets if target.lower().startswith(("trainer.", "sfttrainer.", "dpotrainer."))]
     own = {name: method for name, method in vars(KTMoECallback).items() if name.startswith("on_")}
