@@ -47,8 +47,8 @@ class KTMoECallback(TrainerCallback):
         expert_load: `LoadLog` of the run; `expert_load.total` has every layer's counts.
 
     Raises:
-        KTAMXConfigError: From the Trainer's calls: an unpatched model, several processes or DataParallel, or nothing to
-            train that would be saved.
+        KTAMXConfigError: From the Trainer's calls: a model that is not patched, or was for another number of processes
+            than train it; DataParallel; nothing to train that would be saved.
         KTAMXError: From the Trainer's calls: a checkpoint that lacks expert tensors; an adapter to start from that does
             not fit.
     """

@@ -87,8 +87,7 @@ def apply_kt_moe(
     base = base_model(model)
     if kt_layers(model):
         return _already_patched(model, base, cfg)
-    ranks = ranks_of_run(cfg, [site.shape for site in find_experts(model)])
-    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step, ranks)
+    packer = _packer(model, base, cfg, as_placement(placement), tokens_per_step)
     lora_on_experts = unwrap_expert_parameters(model)
     if not any("lora_" in name for name, _ in model.named_parameters()) and not lora_on_experts:
         model.requires_grad_(False)
@@ -122,11 +121,11 @@ def _patched_with_adapter(
     return load_adapter(patched, adapter)
 
 
-def _packer(
-    model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None, ranks: Ranks | None
-) -> Packer:
+def _packer(model: Any, base: Any, cfg: KTConfig, placement: Placement | None, tokens: int | None) -> Packer:
     """Check that model and settings go together, and decide where each expert goes; the model stays as it is."""
-    shapes = {site.name: owned_shape(site, ranks) for site in find_experts(model)}
+    sites = find_experts(model)
+    ranks = ranks_of_run(cfg, [site.shape for site in sites])
+    shapes = {site.name: owned_shape(site, ranks) for site in sites}
     packer = make_packer(cfg, shapes, base.dtype, model_type=base.config.model_type, ranks=ranks)
     budget = memory_budget(model, base.config, tokens)
     packer.place(by_layer(shapes), placement, replace(budget, bits=EXPERT_BITS[cfg.kt_expert_dtype]))

@@ -39,8 +39,8 @@ def magnitudes(*groups: Sequence[Tensor]) -> Tensor:
         *groups: Tensors of any floating dtype and size, all on one device.
 
     Returns:
-        fp32 [groups] on that device, without a wait; 0 for a group without values. A group is finite where it is less
-        than infinity.
+        [groups] on that device, fp32 or wider, without a wait; 0 for a group without values. A group is finite where
+        it is less than infinity.
     """
     device = next(tensor.device for group in groups for tensor in group)
     return torch.stack([_magnitude(group, device) for group in groups])
@@ -51,8 +51,9 @@ def _magnitude(group: Sequence[Tensor], device: torch.device) -> Tensor:
     if not held:
         return torch.zeros((), device=device)
     if len(held) == 1:
-        return torch.linalg.vector_norm(held[0], math.inf, dtype=torch.float32)
-    return get_total_norm(held, math.inf).float()
+        wide = torch.promote_types(held[0].dtype, torch.float32)  # fp64 may not be narrowed
+        return torch.linalg.vector_norm(held[0], math.inf, dtype=wide)
+    return get_total_norm(held, math.inf)
 
 
 class DeferredChecks:

@@ -16,7 +16,7 @@ from .tiers import Tiers, asked_for
 logger = logging.getLogger(__name__)
 
 _USABLE = 0.9  # of a host's free memory; the rest is for LoRA and what grows in a run
-GIB = 2**30
+_GIB = 2**30
 
 
 def ranks_of_run(
@@ -95,7 +95,7 @@ def fits_host(tiers: Tiers | None, shapes: Sequence[ExpertShape], bits: float, h
         in_all += expert_bytes(shape, bits) * shape.num_experts
     for need, free, what in ((in_all - on_gpu, host, "free host memory"), (on_gpu, gpus, "free memory of its GPUs")):
         if need > _USABLE * free:
-            sizes = f"{need / GIB:.1f} GiB, more than {_USABLE:.0%} of {free / GIB:.1f} GiB"
+            sizes = f"{need / _GIB:.1f} GiB, more than {_USABLE:.0%} of {free / _GIB:.1f} GiB"
             return f"a host's part would be {sizes} of {what}"
     return None
 

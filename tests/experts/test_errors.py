@@ -128,9 +128,8 @@ def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, size: int
             assert not is_finite(bad), (place, value)
             assert not all_finite(bad), (place, value)
             assert not all_finite(good.float(), bad), (place, value)
-            found = magnitudes([good], [good.float(), bad], [])
-            assert found.dtype == torch.float32
-            assert (found < math.inf).tolist() == [True, False, True], (place, value)
+            found = magnitudes([good], [good.float(), bad], [], [bad.double()], [good.double() * 2])
+            assert (found < math.inf).tolist() == [True, False, True, False, True], (place, value)
 
 
 @pytest.mark.parametrize(
