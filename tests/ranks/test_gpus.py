@@ -18,14 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from kt_hf import KTMoECallback
-from kt_hf.experts.holders import owned_lora
 from tests.ranks.test_trainer import compare
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.gpu_ranks import GPUS, on_gpus
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import adapted_model
 from tests.support.rank_trainers import FSDP2, Trained, padded, trained, unequal_rows
-from tests.support.ranks import fill_whole, joined, results
+from tests.support.ranks import fill_whole, is_owned, joined, results
 from tests.support.trainers import settings
 
 pytestmark = [
@@ -54,8 +53,7 @@ def train(rank: int, folder: str, ranks: int, tier: str = "cpu", sharded: bool =
         model, args, train_dataset=unequal_rows(), data_collator=padded, callbacks=[KTMoECallback()]
     )  # fmt: skip
     run = trained(trainer)
-    owned = {id(holder.weight) for holder in owned_lora(model)}
-    rest = [p for p in trainer.model.parameters() if id(p) not in owned]
+    rest = [p for name, p in trainer.model.named_parameters() if not is_owned(name)]
     assert all(p.is_cuda for p in rest)
     assert any(isinstance(p, DTensor) for p in rest) == sharded
     nbytes = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in rest)
