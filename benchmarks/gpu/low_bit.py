@@ -90,13 +90,15 @@ def _low_bit_case(
         rows.add(**row, batch=batch, **found, **loading, of_stock=ratio, touched=spread.describe())
 
 
-def timed(card: Card, model: Any, batch: int, given: argparse.Namespace, **how: Any) -> tuple[dict[str, Any], Any]:
+def timed(
+    card: Card, model: Any, batch: int, given: argparse.Namespace, warm: int = WARM, steps: int = STEPS, **how: Any
+) -> tuple[dict[str, Any], Any]:
     """The summary of timed steps, and the model with its adapter."""
     card.reset()
     tokens = Tokens(model.config.vocab_size, given.sequence)
-    trainer = trainer_for(card, model, batch, tokens, WARM + STEPS, **how)
+    trainer = trainer_for(card, model, batch, tokens, warm + steps, max_length=given.sequence, **how)
     trainer.train()
-    return summary(trainer.timer.steps[WARM:], batch * given.sequence), trainer.model
+    return summary(trainer.timer.steps[warm:], batch * given.sequence), trainer.model
 
 
 def host_gb(model: Any) -> float:
@@ -191,6 +193,8 @@ def run_drawn(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     row = {"case": given.where, "family": family, "layers": given.layers, "rank": given.rank,
            "host_gb": host_gb(model), "drawing": time.perf_counter() - begin, "rest_bits": given.rest}  # fmt: skip
     spread, adapt = Spread(model), given.rest == 16
+    steps = given.steps or WARM + STEPS
+    warm = min(WARM, steps // 2)
     if given.rest == 4:
         model.is_loaded_in_4bit = True  # PEFT asks for it; TRL, which would round LoRA to bf16, comes later
         adapted = get_peft_model(model, lora(model, True, given.rank))
@@ -203,13 +207,14 @@ def run_drawn(given: argparse.Namespace, card: Card, rows: Rows) -> None:
         how = {"activation_offloading": True} if cell.offload else {}
         try:
             found, model = timed(
-                card, model, cell.batch, given, adapt=adapt, rank=given.rank, callbacks=[optimizer], **how
-            )
+                card, model, cell.batch, given, adapt=adapt, rank=given.rank, callbacks=[optimizer], warm=warm,
+                steps=steps - warm, **how,
+            )  # fmt: skip
         except RuntimeError as error:
             rows.add(**row, error=_first_line(error), peak=card.peak()["allocated_gb"])
             continue
         adapt = False
-        seconds = statistics.median(optimizer.seconds[WARM:])
+        seconds = statistics.median(optimizer.seconds[warm:])
         rows.add(**row, **found, optimizer=seconds, host_peak_gb=card.host_peak_gb(), touched=spread.describe())
 
 
@@ -240,6 +245,7 @@ class OptimizerTimer(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:  # after kt_hf's own
         self._card.synchronize()
         self.seconds.append(time.perf_counter() - self._begin)
+        print(f"step {len(self.seconds)} has ended, the optimizer's {self.seconds[-1]:.2f} s", flush=True)
 
 
 def _settings(given: argparse.Namespace, config: Any) -> KTConfig:
