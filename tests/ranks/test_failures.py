@@ -273,9 +273,14 @@ def outcome(rank: int, work: Callable[[int], Any]) -> Outcome:
     return None, time.perf_counter() - begin
 
 
-def test_owned_lora_that_was_broadcast_is_refused_at_the_first_step() -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_owned_lora_that_was_broadcast_is_refused_at_the_first_step(computed: bool) -> None:
+    """The first with DDP, whether or not the model was computed without."""
+
     def work(rank: int) -> None:
         model = model_of()
+        if computed:
+            loss_of(model)
         del model.base_model.model._ddp_params_and_buffers_to_ignore
         loss_of(DistributedDataParallel(model))
 

@@ -153,6 +153,20 @@ def test_evaluation_and_the_best_model(tmp_path: Path) -> None:
     assert all(torch.equal(value, best[name.replace(".default", "")]) for name, value in parameters.items())
 
 
+def test_whole_tensors_are_loaded_into_a_sharded_model(tmp_path: Path) -> None:
+    """PEFT cuts an adapter's up by itself where it knows of DTensors; torch takes nothing else for them."""
+
+    def work(rank: int) -> bool:
+        of = trainer(tmp_path, 2, sharded=True, max_steps=1)
+        of.train()
+        sharded = {name: p for name, p in trainable(of.model).items() if isinstance(p, DTensor)}
+        values = {name: torch.arange(float(p.numel())).view(p.shape) for name, p in sharded.items()}
+        of.model.load_state_dict(values, strict=False)
+        return bool(values) and all(torch.equal(whole(p), values[name]) for name, p in sharded.items())
+
+    assert results(on_ranks(2, work)) == [True, True]
+
+
 @pytest.mark.parametrize("by", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_micro_batch_more_on_one_rank_is_an_error_at_once(by: int, tmp_path: Path) -> None:
     """FSDP2 gathers parameters before the first layer of experts, where the other rank would never come."""

@@ -29,8 +29,12 @@ def lora_of(model: Any) -> list[ExpertLora]:
     return [module for module in model.modules() if isinstance(module, ExpertLora)]
 
 
-def test_adapters_made_after_patching_are_left_alone_too() -> None:
-    """TRL makes its `ref` adapter when the trainer begins: names that were listed before would lack it."""
+@pytest.mark.parametrize("given", ["PeftModel", "transformers model"])
+def test_adapters_made_after_patching_are_left_alone_too(given: str) -> None:
+    """TRL makes its `ref` adapter when the trainer begins: names that were listed before would lack it.
+
+    They are other names where DDP is given the model that has its adapters by transformers' `add_adapter`.
+    """
 
     def work(rank: int) -> list[bool]:
         model = model_of()
@@ -38,7 +42,7 @@ def test_adapters_made_after_patching_are_left_alone_too() -> None:
         with torch.no_grad():
             for holder in lora_of(model):
                 holder.weight.fill_(rank + 1)
-        DistributedDataParallel(model)
+        DistributedDataParallel(model if given == "PeftModel" else model.base_model.model)
         return [bool((holder.weight == rank + 1).all()) for holder in lora_of(model)]
 
     for values in results(on_ranks(2, work)):
