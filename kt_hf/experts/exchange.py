@@ -222,6 +222,23 @@ class LayerExchange:
         return Place(kind, self.layer_idx, step, mode, number, columns, self.label)
 
 
+def meet_before_pass(ranks: Ranks, synchronized: bool) -> None:
+    """Meet the other ranks before what is around a model exchanges something: DDP its buffers, FSDP2 its parameters.
+
+    A rank with a forward more would wait there for the others, and they for it in an exchange of ours.
+
+    Args:
+        ranks: The processes, all of which begin a forward of the model.
+        synchronized: Whether gradients are exchanged in the backward that follows.
+
+    Raises:
+        KTAMXForwardError: The ranks are in different places, or one has failed or ended.
+    """
+    gradients = torch.is_grad_enabled()
+    mode = Place.mode_of(gradients, gradients and synchronized, False)
+    ranks.agree(Place(Kind.PASS, step=ranks.steps_since_first(optimizer_steps()), mode=mode))
+
+
 def ddp_module() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward is under way; None outside of one."""
     get = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # private; without it nothing is known
