@@ -65,7 +65,7 @@ def test_a_recompute_exchanges_nothing_and_has_the_same_bits(
         again, exchanges = gradients(model_of(checkpointing, tier, **how), rows_of(rank))
         return plain, again, before, exchanges
 
-    for rank, (plain, again, before, exchanges) in enumerate(results(on_ranks(2 * hosts, work, hosts=hosts))):
+    for plain, again, before, exchanges in results(on_ranks(2 * hosts, work, hosts=hosts)):
         assert before == 2 * 2 * 2, "a forward and a backward, two layers, two batches"
         # Where odd ranks take one batch for the other all ranks compute it again, two layers. Reentrant checkpointing
         # keeps nothing of the first forward.
