@@ -27,7 +27,8 @@ from parts import PARTS, Parts, Steps, slower_bus, watch, watch_transfers
 from kt_hf import KTConfig, apply_kt_moe
 from kt_hf.placement import choice as choosing
 from kt_hf.placement import memory_model, planner
-from kt_hf.placement.planner import MachineRates, predicted
+from kt_hf.placement.machine_rates import MachineRates
+from kt_hf.placement.planner import predicted
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import expert_bytes
 

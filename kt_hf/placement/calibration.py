@@ -21,7 +21,7 @@ from ..backends.gpu.weight_stream import Streamer
 from ..errors import KTAMXError
 from ..shapes import ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
-from .planner import LinearCost, MachineRates
+from .machine_rates import LinearCost, MachineRates
 
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 256 * 2**20

@@ -16,8 +16,9 @@ from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import free_device_memory
 from .calibration import copy_rate, measure_rates
+from .machine_rates import MachineRates, assumed_rates, slowest_rates
 from .memory_model import MemoryBudget
-from .planner import MachineRates, TierPlan, assumed_rates, expected, plan_tiers, slowest_rates
+from .planner import TierPlan, expected, plan_tiers
 from .tiers import Tiers, check_tiers, is_auto
 
 logger = logging.getLogger(__name__)

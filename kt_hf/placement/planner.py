@@ -14,112 +14,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ..backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from ..shapes import BF16, ExpertShape, expert_bytes
 from .expert_memory import buffer_bytes, chunk_bytes, resident_bytes, resident_extra
+from .machine_rates import MachineRates
 from .tiers import Tiers
 
 # Seconds of a layer besides its experts, forward and backward (with a checkpoint's recompute): what Python needs to
 # launch a DeepSeek-V2-Lite layer with LoRA (H200, Xeon). More work takes longer.
 ATTENTION_SECONDS = 5e-3, 10e-3
 
-
-# What widening moves in a second, bits read and bf16 written, by what a copy within the GPU's memory does: 1.10 T
-# weights of 4 bits a second on an H100, and 0.69 T of FP8.
-_WIDENING_4, _WIDENING_8 = 0.94, 0.69
-
 # A plan with experts on the CPU has to be a tenth faster than one without: what the tiers cost each other makes it up
 # to a fifth slower than it looks.
 _MARGIN = 0.9
 # Where more of a layer's experts than this have tokens, it matters little which: whole layers are resident then.
 _ALL = 0.95
-
-
-@dataclass(frozen=True)
-class LinearCost:
-    """Seconds that the CPU takes for its experts of a layer, forward or backward, as a linear function.
-
-    Copies from and to the GPU are in it.
-
-    Attributes:
-        fixed: Seconds of a call.
-        per_token: Seconds of a token, whether or not one of the CPU's experts gets it.
-        per_expert: Seconds of an expert that gets any token.
-        per_row: Seconds of a token at one expert.
-    """
-
-    fixed: float
-    per_token: float
-    per_expert: float
-    per_row: float
-
-    def seconds(self, tokens: float, experts: float, rows: float) -> float:
-        """Seconds of a call.
-
-        Args:
-            tokens: Of the call.
-            experts: On the CPU, that get any of them.
-            rows: Tokens of these experts, counted once an expert.
-        """
-        return self.fixed + self.per_token * tokens + self.per_expert * experts + self.per_row * rows
-
-
-@dataclass(frozen=True)
-class MachineRates:
-    """How fast a machine computes experts of one shape.
-
-    Attributes:
-        pcie_bytes_per_s: Bytes a second from page-locked memory to the GPU; 0 if memory cannot be page-locked.
-        forward: Seconds of the CPU's forward.
-        backward: Seconds of the CPU's backward.
-        beside_forward: Seconds of the CPU's forward while experts are streamed, which the host has to launch.
-        beside_backward: Seconds of the CPU's backward while experts are streamed.
-        gpu_forward_rows_per_s: Rows a second of the GPU's forward, weights in its memory; a row is a token at one
-            expert.
-        gpu_backward_rows_per_s: Rows a second of the GPU's backward.
-        assumed: Whether these rates are assumed, and were not measured.
-        gpu_bytes_per_s: Bytes a second of a copy within the GPU's memory, read and written.
-    """
-
-    pcie_bytes_per_s: float
-    forward: LinearCost
-    backward: LinearCost
-    beside_forward: LinearCost
-    beside_backward: LinearCost
-    gpu_forward_rows_per_s: float
-    gpu_backward_rows_per_s: float
-    assumed: bool = False
-    gpu_bytes_per_s: float = 3.0e12
-
-    def widening_seconds(self, weights: float, bits: float) -> float:
-        """Seconds that the GPU takes to make bf16 of weights of low bits.
-
-        Args:
-            weights: How many.
-            bits: Of one as it is stored, scales included; of 16 none are widened.
-        """
-        share = _WIDENING_4 if bits < 8 else _WIDENING_8
-        return weights * (bits + BF16) / 8 / (share * self.gpu_bytes_per_s) if bits < BF16 else 0.0
-
-
-def slowest_rates(of_ranks: Sequence[Mapping[str, Any]]) -> MachineRates:
-    """The rates of the slowest: of each cost the most that a rank has measured, of each rate the least.
-
-    Args:
-        of_ranks: `MachineRates` of each rank as plain values (`dataclasses.asdict`).
-    """
-
-    def of(name: str) -> Any:
-        values = [rates[name] for rates in of_ranks]
-        if isinstance(values[0], Mapping):
-            return LinearCost(*(max(cost[term.name] for cost in values) for term in fields(LinearCost)))
-        return any(values) if isinstance(values[0], bool) else min(values)
-
-    return MachineRates(*(of(field.name) for field in fields(MachineRates)))
 
 
 @dataclass(frozen=True)
@@ -242,7 +154,13 @@ class _Load:
 
 
 def expected(
-    rates: MachineRates, shape: ExpertShape, layers: int, tokens: int, tiers: Tiers, bits: float = BF16
+    rates: MachineRates,
+    shape: ExpertShape,
+    layers: int,
+    tokens: int,
+    tiers: Tiers,
+    bits: float = BF16,
+    again: float = 0.0,
 ) -> TierPlan:
     """What tiers that were chosen by other means should take, if no expert is more popular than another.
 
@@ -253,8 +171,9 @@ def expected(
         tokens: Tokens of a step's forward.
         tiers: How many experts of a layer are where, and how many layers are resident whole.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
+        again: The part of the layers whose forward is computed once more in backward.
     """
-    return predicted(rates, shape, layers, _Load.of(shape, tokens, ()), tiers, bits)
+    return predicted(rates, shape, layers, _Load.of(shape, tokens, ()), tiers, bits, again=again)
 
 
 def predicted(
@@ -265,6 +184,7 @@ def predicted(
     tiers: Tiers,
     bits: float = BF16,
     chunk_bytes: int = CHUNK_BYTES,
+    again: float = 0.0,
 ) -> TierPlan:
     """The plan of one choice of tiers: how long each tier should take.
 
@@ -276,6 +196,7 @@ def predicted(
         tiers: How many experts of a layer are where, and how many layers are resident whole.
         bits: Of a weight of experts on the GPU as it is stored, scales included.
         chunk_bytes: Of a chunk of streamed experts, in bf16.
+        again: The part of the layers whose forward is computed once more in backward.
     """
     E, resident, on_gpu, whole = shape.num_experts, tiers.resident, tiers.on_gpu, tiers.resident_layers
     others, streamed = layers - whole, tiers.streamed if whole < layers else 0
@@ -285,23 +206,31 @@ def predicted(
         stream, ahead = (size / rates.pcie_bytes_per_s for size in (moved, BUFFERS * chunk_bytes * bits / BF16))
     cpu_rows, cpu_touched = load.rows[E] - load.rows[on_gpu], load.touched[E] - load.touched[on_gpu]
     total = cpu_total = gpu_total = 0.0
-    for line, gpu_rate, rest in (
-        (rates.beside_forward if streamed else rates.forward, rates.gpu_forward_rows_per_s, ATTENTION_SECONDS[0]),
-        (rates.beside_backward if streamed else rates.backward, rates.gpu_backward_rows_per_s, ATTENTION_SECONDS[1]),
-    ):
+    cost = (rates.beside_forward, rates.beside_backward) if streamed else (rates.forward, rates.backward)
+    on_the_gpu = rates.gpu_forward_rows_per_s, rates.gpu_backward_rows_per_s
+    for line, gpu_rate, rest, times in zip(cost, on_the_gpu, ATTENTION_SECONDS, (1 + again, 1), strict=True):
         cpu = line.seconds(load.tokens, cpu_touched, cpu_rows) if on_gpu < E else 0.0
         gpu, of_whole = (
             load.rows[n] / gpu_rate + rates.widening_seconds(load.touched[n] * shape.num_weights / E, bits)
             for n in (on_gpu, E)
         )
         if on_gpu < E:
-            total += others * max(stream, cpu, gpu) + whole * of_whole
+            total += times * (others * max(stream, cpu, gpu) + whole * of_whole)
         else:
             bus = _bus_seconds(stream, ahead, rest, of_whole, others, whole) if streamed else 0.0
-            total += max(bus - layers * rest, layers * of_whole)
-        cpu_total, gpu_total = cpu_total + others * cpu, gpu_total + others * gpu + whole * of_whole
+            total += times * max(bus - layers * rest, layers * of_whole)
+        cpu_total += times * others * cpu
+        gpu_total += times * (others * gpu + whole * of_whole)
     return TierPlan(
-        resident, tiers.streamed, E - on_gpu, total, 2 * others * stream, cpu_total, gpu_total, whole, chunk_bytes
+        resident,
+        tiers.streamed,
+        E - on_gpu,
+        total,
+        (2 + again) * others * stream,
+        cpu_total,
+        gpu_total,
+        whole,
+        chunk_bytes,
     )
 
 
@@ -321,18 +250,3 @@ def _bus_seconds(stream: float, ahead: float, rest: float, compute: float, strea
     runs = min(whole, streamed)  # of resident layers in a row
     between = rest + whole / runs * (rest + compute) if runs else 0.0
     return streamed * stream + (streamed - runs) * max(0.0, rest - ahead) + runs * max(0.0, between - ahead)
-
-
-def assumed_rates(shape: ExpertShape) -> MachineRates:
-    """The rates of an H200 on PCIe 5 and 16 AMX cores, measured on experts of 2,048 x 1,408 and scaled by size."""
-    scale = shape.hidden_size * shape.intermediate_size / (2048 * 1408)
-    return MachineRates(
-        pcie_bytes_per_s=55e9,
-        forward=LinearCost(2.5e-3, 1.2e-6, 40e-6 * scale, 2.8e-6 * scale),
-        backward=LinearCost(4e-3, 2.5e-6, 40e-6 * scale, 4.6e-6 * scale),
-        beside_forward=LinearCost(4e-3, 1.5e-6, 60e-6 * scale, 3e-6 * scale),
-        beside_backward=LinearCost(7e-3, 3e-6, 60e-6 * scale, 5e-6 * scale),
-        gpu_forward_rows_per_s=12e6 / scale,
-        gpu_backward_rows_per_s=4e6 / scale,
-        assumed=True,
-    )

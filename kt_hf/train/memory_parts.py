@@ -21,13 +21,14 @@ from ..placement.controller import RESERVE
 from ..placement.expert_memory import shares_backward
 from ..placement.kept_activations import keeping_activations
 from ..placement.lora_device import choose_lora_device
+from ..placement.machine_rates import assumed_rates
 from ..placement.memory_model import (
     MemoryBudget,
     fitting_chunk,
     gpu_memory,
     most_resident_layers,
 )
-from ..placement.planner import TierPlan, assumed_rates, expected, plan_tiers
+from ..placement.planner import TierPlan, expected, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
 from ..shapes import BF16, ExpertShape
@@ -159,7 +160,8 @@ def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: in
     fitting = most_resident_layers(with_lora, shape, layers, T, free - CUDA_CONTEXT, RESERVE)
     placed.in_host_too = max(0, fitting - begin.resident_layers)
     placed.tiers = dataclasses.replace(begin, resident_layers=begin.resident_layers + placed.in_host_too)
-    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.bits)
+    again = 0.0 if budget.retained is None else 1 - budget.retained / layers
+    memory.plan = expected(rates, shape, layers, T, placed.tiers, budget.bits, again)
     return placed
 
 

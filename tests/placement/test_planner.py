@@ -19,15 +19,8 @@ from kt_hf.backends.gpu.weight_stream import BUFFERS, CHUNK_BYTES
 from kt_hf.placement import Placement, choice
 from kt_hf.placement.calibration import fitted, measure_rates
 from kt_hf.placement.expert_memory import LEAST_CHUNK, chunk_bytes, resident_extra
-from kt_hf.placement.planner import (
-    ATTENTION_SECONDS,
-    LinearCost,
-    MachineRates,
-    TierPlan,
-    assumed_rates,
-    expected,
-    plan_tiers,
-)
+from kt_hf.placement.machine_rates import LinearCost, MachineRates, assumed_rates
+from kt_hf.placement.planner import ATTENTION_SECONDS, TierPlan, expected, plan_tiers
 from kt_hf.placement.tiers import Tiers, spread
 from kt_hf.shapes import ExpertShape, expert_bytes
 from kt_hf.system.cpu import plan_threads
@@ -316,3 +309,12 @@ def test_widening_as_measured() -> None:
     resident = [expected(rates, LITE, 26, 2048, Tiers(LITE.num_experts), bits).gpu_seconds for bits in (16, 4.5)]
     weights = 26 * LITE.num_weights  # every expert has tokens, forward and backward
     assert resident[1] - resident[0] == pytest.approx(2 * rates.widening_seconds(weights, 4.5), rel=1e-3)
+
+
+def test_layers_that_are_computed_again_take_another_forward() -> None:
+    plain, some, every = (expected(RATES, LITE, 26, 8192, Tiers(0, 64), again=part) for part in (0.0, 0.5, 1.0))
+    assert plain.stream_seconds < some.stream_seconds < every.stream_seconds
+    assert every.stream_seconds == pytest.approx(1.5 * plain.stream_seconds), "three times over the bus, not two"
+    assert some.seconds == pytest.approx((plain.seconds + every.seconds) / 2)
+    assert plain.seconds < every.seconds
+    assert some.gpu_seconds == pytest.approx((plain.gpu_seconds + every.gpu_seconds) / 2)

@@ -15,7 +15,7 @@ from kt_hf.errors import KTAMXError
 from kt_hf.placement import Placement, packer_of
 from kt_hf.placement.choice import Measured
 from kt_hf.placement.lora_device import LoraDevice
-from kt_hf.placement.planner import assumed_rates, slowest_rates
+from kt_hf.placement.machine_rates import assumed_rates, slowest_rates
 from kt_hf.placement.tiers import Tiers
 from kt_hf.ranks import Ranks, current_world, of_all_ranks
 from kt_hf.shapes import ExpertShape
