@@ -10,7 +10,8 @@ of the same rows for any number of ranks, which one GPU takes one after the othe
 host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU; of the run the
 bus's rate of each GPU while all copy, and the memory that the processes have of the host and of their GPUs. Then the
 same with the rest of the model sharded by FSDP2, with the last rank slowed in each layer, and with the last rank
-killed, after which the others have to name it. Each of these is a process of its own on each rank.
+killed, after which all has to end with its name said (by kt_hf or torchrun), which takes a run without torchrun. Each
+of these is a process of its own on each rank.
 """
 
 # ruff: noqa: E402
@@ -148,14 +149,6 @@ class Trouble:
             self.note.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def told(self, error: Exception, rank: int, size: int) -> dict[str, Any]:
-        """What a rank that is left says of the one that was killed."""
-        seconds = time.time() - float(self.note.read_text())
-        return {
-            "trouble": "killed", "rank": rank, "named": f"rank {size - 1}, which has ended" in str(error),
-            "seconds": round(seconds, 2), "error": f"{type(error).__name__}: {str(error)[:300]}",
-        }  # fmt: skip
-
 
 def loaded(given: argparse.Namespace, tier: str, card: Any) -> tuple[Any, float, Any]:
     """The patched model, the seconds that loading took, and the spread of its routing."""
@@ -241,12 +234,6 @@ def run(
         **({"fsdp": True} if trouble.kind == "sharded" else {}),
     )  # fmt: skip
     trainer.args.max_steps = given.steps
-    if trouble.kind == "killed":
-        try:
-            trainer.train()
-        except Exception as error:
-            print(MARK + json.dumps(trouble.told(error, rank, size)), flush=True)
-        os._exit(0)  # what is left of the group cannot be ended in order
     trainer.train()
     headers, rows, sent = (sorted(values)[len(values) // 2] for values in zip(*parts[2:], strict=True))
     result = summary(trainer.timer.steps[2:], tokens * size * max(1, given.rows // size))
@@ -261,7 +248,7 @@ def run(
 
 def cells(given: argparse.Namespace, size: int) -> list[tuple[str, str]]:
     """(what is done to the run, tier) of each cell."""
-    kinds = [kind for kind in given.trouble if size > 1]
+    kinds = [kind for kind in given.trouble if size > 1 and kind != "killed"]
     return [("train", tier) for tier in given.tiers] + [(kind, given.tiers[0]) for kind in kinds]
 
 
@@ -283,7 +270,7 @@ def worker(given: argparse.Namespace) -> int:
             code, out, errors = 1, "", f"more than {error.timeout} s"
         lines = [line for line in out.splitlines() if line.startswith(MARK)]
         every = of_all((code, lines, errors[-3000:]))
-        wrong = [(r, e) for r, (c, _, e) in enumerate(every) if c and not (cell[0] == "killed" and r == size - 1)]
+        wrong = [(r, e) for r, (c, _, e) in enumerate(every) if c]
         failed += bool(wrong)
         if rank == 0:
             print("\n".join(line for _, found, _ in every for line in found), flush=True)
@@ -307,6 +294,24 @@ def append(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def killed(given: argparse.Namespace, size: int) -> dict[str, Any]:
+    """The last rank killed under torchrun, as a user's run is: how long until all has ended, and who is named."""
+    note = given.checkpoint / "killed"
+    note.unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size), "--standalone", __file__,
+        *sys.argv[1:], "--cell", "killed", given.tiers[0],
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit, check=False)
+        text, seconds = done.stdout + done.stderr, time.time() - float(note.read_text())
+    except subprocess.TimeoutExpired:
+        text, seconds = "", float("inf")
+    row = {"trouble": "killed", "rank": size - 1, "seconds": round(seconds, 2)}
+    by_kt_hf = f"rank {size - 1}, which has ended" in text
+    return row | {"named": by_kt_hf or (f"local_rank: {size - 1}" in text and "-9" in text), "by_kt_hf": by_kt_hf}
+
+
 def series(given: argparse.Namespace) -> int:
     """Each number of GPUs by torchrun, and a table of what came out."""
     results, failed = [], 0
@@ -319,9 +324,12 @@ def series(given: argparse.Namespace) -> int:
         failed += done.returncode != 0
         print(done.stdout, end="", flush=True)
         results += [json.loads(line[len(MARK) :]) for line in done.stdout.splitlines() if line.startswith(MARK)]
+        if gpus > 1 and "killed" in given.trouble:
+            results.append(killed(given, gpus))
+            append(given, results[-1:])
     for row in results:
         if row["trouble"] == "killed":
-            print(f"rank {row['rank']} was told after {row['seconds']} s, by name: {row['named']}")
+            print(f"rank {row['rank']} was killed: all had ended after {row['seconds']} s, it is named: {row['named']}")
             continue
         one = next((r for r in results if r.get("gpus") == 1 and same(r, row)), None)
         ratio = row["tokens_per_second"] / one["tokens_per_second"] if one else float("nan")
