@@ -22,7 +22,7 @@ from .monitoring.memory_log import memory_and_placement
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
 from .placement import packer_of
-from .placement.assembly import settle_lora_device
+from .placement.assembly import settle_step
 from .placement.record import begin_run, write_run_placement
 from .shapes import PROJECTIONS
 from .system.disk import check_space
@@ -223,9 +223,9 @@ class KTMoECallback(TrainerCallback):
         seal(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say what an interrupted run has left in the output folder, and settle the device of the experts' LoRA."""
+        """Say what an interrupted run has left in the output folder, and settle what depends on the steps."""
         if kwargs.get("model") is not None and kwargs.get("optimizer") is None and not args.use_cpu:
-            settle_lora_device(kwargs["model"], **step_of(args))
+            settle_step(kwargs["model"], **step_of(args))
         if args.output_dir:
             tell_interrupted(args.output_dir)
 
@@ -243,7 +243,7 @@ _PAIRS = ("DPOConfig", "ORPOConfig", "RewardConfig")
 
 
 def step_of(args: TrainingArguments) -> dict[str, Any]:
-    """How a trainer with these arguments computes its steps: keyword arguments of `settle_lora_device`.
+    """How a trainer with these arguments computes its steps: keyword arguments of `settle_step`.
 
     TRL's trainers compute the loss by tiles of logits (SFTTrainer's `nll`, DPO, KTO and GRPO, since TRL 1.16; a reward
     model has none), and batches of pairs are of chosen and rejected answers.

@@ -62,7 +62,9 @@ class KTConfig:
             suffices beside everything else, and the CPU otherwise. Decided when the first adapter is made, and once
             more when a trainer says how it computes its steps; not changed in a run.
         kt_expert_activations: Under gradient checkpointing, `retain` keeps what the first forward computed, so that
-            the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again.
+            the recompute costs nothing; `recompute` keeps nothing and computes the experts' forward again, which
+            brings streamed ones to the GPU once more. `auto` is `retain`, but for experts on a GPU whose memory a step
+            would exceed by it.
         kt_share_backward_weights: Keep one buffer of backward weights for all layers (half the memory, slower
             backward) instead of one a layer. None decides by the free memory.
         kt_max_len: Most tokens in one operator call; longer batches are computed in pieces. None means 32,768, or less
@@ -86,7 +88,7 @@ class KTConfig:
     kt_weight_path: str | Path | None = None
     kt_expert_dtype: str = "bf16"
     kt_moe_lora_device: str = "auto"
-    kt_expert_activations: str = "retain"
+    kt_expert_activations: str = "auto"
     kt_share_backward_weights: bool | None = None
     kt_max_len: int | None = None
     kt_lora_rank: int | None = None
@@ -131,7 +133,7 @@ class KTConfig:
         if self.kt_expert_dtype != "bf16":
             _alone(self.kt_expert_dtype, self.kt_backend, self.kt_weight_path)
         _choice("kt_moe_lora_device", self.kt_moe_lora_device, LORA_DEVICES)
-        _choice("kt_expert_activations", self.kt_expert_activations, ("retain", "recompute"))
+        _choice("kt_expert_activations", self.kt_expert_activations, ("auto", "retain", "recompute"))
         _choice("kt_expert_ranks", self.kt_expert_ranks, EXPERT_RANKS)
         _integer("kt_num_threads", self.kt_num_threads, 1, "leave it out (None) to have it planned")
         _integer("kt_num_gpu_experts", self.kt_num_gpu_experts, 0, "use 0 to compute every expert on the CPU")

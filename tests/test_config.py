@@ -22,7 +22,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "kt_weight_path": (None, "weights", Path("weights")),
     "kt_expert_dtype": ("bf16", "int4", "int8", "fp8"),
     "kt_moe_lora_device": ("auto", "cpu", "gpu"),
-    "kt_expert_activations": ("retain", "recompute"),
+    "kt_expert_activations": ("auto", "retain", "recompute"),
     "kt_share_backward_weights": (None, True, False),
     "kt_max_len": (None, 1, 100_000),
     "kt_lora_rank": (None, 0, 1, 1024),

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from peft import get_peft_model
 from routing import Spread
 from sft import Tokens, lora, summary, trainer_for
 from torch import nn
+from transformers import TrainerCallback
 
 from kt_hf import KTConfig, load_kt_model
 from kt_hf.backends import ExpertWeights
@@ -89,13 +90,15 @@ def _low_bit_case(
         rows.add(**row, batch=batch, **found, **loading, of_stock=ratio, touched=spread.describe())
 
 
-def timed(card: Card, model: Any, batch: int, given: argparse.Namespace, **how: Any) -> tuple[dict[str, Any], Any]:
+def timed(
+    card: Card, model: Any, batch: int, given: argparse.Namespace, warm: int = WARM, steps: int = STEPS, **how: Any
+) -> tuple[dict[str, Any], Any]:
     """The summary of timed steps, and the model with its adapter."""
     card.reset()
     tokens = Tokens(model.config.vocab_size, given.sequence)
-    trainer = trainer_for(card, model, batch, tokens, WARM + STEPS, **how)
+    trainer = trainer_for(card, model, batch, tokens, warm + steps, max_length=given.sequence, **how)
     trainer.train()
-    return summary(trainer.timer.steps[WARM:], batch * given.sequence), trainer.model
+    return summary(trainer.timer.steps[warm:], batch * given.sequence), trainer.model
 
 
 def host_gb(model: Any) -> float:
@@ -182,28 +185,67 @@ def _of_every_kind(n: int, rows: int, columns: int, device: torch.device) -> Ite
 def run_drawn(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     family = given.family[0] if given.family else FAMILY
     config = make_config(family, given.shape, given.layers)
-    card.limit((given.caps or [24.0])[0])
+    cells = [Cell.of(text) for text in given.cells or []]
+    cells = cells or [Cell((given.caps or [24.0])[0], batch, given.offload) for batch in given.batch or [1]]
+    card.limit(cells[0].cap)
     begin = time.perf_counter()
-    tokens = max(given.batch or [1]) * given.sequence
-    model = drawn_model(config, card, _settings(given, config), tokens, given.rest)
-    row = {"case": given.where, "family": family, "layers": given.layers, "cap_gb": card.cap, "rank": given.rank,
+    model = drawn_model(config, card, _settings(given, config), cells[0].batch * given.sequence, given.rest)
+    row = {"case": given.where, "family": family, "layers": given.layers, "rank": given.rank,
            "host_gb": host_gb(model), "drawing": time.perf_counter() - begin, "rest_bits": given.rest}  # fmt: skip
     spread, adapt = Spread(model), given.rest == 16
+    steps = given.steps or WARM + STEPS
+    warm = min(WARM, steps // 2)
     if given.rest == 4:
         model.is_loaded_in_4bit = True  # PEFT asks for it; TRL, which would round LoRA to bf16, comes later
         adapted = get_peft_model(model, lora(model, True, given.rank))
         del model.is_loaded_in_4bit
         model = adapted
-    for batch in given.batch or [1]:
-        how = {"activation_offloading": True} if given.offload else {}
+    for cell in cells:
+        card.limit(cell.cap)
+        row |= {"cap_gb": cell.cap, "batch": cell.batch, "offload": cell.offload}
+        optimizer = OptimizerTimer(card)
+        how = {"activation_offloading": True} if cell.offload else {}
         try:
-            found, model = timed(card, model, batch, given, adapt=adapt, rank=given.rank, **how)
+            found, model = timed(
+                card, model, cell.batch, given, adapt=adapt, rank=given.rank, callbacks=[optimizer], warm=warm,
+                steps=steps - warm, **how,
+            )  # fmt: skip
         except RuntimeError as error:
-            rows.add(**row, batch=batch, error=_first_line(error), peak=card.peak()["allocated_gb"])
+            rows.add(**row, error=_first_line(error), peak=card.peak()["allocated_gb"])
             continue
         adapt = False
-        rows.add(**row, batch=batch, offload=given.offload, **found, host_peak_gb=card.host_peak_gb(),
-                 touched=spread.describe())  # fmt: skip
+        seconds = statistics.median(optimizer.seconds[warm:])
+        rows.add(**row, **found, optimizer=seconds, host_peak_gb=card.host_peak_gb(), touched=spread.describe())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """GB that PyTorch may have, rows of a batch, and whether activations are offloaded."""
+
+    cap: float
+    batch: int
+    offload: bool
+
+    @classmethod
+    def of(cls, text: str) -> Cell:
+        cap, batch, *offload = text.split("/")
+        return cls(float(cap), int(batch), offload == ["offload"])
+
+
+class OptimizerTimer(TrainerCallback):
+    """Seconds of each step of the optimizer, and of what comes with it: expert LoRA that the GPU gets anew."""
+
+    def __init__(self, card: Card) -> None:
+        self._card, self.seconds = card, list[float]()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._card.synchronize()
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:  # after kt_hf's own
+        self._card.synchronize()
+        self.seconds.append(time.perf_counter() - self._begin)
+        print(f"step {len(self.seconds)} has ended, the optimizer's {self.seconds[-1]:.2f} s", flush=True)
 
 
 def _settings(given: argparse.Namespace, config: Any) -> KTConfig:

@@ -1,4 +1,4 @@
-"""Where experts are by themselves (`auto`) against everywhere they could be: parts that each can run alone.
+r"""Where experts are by themselves (`auto`) against everywhere they could be: parts that each can run alone.
 
     python -m benchmarks.gpu placements --part cells --out results        # auto against the best placement, by cap
     python -m benchmarks.gpu placements --part full --out results         # 48 layers on 24 GB
@@ -11,9 +11,9 @@
     python -m benchmarks.gpu placements --part low-bit --out results      # int4 beside bf16 and stock; the same with:
     python -m benchmarks.gpu placements --part widening --out results     # the kernels alone
     python -m benchmarks.gpu placements --part drawn --layers 48 --where resident --out results
-    python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rank 8 --caps 48 --out results
-    python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rest 4 --caps 24 --out results
-    python -m benchmarks.gpu placements --part drawn --family deepseek_v3 --layers 30 --caps 48 --out results
+    python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rest 4 --out results \
+        --cells 24/4 48/4 48/16/offload
+    python -m benchmarks.gpu placements --part drawn --family deepseek_v3 --layers 30 --cells 48/4 --out results
     python -m benchmarks.gpu placements --part cells --tiny --out results # try the script without a GPU
 
 Stock SFTTrainer trains Qwen3-30B-A3B's layers (random weights, routing spread as a trained model spreads it) with LoRA
@@ -46,11 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, PART.jsonl")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to try the script")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--cells", nargs="+", help="of part cells: GB/BATCH or GB/BATCH/BUS, copies made BUS times")
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        help="GB/BATCH; of part cells also GB/BATCH/BUS, copies made BUS times; of part drawn also GB/BATCH/offload",
+    )
     parser.add_argument("--family", nargs="+", choices=FAMILIES, help="of parts cells, large and drawn")
     parser.add_argument("--batch", type=int, nargs="+", help="rows of a batch; default: each part's")
     parser.add_argument("--caps", type=float, nargs="+", help="GB that PyTorch may have; default: each part's")
-    parser.add_argument("--steps", type=int, help="of the optimizer, of parts safety and losses")
+    parser.add_argument("--steps", type=int, help="of the optimizer, of parts safety, losses and drawn")
     parser.add_argument("--dtypes", nargs="+", default=["int4", "bf16"], help="kt_expert_dtype, of part low-bit")
     parser.add_argument("--where", choices=("streamed", "resident"), default="streamed", help="of part drawn")
     parser.add_argument("--rank", type=int, default=8, help="of part drawn")

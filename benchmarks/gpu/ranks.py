@@ -9,8 +9,8 @@ Twelve layers of Qwen3-30B. Routing is spread (routing.py), weights are random, 
 of the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median seconds, the
 host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU; of the run the
 bus's rate of each GPU while all copy, and the memory that the processes have of the host and of their GPUs. Then the
-same with the last rank slowed in each layer, and with the last rank killed, after which the others have to name it.
-Each of these is a process of its own on each rank.
+same with the rest of the model sharded by FSDP2, with the last rank slowed in each layer, and with the last rank
+killed, after which the others have to name it. Each of these is a process of its own on each rank.
 """
 
 # ruff: noqa: E402
@@ -34,9 +34,13 @@ sys.path.append(str(Path(__file__).parents[1]))
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from kt_hf.experts.holders import owned_lora
 
 MARK = "RANKS-ROW "
 TIERS = ("streamed", "resident")
+TROUBLE = ("sharded", "slowed", "killed")
 
 
 class Watch:
@@ -115,11 +119,18 @@ def memory(gpu: bool) -> dict[str, Any]:
     return {"host_gb": list(host_gb), "host_gb_in_all": round(sum(host_gb), 2), "gpu_gb": list(gpu_gb)}
 
 
+def dense_gb(model: Any) -> float:
+    """GB that this rank has on its device of what is not experts."""
+    owned = {id(holder.weight) for holder in owned_lora(model)}
+    rest = [p for p in model.parameters() if id(p) not in owned]
+    return round(sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in rest) / 1e9, 3)
+
+
 class Trouble:
     """What is done to the last rank: nothing, a pause in each layer's forward, or an end in the third step.
 
     Args:
-        kind: `train`, `slowed` or `killed`.
+        kind: `train`, `sharded`, `slowed` or `killed`.
         given: Options.
         last: Whether this is the last rank.
     """
@@ -173,11 +184,9 @@ def loaded(given: argparse.Namespace, tier: str, card: Any) -> tuple[Any, float,
     return model, time.perf_counter() - begin, Spread(model)
 
 
-def train(given: argparse.Namespace, kind: str, tier: str, tokens: int) -> None:
-    """One run, in each process of a cell; rank 0 prints its row, or each that is left what it was told."""
+def train(given: argparse.Namespace, kind: str, tier: str) -> None:
+    """The runs of a cell, in each of its processes; rank 0 prints their rows, or each that is left what it was told."""
     from card import Card
-    from sft import Tokens, summary, trainer_for
-    from transformers import TrainerCallback
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     tiny = given.shape == "tiny"
@@ -187,11 +196,32 @@ def train(given: argparse.Namespace, kind: str, tier: str, tokens: int) -> None:
     card = Card(torch.device("cpu") if tiny else torch.device("cuda"))
     rates = of_all(round(bus_rate(card.device), 1))
     model, loading, spread = loaded(given, tier, card)
-    trouble = Trouble(kind, given, rank == size - 1)
+    trouble, watch = Trouble(kind, given, rank == size - 1), Watch()
     trouble.install(model)
-    watch, parts = Watch(), []
     if size > 1:
         watch.install()
+    common = {
+        "trouble": kind, "tier": tier, "dtype": given.dtype, "gpus": size, "layers": given.layers,
+        "loading": round(loading, 1), "bus_gb_per_s": rates,
+        "device": "CPU" if tiny else torch.cuda.get_device_name(), "torch": torch.__version__,
+    }  # fmt: skip
+    for number, tokens in enumerate(given.tokens if kind == "train" else given.tokens[:1]):
+        card.reset()
+        row, model = run(given, card, model, watch, trouble, tokens, adapt=number == 0)
+        if rank == 0:
+            print(MARK + json.dumps(common | row | {"experts_touched": spread.describe()}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(
+    given: argparse.Namespace, card: Any, model: Any, watch: Watch, trouble: Trouble, tokens: int, adapt: bool
+) -> tuple[dict[str, Any], Any]:
+    """One training run: its row, and the model with its adapter."""
+    from sft import Tokens, summary, trainer_for
+    from transformers import TrainerCallback
+
+    rank, size, parts = dist.get_rank(), dist.get_world_size(), list[tuple[float, float, int]]()
 
     class Parts(TrainerCallback):
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
@@ -207,10 +237,11 @@ def train(given: argparse.Namespace, kind: str, tier: str, tokens: int) -> None:
 
     trainer = trainer_for(
         card, model, 1, Rows(model.config.vocab_size, tokens), given.steps * given.rows, callbacks=[Parts()],
-        gradient_accumulation_steps=max(1, given.rows // size),
+        adapt=adapt, gradient_accumulation_steps=max(1, given.rows // size),
+        **({"fsdp": True} if trouble.kind == "sharded" else {}),
     )  # fmt: skip
     trainer.args.max_steps = given.steps
-    if kind == "killed":
+    if trouble.kind == "killed":
         try:
             trainer.train()
         except Exception as error:
@@ -219,27 +250,19 @@ def train(given: argparse.Namespace, kind: str, tier: str, tokens: int) -> None:
     trainer.train()
     headers, rows, sent = (sorted(values)[len(values) // 2] for values in zip(*parts[2:], strict=True))
     result = summary(trainer.timer.steps[2:], tokens * size * max(1, given.rows // size))
-    row = {
-        "trouble": kind, "tier": tier, "dtype": given.dtype, "gpus": size, "tokens_a_rank": tokens,
-        "layers": given.layers, "loading": round(loading, 1), "header_seconds": round(headers, 4),
-        "rows_seconds": round(rows, 4), "gb_sent": round(sent / 1e9, 3),
-        "exchange_share": round((headers + rows) / result["step"], 3), "bus_gb_per_s": rates, **memory(not tiny),
-        "experts_touched": spread.describe(),
+    return {
+        "tokens_a_rank": tokens, "header_seconds": round(headers, 4), "rows_seconds": round(rows, 4),
+        "gb_sent": round(sent / 1e9, 3), "exchange_share": round((headers + rows) / result["step"], 3),
+        "dense_gb": dense_gb(trainer.model), **memory(not card.tiny),
         "losses": [round(e["loss"], 4) for e in trainer.state.log_history if "loss" in e],
-        "norms": [round(e["grad_norm"], 4) for e in trainer.state.log_history if "grad_norm" in e],
-        "device": "CPU" if tiny else torch.cuda.get_device_name(), "torch": torch.__version__, **result,
-    }  # fmt: skip
-    if rank == 0:
-        print(MARK + json.dumps(row), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+        "norms": [round(e["grad_norm"], 4) for e in trainer.state.log_history if "grad_norm" in e], **result,
+    }, trainer.model  # fmt: skip
 
 
-def cells(given: argparse.Namespace, size: int) -> list[tuple[str, str, int]]:
-    """(what is done to the last rank, tier, tokens) of each run."""
-    kinds = given.trouble if size > 1 else ["train"]
-    every = [("train", tier, tokens) for tier in given.tiers for tokens in given.tokens]
-    return every + [(kind, given.tiers[0], given.tokens[0]) for kind in kinds if kind != "train"]
+def cells(given: argparse.Namespace, size: int) -> list[tuple[str, str]]:
+    """(what is done to the run, tier) of each cell."""
+    kinds = [kind for kind in given.trouble if size > 1]
+    return [("train", tier) for tier in given.tiers] + [(kind, given.tiers[0]) for kind in kinds]
 
 
 def worker(given: argparse.Namespace) -> int:
@@ -249,7 +272,7 @@ def worker(given: argparse.Namespace) -> int:
     failed = 0
     for cell in cells(given, size):
         port = of_all(free_port())[0]
-        command = [sys.executable, __file__, *sys.argv[1:], "--cell", *map(str, cell)]
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", *cell]
         environment = {**os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         try:
             done = subprocess.run(
@@ -304,9 +327,10 @@ def series(given: argparse.Namespace) -> int:
         ratio = row["tokens_per_second"] / one["tokens_per_second"] if one else float("nan")
         apart = abs(row["losses"][-1] - one["losses"][-1]) if one else float("nan")
         print(
-            f"{row['tier']:9} {row['trouble']:6} {row['gpus']} GPU(s) {row['tokens_a_rank']:6} tokens a rank "
+            f"{row['tier']:9} {row['trouble']:7} {row['gpus']} GPU(s) {row['tokens_a_rank']:6} tokens a rank "
             f"{row['tokens_per_second']:9.0f} tokens/s  x{ratio:.2f}  exchange {row['exchange_share']:.1%}  "
-            f"bus {min(row['bus_gb_per_s']):.0f} GB/s  host {row['host_gb_in_all']:.1f} GB  last loss apart {apart:.4f}"
+            f"bus {min(row['bus_gb_per_s']):.0f} GB/s  host {row['host_gb_in_all']:.1f} GB  "
+            f"dense {row['dense_gb']} GB  last loss apart {apart:.4f}"
         )
     return failed
 
@@ -324,19 +348,19 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, help="rows of a step, of all ranks together; default: as many as GPUs")
-    parser.add_argument("--trouble", nargs="*", choices=("slowed", "killed"), default=["slowed", "killed"])
+    parser.add_argument("--trouble", nargs="*", choices=TROUBLE, default=list(TROUBLE))
     parser.add_argument("--pause", type=float, default=0.02, help="seconds that the slowed rank waits in each layer")
     parser.add_argument("--shape", choices=("real", "tiny"), default="real")
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "kt_hf_ranks")
     parser.add_argument("--csv", type=Path, help="file that rows are appended to, one JSON object a line")
     parser.add_argument("--limit", type=float, default=500, help="seconds that a cell may take")
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     size = int(os.environ.get("WORLD_SIZE", 0))
     given.rows = given.rows or size or max(given.gpus)
     given.checkpoint.mkdir(parents=True, exist_ok=True)
     if given.cell:
-        train(given, given.cell[0], given.cell[1], int(given.cell[2]))
+        train(given, *given.cell)
         return 0
     return worker(given) if size else series(given)
 

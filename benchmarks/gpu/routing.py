@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_DIFFERENT = 8  # layers that are drawn for themselves; the others repeat them
 _UNEVEN = 0.4  # deviation of the experts' logits: the most popular of 128 has about 2.5 times its share
 
 
@@ -29,7 +30,7 @@ class Spread:
         routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
         assert routers, "no router whose choice can be replaced"
         for layer, router in enumerate(routers):
-            router.register_forward_hook(self._hook(layer))
+            router.register_forward_hook(self._hook(layer % _DIFFERENT))
 
     def _hook(self, layer: int) -> Any:
         def replaced(router: Any, _: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

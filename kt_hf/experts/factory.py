@@ -26,9 +26,8 @@ class BackendFactory(Protocol):
     def max_rank(self) -> int | None:
         """Largest rank that a layer which is not packed yet may get; None if there is no limit."""
 
-    @property
-    def retain(self) -> bool:
-        """Whether a first forward is kept for a recompute in backward."""
+    def retains(self, layer_idx: int) -> bool:
+        """Whether a layer's first forward is kept for a recompute in backward."""
 
     def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
         """Whether a layer's LoRA parameters move to a GPU with the model, decided by the rank of the first adapter."""

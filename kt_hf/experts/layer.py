@@ -91,7 +91,13 @@ class KTExperts(nn.Module):
         self._runner = self._new_runner(TorchBackend(weights, self.owned_shape))
 
     def _new_runner(self, backend: ExpertsBackend) -> ExpertsRunner:
-        return ExpertsRunner(backend, self.label, self.factory.retain, self.factory.checks, self.factory.make_room)
+        return ExpertsRunner(
+            backend, self.label, self.factory.retains(self.layer_idx), self.factory.checks, self.factory.make_room
+        )
+
+    def keep_activations(self, keep: bool) -> None:
+        """Whether a forward is kept for the recompute of checkpointing, from the next one on."""
+        self._runner.retain = keep
 
     @property
     def owned_shape(self) -> ExpertShape:

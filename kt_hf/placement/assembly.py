@@ -201,7 +201,7 @@ def training_as(budget: MemoryBudget) -> Iterator[None]:
     Args:
         budget: That of the run; the model's sizes in it are not used.
     """
-    names = ("loss", "checkpointing", "offloading", "retain", "accumulating", "other_lora", "lora_layers")
+    names = ("loss", "checkpointing", "offloading", "accumulating", "other_lora", "lora_layers")
     token = _STEP.set({name: getattr(budget, name) for name in names})
     try:
         yield
@@ -231,11 +231,11 @@ def memory_budget(model: nn.Module, config: Any, tokens: int | None, dtype: torc
     return replace(budget, **_STEP.get())
 
 
-def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> None:
-    """Choose the device of the experts' LoRA again, now that a trainer says how steps are computed.
+def settle_step(model: nn.Module, tokens: int | None, **step: Any) -> None:
+    """Choose again the device of the experts' LoRA, and whether their forward is kept for the recompute.
 
-    Only `auto` is asked again: what seemed to lack room may have it by the loss that is really used, and longer steps
-    may leave none. Before an optimizer is made for the parameters.
+    Now a trainer says how steps are computed. Only `auto` is asked again: what seemed to lack room may have it by the
+    loss that is really used, and longer steps may leave none. Before an optimizer is made for the parameters.
 
     Args:
         model: With adapters, and on the GPU as far as it goes there.
@@ -245,7 +245,10 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     packer, layers = packer_of(model), kt_layers(model)
     ranks = [rank for layer in layers for projection in layer.projections for rank in projection.r.values()]
     how = (tokens, max(ranks, default=0), *step.values())
-    if packer is None or not ranks or not packer.lora.open or packer.lora.settled == how:
+    if packer is None or not ranks or packer.lora.settled == how:
+        return
+    lora, tiers = packer.lora.open, packer.tiers or Tiers()
+    if not lora and not (packer.config.kt_expert_activations == "auto" and tiers.need_gpu):
         return
     packer.lora.settled = how
     if packer.promotion is not None:  # what an interrupted run has left on the GPU is not what LoRA lacks
@@ -259,9 +262,12 @@ def settle_lora_device(model: nn.Module, tokens: int | None, **step: Any) -> Non
     present = sum(p.nbytes for layer in layers for p in layer.parameters() if p.is_cuda)
     if all(layer.packed for layer in layers):
         largest = max((layer.owned_shape for layer in layers), key=expert_bytes)
-        present += resident_bytes(largest, packer.tiers or Tiers(), len(layers), budget.bits)
-    packer.choose_lora_again({layer.layer_idx: layer.owned_shape for layer in layers}, budget, max(ranks), present)
+        present += resident_bytes(largest, tiers, len(layers), budget.bits)
+    packer.choose_again({layer.layer_idx: layer.owned_shape for layer in layers}, budget, max(ranks), present)
     for layer in layers:
+        layer.keep_activations(packer.retains(layer.layer_idx))
+        if not lora:
+            continue
         on_gpu = packer.lora.on_gpu(max(ranks), layer.layer_idx)
         for projection in layer.projections:
             projection.place_lora(packer.gpu_device if on_gpu else None)

@@ -174,7 +174,7 @@ def unsuitable(device: torch.device, dtype: torch.dtype | None, shapes: Sequence
     return None
 
 
-def all_streamed(shapes: Sequence[ExpertShape], host_room: int | None, bits: float = BF16) -> Tiers:
+def all_streamed(shapes: Sequence[ExpertShape], host_room: int | None = None, bits: float = BF16) -> Tiers:
     """All experts streamed, but for as many whole layers as host memory has no room for, which are resident.
 
     Args:

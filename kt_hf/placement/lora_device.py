@@ -100,7 +100,7 @@ def choose_lora_device(
 
 
 class LoraPlace:
-    """Where the LoRA of a model's experts is: chosen at the first adapter, and by `settle_lora_device` once more.
+    """Where the LoRA of a model's experts is: chosen at the first adapter, and by `settle_step` once more.
 
     Args:
         asked: `kt_moe_lora_device`: auto, cpu or gpu.

@@ -41,6 +41,7 @@ _MASTER = 12  # bytes of a LoRA parameter: itself and Adam's two moments, in fp3
 _GRADIENT = 4
 _RESERVE = 0.1  # of the free memory, not to be planned with: fragments, libraries
 _PASSING = "activations", "activations of experts", "logits and loss"
+_SMALLER = 0.8  # a chunk that is tried after one that has no room
 _STASH = 5  # activations that TRL's activation_offloading keeps on the GPU, on their way
 
 
@@ -64,7 +65,7 @@ class MemoryBudget:
         loss: How logits become a loss: "chunked" or "full".
         checkpointing: Whether layers are computed again in backward.
         offloading: Whether what is kept for backward is moved to host memory (`activation_offloading` of TRL).
-        retain: Whether experts' inputs and outputs are kept for the recompute (`kt_expert_activations: retain`).
+        retained: Layers whose experts' inputs and outputs are kept for the recompute; None for all.
         accumulating: Whether gradients of earlier micro-batches are there in a forward.
     """
 
@@ -82,7 +83,7 @@ class MemoryBudget:
     loss: Loss = "full"
     checkpointing: bool = True
     offloading: bool = False
-    retain: bool = True
+    retained: int | None = None
     accumulating: bool = False
 
     def free_for_experts(self, free: int, tokens: int, shape: ExpertShape) -> int:
@@ -212,11 +213,15 @@ def fitting_chunk(
         tiers: Where experts are.
         free: Bytes that are free on the GPU.
     """
-    room = replace(budget, loss="chunked").free_for_experts(free, tokens, shape)
-    room -= resident_bytes(shape, tiers, expert_layers, budget.bits)
+    without_logits, copied = replace(budget, loss="chunked"), tiers.streamed > 0
     widened = tiers.resident if budget.bits < BF16 else 0
     experts = min(max(tiers.streamed, widened), shape.num_experts)
-    return chunk_bytes(room, shape, experts, budget.bits, copied=tiers.streamed > 0)
+    least, chunk = (chunk_bytes(room, shape, experts, budget.bits, copied) for room in (0, free))
+    while chunk > least and gpu_memory(without_logits, shape, expert_layers, tokens, tiers, chunk).total > room_for(
+        free
+    ):
+        chunk = max(least, int(_SMALLER * chunk))
+    return chunk
 
 
 def _kept(budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: int, tiers: Tiers) -> tuple[int, int]:
@@ -227,16 +232,12 @@ def _kept(budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: 
     """
     H = shape.hidden_size
     rows = 33 * shape.top_k if tiers.need_gpu else 0
-    if budget.retain:
-        in_experts = 4 * H + rows
-    elif budget.checkpointing:
-        in_experts = 0
-    else:
-        in_experts = rows  # the layer's input is what others keep
+    in_experts = 4 * H + rows
+    retained = expert_layers if budget.retained is None else min(budget.retained, expert_layers)
     in_layer = 2 * H if budget.checkpointing else budget.inner_bytes or 40 * H
     layers = min(_STASH, budget.layers) if budget.offloading else budget.layers
     # What is offloaded are tensors saved by autograd; experts keep theirs themselves.
-    return tokens * (in_layer * layers + in_experts * expert_layers), tokens * (2 * H + in_experts)
+    return tokens * (in_layer * layers + in_experts * retained), tokens * (2 * H + in_experts)
 
 
 def _expert_work(

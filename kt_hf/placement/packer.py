@@ -30,7 +30,8 @@ from ..shapes import BF16, ExpertShape, expert_bytes
 from ..system.cpu import ThreadPlan
 from ..system.memory import available_memory, free_device_memory, return_freed_memory
 from .backward_copies import share_backward
-from .choice import Machine, where_to_begin
+from .choice import Machine, all_streamed, where_to_begin
+from .kept_activations import KeptActivations, keeping_activations
 from .lora_device import LoraPlace
 from .memory_model import MemoryBudget, fitting_chunk
 from .order import Placement, placement_of_first
@@ -69,6 +70,7 @@ class Packer:
         bits: Of a weight of experts on the GPU as it is stored, scales included.
         keeps_on_cpu: Whether the CPU computes experts as their checkpoint stores them, in low bits.
         stored_as: What all experts' weights are, in words, for an adapter's manifest.
+        activations: Which layers keep their forward for a recompute in backward.
         promotion: What moves whole layers to the GPU and back; None if they stay where they are.
         checks: Where results on a GPU are left to be checked, for all layers.
         on_build: Called with each backend that is built.
@@ -95,15 +97,14 @@ class Packer:
         self.promotion: Promotion | None = None
         self.lora = LoraPlace(config.kt_moe_lora_device)
         self.tokens, self.bits, self.stored_as = _TOKENS, BF16, config.kt_expert_dtype
-        self.keeps_on_cpu = False
-        self.checks = DeferredChecks()
+        self.activations = KeptActivations(config.kt_expert_activations)
+        self.keeps_on_cpu, self.checks = False, DeferredChecks()
         self.on_build: Callable[[ExpertsBackend], None] | None = None
         self.ranks: Ranks | None = None
         self.cpu_bytes = cpu_bytes
         self._locked_bytes = 0  # of host memory that streamed experts take
         self._resident_layers: frozenset[int] = frozenset()
-        self._warned_unlocked = False
-        self._warned_dropout = False
+        self._warned_unlocked = self._warned_dropout = False
         self._streamer: Streamer | None = None
         self._chunk_bytes = CHUNK_BYTES
         self._share: bool | None = None
@@ -118,11 +119,6 @@ class Packer:
         """The largest rank of an adapter on layers that are not packed yet; None if there is no limit."""
         only = OPERATORS[self.backend].rank if self.backend in OPERATORS else None
         return None if self.backend == "torch" else self.config.kt_lora_rank or only
-
-    @property
-    def retain(self) -> bool:
-        """Whether a first forward is kept for a recompute in backward."""
-        return self.config.kt_expert_activations == "retain"
 
     def lora_on_gpu(self, rank: int, layer_idx: int) -> bool:
         """Whether a layer's LoRA parameters, of an adapter of this rank if it is the first, move to a GPU with it."""
@@ -172,7 +168,7 @@ class Packer:
             machine = Machine(self.gpu_device, self.threads, self.backend)
             host_room = available_memory() if self.streamed else None
             tokens = budget.tokens or self.config.kt_max_len or _TOKENS
-            budget_ = replace(self._with_lora(budget), tokens=tokens)
+            budget_ = self._budget(replace(budget, tokens=tokens), shapes, tokens, all_streamed(shapes), self._free())
             self.tiers, self.planned = where_to_begin(
                 machine, self.config, shapes, budget_, popularity, host_room, self.ranks
             )
@@ -189,17 +185,17 @@ class Packer:
         if not tiers.need_gpu:
             return
         self.placement, self.tokens = placement, budget.tokens or self.config.kt_max_len or _TOKENS
-        shapes, budget, free = list(layers.values()), self._with_lora(budget), self._free()
+        shapes, free = list(layers.values()), self._free()
+        budget = self._budget(budget, shapes, self.tokens, tiers, free)
+        self.activations.decide(layers, budget.retained)
         self._chunk_bytes = fitting_chunk(budget, max(shapes, key=expert_bytes), len(shapes), self.tokens, tiers, free)
         self.lora.learn(layers, tiers, budget, self.tokens, free)
         source = placement.source if placement else "their numbers: placement=count_experts(...) takes the most used"
         split = tiers.resident or any(tiers.on_cpu(shape.num_experts) for shape in others)
         logger.info("kt_hf: %s (%s)%s.", tiers, self.gpu_device, f", by {source}" if split else "")
 
-    def choose_lora_again(
-        self, layers: Mapping[int, ExpertShape], budget: MemoryBudget, rank: int, present: int
-    ) -> None:
-        """Choose once more which layers' LoRA is on the GPU, by another budget; see `settle_lora_device`.
+    def choose_again(self, layers: Mapping[int, ExpertShape], budget: MemoryBudget, rank: int, present: int) -> None:
+        """Choose once more, by another budget, what `auto` has decided but for the tiers; see `settle_step`.
 
         Args:
             layers: Shape by layer index.
@@ -207,9 +203,12 @@ class Packer:
             rank: LoRA rank.
             present: Bytes of LoRA and of experts that are on the GPU already.
         """
-        tokens, free = max(budget.tokens or 0, self.tokens), self._free(present)
-        self.lora.learn(layers, self.tiers or _NO_GPU, self._with_lora(budget), tokens, free)
-        self.lora.choose(rank)
+        tokens, free, tiers = max(budget.tokens or 0, self.tokens), self._free(present), self.tiers or _NO_GPU
+        budget = self._budget(budget, list(layers.values()), tokens, tiers, free)
+        self.activations.decide(layers, budget.retained)
+        if self.lora.open:
+            self.lora.learn(layers, tiers, budget, tokens, free)
+            self.lora.choose(rank)
 
     def _free(self, present: int = 0) -> int:
         """Bytes that are free on the GPU, `present` of experts counted as free; of the rank that has least."""
@@ -229,10 +228,17 @@ class Packer:
             for layer, shape in layers.items():
                 placement.check(layer, shape.num_experts * shape.ranks)
 
-    def _with_lora(self, budget: MemoryBudget) -> MemoryBudget:
-        """The budget with the experts' LoRA, of the rank that is expected."""
+    def _budget(
+        self, budget: MemoryBudget, shapes: Sequence[ExpertShape], tokens: int, tiers: Tiers, free: int
+    ) -> MemoryBudget:
+        """The budget with the experts' LoRA, of the rank that is expected, and the layers that keep their forward."""
         rank = self.config.kt_lora_rank or _RANK
-        return replace(budget, computed_rank=rank, lora_rank=rank if self.config.kt_moe_lora_device == "gpu" else 0)
+        budget = replace(budget, computed_rank=rank, lora_rank=rank if self.config.kt_moe_lora_device == "gpu" else 0)
+        return keeping_activations(self.activations.asked, budget, shapes, tokens, tiers, free)
+
+    def retains(self, layer_idx: int) -> bool:
+        """Whether a layer's first forward is kept for a recompute in backward."""
+        return self.activations.keeps(layer_idx)
 
     def build(
         self, weights: ExpertWeights | PackedLayerFiles, shape: ExpertShape, rank: int, label: str, layer_idx: int = 0
@@ -258,7 +264,7 @@ class Packer:
             longest = self.config.kt_max_len or min(DEFAULT_MAX_LEN, most_tokens(shape))
             return build_backend(
                 self.backend, weights, shape, rank, self.threads, longest, bool(self._share),
-                share_cache=not self.retain, label=label,
+                share_cache=self.activations.asked == "recompute", label=label,
             )  # fmt: skip
 
         if isinstance(weights, PackedLayerFiles):

@@ -6,8 +6,9 @@ import dataclasses
 
 from ..backends import shape_problem
 from ..errors import KTAMXConfigError
+from .activation_memory import expert_activations
 from .config.settings import TrainSettings
-from .memory_parts import GIB, Estimate, backend, expert_activations, parts_of, saved_without_backward, shape_of
+from .memory_parts import GIB, Estimate, backend, parts_of, saved_without_backward, shape_of
 from .model_sizes import ModelSizes
 
 _FAR = 1.25
@@ -104,7 +105,7 @@ def _advice(s: TrainSettings, e: Estimate, kernel: bool, fitting: int | None) ->
         quantized = _quantized_advice(s, e)
         if quantized:
             advice.append(quantized)
-        if s.kt.kt_expert_activations == "retain" and s.checkpointing and e.sizes:
+        if s.kt.kt_expert_activations != "recompute" and s.checkpointing and e.sizes:
             less = expert_activations(s, e.sizes, e.tokens, kernel) * (1 - 1 / e.sizes.expert_layers)
             advice.append(f"kt_expert_activations: recompute saves up to {less / GIB:.1f} GiB of host memory")
     if not s.checkpointing:

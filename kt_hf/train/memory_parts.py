@@ -19,12 +19,19 @@ from ..gates.gate import PLAIN, Gate
 from ..placement.choice import all_streamed, is_worth_its_cpu
 from ..placement.controller import RESERVE
 from ..placement.expert_memory import shares_backward
+from ..placement.kept_activations import keeping_activations
 from ..placement.lora_device import choose_lora_device
-from ..placement.memory_model import MemoryBudget, fitting_chunk, gpu_memory, most_resident_layers
+from ..placement.memory_model import (
+    MemoryBudget,
+    fitting_chunk,
+    gpu_memory,
+    most_resident_layers,
+)
 from ..placement.planner import TierPlan, assumed_rates, expected, plan_tiers
 from ..placement.tiers import Tiers, asked_for
 from ..quantized.manifest import MANIFEST, read_manifest
 from ..shapes import BF16, ExpertShape
+from .activation_memory import expert_activations, other_activations
 from .config.settings import BUILTIN_MODEL, TrainSettings
 from .model_sizes import ModelSizes
 
@@ -35,7 +42,6 @@ CUDA_CONTEXT = int(0.6 * GIB)
 CUDA_ON_HOST = int(1.5 * GIB)  # its libraries, and small pinned buffers
 ASSUMED_GPU = 80 * 10**9  # bytes, to plan for where there is none
 _CHUNKED_ON_CPU = 31  # bytes of a logit of TRL's chunked loss without Triton, in a tile of 4,096 x 32,768 of them
-_ROWS_PER_EXPERT = 20  # the operators pad each expert's rows
 _LAYERS_READ = 2.5  # in the model's dtype while experts are streamed and packed
 
 
@@ -104,7 +110,6 @@ def _budget(s: TrainSettings, m: ModelSizes, tokens: int) -> MemoryBudget:
         loss="chunked" if s.chunked_loss else "full",
         checkpointing=s.checkpointing,
         offloading=bool(s.trainer.get("activation_offloading")),
-        retain=s.kt.kt_expert_activations == "retain",
         accumulating=s.trainer.get("gradient_accumulation_steps", 1) > 1,
     )
 
@@ -127,16 +132,19 @@ class _Placed:
 def _placed(s: TrainSettings, m: ModelSizes, host_free: int | None, gpu_free: int | None, memory: Estimate) -> _Placed:
     """Where a run on a GPU has its experts; a plan by assumed rates is noted in `memory`."""
     shape, layers, T, free = shape_of(m), m.expert_layers, memory.tokens, ASSUMED_GPU if gpu_free is None else gpu_free
-    budget, lora = memory.budget, s.kt.kt_moe_lora_device
+    lora, kept = s.kt.kt_moe_lora_device, s.kt.kt_expert_activations
     whole = dataclasses.replace(shape, num_experts=shape.num_experts * m.ranks, ranks=1)
     asked = asked_for(s.kt, [whole], has_gpu=True)
+    tiers = all_streamed([shape]) if asked is None else asked.of_rank(m.ranks)
+    budget = keeping_activations(kept, memory.budget, [shape] * layers, T, tiers, free - CUDA_CONTEXT)
+    memory.budget = budget
 
     def on_gpu(tiers: Tiers) -> int:
         room = free - CUDA_CONTEXT
         return choose_lora_device(lora, s.run.lora_rank, [shape] * layers, tiers, budget, T, room).on_gpu
 
     if asked is not None:
-        return _Placed(asked.of_rank(m.ranks), 0, on_gpu(asked.of_rank(m.ranks)))
+        return _Placed(tiers, 0, on_gpu(tiers))
     with_lora = dataclasses.replace(budget, lora_rank=s.run.lora_rank if lora == "gpu" else 0)
     rates, room = assumed_rates(shape), with_lora.free_for_experts(free, T, shape)
     plan = plan_tiers(rates, shape, layers, T, room, bits=budget.bits)
@@ -176,7 +184,10 @@ def parts_of(
         rank = s.run.lora_rank if m.lora_experts else 0
         budget = dataclasses.replace(memory.budget, lora_rank=rank, lora_layers=placed.lora_layers)
         free = ASSUMED_GPU if gpu_free is None else gpu_free
-        chunk = fitting_chunk(budget, shape_of(m), m.expert_layers, T, placed.tiers, free - CUDA_CONTEXT)
+        # As a run chooses it: before layers are moved to the GPU, and LoRA, if nobody asks for its device.
+        before = budget if s.kt.kt_moe_lora_device == "gpu" else memory.budget
+        begin = dataclasses.replace(placed.tiers, resident_layers=placed.tiers.resident_layers - placed.in_host_too)
+        chunk = fitting_chunk(before, shape_of(m), m.expert_layers, T, begin, free - CUDA_CONTEXT)
         peak = gpu_memory(budget, shape_of(m), m.expert_layers, T, placed.tiers, chunk)
         memory.moment, memory.gpu = peak.moment, {"CUDA": CUDA_CONTEXT} | peak.parts
         memory.host["CUDA"] = CUDA_ON_HOST
@@ -238,7 +249,7 @@ def _outside_experts(other: dict[str, int], s: TrainSettings, m: ModelSizes, T: 
         other["LoRA of experts and its optimizer"] = m.lora_experts * 16 + source // m.expert_layers * 2
     other["attention, embeddings and the rest"] = m.rest_bytes(_width(s), s.run)
     other["LoRA of the rest and its optimizer"] = m.lora_others * 16
-    other["activations"] = _other_activations(s, m, T)
+    other["activations"] = other_activations(s, m, T)
     other["keys and values"] = T * m.kv_width * 2 * (1 if s.checkpointing else m.layers)
     logits, chunked = T * m.vocabulary * 14, s.chunked_loss
     tile = min(T, 4096) * min(m.vocabulary, 32_768) * (2 if gpu else _CHUNKED_ON_CPU)
@@ -313,37 +324,3 @@ def saved_without_backward(s: TrainSettings) -> bool:
         return path is not None and not read_manifest(Path(path) / MANIFEST).backward
     except (OSError, KTAMXError):
         return False  # on another machine, or refused when the run starts
-
-
-def expert_activations(s: TrainSettings, m: ModelSizes, T: int, kernel: bool) -> int:
-    """Bytes of host memory that layers keep for backward, and that the CPU works in (shared by all layers).
-
-    Args:
-        s: What is to be run.
-        m: Sizes of its model.
-        T: Tokens of a forward.
-        kernel: Whether kt-kernel's operators compute, else PyTorch.
-    """
-    if s.kt.kt_max_len:
-        T = min(T, s.kt.kt_max_len)
-    rows = T * m.top_k
-    kept_layers = m.expert_layers if s.kt.kt_expert_activations == "retain" or not s.checkpointing else 1
-    own = T * m.hidden * 2  # hidden states of this rank's tokens; those of all are there in one layer at a time
-    kept = rows * (3 * m.intermediate + m.hidden) * 2 + own
-    if s.checkpointing and s.kt.kt_expert_activations == "retain":
-        kept += 2 * own  # input and output, for the recompute
-    gathered = 2 * (m.ranks - 1) * own
-    if not kernel:
-        work = rows * (4 * m.hidden + 6 * m.intermediate) * 2
-        return kept_layers * kept + work + gathered
-    padded = rows + _ROWS_PER_EXPERT * m.experts
-    work = gathered + padded * (8 * m.hidden + 12 * m.intermediate) * 2
-    work += m.lora_experts // m.expert_layers * 4 + rows * s.run.lora_rank * 240
-    return kept_layers * kept + work
-
-
-def _other_activations(s: TrainSettings, m: ModelSizes, T: int) -> int:
-    """Hidden states between layers, and inside of layers where nothing is computed again."""
-    inside = T * (12 * m.hidden + 6 * m.attention_width) * 2
-    between = T * m.hidden * 2 * m.layers
-    return between + inside * (1 if s.checkpointing else m.layers)

@@ -160,7 +160,7 @@ def test_what_saves_memory_does() -> None:
     assert total(checkpointing=False) > plain + GB
     assert total(offloading=True) < plain
     assert total(checkpointing=False, offloading=True) < total(checkpointing=False)
-    assert total(retain=False) < plain
+    assert total(retained=0) < plain
     assert total(accumulating=True) > plain
     assert total(loss="full") > plain + 14 * GB
     layer = 128 * 3 * 2048 * 768 * 2
@@ -202,4 +202,4 @@ def test_a_model_tells_its_sizes_and_the_run_its_steps() -> None:
         told = memory_budget(model, model.config, 64)
     assert told == dataclasses.replace(budget, loss="chunked", checkpointing=False, other_lora=7)
     assert memory_budget(model, model.config, 64) == budget
-    assert KTConfig().kt_expert_activations == "retain"
+    assert KTConfig().kt_expert_activations == "auto"
