@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from PIL import Image
 
 from kt_hf import apply_kt_moe, kt_lora_config
 from kt_hf.builtin.smollm2_moe import load_dense, upcycle_model
@@ -38,7 +39,7 @@ def test_losses_of_twenty_steps_are_stocks(tmp_path: Path) -> None:
     assert len(rows) == 20
     assert max(abs(row["auto"] - row["stock"]) for row in rows) <= 0.03
     assert rows[0]["stock"] - min(row["stock"] for row in rows[-4:]) >= 0.3
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert len(Image.open(tmp_path / "curves.png").getcolors()) > 10  # of its palette: not a white page
 
 
 @pytest.mark.slow
