@@ -1,8 +1,8 @@
-"""What experts over ranks would bring on 1 to 8 GPUs and 1 to 4 hosts: predicted from what one GPU measures.
+"""What experts over ranks would bring on 1 to 8 GPUs and 1 to 4 hosts: predicted from what one and two GPUs took.
 
     python benchmarks/ranks_model.py                         # tables, as they are in docs/ranks.md
     python benchmarks/ranks_model.py --plot docs/ranks_model.png
-    python benchmarks/ranks_model.py --check                 # one GPU's predictions beside its measurements
+    python benchmarks/ranks_model.py --check                 # predictions beside measurements
 
 A step of a rank is, layer by layer, the larger of the bus and of what the GPU computes, and what it exchanges. Of
 streamed experts each weight crosses the bus twice a step, in forward and in backward (the recompute of checkpointing is
@@ -24,7 +24,9 @@ LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 l
 GPU = 129e12  # FLOP/s in the slope between 8,192 and 16,384 tokens
 FIXED = 0.0083  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
 WIDEN = 6.9e-12  # seconds a weight of int4, in forward and again in backward: 0.1 s a step of 12 layers
-HEADERS = 4 * 106e-6 + 4 * 50e-6  # seconds a layer and step: four headers over gloo, four exchanges launched
+# The same on several ranks, where hosts wait for each other in each layer: two H200s took 0.35 to 0.48 s for 12 layers,
+# streamed or resident, 2,048 or 8,192 tokens a rank. Since then a recompute exchanges nothing, not measured yet.
+LAUNCH_ON_RANKS = 0.034
 UNEVEN = 1.1  # rows of the rank that has most over the mean, routing spread
 BITS = {"bf16": 16.0, "int4": 4.5}
 NETWORKS = {"10 GbE": 1.1e9, "100 GbE": 11e9, "400 Gb/s": 45e9}  # bytes/s of a host
@@ -79,7 +81,7 @@ def step(
     dense = 3 * 2 * m.attention * tokens
     compute = (experts + dense) / GPU + FIXED + (WIDEN * held * 2 if dtype == "int4" else 0)
     bus = 2 * held * BITS[dtype] / 8 / BUS if tier == "streamed" else 0.0
-    layer = max(LAUNCH + (HEADERS if owners > 1 else 0), compute, bus)
+    layer = max(LAUNCH_ON_RANKS if owners > 1 else LAUNCH, compute, bus)
     sent = 5 * tokens * m.hidden * 2  # tokens, outputs; tokens, gradients, gradients of the inputs
     between = sent * (gpus - 1) / NVLINK
     if divided == "all" and hosts > 1:
@@ -114,19 +116,22 @@ def rows(name: str, tokens: int) -> Iterator[str]:
     yield ""
 
 
-# Seconds a step that one H200 took for 12 layers (docs/gpu.md, docs/low-bit.md).
+# Seconds a step that H200s took for 12 layers (docs/gpu.md, docs/low-bit.md, docs/ranks.md), with so many tokens each.
 MEASURED = (
-    ("streamed", "bf16", 2048, 0.577), ("streamed", "bf16", 8192, 0.573), ("streamed", "bf16", 16384, 0.681),
-    ("resident", "bf16", 2048, 0.219), ("resident", "bf16", 8192, 0.299), ("streamed", "int4", 2048, 0.274),
-    ("streamed", "int4", 8192, 0.445), ("streamed", "int4", 16384, 0.511), ("resident", "int4", 8192, 0.402),
+    ("streamed", "bf16", 2048, 1, 0.577), ("streamed", "bf16", 8192, 1, 0.573), ("streamed", "bf16", 16384, 1, 0.681),
+    ("resident", "bf16", 2048, 1, 0.219), ("resident", "bf16", 8192, 1, 0.299), ("streamed", "int4", 2048, 1, 0.274),
+    ("streamed", "int4", 8192, 1, 0.445), ("streamed", "int4", 16384, 1, 0.511), ("resident", "int4", 8192, 1, 0.402),
+    ("streamed", "bf16", 2048, 2, 0.468), ("streamed", "bf16", 8192, 2, 0.480), ("resident", "bf16", 2048, 2, 0.391),
+    ("resident", "bf16", 8192, 2, 0.422), ("streamed", "int4", 2048, 2, 0.378), ("streamed", "int4", 8192, 2, 0.431),
 )  # fmt: skip
 
 
 def check() -> Iterator[str]:
-    """One GPU's measurements beside the prediction."""
-    for tier, dtype, tokens, seconds in MEASURED:
-        predicted = step(_REFERENCE, tokens, 1, 1, tier, dtype, 1.0)[0] * 12 / _REFERENCE.layers
-        yield f"{tier:9} {dtype} {tokens:6}: {predicted:.3f} s, measured {seconds:.3f} ({predicted / seconds - 1:+.0%})"
+    """Measurements beside the prediction."""
+    for tier, dtype, tokens, gpus, seconds in MEASURED:
+        predicted = step(_REFERENCE, tokens, gpus, 1, tier, dtype, 1.0)[0] * 12 / _REFERENCE.layers
+        part = predicted / seconds - 1
+        yield f"{gpus} x {tier:9} {dtype} {tokens:6}: {predicted:.3f} s, measured {seconds:.3f} ({part:+.0%})"
 
 
 def plot(file: Path, name: str, tokens: int) -> None:
@@ -159,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), nargs="+", default=list(MODELS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="of each GPU")
-    parser.add_argument("--check", action="store_true", help="one GPU's predictions beside its measurements")
+    parser.add_argument("--check", action="store_true", help="predictions beside measurements")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first model to a PNG")
     given = parser.parse_args()
     lines = list(check()) if given.check else [r for n in given.model for t in given.tokens for r in rows(n, t)]

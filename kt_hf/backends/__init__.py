@@ -1,7 +1,7 @@
 """Backends: experts of one layer computed forward and backward, knowing nothing of autograd, PEFT or Trainer."""
 
 from ..shapes import LORA_NAMES, ExpertShape
-from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights, Gradients, SavedForward
+from .base import CALL_LOCK, Availability, ExpertsBackend, ExpertWeights, Gradients, Resumable, SavedForward
 from .base import SavedForward as Saved  # Saved, QUANTISED, SavedLayer, pack and save_packed: the names of 0.1.0
 from .kt_kernel.installation import bytes_per_weight
 from .kt_kernel.kept_memory import KEPT
@@ -36,6 +36,7 @@ __all__ = [
     "ExpertsBackend",
     "Gradients",
     "PackedLayerFiles",
+    "Resumable",
     "Saved",
     "SavedForward",
     "SavedLayer",

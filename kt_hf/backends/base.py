@@ -165,6 +165,20 @@ class CountsRows(Protocol):
         """`forward` without a wait for the GPU: `counts` are the values of `row_counts(ids)`."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A backend whose backward needs the inputs of the forward, and nothing that it has computed."""
+
+    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor) -> SavedForward:
+        """What `backward` needs of a forward of these inputs, as `ExpertsBackend.forward` would save it.
+
+        Args:
+            x: Hidden states [T, H].
+            ids: [T, K] int64.
+            weights: [T, K] fp32.
+        """
+
+
 class ExpertsBackend(Protocol):
     """Experts of one layer. Calls are not thread-safe: the caller holds `kt_hf.backends.CALL_LOCK`.
 

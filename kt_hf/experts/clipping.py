@@ -96,13 +96,14 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     owned, ranks = owned_among(parameters)
     average_over_hosts(owned)
+    if ranks is not None:
+        ranks.agree(Place(Kind.NORM))  # before FSDP2's gradients are summed, where a rank in another place never comes
     ids = {id(parameter) for parameter in owned}
     rest = [p for p in parameters if id(p) not in ids]
     total = _norm(rest, norm_type)
     if ranks is not None:
-        norm = _norm(owned, norm_type)
-        ranks.agree(Place(Kind.NORM))  # each expert's gradients once, not those of its replicas
-        norms = ranks.owner_values(torch.tensor([norm], dtype=torch.float64, device="cpu")).flatten().tolist()
+        norm = torch.tensor([_norm(owned, norm_type)], dtype=torch.float64, device="cpu")
+        norms = ranks.owner_values(norm).flatten().tolist()  # each expert's gradients once, not those of its replicas
         total = _joined([total, *norms], norm_type)
     device = next((p.grad.device for p in (*rest, *owned) if p.grad is not None), None)
     result = torch.tensor(total, dtype=torch.float32, device=device)

@@ -28,6 +28,7 @@ from .tickets import in_backward
 
 # The layers of this process, of whatever models, whose experts are divided among ranks.
 DIVIDED: weakref.WeakSet[Any] = weakref.WeakSet()
+_NUMBER = 40  # bits of a header's last number that are for tokens; the others are for an exchange that is known
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -40,12 +41,14 @@ class Gathered:
         ids: [S, K] int64, counted from this rank's first expert; those of other ranks' experts are outside [0, E/N).
         weights: [S, K] fp32.
         lengths: Tokens of each rank.
+        number: Of this exchange, among those of the layer: the same on all ranks.
     """
 
     x: Tensor
     ids: Tensor
     weights: Tensor
     lengths: list[int]
+    number: int
 
 
 class LayerExchange:
@@ -68,6 +71,7 @@ class LayerExchange:
         self.layer_idx = layer_idx
         self.label = label
         self.unaveraged = False
+        self._gatherings = 0
         self._checked: set[bool] = set()
 
     @contextlib.contextmanager
@@ -79,14 +83,17 @@ class LayerExchange:
             self.ranks.agree(self._place(kind), failure=error)
             raise
 
-    def gather(self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool) -> Gathered:
-        """The inputs of all ranks' forwards.
+    def gather(
+        self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool, known: int = -1
+    ) -> Gathered | None:  # fmt: skip
+        """The inputs of all ranks' forwards; None if all ranks know what comes of theirs.
 
         Args:
             x: Hidden states of this rank, [T, H], any floating dtype and device.
             ids: [T, K] integers.
             weights: [T, K], floating.
             gradients: Whether a backward may come.
+            known: The number of an earlier exchange, if this is a recompute whose output this rank has kept; else -1.
 
         Raises:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
@@ -94,7 +101,13 @@ class LayerExchange:
         with self.telling(Kind.TOKENS):
             rows, layout = _packed(_inputs(x, ids, weights))
         place = self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1])
-        lengths = self.ranks.agree(place, x.shape[0])
+        said = self.ranks.agree(place, (known + 1) << _NUMBER | x.shape[0])
+        if known >= 0 and all(number >> _NUMBER == known + 1 for number in said):  # not only alike on this rank
+            if self.ranks.replicas.size > 1:  # hosts meet where a pass leaves the layers
+                self.ranks.agree(self._place(Kind.OUTPUTS))
+            return None
+        lengths = [number & ((1 << _NUMBER) - 1) for number in said]
+        self._gatherings += 1
         return self._gathered(_unpacked(self.ranks.rows_to_all(rows, lengths, place), layout), lengths)
 
     def gather_gradients(
@@ -122,7 +135,7 @@ class LayerExchange:
 
     def _gathered(self, inputs: list[Tensor], lengths: list[int]) -> Gathered:
         ids, weights, x = inputs
-        return Gathered(x, ids - self.share.lo, weights, lengths)
+        return Gathered(x, ids - self.share.lo, weights, lengths, self._gatherings)
 
     def summed(
         self, kind: Kind, compute: Callable[[], Sequence[Tensor]], like: Sequence[Tensor], lengths: Sequence[int]
@@ -207,6 +220,23 @@ class LayerExchange:
         mode = Place.mode_of(gradients, synchronized, in_backward() and kind is Kind.TOKENS)
         number = _DTYPES.index(dtype) if dtype in _DTYPES else -1
         return Place(kind, self.layer_idx, step, mode, number, columns, self.label)
+
+
+def meet_before_pass(ranks: Ranks, synchronized: bool) -> None:
+    """Meet the other ranks before what is around a model exchanges something: DDP its buffers, FSDP2 its parameters.
+
+    A rank with a forward more would wait there for the others, and they for it in an exchange of ours.
+
+    Args:
+        ranks: The processes, all of which begin a forward of the model.
+        synchronized: Whether gradients are exchanged in the backward that follows.
+
+    Raises:
+        KTAMXForwardError: The ranks are in different places, or one has failed or ended.
+    """
+    gradients = torch.is_grad_enabled()
+    mode = Place.mode_of(gradients, gradients and synchronized, False)
+    ranks.agree(Place(Kind.PASS, step=ranks.steps_since_first(optimizer_steps()), mode=mode))
 
 
 def ddp_module() -> DistributedDataParallel | None:

@@ -14,7 +14,7 @@ from ..ranks import Kind
 from .exchange import LayerExchange
 from .lora_tensors import LoraTensors
 from .runner import ExpertsRunner
-from .tickets import Ticket
+from .tickets import Retained, Ticket
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -105,16 +105,28 @@ def _forward(
     if exchange is None:
         out, ticket = runner.forward(x, ids, weights, save)
         return out.to(x.dtype), ticket, []
-    every = exchange.gather(x, ids, weights, save)
+    known, each_keeps = None, save and runner.resumes
+    if each_keeps:
+        with exchange.telling(Kind.TOKENS):
+            known = runner.recognize(x, ids, weights)
+    every = exchange.gather(x, ids, weights, save, -1 if known is None else known.gathering)
+    if every is None:
+        assert known is not None
+        assert known.retained is not None
+        return known.retained.output.detach(), known, known.lengths
     tickets: list[Ticket | None] = []
 
     def compute() -> list[Tensor]:
-        out, ticket = runner.forward(every.x, every.ids, every.weights, save)
+        out, ticket = runner.forward(every.x, every.ids, every.weights, save, of_ranks=each_keeps)
         tickets.append(ticket)
         return [out.to(x.dtype)]
 
     (out,) = exchange.summed(Kind.OUTPUTS, compute, [x], every.lengths)
-    return out, tickets[0], every.lengths
+    (ticket,) = tickets
+    if each_keeps and ticket is not None and runner.retain:
+        kept = x.detach().to(runner.backend.dtype).contiguous(), ids.detach(), weights.detach()
+        ticket.retained, ticket.gathering, ticket.lengths = Retained(*kept, out), every.number, every.lengths
+    return out, ticket, every.lengths
 
 
 def _backward(

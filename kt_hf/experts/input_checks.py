@@ -47,3 +47,28 @@ def within(ids: Tensor, count: int) -> bool:
     """Whether ids on the CPU are each in [0, count) or -1."""
     low, high = map(int, ids.aminmax()) if ids.numel() else (-1, -1)
     return low >= -1 and high < count
+
+
+def prepared(
+    x: Tensor, ids: Tensor, weights: Tensor, shape: ExpertShape, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's inputs as a backend takes them, on the devices they are on.
+
+    Ids of no expert become -1, columns that are missing to K are filled with -1 and weight 0.
+
+    Args:
+        x: [T, H], any floating dtype.
+        ids: [T, at most K] integers.
+        weights: [T, at most K], floating.
+        shape: The layer's sizes.
+        dtype: The backend's.
+    """
+    ids = ids.detach().to(torch.int64)
+    if ids.is_cuda or not within(ids, shape.num_experts):
+        ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
+    weights = weights.detach().to(torch.float32)
+    missing = shape.top_k - ids.shape[1]
+    if missing > 0:
+        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+        weights = torch.nn.functional.pad(weights, (0, missing))
+    return x.detach().to(dtype).contiguous(), ids.contiguous(), weights.contiguous()

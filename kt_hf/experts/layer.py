@@ -24,6 +24,8 @@ from .projections import NO_COPY, NO_PICKLE, ExpertProjection
 from .runner import ExpertsRunner
 from .tickets import in_backward
 
+WRAPPERS = "_kt_wrappers"  # attribute of a patched model: its `KTExperts` in layer order
+
 
 class KTExperts(nn.Module):
     """The routed experts of one layer, computed by a backend. Takes the place of a model's `experts` module.
@@ -298,8 +300,21 @@ class KTExperts(nn.Module):
 
 
 def kt_layers(model: nn.Module) -> list[KTExperts]:
-    """All `KTExperts` of a model (or a wrapper of one), in layer order."""
-    return [module for module in model.modules() if isinstance(module, KTExperts)]
+    """All `KTExperts` of a model (or a wrapper of one), in layer order.
+
+    A patched model knows its own: with 48 layers a walk through its modules takes 20 ms, some of them in each step.
+    """
+    found: list[KTExperts] = []
+    left = [model]
+    while left:
+        module = left.pop()
+        if isinstance(module, KTExperts):
+            found.append(module)
+        elif WRAPPERS in module.__dict__:
+            found += module.__dict__[WRAPPERS]
+        else:
+            left += reversed(list(module.children()))
+    return found
 
 
 def update_lora(layers: Sequence[KTExperts]) -> None:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..backends import CALL_LOCK, ExpertsBackend, Gradients, SavedForward
+from ..backends import CALL_LOCK, ExpertsBackend, Gradients, Resumable, SavedForward
 from ..backends.finite_checks import DeferredChecks
 from ..backends.transfer import to_device, to_host
 from ..errors import KTAMXBackwardError
-from ..system.threads import torch_threads
-from .input_checks import within
+from ..system.threads import quiet_torch
+from .input_checks import prepared
 from .lora_tensors import LoraTensors
 from .result_checks import (
     CheckedGradients,
@@ -79,7 +79,7 @@ class ExpertsRunner:
         most = self.backend.torch_threads
         fewer = most if most is not None and torch.get_num_threads() > most else None
         autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-        return _quiet_torch(fewer, autocast) if fewer or autocast else contextlib.nullcontext()
+        return quiet_torch(fewer, autocast) if fewer or autocast else contextlib.nullcontext()
 
     @property
     def on_gpu(self) -> bool:
@@ -120,7 +120,14 @@ class ExpertsRunner:
         self.backend.set_lora(tensors)
         self._values = values
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, Ticket | None]:
+    @property
+    def resumes(self) -> bool:
+        """Whether backward needs nothing but inputs: of several ranks each keeps its own then, and not all tokens."""
+        return isinstance(self.backend, Resumable)
+
+    def forward(
+        self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, of_ranks: bool = False
+    ) -> tuple[Tensor, Ticket | None]:
         """Compute the layer.
 
         Args:
@@ -128,6 +135,7 @@ class ExpertsRunner:
             ids: [T, K], as the model gave them: any integer dtype and device.
             weights: [T, K], as the model gave them: any floating dtype and device.
             save: Whether a backward may come.
+            of_ranks: Whether these are the tokens of several ranks, each of which keeps its own (`resumes`).
 
         Returns:
             The output [T, H] in the backend's dtype and on x's device; and with `save` the ticket for the backward.
@@ -137,14 +145,14 @@ class ExpertsRunner:
         """
         with CALL_LOCK, torch.no_grad(), self._quiet():
             self.checks.settle()
-            if save and self.retain and in_backward():
-                known = self._recognize(x, ids, weights)
+            if save and not of_ranks:
+                known = self.recognize(x, ids, weights)
                 if known is not None and known.retained is not None:
                     # Another alias: this one becomes the output of a graph that leads back to the ticket.
                     return to_device(known.retained.output.detach(), x.device), known
             hidden, given = x.detach(), (ids.detach(), weights.detach())
             x, ids, weights = self._inputs(x, ids, weights)
-            keep = save and (self.retain or in_backward())
+            keep = save and not of_ranks and (self.retain or in_backward())
             out, saved = self._with_room(lambda: self._compute(x, ids, weights, keep))
             result = to_device(out, hidden.device)
             check_output(self.checks, self.label, out, result, hidden)
@@ -275,7 +283,10 @@ class ExpertsRunner:
     def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, check: Check) -> Gradients:
         most = self.backend.max_len or max(x.shape[0], 1)
         if x.shape[0] <= most:
-            _, saved = self.backend.forward(x, ids, weights, save=True)
+            if isinstance(self.backend, Resumable):
+                saved: SavedForward | None = self.backend.saved_of(x, ids, weights)
+            else:
+                _, saved = self.backend.forward(x, ids, weights, save=True)
             assert saved is not None
             return self._backward(saved, lambda: (x, ids, weights), grad, check)
         # Longer than the operators take: piece by piece, the LoRA gradients summed in fp32.
@@ -302,30 +313,24 @@ class ExpertsRunner:
 
     def _inputs(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The model's inputs as the backend takes them: shapes, dtypes and device. The CPU converts ids itself."""
+        shape, dtype = self.backend.shape, self.backend.dtype
         if self.on_gpu:
-            x, ids, weights = (to_device(tensor, self.backend.device) for tensor in self._prepared(x, ids, weights))
+            x, ids, weights = (to_device(t, self.backend.device) for t in prepared(x, ids, weights, shape, dtype))
             return x, ids, weights
         if x.is_cuda or ids.is_cuda or weights.is_cuda:
             x, ids, weights = to_host((x, ids, weights), (self.backend.dtype, ids.dtype, weights.dtype)).wait()
-        return self._prepared(x, ids, weights)
+        return prepared(x, ids, weights, shape, dtype)
 
-    def _prepared(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs in the backend's dtype and [T, K], on the device they are on.
+    def recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        """The ticket of an earlier forward of these inputs, if this is a recompute of it and its output was kept.
 
-        Ids of no expert become -1, columns that are missing to K are filled with -1 and weight 0.
+        Args:
+            x: [T, H], as the model gave it, as are `ids` and `weights`.
+            ids: [T, K].
+            weights: [T, K].
         """
-        shape = self.backend.shape
-        ids = ids.detach().to(torch.int64)
-        if ids.is_cuda or not within(ids, shape.num_experts):
-            ids = ids.masked_fill((ids < 0) | (ids >= shape.num_experts), -1)
-        weights = weights.detach().to(torch.float32)
-        missing = shape.top_k - ids.shape[1]
-        if missing > 0:
-            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
-            weights = torch.nn.functional.pad(weights, (0, missing))
-        return x.detach().to(self.backend.dtype).contiguous(), ids.contiguous(), weights.contiguous()
-
-    def _recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        if not (self.retain and in_backward()):
+            return None
         x = x.detach().to(self.backend.dtype).contiguous()
         for ticket in sorted(self._live.values(), key=lambda t: -t.number):
             if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
@@ -335,13 +340,3 @@ class ExpertsRunner:
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)
         return Gradients(hidden, torch.full((tokens, top_k), value, device=self.backend.device))
-
-
-@contextlib.contextmanager
-def _quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
-    """Set PyTorch's number of threads, unless it is None, and switch autocast off on these kinds of device."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch_threads(threads))
-        for device in autocast:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield

@@ -95,7 +95,9 @@ class Ticket:
 
     Attributes:
         number: Of this forward, unlike every other's.
-        retained: Its inputs and output, where they are kept for a recompute.
+        retained: Its inputs and output, where they are kept for a recompute; of several ranks, this one's.
+        gathering: Which exchange brought the inputs, by its number, where each of several ranks keeps its own.
+        lengths: Tokens of each rank in it.
     """
 
     def __init__(self, values: LoraValues, saved: SavedForward | None, ids: Tensor) -> None:
@@ -104,6 +106,7 @@ class Ticket:
         self.ids = ids  # [T, K], -1 for no expert
         self.values: LoraValues | None = values
         self.retained: Retained | None = None
+        self.gathering, self.lengths = -1, list[int]()
         values.tickets.add(self)
 
     def release(self) -> None:

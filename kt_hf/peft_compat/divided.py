@@ -17,7 +17,7 @@ from ..adapters.owned_optimizer import remove_state, write_state
 from ..adapters.whole import ranks_of, whole_lora
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts.clipping import clip_grad_norm_, owned_among
-from ..experts.exchange import DIVIDED
+from ..experts.exchange import DIVIDED, meet_before_pass
 from ..ranks import Kind, Place
 from .sharded import as_unsharded, is_sharded
 
@@ -65,6 +65,14 @@ def all_parameters_used(original: Callable[..., Any], trainer: Any, **kwargs: An
     if trainer.args.ddp_find_unused_parameters is None and ranks_of(trainer.model) is not None:
         trainer.args.ddp_find_unused_parameters = False
     return original(trainer, **kwargs)
+
+
+def meet_before_forward(original: Callable[..., Any], ddp: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+    """Replaces `DistributedDataParallel.__init__`: ranks meet before each forward, in which DDP broadcasts buffers."""
+    original(ddp, module, *args, **kwargs)
+    ranks = ranks_of(module)
+    if ranks is not None:
+        ddp.register_forward_pre_hook(lambda ddp, _: meet_before_pass(ranks, ddp.require_backward_grad_sync))
 
 
 def name_lost_rank(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:

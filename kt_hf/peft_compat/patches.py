@@ -148,6 +148,8 @@ PATCHES = (
     Patch("peft.PeftModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("peft.PeftMixedModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("transformers.modeling_utils.ModuleUtilsMixin", "num_parameters", "counts.number", _COUNTS, _TRANSFORMERS),
+    Patch("torch.nn.parallel.distributed.DistributedDataParallel", "__init__", "divided.meet_before_forward",
+          "a rank with a forward more would wait in DDP's broadcast of buffers until the timeout", "2.9"),
     Patch("torch.nn.utils", "clip_grad_norm_", "clipping.clip_on_all_cores",
           "one core would read the gradients of LoRA on the CPU: 0.3 s a step where they are 3.3 GB", "2.9"),
     Patch("torch.optim._muon.Muon", "__init__", "other_libraries.refuse_stacked_lora",

@@ -10,6 +10,7 @@ stand for, and the other arguments are that function's. A model that is not divi
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..adapters.whole import ranks_of
 from ..errors import KTAMXConfigError
+from ..experts.exchange import meet_before_pass
 from ..experts.holders import owned_lora
+from ..ranks import Ranks
 
 _TWO = "fsdp_version: 2 (configs/accelerate/fsdp2.yaml), or leave FSDP out: DDP takes what is not experts"
 
@@ -71,13 +74,20 @@ def shard_the_rest(original: Callable[..., Any], accelerator: Any, *args: Any) -
         given = [module for name, module in model.named_modules() if re.fullmatch(given, name)]
     owned = list(owned_lora(model))
     plugin.ignored_modules = [*(given or ()), *owned]
-    result = original(accelerator, *args)
+    result, ranks = original(accelerator, *args), ranks_of(model)
+    assert ranks is not None
     for one in result if isinstance(result, (list, tuple)) else (result,):
         if isinstance(one, nn.Module):
             one.register_load_state_dict_pre_hook(_shard_loaded)
+            meet = functools.partial(_meet, accelerator, ranks)
+            one.register_forward_pre_hook(meet, prepend=True)  # before FSDP2's own, which gathers parameters
         elif isinstance(one, torch.optim.Optimizer):
             _step_by_kinds(_inner(one))
     return result
+
+
+def _meet(accelerator: Any, ranks: Ranks, *_: Any) -> None:
+    meet_before_pass(ranks, accelerator.sync_gradients)
 
 
 def _shard_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -14,16 +14,12 @@ from dataclasses import dataclass, replace
 
 from ..shapes import ExpertShape, expert_bytes
 from .expert_memory import lora_parameters
-from .memory_model import MemoryBudget, gpu_memory, room_for
+from .memory_model import FRAGMENTS, MemoryBudget, gpu_memory, room_for
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
 BYTES_PER_PARAMETER = 16  # in fp32: itself, its gradient and the two moments of Adam
-# Of what comes and goes in a step: so much more PyTorch's allocator holds in fragments. 12 layers of Qwen3-30B on an
-# H200, tensors and held, GB: 16,384 tokens 10.5 and 11.7, 32,768 tokens 15.4 and 18.8, half of it coming and going.
-# LoRA cannot leave the GPU in a run, as layers can: 48 layers and 16,384 tokens ran out of memory without this.
-FRAGMENTS = 0.3
 
 
 @dataclass(frozen=True)

@@ -212,5 +212,5 @@ def _timeout() -> datetime.timedelta:
     default = torch.distributed.constants.default_pg_timeout
     with contextlib.suppress(Exception):  # a backend without options
         group: Any = dist.group.WORLD
-        return group._get_backend(torch.device("cpu")).options._timeout
+        return group._get_backend(group._device_types[0]).options._timeout  # NCCL alone has none for the CPU
     return default

@@ -25,6 +25,7 @@ class Kind(enum.IntEnum):
     PLAN = 10  # what each rank has measured
     RUN = 11  # whether to stop, and how much was done
     REPLICAS = 12  # gradients of LoRA that ranks of several hosts own
+    PASS = 13  # nothing: what DDP or FSDP2 exchange before a model's first layer comes next
 
 
 _WORDS = {
@@ -40,9 +41,11 @@ _WORDS = {
     Kind.PLAN: "the plan of the placement",
     Kind.RUN: "the end of a step of the run",
     Kind.REPLICAS: "the mean over hosts of the gradients of layer {}",
+    Kind.PASS: "the beginning of a forward of the model",
 }
 _ERRORS: dict[Kind, type[KTAMXError]] = {
     Kind.OWNERS: KTAMXForwardError,
+    Kind.PASS: KTAMXForwardError,
     Kind.TOKENS: KTAMXForwardError,
     Kind.OUTPUTS: KTAMXForwardError,
     Kind.GRADIENTS: KTAMXBackwardError,
@@ -103,4 +106,6 @@ def in_words(numbers: list[int]) -> str:
         parts.append("the step's last micro-batch" if mode & _SYNCHRONIZED else "not the step's last micro-batch")
     if mode & _RECOMPUTED:
         parts.append("recomputed")
-    return f"{words} ({', '.join(parts)}, {columns} experts a token)"
+    if columns:
+        parts.append(f"{columns} experts a token")
+    return f"{words} ({', '.join(parts)})"

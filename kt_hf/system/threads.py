@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -24,3 +24,18 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet_torch(threads: int | None, autocast: list[str]) -> Iterator[None]:
+    """Set PyTorch's number of threads, unless it is None, and switch autocast off, while this is open.
+
+    Args:
+        threads: How many; None leaves them.
+        autocast: Kinds of device, "cpu" or "cuda".
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(threads))
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -16,6 +16,8 @@ from tests.support.gates import GATES
 CASES = Path(__file__).with_name("kernel_cases.py")
 # Shared memory that a block may have, by the CUDA programming guide: A100, 3090, 4090, H100, B200, 5090.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Tensor cores that have instructions of their own for tiles of 64 rows and more: H100's and B200's.
+OWN = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -73,7 +75,7 @@ def test_the_product_compiles(sm: int, height: int) -> None:
             num_stages=blocks.stages,
         )  # fmt: skip
         assert done.metadata.shared <= SHARED[sm]
-        assert ("wgmma" if sm == 90 and height >= 64 else "mma.sync") in done.asm["ptx"]
+        assert (OWN.get(sm, "mma.sync") if height >= 64 else "mma.sync") in done.asm["ptx"]
         assert "cp.async" in done.asm["ptx"]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from kt_hf.errors import KTAMXBackwardError, KTAMXConfigError, KTAMXError, KTAMXForwardError
+from kt_hf.experts import clip_grad_norm_
 from kt_hf.ranks import Kind, Place, Ranks, channel, current_world
 from tests.support.cases import TORCH_FP32
 from tests.support.helpers import MIXTRAL
@@ -154,6 +155,19 @@ def one_more_accumulated(rank: int) -> None:
             loss_of(model).backward()
 
 
+def one_more_before_clipping(by: int) -> Callable[[int], None]:
+    """Each micro-batch ends in DDP's exchange of gradients, and the next begins with its broadcast of buffers."""
+
+    def one_more(rank: int) -> None:
+        model = model_of()
+        wrapped = DistributedDataParallel(model)
+        for _ in range(2 if rank == by else 1):
+            loss_of(wrapped).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+
+    return one_more
+
+
 def without_gradients(rank: int) -> None:
     model = model_of()
     with torch.set_grad_enabled(rank == 0):
@@ -178,6 +192,8 @@ def saves_alone(rank: int) -> None:
     [
         (one_more_micro_batch, ("layer 0", "step 0", "step 1")),
         slowly(one_more_accumulated, ("the step's last micro-batch", "not the step's last")),
+        (one_more_before_clipping(1), ("the beginning of a forward", "the gradient norm")),
+        slowly(one_more_before_clipping(0), ("the beginning of a forward", "the gradient norm")),
         slowly(without_gradients, ("with gradients", "without gradients")),
         slowly(another_layer, ("layer 0", "layer 1")),
         slowly(saves_alone, ("the beginning of a save", "forward of layer 0")),
@@ -257,9 +273,14 @@ def outcome(rank: int, work: Callable[[int], Any]) -> Outcome:
     return None, time.perf_counter() - begin
 
 
-def test_owned_lora_that_was_broadcast_is_refused_at_the_first_step() -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_owned_lora_that_was_broadcast_is_refused_at_the_first_step(computed: bool) -> None:
+    """The first with DDP, whether or not the model was computed without."""
+
     def work(rank: int) -> None:
         model = model_of()
+        if computed:
+            loss_of(model)
         del model.base_model.model._ddp_params_and_buffers_to_ignore
         loss_of(DistributedDataParallel(model))
 

@@ -256,12 +256,15 @@ def test_an_error_in_evaluation_does_not_leave_the_other_host_waiting() -> None:
 
 
 @pytest.mark.slow
-def test_one_micro_batch_more_on_a_host_is_an_error_at_once() -> None:
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "DDP"])
+@pytest.mark.parametrize("by", [(2, 3), (3,), (0, 1), (0,)])
+def test_one_micro_batch_more_on_a_host_is_an_error_at_once(by: tuple[int, ...], wrapped: bool) -> None:
     def work(rank: int) -> None:
         model = model_of(MIXTRAL, None)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+        model = DistributedDataParallel(model) if wrapped else model
         for step in range(2):
-            for _ in range(3 if rank >= 2 and step == 0 else 2):
+            for _ in range(3 if rank in by and step == 0 else 2):
                 loss_of(model).backward()
             optimizer.step()
 

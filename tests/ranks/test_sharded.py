@@ -19,10 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from kt_hf import KTAMXConfigError
+from kt_hf import KTAMXConfigError, KTAMXError
 from kt_hf.adapters import check_checkpoint
 from kt_hf.experts import clip_grad_norm_
 from kt_hf.experts.holders import owned_lora
+from tests.ranks.test_failures import outcomes
 from tests.ranks.test_trainer import compare, saved
 from tests.support.cases import TORCH_FP32
 from tests.support.helpers import MIXTRAL
@@ -150,6 +151,37 @@ def test_evaluation_and_the_best_model(tmp_path: Path) -> None:
     best = saved(next(tmp_path.glob("checkpoint-*")))
     parameters = joined([rank.parameters for rank in two])
     assert all(torch.equal(value, best[name.replace(".default", "")]) for name, value in parameters.items())
+
+
+def test_whole_tensors_are_loaded_into_a_sharded_model(tmp_path: Path) -> None:
+    """PEFT cuts an adapter's up by itself where it knows of DTensors; torch takes nothing else for them."""
+
+    def work(rank: int) -> bool:
+        of = trainer(tmp_path, 2, sharded=True, max_steps=1)
+        of.train()
+        sharded = {name: p for name, p in trainable(of.model).items() if isinstance(p, DTensor)}
+        values = {name: torch.arange(float(p.numel())).view(p.shape) for name, p in sharded.items()}
+        of.model.load_state_dict(values, strict=False)
+        return bool(values) and all(torch.equal(whole(p), values[name]) for name, p in sharded.items())
+
+    assert results(on_ranks(2, work)) == [True, True]
+
+
+@pytest.mark.parametrize("by", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_micro_batch_more_on_one_rank_is_an_error_at_once(by: int, tmp_path: Path) -> None:
+    """FSDP2 gathers parameters before the first layer of experts, where the other rank would never come."""
+
+    def work(rank: int) -> None:
+        of = trainer(tmp_path, 2, sharded=True, max_steps=1)
+        step = of.training_step
+        of.training_step = lambda *args: sum(step(*args) for _ in range(2 if rank == by else 1))
+        of.train()
+
+    for error, after in outcomes(2, work):
+        assert isinstance(error, KTAMXError), error
+        assert "different places" in str(error)
+        assert all(words in str(error) for words in ("the beginning of a forward", "the gradient norm")), error
+        assert after < 10
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kt_hf.experts.holders import ExpertLora
+from kt_hf.ranks import channel
 from tests.support.cases import TORCH_FP32
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import adapted_model, lora_config
@@ -29,8 +30,12 @@ def lora_of(model: Any) -> list[ExpertLora]:
     return [module for module in model.modules() if isinstance(module, ExpertLora)]
 
 
-def test_adapters_made_after_patching_are_left_alone_too() -> None:
-    """TRL makes its `ref` adapter when the trainer begins: names that were listed before would lack it."""
+@pytest.mark.parametrize("given", ["PeftModel", "transformers model"])
+def test_adapters_made_after_patching_are_left_alone_too(given: str) -> None:
+    """TRL makes its `ref` adapter when the trainer begins: names that were listed before would lack it.
+
+    They are other names where DDP is given the model that has its adapters by transformers' `add_adapter`.
+    """
 
     def work(rank: int) -> list[bool]:
         model = model_of()
@@ -38,7 +43,7 @@ def test_adapters_made_after_patching_are_left_alone_too() -> None:
         with torch.no_grad():
             for holder in lora_of(model):
                 holder.weight.fill_(rank + 1)
-        DistributedDataParallel(model)
+        DistributedDataParallel(model if given == "PeftModel" else model.base_model.model)
         return [bool((holder.weight == rank + 1).all()) for holder in lora_of(model)]
 
     for values in results(on_ranks(2, work)):
@@ -57,6 +62,20 @@ def test_owned_lora_may_be_on_another_kind_of_device() -> None:
         return True
 
     assert results(on_ranks(2, work)) == [True, True]
+
+
+def test_a_run_may_be_connected_for_gpus_alone() -> None:
+    """As accelerate does by NCCL; here by gloo for CUDA tensors. What the CPU exchanges waits as long."""
+
+    def work(rank: int) -> tuple[bool, float]:
+        with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+            dist.all_reduce(torch.ones(1))
+        model, ids = model_of(), MIXTRAL.inputs(1, 6)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return bool(loss.isfinite()), channel._timeout().total_seconds()
+
+    assert results(on_ranks(2, work, timeout=19, backend="cuda:gloo")) == [(True, 19.0)] * 2
 
 
 def layer_inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -40,6 +40,7 @@ def on_ranks(
     limit: float = 120,
     connect: bool = True,
     hosts: int = 1,
+    backend: str = "gloo",
 ) -> list[Any]:
     """What `work(rank)` returns on each of `count` forked processes; an exception it raises is returned in its place.
 
@@ -50,11 +51,15 @@ def on_ranks(
         limit: Seconds after which processes are ended that have not ended by themselves.
         connect: Whether torch.distributed is initialized for them.
         hosts: As many machines as they take themselves to be on, with `count / hosts` processes each.
+        backend: That torch.distributed is initialized with.
     """
     with contextlib.suppress(ImportError):  # which PEFT imports, and takes seconds in each process
         importlib.import_module("bitsandbytes")
     with tempfile.TemporaryDirectory() as folder:
-        children = [_start(rank, count, work, Path(folder), timeout, connect, hosts) for rank in range(count)]
+        children = [
+            _start(rank, count, work, Path(folder), timeout, backend if connect else None, hosts)
+            for rank in range(count)
+        ]
         until, left = time.monotonic() + limit, dict(enumerate(children))
         while left and time.monotonic() < until:
             left = {rank: pid for rank, pid in left.items() if os.waitpid(pid, os.WNOHANG) == (0, 0)}
@@ -78,7 +83,7 @@ def results(values: list[Any]) -> list[Any]:
 
 
 def _start(
-    rank: int, count: int, work: Callable[[int], Any], folder: Path, timeout: float, connect: bool, hosts: int
+    rank: int, count: int, work: Callable[[int], Any], folder: Path, timeout: float, backend: str | None, hosts: int
 ) -> int:
     pid = os.fork()
     if pid:
@@ -89,9 +94,9 @@ def _start(
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank % (count // hosts))}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count // hosts), "GROUP_RANK": str(rank // (count // hosts))}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        if connect:
+        if backend is not None:
             dist.init_process_group(
-                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count,
+                backend, init_method=f"file://{folder}/store", rank=rank, world_size=count,
                 timeout=datetime.timedelta(seconds=timeout),
             )  # fmt: skip
         torch.manual_seed(0)

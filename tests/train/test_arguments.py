@@ -138,7 +138,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("eval_dataset: builtin:pydoc\nval_size: 0.1", ["val_size and eval_dataset are both given"]),
     ("deepspeed: ds.json", ["deepspeed does not go together with use_kt"]),
     ("fsdp: full_shard", ["fsdp does not go together with use_kt"]),
-    ("activation_offloading: true", ["activation_offloading does not go together with use_kt"]),
+    ("activation_offloading: true", ["line 4: activation_offloading takes a GPU, and there is none: leave it out"]),
+    ("activation_offloading: true\nuse_kt: false", ["line 4: activation_offloading takes a GPU"]),
     ("torch_compile_mode: reduce-overhead", ["line 4: torch_compile_mode=reduce-overhead records CUDA graphs"]),
     ("bf16: true\nfp16: true", ["bf16"]),
     ("resume_from_checkpoint: true", ["out holds no checkpoint to go on from"]),
@@ -234,7 +235,7 @@ def test_ligers_kernels_need_their_package_and_a_gpu(
 
 
 def test_unpatched_training_may_have_what_experts_on_the_cpu_may_not(tmp_path: Path) -> None:
-    assert read_arguments(write(tmp_path, GOOD + "use_kt: false\nactivation_offloading: true\n"))
+    assert read_arguments(write(tmp_path, GOOD + "use_kt: false\ntorch_compile_mode: reduce-overhead\n"))
 
 
 def test_an_earlier_run_is_not_written_over_by_accident(tmp_path: Path) -> None:

@@ -50,9 +50,13 @@ class GroupedBackend(GroupedExperts):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Launch the products; the output [T, H] is bf16 on `device`, and with `save` the inputs are kept."""
-        rows, lora = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks), self._lora
-        out = resident_output(x, self.weights.gate_up, self.weights.down, lora, rows, self._gating)
-        return out, _GroupedForward(rows, x, lora) if save else None
+        saved = self.saved_of(x, ids, weights)
+        out = resident_output(x, self.weights.gate_up, self.weights.down, saved.lora, saved.rows, self._gating)
+        return out, saved if save else None
+
+    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor) -> _GroupedForward:
+        """The inputs as `forward` keeps them, rows sorted by expert."""
+        return _GroupedForward(Rows.by_expert(ids, weights, self._numbers, self.shape.ranks), x, self._lora)
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the products of a backward; all gradients are new tensors on `device`, those of LoRA in bf16."""

@@ -94,10 +94,22 @@ class StreamedBackend(GroupedExperts):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Wait for the row counts, then compute as `forward_counted`; without a wait where the layer is one chunk."""
+        return self.forward_counted(x, ids, weights, save, self._counts(ids))
+
+    def _counts(self, ids: Tensor) -> list[int] | None:
         if self._at_once(ids.numel(), None):
-            return self.forward_counted(x, ids, weights, save, None)
+            return None
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
-        return self.forward_counted(x, ids, weights, save, counts.tolist())
+        return counts.tolist()
+
+    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor) -> _StreamedForward:
+        """The inputs as `forward` keeps them, rows sorted by expert; it waits as that does."""
+        return self._saved(x, ids, weights, self._counts(ids))
+
+    def _saved(self, x: Tensor, ids: Tensor, weights: Tensor, counts: list[int] | None) -> _StreamedForward:
+        valid = None if counts is None else sum(counts)
+        rows = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks, valid)
+        return _StreamedForward(rows, counts, x, self._lora)
 
     def forward_counted(
         self, x: Tensor, ids: Tensor, weights: Tensor, save: bool, counts: list[int] | None
@@ -114,9 +126,8 @@ class StreamedBackend(GroupedExperts):
         Returns:
             The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
         """
-        valid = None if counts is None else sum(counts)
-        rows, lora = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks, valid), self._lora
-        saved = _StreamedForward(rows, counts, x, lora) if save else None
+        kept = self._saved(x, ids, weights, counts)
+        rows, lora, saved = kept.rows, kept.lora, kept if save else None
         if self._at_once(ids.numel(), counts):
             for gate_up, down in self._whole(backward=False):
                 out = resident_output(x, gate_up, down, lora, rows, self._gating)

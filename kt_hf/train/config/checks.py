@@ -47,7 +47,6 @@ _NOT_WITH_KT = {
     "deepspeed": "DeepSpeed partitions a model that is whole here: leave it out, the experts are on the CPU already",
     "fsdp": "leave it out: accelerate launch --config_file configs/accelerate/fsdp2.yaml shards what is not experts",
     "parallelism_config": "experts on the CPU are held by one process: leave it out",
-    "activation_offloading": "the experts' activations are on the CPU already; kt_expert_activations saves them",
     "use_ipex": "leave it out",
 }
 _SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # any other word is random to transformers
@@ -94,6 +93,7 @@ def check_combinations(checked: Checked, purpose: str) -> None:
             _with_kt(checked, purpose)
             _saved_experts(checked, purpose)
         if purpose == "train":
+            _offloading(checked)
             _liger(checked)
             _output(checked)
     except OSError as error:  # a name that is too long, a folder that may not be read
@@ -232,12 +232,10 @@ def _with_kt(c: Checked, purpose: str) -> None:
     for key, why in _NOT_WITH_KT.items():
         if c.trainer.get(key):
             c.problem(key, f"{key} does not go together with use_kt: {why}")
-    if c.trainer.get("torch_compile_mode") in _CUDA_GRAPH_MODES:
-        c.problem(
-            "torch_compile_mode",
-            f"torch_compile_mode={c.trainer['torch_compile_mode']} records CUDA graphs, and experts on the CPU "
-            "cannot be recorded: leave it out",
-        )
+    mode = c.trainer.get("torch_compile_mode")
+    if mode in _CUDA_GRAPH_MODES:
+        text = "records CUDA graphs, and experts on the CPU cannot be recorded: leave it out"
+        c.problem("torch_compile_mode", f"torch_compile_mode={mode} {text}")
     _gpu_experts(c, purpose)
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.run.lora_rank:
@@ -260,6 +258,15 @@ def _saved_experts(c: Checked, purpose: str) -> None:
             open_saved(path)
         except KTAMXError as error:
             c.problem("kt_weight_path", str(error).rstrip("."))
+
+
+def _offloading(c: Checked) -> None:
+    """TRL moves activations from a GPU to host memory, and fails where there is none."""
+    from ...system import gpu
+
+    why = "use_cpu is set" if c.trainer.get("use_cpu") else "there is none" if gpu.experts_device() is None else ""
+    if c.trainer.get("activation_offloading") and why:
+        c.problem("activation_offloading", f"activation_offloading takes a GPU, and {why}: leave it out")
 
 
 def _gpu_experts(c: Checked, purpose: str) -> None:
