@@ -82,8 +82,9 @@ def plot(rows: list[dict[str, float]], file: Path) -> None:
 
     figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True)
     for axis, name in zip(axes, [name for name in rows[0] if name != "step"], strict=True):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
-        axis.set(ylabel=name, ylim=(0, None))
+        values = [row[name] for row in rows]
+        axis.plot([row["step"] for row in rows], values)
+        axis.set(ylabel=name, ylim=(0, 1.1 * max(values)))
         axis.grid(alpha=0.3)
     axes[-1].set(xlabel="step")
     figure.tight_layout()

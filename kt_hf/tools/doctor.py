@@ -104,17 +104,21 @@ def _cpu() -> Iterator[Finding]:
 
 def _kernel() -> Iterator[Finding]:
     from ..backends import choose_backend, kernel_availability
+    from ..backends.kt_kernel.installation import has_wheels
     from ..shapes import ExpertShape
     from ..system.cpu import cpu_features, plan_threads
 
     available, features = kernel_availability(), cpu_features()
-    capable = features.amx or features.avx512_bf16
+    lacking = (features.amx or features.avx512_bf16) and not available.ok
+    # Without kt-kernel kt_hf installs and works there: an advice, nothing wrong.
+    nowhere = lacking and _installed("kt-kernel") is None and not has_wheels()
+    fix = f"pip install kt-kernel=={KERNEL}; unset KT_KERNEL_CPU_VARIANT" if lacking else ""
     yield Finding(
         "kernel",
         "kt-kernel",
         available.reason,
-        available.ok or (None if not capable else False),
-        "" if available.ok or not capable else f"pip install kt-kernel=={KERNEL}; unset KT_KERNEL_CPU_VARIANT",
+        available.ok or (False if lacking and not nowhere else None),
+        "this CPU can run its operators: use Python 3.11 or 3.12 on Linux x86-64" if nowhere else fix,
     )
     backend, why = choose_backend("auto", ExpertShape(8, 2, 64, 64), workers=plan_threads().workers)
     yield Finding("kernel", "backend auto", f"{backend} ({why})" if backend == "torch" else backend)

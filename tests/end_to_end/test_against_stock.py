@@ -1,6 +1,7 @@
 """A real model trained by kt_hf and by stock transformers + PEFT side by side: the same losses, step by step."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from PIL import Image
 
 from kt_hf import apply_kt_moe, kt_lora_config
 from kt_hf.builtin.smollm2_moe import load_dense, upcycle_model
@@ -16,21 +18,37 @@ from kt_hf.system.cpu import cpu_features
 ROOT = Path(__file__).parents[2]
 
 
+def curves(folder: Path, *options: str) -> list[dict[str, float]]:
+    """A row of losses for each step, by `benchmarks/curves.py` with 128 tokens a step."""
+    command = [sys.executable, ROOT / "benchmarks/curves.py", "--out", folder, "--tokens", "128", *options]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # on busy cores threads that spin take ten times as long
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with (folder / "curves.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_losses_of_twenty_steps_are_stocks(tmp_path):
+def test_losses_of_twenty_steps_are_stocks(tmp_path: Path) -> None:
+    """In bf16, where whoever computes rounds away what is small of LoRA; stock PEFT in bf16 differs by 0.018."""
     features = cpu_features()
     dtype = "bfloat16" if features.amx or features.avx512_bf16 else "float32"
-    command = [sys.executable, ROOT / "benchmarks/curves.py", "--out", tmp_path, "--dtype", dtype, "--tokens", "128"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with (tmp_path / "curves.csv").open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    rows = curves(tmp_path, "--dtype", dtype)
     assert len(rows) == 20
-    assert max(abs(row["auto"] - row["stock"]) for row in rows) <= 0.02
+    assert max(abs(row["auto"] - row["stock"]) for row in rows) <= 0.03
     assert rows[0]["stock"] - min(row["stock"] for row in rows[-4:]) >= 0.3
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert len(Image.open(tmp_path / "curves.png").getcolors()) > 10  # of its palette: not a white page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_losses_in_fp32_are_stocks_to_the_fifth_digit(tmp_path: Path) -> None:
+    rows = curves(tmp_path, "--dtype", "float32", "--cases", "stock", "torch", "--steps", "4")
+    assert len(rows) == 4
+    assert max(abs(row["torch"] - row["stock"]) for row in rows) <= 2e-5
+    assert rows[0]["stock"] - rows[-1]["stock"] >= 0.3
 
 
 @pytest.mark.slow

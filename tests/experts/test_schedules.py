@@ -152,7 +152,7 @@ schedules: dict[str, int] = {}
     [
         (TORCH_FP32, 50),
         pytest.param(KERNEL_BF16, 60, marks=KERNEL_MARKS),
-        pytest.param(KERNEL_BF16, 1000, marks=[*KERNEL_MARKS, pytest.mark.slow]),
+        pytest.param(KERNEL_BF16, 1000, marks=[*KERNEL_MARKS, pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
     ids=str,
 )

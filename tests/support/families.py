@@ -194,7 +194,10 @@ def _small(kind: type[PreTrainedConfig], special: dict[str, Any]) -> PreTrainedC
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """The family's tiny model, with random weights that are exact in bf16."""
+    """The family's tiny model, with random weights that are exact in bf16.
+
+    The test is skipped where this transformers has the family's experts in a form that is refused, and a later one not.
+    """
     config = config_of(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -204,6 +207,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreT
                 buffer.normal_(std=0.1)
             elif name.endswith("tid2eid"):  # experts by token
                 buffer.copy_(torch.stack([torch.randperm(8)[: buffer.shape[1]] for _ in buffer]))
+    fused = any(name.endswith("gate_up_proj") for name, _ in model.named_parameters())
+    if family == "aria" and not fused:
+        pytest.skip(f"transformers {transformers.__version__} does not have Aria's experts in fused form")
     for parameter in model.parameters():  # not the buffers, which a checkpoint does not have
         parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
     return model.eval()

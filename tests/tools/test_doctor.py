@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from kt_hf.backends import OPERATORS, TorchBackend, kernel_availability
+from kt_hf.backends.kt_kernel import installation
 from kt_hf.cli import app
 from kt_hf.system import child
 from kt_hf.tools import doctor, selftest
 from tests.support.cases import KERNEL_MARKS
+from tests.support.machine import features
 
 
 def invoke(*options: str) -> Any:
@@ -59,6 +63,25 @@ def test_old_packages_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(wrong) == {"trl", "torch", "kt-kernel"}
     assert wrong["trl"].fix == "pip install -U 'kt-hf[train]'"
     assert wrong["torch"].value == "not installed (at least 2.9)"
+
+
+@pytest.mark.parametrize(
+    ("python", "ok", "fix"),
+    [((3, 12, 9), False, "pip install kt-kernel==0.7.2"), ((3, 13, 0), None, "use Python 3.11 or 3.12")],
+)
+def test_no_kt_kernel_is_wrong_only_where_it_has_wheels(
+    python: tuple[int, ...], ok: bool | None, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "sys", SimpleNamespace(version_info=python, platform="linux"))
+    monkeypatch.setattr(installation, "platform", SimpleNamespace(machine=lambda: "x86_64"))
+    monkeypatch.setattr("kt_hf.system.cpu.cpu_features", lambda: features(avx512_bf16=True))
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    monkeypatch.setitem(sys.modules, "kt_kernel", None)
+    reason = installation.availability.__wrapped__()
+    monkeypatch.setattr("kt_hf.backends.kernel_availability", lambda *_: reason)
+    finding = next(doctor._kernel())
+    assert (finding.ok, fix in finding.fix) == (ok, True)
+    assert ("pip install" in finding.value) == (ok is False)
 
 
 @pytest.mark.parametrize(

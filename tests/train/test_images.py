@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from kt_hf import KTAMXConfigError, apply_kt_moe
 from kt_hf.adapters import convert
@@ -266,6 +267,8 @@ def test_no_processor(broken: bool, seeing: Path, tmp_path: Path, monkeypatch: p
 
 def test_a_loss_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GLM-4.5V's configuration has not what TRL needs for its routers' loss, which it has on."""
+    if not hasattr(AutoConfig.for_model("glm4v_moe").get_text_config(), "output_router_logits"):
+        pytest.skip(f"transformers {transformers.__version__} leaves the loss of GLM-4.5V's routers off under TRL")
     base = save_seeing("glm4v_moe", tmp_path / "base")
     monkeypatch.setattr("kt_hf.train.run.load_model", lambda *_, **__: pytest.fail("the model is loaded"))
     with pytest.raises(KTAMXConfigError, match=r"of its routers .* Set router_aux_loss_coef: 0"):

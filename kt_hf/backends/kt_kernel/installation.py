@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import platform
+import sys
 
 from ...errors import KTAMXNotAvailableError
 from ...system.cpu import cpu_features
@@ -12,6 +14,14 @@ from .native_code import native_output_to_log, subnormals
 from .operators import OPERATORS
 
 logger = logging.getLogger(__name__)
+
+
+_WHEELS = "it has wheels for Python 3.11 and 3.12 on Linux x86-64 alone"
+
+
+def has_wheels() -> bool:
+    """Whether kt-kernel can be installed from a package index, by the same marks as in pyproject.toml."""
+    return (sys.platform, platform.machine()) == ("linux", "x86_64") and tuple(sys.version_info) < (3, 13)
 
 
 @functools.cache
@@ -27,9 +37,8 @@ def availability(backend: str = "AMXBF16") -> Availability:
             import kt_kernel
             from kt_kernel import kt_kernel_ext
     except ImportError as error:
-        return Availability(
-            False, f"kt-kernel cannot be imported ({error}); install it with: pip install kt-kernel==0.7.2"
-        )
+        way = "install it with: pip install kt-kernel==0.7.2" if has_wheels() else _WHEELS
+        return Availability(False, f"kt-kernel cannot be imported ({error}); {way}")
     variant = kt_kernel.__cpu_variant__
     details = {"variant": variant, "version": kt_kernel.__version__, "cpu": features.name}
     if variant not in operators.variants or not hasattr(kt_kernel_ext.moe, operators.class_name):
