@@ -80,6 +80,18 @@ def test_layers_in_order(case: Case) -> None:
     assert [layer.label for layer in model._kt_wrappers] == [f"model.layers.{i}.mlp.experts" for i in family.moe_layers]
 
 
+def test_layers_of_wrappers_that_hold_a_model_twice() -> None:
+    """As a value head's wrapper that has the model and its backbone: each layer once, whichever is met first."""
+    model = patched_model(MIXTRAL, TORCH_FP32)
+    layers = model._kt_wrappers
+    for names in (("whole", "again"), ("whole", "backbone"), ("backbone", "whole")):
+        parts = {"whole": model, "again": torch.nn.Sequential(model), "backbone": model.model}
+        wrapper = torch.nn.ModuleDict({name: parts[name] for name in names})
+        wrapper.add_module("itself", torch.nn.ModuleList([wrapper]))
+        assert kt_layers(wrapper) == layers
+    assert kt_layers(model) is not layers
+
+
 def test_lora_parameters_follow_the_adapters(case: Case) -> None:
     model = patched_model(MIXTRAL, case)
     params = model._kt_moe_lora_params
