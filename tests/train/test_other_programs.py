@@ -95,7 +95,7 @@ def test_a_present_example_is_taken(tmp_path: Path) -> None:
         ("kt_config: [1]", "it must be a mapping"),
         ("kt_config: {1: 2}", "it must be a mapping"),
         ("kt_non_expert_weight_path: /a", "all but the experts is read from model_name_or_path"),
-        ("kt_cpu_activation: keep", "kt_expert_activations='keep' is not one of retain, recompute"),
+        ("kt_cpu_activation: keep", "kt_expert_activations='keep' is not one of auto, retain, recompute"),
         ("kt_use_lora_experts: true", "the routed experts themselves have LoRA"),
         ("use_swanlab: true", "write report_to: swanlab"),
         ("export_dir: merged", "kt-hf export ADAPTER FOLDER --to merged"),
