@@ -11,9 +11,9 @@ Both start from the same A and a small random B. From B = 0 (--std 0), bf16 fall
 computes: the operators, like every bf16 linear layer with LoRA, round the base's product before they add LoRA's to it,
 and what is below half a unit in the last place is lost (a LoRA contribution of 2e-4 of the output arrives at a tenth,
 2e-3 at three quarters, 7e-3 whole); stock PEFT loses it in the bf16 sum of weights. With 128 tokens a step, where the
-loss falls by 1.67, the largest difference from stock in fp32 is 0.015 by the operators, 0.021 by PyTorch and 0.018 by
+loss falls by 1.67, the largest difference from stock in fp32 is 0.014 by the operators, 0.013 by PyTorch and 0.018 by
 `stock-bf16`; in fp32 (--dtype float32, PyTorch) it is 1e-6. Writes curves.csv and curves.png and ends with status 1 if
-a step's losses differ by more than 0.03 or the loss falls by less than 0.3.
+a step's losses differ by more than 0.02 or the loss falls by less than 0.3.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main() -> int:
         for a, b in zip(curves[name], curves["stock"], strict=True)
     )
     print(f"the loss falls by {fall:.3f}; largest difference of a step's losses {worst:.4f}")
-    return 0 if worst <= 0.03 and fall >= 0.3 else 1
+    return 0 if worst <= 0.02 and fall >= 0.3 else 1
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python benchmarks/soak.py [--steps 500] [--backend auto] [--out FOLDER]
 
 A small Mixtral with LoRA on everything, a stock Trainer with gradient accumulation, batches of other lengths each step,
-evaluation every fifty steps. Writes soak.csv and soak.png; ends with status 1 if memory of the last two fifths of the
-steps varies by more than 0.3 %, or a descriptor or thread is gained. Where PyTorch computes the experts, memory settles
-after 300 steps only (1 % from step 100 to 300, then 0.1 %); oneDNN, for one, keeps a product for each number of rows.
+evaluation every fifty steps. Writes soak.csv and soak.png; ends with status 1 if memory of the last four fifths of the
+steps varies by more than 1 %, or a descriptor or thread is gained.
 """
 
 from __future__ import annotations
@@ -106,13 +105,13 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, given.out / "soak.png")
-    settled = rows[3 * len(rows) // 5 :]
+    settled = rows[len(rows) // 5 :]
     memory = [row["resident MiB"] for row in settled]
     spread = max(memory) / min(memory) - 1
     gained = {name: settled[-1][name] - settled[0][name] for name in ("file descriptors", "threads")}
     print(f"{len(rows)} steps; of the last {len(settled)}: resident {min(memory):.0f} to {max(memory):.0f} MiB "
           f"({spread:.2%}), gained {gained}")  # fmt: skip
-    return 0 if spread <= 0.003 and not any(gained.values()) else 1
+    return 0 if spread <= 0.01 and not any(gained.values()) else 1
 
 
 if __name__ == "__main__":
