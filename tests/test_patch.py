@@ -92,6 +92,18 @@ def test_layers_of_wrappers_that_hold_a_model_twice() -> None:
     assert kt_layers(model) is not layers
 
 
+def test_layers_that_were_taken_out_are_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched_model(MIXTRAL, TORCH_FP32)
+    layers = list(model._kt_wrappers)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "children", lambda _: pytest.fail("a patched model knows its layers"))
+        assert kt_layers(model) == layers
+    model.model.layers = model.model.layers[1:]
+    assert kt_layers(model) == layers[1:]
+    del model.model.layers[0]
+    assert kt_layers(model) == []
+
+
 def test_lora_parameters_follow_the_adapters(case: Case) -> None:
     model = patched_model(MIXTRAL, case)
     params = model._kt_moe_lora_params

@@ -98,7 +98,7 @@ class LayerExchange:
         Raises:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
         """
-        with self.telling(Kind.TOKENS):
+        with self.telling(Kind.TOKENS):  # before it is known whether they are needed: later nobody could be told
             rows, layout = _packed(_inputs(x, ids, weights))
         place = self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1])
         said = self.ranks.agree(place, (known + 1) << _NUMBER | x.shape[0])

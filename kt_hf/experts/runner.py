@@ -331,10 +331,11 @@ class ExpertsRunner:
         """
         if not (self.retain and in_backward()):
             return None
-        x = x.detach().to(self.backend.dtype).contiguous()
-        for ticket in sorted(self._live.values(), key=lambda t: -t.number):
-            if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
-                return ticket
+        with CALL_LOCK, torch.no_grad():
+            x = x.detach().to(self.backend.dtype).contiguous()
+            for ticket in sorted(self._live.values(), key=lambda t: -t.number):
+                if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
+                    return ticket
         return None
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:

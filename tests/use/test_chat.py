@@ -266,14 +266,15 @@ class Terminal:
         self.shown = ""
 
     def wait_for(self, text: str, again: str = "") -> str:
-        """Read until `text` has come, typing `again` after each half minute of silence; what came before it."""
+        """Read until `text` has come, typing `again` once after half a minute of silence; what came before it."""
         silent = 0
         while text not in self.shown:
             if not select.select([self.descriptor], [], [], 30)[0]:
                 silent += 1
                 if silent == 10:
                     raise AssertionError(f"no {text!r} in five minutes, but {self.shown!r}")
-                self.type(again)
+                if silent == 1:
+                    self.type(again)
                 continue
             try:
                 piece = os.read(self.descriptor, 4096)
