@@ -1,0 +1,96 @@
+"""What a rank measures of itself and of the others: exchanges, the bus, memory."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from kt_hf.experts.holders import owned_lora
+
+
+class Watch:
+    """Seconds of the exchanges: of headers on the host, of rows on the GPU (or, without one, on the host)."""
+
+    def __init__(self) -> None:
+        self.headers = self.rows = 0.0
+        self.bytes = 0
+        self._events: list[tuple[Any, Any]] = []
+
+    def install(self) -> None:
+        from kt_hf.ranks import Ranks
+        from kt_hf.ranks.channel import Channel
+
+        agree, exchange = Ranks.agree, Channel.exchange
+
+        def timed_agree(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return agree(*args, **kwargs)
+            finally:
+                self.headers += time.perf_counter() - begin
+
+        def timed_exchange(channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
+            self.bytes += sent.nbytes
+            if not sent.is_cuda:
+                begin = time.perf_counter()
+                exchange(channel, received, sent, *rest)
+                self.rows += time.perf_counter() - begin
+                return
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            exchange(channel, received, sent, *rest)
+            events[1].record()
+            self._events.append(events)
+
+        Ranks.agree, Channel.exchange = timed_agree, timed_exchange  # type: ignore[method-assign]
+
+    def take(self) -> tuple[float, float, int]:
+        """Headers' seconds, rows' seconds and bytes sent since the last call."""
+        for begin, end in self._events:
+            end.synchronize()
+            self.rows += begin.elapsed_time(end) / 1000
+        taken = self.headers, self.rows, self.bytes
+        self.__init__()  # type: ignore[misc]
+        return taken
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each rank has."""
+    every = [value] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def bus_rate(device: torch.device) -> float:
+    """GB/s from page-locked memory to this rank's GPU while all ranks copy; without a GPU from memory to memory."""
+    gpu = device.type == "cuda"
+    source = torch.empty((2**28 if gpu else 2**24) // 4, pin_memory=gpu)
+    target = torch.empty_like(source, device=device)
+    for count in (2, 20):  # the first warm up
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(count):
+            target.copy_(source, non_blocking=True)
+        if gpu:
+            torch.cuda.synchronize()
+    return count * source.nbytes / (time.perf_counter() - begin) / 1e9
+
+
+def memory(gpu: bool) -> dict[str, Any]:
+    """GB that each process has of the host at the end (shared pages counted once), and of its GPU at the peak."""
+    host = psutil.Process().memory_full_info().pss / 1e9
+    peak = torch.cuda.max_memory_reserved() / 1e9 if gpu else 0.0
+    host_gb, gpu_gb = zip(*of_all((round(host, 2), round(peak, 2))), strict=True)
+    return {"host_gb": list(host_gb), "host_gb_in_all": round(sum(host_gb), 2), "gpu_gb": list(gpu_gb)}
+
+
+def dense_gb(model: Any) -> float:
+    """GB that this rank has on its device of what is not experts."""
+    owned = {id(holder.weight) for holder in owned_lora(model)}
+    rest = [p for p in model.parameters() if id(p) not in owned]
+    return round(sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in rest) / 1e9, 3)
