@@ -169,14 +169,18 @@ class CountsRows(Protocol):
 class Resumable(Protocol):
     """A backend whose backward needs the inputs of the forward, and nothing that it has computed."""
 
-    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor) -> SavedForward:
+    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor, known: int | list[int] | None = None) -> SavedForward:
         """What `backward` needs of a forward of these inputs, as `ExpertsBackend.forward` would save it.
 
         Args:
             x: Hidden states [T, H].
             ids: [T, K] int64.
             weights: [T, K] fp32.
+            known: The `known_rows` of that forward, for which the host may have to wait else.
         """
+
+    def known_rows(self, saved: SavedForward) -> int | list[int]:
+        """What the host knows of a forward's rows that are of an expert: of each expert, or how many at most."""
 
 
 class ExpertsBackend(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,28 +32,24 @@ def all_finite(*tensors: Tensor) -> Tensor:
     return get_total_norm(held, math.inf) < math.inf
 
 
-def magnitudes(*groups: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude in each group of tensors, in which NaN and infinity stay: a few launches for all groups.
+def magnitudes(*tensors: Tensor) -> Tensor:
+    """The largest magnitude in each tensor, in which NaN and infinity stay: a launch for each, and one for all.
 
     Args:
-        *groups: Tensors of any floating dtype and size, all on one device.
+        *tensors: Of any floating dtype and size, all on one device.
 
     Returns:
-        [groups] on that device, fp32 or wider, without a wait; 0 for a group without values. A group is finite where
-        it is less than infinity.
+        [tensors] on that device, fp32 or wider, without a wait; 0 for a tensor without values. A tensor is finite where
+        this is less than infinity.
     """
-    device = next(tensor.device for group in groups for tensor in group)
-    return torch.stack([_magnitude(group, device) for group in groups])
+    return torch.stack([_magnitude(tensor) for tensor in tensors])
 
 
-def _magnitude(group: Sequence[Tensor], device: torch.device) -> Tensor:
-    held = [tensor for tensor in group if tensor.numel()]
-    if not held:
-        return torch.zeros((), device=device)
-    if len(held) == 1:
-        wide = torch.promote_types(held[0].dtype, torch.float32)  # fp64 may not be narrowed
-        return torch.linalg.vector_norm(held[0], math.inf, dtype=wide)
-    return get_total_norm(held, math.inf)
+def _magnitude(tensor: Tensor) -> Tensor:
+    wide = torch.promote_types(tensor.dtype, torch.float32)  # fp64 may not be narrowed
+    if not tensor.numel():
+        return tensor.new_zeros((), dtype=wide)
+    return torch.linalg.vector_norm(tensor, math.inf, dtype=wide)
 
 
 class DeferredChecks:

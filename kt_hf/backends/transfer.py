@@ -231,6 +231,9 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     Yields:
         Of each run: its first number, one past its last, and the index of its first in `numbers`.
     """
+    if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:  # mostly; a loop would take its time
+        yield numbers[0], numbers[-1] + 1, 0
+        return
     begin = 0
     for i in range(1, len(numbers) + 1):
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:

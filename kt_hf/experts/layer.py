@@ -193,10 +193,7 @@ class KTExperts(nn.Module):
 
         Where ranks divide the experts these are all ranks' tokens, and all ranks call it together.
         """
-        runner = self._runner
-        tokens, load = runner.tokens, runner.load.cpu().clone()
-        runner.tokens = 0
-        runner.load.zero_()
+        tokens, load = self._runner.load.take()
         if self.exchange is None:
             return tokens, load
         return self.exchange.joined_tokens(tokens), self.exchange.joined_load(load)

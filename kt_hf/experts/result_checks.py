@@ -55,7 +55,7 @@ def check_output(checks: DeferredChecks, label: str, out: Tensor, result: Tensor
     """
     if result.is_cuda and (out.is_cuda or out.numel() > _SMALL):
         # The answers alone, not x: a check that is open keeps neither memory nor the layer alive.
-        checks.add(functools.partial(_judged_output, label), magnitudes([result], [x]))
+        checks.add(functools.partial(_judged_output, label), magnitudes(result, x))
     elif not is_finite(out):
         raise _output_error(label, bool(all_finite(x)))
 
@@ -119,7 +119,7 @@ def check_gpu_gradients(
     """
     there = lora is not None and lora.parameters[0].device.type != "cpu"
     of_lora = _computed(gradients) if there and gradients.lora else ()
-    found = magnitudes([grad_output], [gradients.hidden_states, gradients.top_k_weights], of_lora)
+    found = magnitudes(grad_output, gradients.hidden_states, gradients.top_k_weights, *of_lora)
     checks.add(functools.partial(_judged_gradients, label), found)
 
 
@@ -152,7 +152,7 @@ def lora_gradients(
         scaled = lora.gradients(gradients)
         if device.type != "cpu":
             if not on_gpu:  # else they are looked through already, by `check_gpu_gradients`
-                checks.add(lambda found: None if found < math.inf else error(), magnitudes(computed))
+                checks.add(lambda found: None if bool((found < math.inf).all()) else error(), magnitudes(*computed))
             return scaled
         passed = all_finite(*computed)
         if on_gpu:  # a gradient that came in without being finite is the gradient scaler's business
@@ -187,13 +187,13 @@ def _judged_output(label: str, found: Tensor) -> Exception | None:
 
 
 def _judged_gradients(label: str, found: Tensor) -> Exception | None:
-    """The error of gradients of these magnitudes: the one that came in, those of the inputs, those of LoRA."""
-    came, inputs, lora = (found < math.inf).tolist()
+    """The error of gradients of these magnitudes: the one that came in, those of both inputs, those of LoRA."""
+    came, hidden, weights, *lora = (found < math.inf).tolist()
     if not came:  # a gradient scaler's overflow: it skips the step when it sees it
         return None
-    if not inputs:
+    if not (hidden and weights):
         return gradient_error(label, "its inputs")
-    return None if lora else gradient_error(label, _LORA)
+    return None if all(lora) else gradient_error(label, _LORA)
 
 
 def _output_error(label: str, input_finite: bool) -> KTAMXForwardError:

@@ -33,7 +33,8 @@ from .result_checks import (
     gradient_error,
     lora_gradients,
 )
-from .tickets import LoraValues, Retained, Ticket, graph_is_kept, in_backward
+from .tickets import LoraValues, Recomputes, Retained, Ticket, graph_is_kept, in_backward
+from .token_counts import TokenCounts
 
 Result = TypeVar("Result")
 Check = Callable[[Gradients], CheckedGradients]  # `checked` with the layer's device
@@ -50,8 +51,7 @@ class ExpertsRunner:
         make_room: Frees memory of a GPU that has run out of it, given the label; returns whether there was any to free.
 
     Attributes:
-        tokens: How many tokens gradients were computed for.
-        load: [E] int64 on the backend's device: how many of them each expert got.
+        load: How many tokens gradients were computed for, and by which experts.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class ExpertsRunner:
         self.retain = retain
         self.checks = checks
         self._values = LoraValues(None)
+        self._recomputes = Recomputes(label, checks)
         self._loaded: torch.cuda.Event | None = None  # recorded after copies from host memory that `begin_load` began
         self._live: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._latest: Ticket | None = None
-        self.tokens = 0
-        self.load = torch.zeros(backend.shape.num_experts, dtype=torch.int64, device=backend.device)
+        self.load = TokenCounts(backend.shape.num_experts, backend.device)
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
         """No autocast, and no more threads of PyTorch's than a backend that has its own leaves cores for."""
@@ -153,12 +153,14 @@ class ExpertsRunner:
             hidden, given = x.detach(), (ids.detach(), weights.detach())
             x, ids, weights = self._inputs(x, ids, weights)
             keep = save and not of_ranks and (self.retain or in_backward())
-            out, saved = self._with_room(lambda: self._compute(x, ids, weights, keep))
+            out, saved = self._with_room(lambda: self._compute(x, ids, weights, keep or (save and of_ranks)))
             result = to_device(out, hidden.device)
             check_output(self.checks, self.label, out, result, hidden)
             if not save:
                 return result, None
-            ticket = Ticket(self._values, saved, ids)
+            ticket = Ticket(self._values, saved if keep else None, ids)
+            if saved is not None and isinstance(self.backend, Resumable):
+                ticket.rows = self.backend.known_rows(saved)
             if keep and self.retain:
                 ticket.retained = Retained(x, *given, out)
             self._live[ticket.number] = ticket
@@ -234,11 +236,11 @@ class ExpertsRunner:
             inputs = functools.partial(self._inputs, x, ids, weights)
             gradients = self._with_room(lambda: self._backward(saved, inputs, grad_output, check))
         else:
-            gradients = self._with_room(lambda: self._recompute(*self._inputs(x, ids, weights), grad_output, check))
+            again = functools.partial(self._recompute, grad=grad_output, check=check, rows=ticket.rows)
+            gradients = self._with_room(lambda: again(*self._inputs(x, ids, weights)))
         if self.on_gpu:
             check_gpu_gradients(self.checks, self.label, gradients, grad_output, lora)
-        self.tokens += x.shape[0]
-        self.load += self._counted(ticket.ids.flatten() + 1)[1:]
+        self.load.add(ticket.ids)
         if not graph_is_kept():
             ticket.release()
         return gradients
@@ -251,13 +253,6 @@ class ExpertsRunner:
             if not self._make_room(self.label):
                 raise
         return compute()  # not above: an exception that is handled keeps what its frames refer to
-
-    def _counted(self, ids: Tensor) -> Tensor:
-        """How often each of 0 … E is among the ids."""
-        count = len(self.load) + 1
-        if not self.on_gpu:
-            return torch.bincount(ids, minlength=count)
-        return ids.new_zeros(count).scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait
 
     def _backward(
         self,
@@ -280,11 +275,13 @@ class ExpertsRunner:
             raise gradient_error(self.label, "top_k_weights")
         return result.gradients
 
-    def _recompute(self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, check: Check) -> Gradients:
+    def _recompute(
+        self, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, check: Check, rows: int | list[int] | None = None
+    ) -> Gradients:
         most = self.backend.max_len or max(x.shape[0], 1)
         if x.shape[0] <= most:
             if isinstance(self.backend, Resumable):
-                saved: SavedForward | None = self.backend.saved_of(x, ids, weights)
+                saved: SavedForward | None = self.backend.saved_of(x, ids, weights, rows)
             else:
                 _, saved = self.backend.forward(x, ids, weights, save=True)
             assert saved is not None
@@ -333,10 +330,7 @@ class ExpertsRunner:
             return None
         with CALL_LOCK, torch.no_grad():
             x = x.detach().to(self.backend.dtype).contiguous()
-            for ticket in sorted(self._live.values(), key=lambda t: -t.number):
-                if ticket.retained is not None and ticket.retained.fits(x, ids, weights):
-                    return ticket
-        return None
+            return self._recomputes.find(list(self._live.values()), x, ids, weights)
 
     def _filled(self, tokens: int, top_k: int, value: float) -> Gradients:
         hidden = torch.full((tokens, self.backend.shape.hidden_size), value, device=self.backend.device)

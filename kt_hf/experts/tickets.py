@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
+import math
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..backends import SavedForward
+from ..backends.finite_checks import DeferredChecks, magnitudes
 from ..backends.transfer import to_device
+from ..errors import KTAMXBackwardError
+
+logger = logging.getLogger(__name__)
 
 _ticket_numbers = itertools.count(1)
+_OTHER = 0.1  # of the largest magnitude: kernels that do not repeat their bits differ by less, other tokens by more
 
 
 def in_backward() -> bool:
@@ -58,6 +66,20 @@ class Retained:
         self.output = output.detach()
         self._version = output._version
 
+    def alike(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
+        """Whether these inputs have the sizes and dtypes of those kept, and the output was not written to."""
+        pairs = zip((self.ids, self.weights, self.x), (ids, weights, x), strict=True)
+        same = all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+        return same and self.output._version == self._version
+
+    def difference(self, x: Tensor, weights: Tensor) -> Tensor:
+        """How far inputs, `alike`, on the GPU of those kept, are from them: [3] there, without a wait.
+
+        The largest difference of x, that of the weights, and the largest magnitude of x. (Other ids have other weights;
+        what was computed for those kept is right for those in any case.)
+        """
+        return magnitudes(x - self.x, weights.detach() - self.weights, x)
+
     def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
         """Whether these inputs are the same to the bit, and the output was not written to.
 
@@ -66,10 +88,9 @@ class Retained:
             ids: [T, K], as the model gives them.
             weights: [T, K], as the model gives them.
         """
-        kept, asked = (self.ids, self.weights, self.x), (ids.detach(), weights.detach(), x)
-        alike = all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(kept, asked, strict=True))
-        if self.output._version != self._version or not alike:
+        if not self.alike(x, ids, weights):
             return False
+        kept, asked = (self.ids, self.weights, self.x), (ids.detach(), weights.detach(), x)
         if x.is_cuda:  # compared there, with one wait
             pairs = [_bits(to_device(a, x.device), b) for a, b in zip(kept, asked, strict=True)]
             return bool(torch.stack([(a == b).all() for a, b in pairs]).all())
@@ -98,6 +119,7 @@ class Ticket:
         retained: Its inputs and output, where they are kept for a recompute; of several ranks, this one's.
         gathering: Which exchange brought the inputs, by its number, where each of several ranks keeps its own.
         lengths: Tokens of each rank in it.
+        rows: How many rows of its own a rank found in it (`Resumable.known_rows`), where it does not keep them.
     """
 
     def __init__(self, values: LoraValues, saved: SavedForward | None, ids: Tensor) -> None:
@@ -107,6 +129,7 @@ class Ticket:
         self.values: LoraValues | None = values
         self.retained: Retained | None = None
         self.gathering, self.lengths = -1, list[int]()
+        self.rows: int | list[int] | None = None
         values.tickets.add(self)
 
     def release(self) -> None:
@@ -114,3 +137,62 @@ class Ticket:
         if self.values is not None:
             self.values.tickets.discard(self)
         self.values = self.saved = self.retained = None
+
+
+class Recomputes:
+    """Recognizes the recomputes of one layer's forwards whose output was kept.
+
+    A recompute has its forward's inputs. Which forward's that is, is plain where only one is open; then what is on a
+    GPU is compared without a wait, and the answer looked at later: the host would stand still in each layer. If the
+    bits differ, as those of kernels that do not repeat them do, recomputes are compared at once from then on.
+
+    Args:
+        label: The layer's name, for messages.
+        checks: Look at the answers.
+    """
+
+    def __init__(self, label: str, checks: DeferredChecks) -> None:
+        self._label, self._checks = label, checks
+        self.trusted = True
+
+    def find(self, tickets: Iterable[Ticket], x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
+        """The ticket of the forward that these inputs were given to before.
+
+        Args:
+            tickets: Of the layer's open forwards.
+            x: [T, H], in the backend's dtype, contiguous, on any device.
+            ids: [T, K], as the model gives them.
+            weights: [T, K], as the model gives them.
+        """
+        newest = sorted(tickets, key=lambda ticket: -ticket.number)
+        kept = [(t, t.retained) for t in newest if t.retained is not None and t.retained.alike(x, ids, weights)]
+        if self.trusted and len(kept) == 1 and _on_gpu(x) and kept[0][1].x.device == x.device:
+            ticket, retained = kept[0]
+            self._checks.add(functools.partial(_judged_recompute, self), retained.difference(x, weights))
+            return ticket
+        return next((ticket for ticket, retained in kept if retained.fits(x, ids, weights)), None)
+
+    def judge(self, by_x: float, by_weights: float, largest: float) -> Exception | None:
+        """Look at the answer of a comparison (`Retained.difference`)."""
+        if by_x == by_weights == 0:
+            return None
+        if self.trusted:
+            self.trusted = False
+            logger.info(
+                "kt_hf: %s: a recompute of checkpointing had not the bits of its forward; such are computed again "
+                "from now on.", self._label,
+            )  # fmt: skip
+        if not by_x > _OTHER * largest or not math.isfinite(by_x + largest):
+            return None
+        return KTAMXBackwardError(
+            f"{self._label}: a forward within backward got other inputs than the forward whose output was kept for "
+            "its recompute. Set kt_expert_activations to recompute."
+        )
+
+
+def _judged_recompute(recomputes: Recomputes, found: Tensor) -> Exception | None:
+    return recomputes.judge(*found.tolist())
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda  # a function, for tests that have no GPU to put another in its place

@@ -29,3 +29,18 @@ def number(original: Callable[..., Any], model: Any, only_trainable: bool = Fals
     """Replaces `PreTrainedModel.num_parameters`: the experts are counted, unless `only_trainable` is set."""
     counted: int = original(model, only_trainable, *args, **kwargs)
     return counted if only_trainable else counted + expert_parameters(model)
+
+
+def operations(original: Callable[..., int], trainer: Any, inputs: dict[str, Any]) -> int:
+    """Replaces `Trainer.floating_point_ops`: the operations of a token, counted once, times the batch's tokens.
+
+    Counting walks through all modules in each micro-batch: 5 ms with 12 layers, in which no GPU gets anything to do.
+    """
+    main = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
+    of_token = getattr(trainer, "_kt_operations", None)
+    if of_token is None:
+        of_token = 0  # for a model that is not patched
+        if main is not None and main.numel() and kt_layers(trainer.model):
+            of_token = original(trainer, inputs) // main.numel()
+        trainer._kt_operations = of_token
+    return of_token * main.numel() if of_token and main is not None else original(trainer, inputs)

@@ -148,6 +148,8 @@ PATCHES = (
     Patch("peft.PeftModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("peft.PeftMixedModel", "get_nb_trainable_parameters", "counts.trainable_and_all", _COUNTS, _PEFT),
     Patch("transformers.modeling_utils.ModuleUtilsMixin", "num_parameters", "counts.number", _COUNTS, _TRANSFORMERS),
+    Patch(_TRAINER, "floating_point_ops", "counts.operations", "it would walk through all modules in each micro-batch",
+          _TRANSFORMERS, optional=True),
     Patch("torch.nn.parallel.distributed.DistributedDataParallel", "__init__", "divided.meet_before_forward",
           "a rank with a forward more would wait in DDP's broadcast of buffers until the timeout", "2.9"),
     Patch("torch.nn.utils", "clip_grad_norm_", "clipping.clip_on_all_cores",

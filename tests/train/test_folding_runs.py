@@ -234,7 +234,7 @@ def snapshot(trainer: Any) -> dict[str, Any]:
         "numbers": (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()),
         "metrics": {mode: dict(values) for mode, values in trainer._metrics.items()},
         "tokens": trainer._total_train_tokens,
-        "load": [layer._runner.load.tolist() for layer in kt_layers(model)],
+        "load": [layer._runner.load._counts.tolist() for layer in kt_layers(model)],
         "optimizer": trainer.optimizer.state_dict(),
         "global_step": trainer.state.global_step,
     }

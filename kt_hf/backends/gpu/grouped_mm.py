@@ -46,15 +46,20 @@ class Lora(NamedTuple):
     def of(cls, tensors: tuple[Tensor, ...], shape: ExpertShape, device: torch.device) -> Lora:
         """Copy the tensors that `set_lora` is given, of any dtype and device, to new tensors on `device`."""
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
-        *up, down_a, down_b = (to_device(t.detach(), device, DTYPE) for t in tensors)
+        # Those on the device are rounded by the copies below.
+        there = (t.detach() if t.device == device else to_device(t.detach(), device, DTYPE) for t in tensors)
+        *up, down_a, down_b = there
         halves, r = len(up) // 2, down_a.shape[1]
         p = -(-r // ALIGN) * ALIGN
-        a, b = down_a.new_zeros(E, halves * p, H), down_a.new_zeros(E, halves * I, halves * p)
+        new = torch.empty if p == r else torch.zeros
+        a = new(E, halves * p, H, dtype=DTYPE, device=device)
+        wide_a, wide_b = (new(size, dtype=DTYPE, device=device) for size in ((E, p, I), (E, H, p)))
+        b = torch.zeros(E, halves * I, halves * p, dtype=DTYPE, device=device)  # block-diagonal
         for i, (one_a, one_b) in enumerate(zip(up[::2], up[1::2], strict=True)):
-            a[:, i * p : i * p + r] = one_a
-            b[:, i * I : (i + 1) * I, i * p : i * p + r] = one_b
-        wide_a, wide_b = down_a.new_zeros(E, p, I), down_a.new_zeros(E, H, p)
-        wide_a[:, :r], wide_b[:, :, :r] = down_a, down_b
+            a[:, i * p : i * p + r].copy_(one_a)
+            b[:, i * I : (i + 1) * I, i * p : i * p + r].copy_(one_b)
+        wide_a[:, :r].copy_(down_a)
+        wide_b[:, :, :r].copy_(down_b)
         return cls(a, b, wide_a, wide_b, r)
 
     @property

@@ -7,6 +7,7 @@ the memory that a model takes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ class HostWeights:
         resident: Whether they are in a GPU's memory, and nowhere else: nothing is locked then.
 
     Attributes:
+        tensors: What is copied to the GPU: of gate_up, then of down; the first dimension is the experts'.
+        one_expert: Bytes that one expert has of each of the tensors.
+        all_experts: 0 … E-1.
         refusal: Why the system did not lock them; None if it did. Copies of such memory go through the CUDA driver's
             own small locked buffers, which is slower.
         resident: The `tensors` in a GPU's memory; None if they are in host memory alone.
@@ -43,6 +47,9 @@ class HostWeights:
 
     def __init__(self, gate_up: Matrices, down: Matrices, must_lock: bool = True, resident: bool = False) -> None:
         self.gate_up, self.down = gate_up, down
+        self.tensors: tuple[Tensor, ...] = (*_tensors(gate_up), *_tensors(down))
+        self.one_expert = [tensor[:1].nbytes for tensor in self.tensors]
+        self.all_experts = list(range(len(self.tensors[0])))
         self.refusal: str | None = None
         self.resident: tuple[Tensor, ...] | None = self.tensors if resident else None
         try:
@@ -58,11 +65,6 @@ class HostWeights:
             if lock_pages(tensor):
                 # The tensor goes along, so that its memory is unlocked before it is given back.
                 weakref.finalize(self, unlock_pages, tensor).atexit = False
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors to copy to the GPU: those of gate_up, then those of down; the first dimension is the experts'."""
-        return *_tensors(self.gate_up), *_tensors(self.down)
 
     @property
     def nbytes(self) -> int:
@@ -93,12 +95,12 @@ class HostWeights:
         """Whether the weights are of low bits, so that copies must be widened before they are multiplied."""
         return isinstance(self.down, PackedMatrices)
 
-    @property
+    @functools.cached_property
     def num_experts(self) -> int:
         """How many experts these are."""
-        return len(self.tensors[0])
+        return len(self.all_experts)
 
-    @property
+    @functools.cached_property
     def expert_bytes(self) -> int:
         """Bytes of one expert's weights in bf16."""
         return 2 * sum(torch.Size(part.shape[1:]).numel() for part in (self.gate_up, self.down))

@@ -54,9 +54,17 @@ class GroupedBackend(GroupedExperts):
         out = resident_output(x, self.weights.gate_up, self.weights.down, saved.lora, saved.rows, self._gating)
         return out, saved if save else None
 
-    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor) -> _GroupedForward:
+    def saved_of(
+        self, x: Tensor, ids: Tensor, weights: Tensor, known: int | list[int] | None = None
+    ) -> _GroupedForward:
         """The inputs as `forward` keeps them, rows sorted by expert."""
-        return _GroupedForward(Rows.by_expert(ids, weights, self._numbers, self.shape.ranks), x, self._lora)
+        valid = known if isinstance(known, int) else None
+        return _GroupedForward(Rows.by_expert(ids, weights, self._numbers, self.shape.ranks, valid), x, self._lora)
+
+    def known_rows(self, saved: SavedForward) -> int:
+        """How many rows of a forward were kept: all that are of an expert."""
+        assert isinstance(saved, _GroupedForward)
+        return len(saved.rows.tokens)
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the products of a backward; all gradients are new tensors on `device`, those of LoRA in bf16."""

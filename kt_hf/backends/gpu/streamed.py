@@ -102,12 +102,19 @@ class StreamedBackend(GroupedExperts):
         (counts,) = to_host([self.row_counts(ids)], [torch.int64]).wait()
         return counts.tolist()
 
-    def saved_of(self, x: Tensor, ids: Tensor, weights: Tensor) -> _StreamedForward:
-        """The inputs as `forward` keeps them, rows sorted by expert; it waits as that does."""
-        return self._saved(x, ids, weights, self._counts(ids))
+    def saved_of(
+        self, x: Tensor, ids: Tensor, weights: Tensor, known: int | list[int] | None = None
+    ) -> _StreamedForward:
+        """The inputs as `forward` keeps them, rows sorted by expert; it waits as that does if nothing is known."""
+        return self._saved(x, ids, weights, self._counts(ids) if known is None else known)
 
-    def _saved(self, x: Tensor, ids: Tensor, weights: Tensor, counts: list[int] | None) -> _StreamedForward:
-        valid = None if counts is None else sum(counts)
+    def known_rows(self, saved: SavedForward) -> int | list[int]:
+        """The rows of each expert, or where nobody had to know them, how many rows were kept."""
+        assert isinstance(saved, _StreamedForward)
+        return len(saved.rows.tokens) if saved.counts is None else saved.counts
+
+    def _saved(self, x: Tensor, ids: Tensor, weights: Tensor, known: int | list[int] | None) -> _StreamedForward:
+        counts, valid = (known, sum(known)) if isinstance(known, list) else (None, known)
         rows = Rows.by_expert(ids, weights, self._numbers, self.shape.ranks, valid)
         return _StreamedForward(rows, counts, x, self._lora)
 

@@ -113,7 +113,7 @@ class Streamer:
             rows: The number of rows of each of its experts.
             backward: The direction, by which the next step is guessed.
         """
-        active = [e for e, count in enumerate(rows) if count]
+        active = weights.all_experts if all(rows) else [e for e, count in enumerate(rows) if count]
         self.passed(weights, active, backward)
         if weights.resident is not None or not self._copies:
             tensors = weights.resident or weights.tensors
@@ -210,10 +210,13 @@ class Streamer:
 
         Which experts make a chunk depends on the layer's sizes alone.
         """
-        size, chunks = self._experts_in_a_chunk(weights), dict[int, list[int]]()
+        size, count = self._experts_in_a_chunk(weights), weights.num_experts
+        if len(active) == count:  # the usual case, as fast as can be: the GPU may be waiting
+            return [(slice(at, min(at + size, count)), active[at : at + size]) for at in range(0, count, size)]
+        chunks: dict[int, list[int]] = {}
         for e in active:
             chunks.setdefault(e // size * size, []).append(e)
-        return [(slice(first, min(first + size, weights.num_experts)), chunks[first]) for first in sorted(chunks)]
+        return [(slice(first, min(first + size, count)), chunks[first]) for first in sorted(chunks)]
 
     def in_one_chunk(self, weights: HostWeights) -> bool:
         """Whether all experts of a layer are one chunk."""
@@ -252,7 +255,7 @@ class Streamer:
 
     def _fill(self, coming: _Coming, numbers: list[int]) -> None:
         """Launch the copies of those of the experts `numbers` that are not in the buffer yet."""
-        missing = [e for e in numbers if e not in coming.filled]
+        missing = [e for e in numbers if e not in coming.filled] if coming.filled else numbers
         if not missing:
             return
         coming.filled.update(missing)
@@ -293,10 +296,9 @@ class Streamer:
     def _spans_of(self, weights: HostWeights, count: int) -> list[slice]:
         """The bytes of a buffer that `count` experts of each tensor take; each span begins at a multiple of 16."""
         spans, end = [], 0
-        for tensor in weights.tensors:
-            size = count * tensor[0].nbytes
-            spans.append(slice(end, end + size))
-            end += -(-size // 16) * 16
+        for one in weights.one_expert:
+            spans.append(slice(end, end + count * one))
+            end += -(-count * one // 16) * 16
         return spans
 
     def _views(self, weights: HostWeights, experts: slice, buffer: _Buffer) -> list[Tensor]:
