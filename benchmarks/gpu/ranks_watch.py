@@ -25,14 +25,17 @@ class Watch:
         from kt_hf.ranks import Ranks
         from kt_hf.ranks.channel import Channel
 
-        agree, exchange = Ranks.agree, Channel.exchange
+        exchange = Channel.exchange
 
-        def timed_agree(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return agree(*args, **kwargs)
-            finally:
-                self.headers += time.perf_counter() - begin
+        def timed(meet: Any) -> Any:
+            def timed_meeting(*args: Any, **kwargs: Any) -> Any:
+                begin = time.perf_counter()
+                try:
+                    return meet(*args, **kwargs)
+                finally:
+                    self.headers += time.perf_counter() - begin
+
+            return timed_meeting
 
         def timed_exchange(channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
             self.bytes += sent.nbytes
@@ -47,7 +50,9 @@ class Watch:
             events[1].record()
             self._events.append(events)
 
-        Ranks.agree, Channel.exchange = timed_agree, timed_exchange  # type: ignore[method-assign]
+        for name in ("agree", "agree_later"):
+            setattr(Ranks, name, timed(getattr(Ranks, name)))
+        Channel.exchange = timed_exchange  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float, int]:
         """Headers' seconds, rows' seconds and bytes sent since the last call."""

@@ -10,6 +10,7 @@ every layer. In each of the four exchanges the ranks compare where they are, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import weakref
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import KTAMXConfigError
+from ..errors import KTAMXConfigError, KTAMXForwardError
 from ..ranks import Kind, Place, Ranks, Share
 from .lora_tensors import optimizer_steps
 from .tickets import in_backward
@@ -84,7 +85,7 @@ class LayerExchange:
             raise
 
     def gather(
-        self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool, known: int = -1
+        self, x: Tensor, ids: Tensor, weights: Tensor, gradients: bool, known: int = -1, sure: bool = False
     ) -> Gathered | None:  # fmt: skip
         """The inputs of all ranks' forwards; None if all ranks know what comes of theirs.
 
@@ -94,6 +95,7 @@ class LayerExchange:
             weights: [T, K], floating.
             gradients: Whether a backward may come.
             known: The number of an earlier exchange, if this is a recompute whose output this rank has kept; else -1.
+            sure: Whether the other ranks must know it too.
 
         Raises:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
@@ -101,7 +103,12 @@ class LayerExchange:
         with self.telling(Kind.TOKENS):  # before it is known whether they are needed: later nobody could be told
             rows, layout = _packed(_inputs(x, ids, weights))
         place = self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1])
-        said = self.ranks.agree(place, (known + 1) << _NUMBER | x.shape[0])
+        number, later = (known + 1) << _NUMBER | x.shape[0], in_backward() and self.ranks.defers(place, x.device)
+        if sure and later:
+            self.ranks.agree_later(place, number, judge=functools.partial(self._all_know, known))
+            said = [number]
+        else:
+            said = self.ranks.agree(place, number)
         if known >= 0 and all(number >> _NUMBER == known + 1 for number in said):  # not only alike on this rank
             if self.ranks.replicas.size > 1:  # hosts meet where a pass leaves the layers
                 self.ranks.agree(self._place(Kind.OUTPUTS))
@@ -128,10 +135,21 @@ class LayerExchange:
         with self.telling(Kind.GRADIENTS):
             rows, layout = _packed([*_inputs(x, ids, weights), grad.detach()])
         place = self._place(Kind.GRADIENTS, dtype=grad.dtype)
-        self.ranks.agree(place, grad.shape[0])
+        if self.ranks.defers(place, grad.device):
+            self.ranks.agree_later(place, grad.shape[0])
+        else:
+            self.ranks.agree(place, grad.shape[0])
         self.unaveraged = self.ranks.replicas.size > 1
         *inputs, grads = _unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
         return grads, self._gathered(inputs, list(lengths))
+
+    def _all_know(self, known: int, said: Sequence[int]) -> None:
+        """Refuse that another rank computes a recompute again whose output this one has kept."""
+        if any(number >> _NUMBER != known + 1 for number in said):
+            raise KTAMXForwardError(
+                f"{self.label}: the ranks do not agree which forward is computed again for its backward. Set "
+                "kt_expert_activations to recompute."
+            )
 
     def _gathered(self, inputs: list[Tensor], lengths: list[int]) -> Gathered:
         ids, weights, x = inputs
@@ -155,8 +173,7 @@ class LayerExchange:
         try:
             rows, layout = _packed(list(compute()))
         except Exception as error:
-            count = sum(lengths) if like[0].device.type == "cpu" else 0  # a GPU may have no memory left for them
-            rows = like[0].new_empty(count, sum(size for _, _, size in layout), dtype=torch.uint8)
+            rows = like[0].new_empty(0, sum(size for _, _, size in layout), dtype=torch.uint8)
             self.ranks.rows_to_owners(rows, lengths, place, failure=error)
             raise
         of_ranks = [_unpacked(part, layout) for part in self.ranks.rows_to_owners(rows, lengths, place)]

@@ -109,11 +109,12 @@ def _forward(
     if each_keeps:
         with exchange.telling(Kind.TOKENS):
             known = runner.recognize(x, ids, weights)
-    every = exchange.gather(x, ids, weights, save, -1 if known is None else known.gathering)
+    number, sure = (-1, False) if known is None else (known.ticket.gathering, known.sure)
+    every = exchange.gather(x, ids, weights, save, number, sure)
     if every is None:
         assert known is not None
-        assert known.retained is not None
-        return known.retained.output.detach(), known, known.lengths
+        assert known.ticket.retained is not None
+        return known.ticket.retained.output.detach(), known.ticket, known.ticket.lengths
     tickets: list[Ticket | None] = []
 
     def compute() -> list[Tensor]:

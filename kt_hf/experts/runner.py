@@ -33,7 +33,7 @@ from .result_checks import (
     gradient_error,
     lora_gradients,
 )
-from .tickets import LoraValues, Recomputes, Retained, Ticket, graph_is_kept, in_backward
+from .tickets import Known, LoraValues, Recomputes, Retained, Ticket, graph_is_kept, in_backward
 from .token_counts import TokenCounts
 
 Result = TypeVar("Result")
@@ -147,9 +147,9 @@ class ExpertsRunner:
             self.checks.settle()
             if save and not of_ranks:
                 known = self.recognize(x, ids, weights)
-                if known is not None and known.retained is not None:
+                if known is not None and known.ticket.retained is not None:
                     # Another alias: this one becomes the output of a graph that leads back to the ticket.
-                    return to_device(known.retained.output.detach(), x.device), known
+                    return to_device(known.ticket.retained.output.detach(), x.device), known.ticket
             hidden, given = x.detach(), (ids.detach(), weights.detach())
             x, ids, weights = self._inputs(x, ids, weights)
             keep = save and not of_ranks and (self.retain or in_backward())
@@ -318,8 +318,8 @@ class ExpertsRunner:
             x, ids, weights = to_host((x, ids, weights), (self.backend.dtype, ids.dtype, weights.dtype)).wait()
         return prepared(x, ids, weights, shape, dtype)
 
-    def recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
-        """The ticket of an earlier forward of these inputs, if this is a recompute of it and its output was kept.
+    def recognize(self, x: Tensor, ids: Tensor, weights: Tensor) -> Known | None:
+        """The earlier forward of these inputs, if this is a recompute of it and its output was kept.
 
         Args:
             x: [T, H], as the model gave it, as are `ids` and `weights`.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
 import weakref
 from collections.abc import Hashable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from ..backends import SavedForward
 from ..backends.finite_checks import DeferredChecks, magnitudes
 from ..backends.transfer import to_device
 from ..errors import KTAMXBackwardError
-
-logger = logging.getLogger(__name__)
 
 _ticket_numbers = itertools.count(1)
 _OTHER = 0.1  # of the largest magnitude: kernels that do not repeat their bits differ by less, other tokens by more
@@ -71,14 +69,6 @@ class Retained:
         pairs = zip((self.ids, self.weights, self.x), (ids, weights, x), strict=True)
         same = all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
         return same and self.output._version == self._version
-
-    def difference(self, x: Tensor, weights: Tensor) -> Tensor:
-        """How far inputs, `alike`, on the GPU of those kept, are from them: [3] there, without a wait.
-
-        The largest difference of x, that of the weights, and the largest magnitude of x. (Other ids have other weights;
-        what was computed for those kept is right for those in any case.)
-        """
-        return magnitudes(x - self.x, weights.detach() - self.weights, x)
 
     def fits(self, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
         """Whether these inputs are the same to the bit, and the output was not written to.
@@ -139,12 +129,25 @@ class Ticket:
         self.values = self.saved = self.retained = None
 
 
+class Known(NamedTuple):
+    """A forward whose output was kept, found again by its recompute.
+
+    Attributes:
+        ticket: The forward's.
+        sure: Whether it is the only one that is open: then other ranks, which have done the same, know it as well.
+    """
+
+    ticket: Ticket
+    sure: bool
+
+
 class Recomputes:
     """Recognizes the recomputes of one layer's forwards whose output was kept.
 
-    A recompute has its forward's inputs. Which forward's that is, is plain where only one is open; then what is on a
-    GPU is compared without a wait, and the answer looked at later: the host would stand still in each layer. If the
-    bits differ, as those of kernels that do not repeat them do, recomputes are compared at once from then on.
+    A recompute has its forward's inputs. Which forward's that is, is plain where only one is open. Then what is on a
+    GPU is compared without a wait, and the answer looked at later, for the host would stand still in each layer.
+    (Kernels that do not repeat their bits make small differences: output and gradients are those of the forward, as
+    they should be.) Where several are open, it is the newest whose inputs are the same to the bit.
 
     Args:
         label: The layer's name, for messages.
@@ -153,10 +156,9 @@ class Recomputes:
 
     def __init__(self, label: str, checks: DeferredChecks) -> None:
         self._label, self._checks = label, checks
-        self.trusted = True
 
-    def find(self, tickets: Iterable[Ticket], x: Tensor, ids: Tensor, weights: Tensor) -> Ticket | None:
-        """The ticket of the forward that these inputs were given to before.
+    def find(self, tickets: Iterable[Ticket], x: Tensor, ids: Tensor, weights: Tensor) -> Known | None:
+        """The forward that these inputs were given to before.
 
         Args:
             tickets: Of the layer's open forwards.
@@ -165,33 +167,25 @@ class Recomputes:
             weights: [T, K], as the model gives them.
         """
         newest = sorted(tickets, key=lambda ticket: -ticket.number)
-        kept = [(t, t.retained) for t in newest if t.retained is not None and t.retained.alike(x, ids, weights)]
-        if self.trusted and len(kept) == 1 and _on_gpu(x) and kept[0][1].x.device == x.device:
-            ticket, retained = kept[0]
-            self._checks.add(functools.partial(_judged_recompute, self), retained.difference(x, weights))
-            return ticket
-        return next((ticket for ticket, retained in kept if retained.fits(x, ids, weights)), None)
-
-    def judge(self, by_x: float, by_weights: float, largest: float) -> Exception | None:
-        """Look at the answer of a comparison (`Retained.difference`)."""
-        if by_x == by_weights == 0:
-            return None
-        if self.trusted:
-            self.trusted = False
-            logger.info(
-                "kt_hf: %s: a recompute of checkpointing had not the bits of its forward; such are computed again "
-                "from now on.", self._label,
-            )  # fmt: skip
-        if not by_x > _OTHER * largest or not math.isfinite(by_x + largest):
-            return None
-        return KTAMXBackwardError(
-            f"{self._label}: a forward within backward got other inputs than the forward whose output was kept for "
-            "its recompute. Set kt_expert_activations to recompute."
-        )
+        kept = [(ticket, ticket.retained) for ticket in newest if ticket.retained is not None]
+        alike = [(ticket, retained) for ticket, retained in kept if retained.alike(x, ids, weights)]
+        if len(kept) == len(alike) == 1 and _on_gpu(x) and alike[0][1].x.device == x.device:
+            ticket, retained = alike[0]
+            judge = functools.partial(_judged_recompute, self._label)
+            self._checks.add(judge, magnitudes(x - retained.x, x))
+            return Known(ticket, True)
+        return next((Known(ticket, False) for ticket, retained in alike if retained.fits(x, ids, weights)), None)
 
 
-def _judged_recompute(recomputes: Recomputes, found: Tensor) -> Exception | None:
-    return recomputes.judge(*found.tolist())
+def _judged_recompute(label: str, found: Tensor) -> Exception | None:
+    """The error of a recompute's hidden states, by how far they are from the forward's and how large they are."""
+    apart, largest = found.tolist()
+    if not apart > _OTHER * largest or not math.isfinite(apart + largest):
+        return None
+    return KTAMXBackwardError(
+        f"{label}: a forward within backward got other inputs than the forward whose output was kept for its "
+        "recompute. Set kt_expert_activations to recompute."
+    )
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from .place import Place, in_words
 
 _MESSAGE = 1024  # bytes of what a failing rank says to the others
 _PATIENCE = 3.0  # seconds that ranks which lost another give each other to say that they are alive
+_BEFORE_NCCL = datetime.timedelta(seconds=30)
 _ABSENT = "kt_hf/absent"
 _CHANNELS: weakref.WeakSet[Channel] = weakref.WeakSet()  # those with a process group
 
@@ -64,6 +65,12 @@ class Channel:
         received = values.new_empty(self.size, *values.shape)
         dist.all_gather_into_tensor(received.view(-1), values.view(-1), group=self.group())
         return received
+
+    def begin_gathered(self, values: Tensor) -> tuple[Tensor, Any]:
+        """As `gathered`, and what to wait for before the answer is read; `values` must stay until then."""
+        received = values.new_empty(self.size, *values.shape)
+        work = dist.all_gather_into_tensor(received.view(-1), values.view(-1), group=self.group(), async_op=True)
+        return received, work
 
     def texts(self, text: str) -> list[str]:
         """What each member says, cut off after some lines."""
@@ -212,5 +219,7 @@ def _timeout() -> datetime.timedelta:
     default = torch.distributed.constants.default_pg_timeout
     with contextlib.suppress(Exception):  # a backend without options
         group: Any = dist.group.WORLD
-        return group._get_backend(group._device_types[0]).options._timeout  # NCCL alone has none for the CPU
+        timeout = group._get_backend(group._device_types[0]).options._timeout  # NCCL alone has none for the CPU
+        # NCCL ends the process when an exchange of its own has waited so long: what there is to say comes before.
+        return timeout - min(timeout / 4, _BEFORE_NCCL) if torch.device("cuda") in group._device_types else timeout
     return default

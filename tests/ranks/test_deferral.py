@@ -1,0 +1,220 @@
+"""On GPUs ranks look at each other's headers later, inside of a pass. The CPU, connected by gloo, stands for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kt_hf.errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
+from kt_hf.experts import tickets
+from kt_hf.ranks import Kind, Place, Ranks
+from kt_hf.ranks.channel import Channel
+from kt_hf.ranks.ranks import _any_rows
+from tests.support.cases import TORCH_BF16
+from tests.support.helpers import MIXTRAL
+from tests.support.patched import adapted_model, trainable
+from tests.support.ranks import fill_whole, on_ranks, results
+
+STREAMED = {"resident": 0, "streamed": MIXTRAL.num_experts}
+
+
+@pytest.fixture(autouse=True)
+def cpu_as_gpu(cpu_for_gpu: None) -> None:
+    """Where experts of GPUs are computed."""
+
+
+def model_of(deferring: bool = True) -> Any:
+    """In a process of its own, which ends with the test."""
+    Ranks._on_gpu = staticmethod(lambda _: deferring)  # type: ignore[method-assign]
+    tickets._on_gpu = lambda _: deferring
+    model = adapted_model(MIXTRAL, TORCH_BF16, kt_expert_placement=STREAMED, kt_expert_activations="retain")
+    fill_whole(model, 1)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def ids_of(rank: int, step: int) -> Tensor:
+    return MIXTRAL.inputs(1, 5 + rank + step % 2, seed=10 * rank + step)
+
+
+def step(model: Any, rank: int, number: int = 0) -> None:
+    model(input_ids=ids_of(rank, number), labels=ids_of(rank, number)).loss.backward()
+
+
+def test_bits_are_the_same_and_meetings_that_wait_few() -> None:
+    """Of a step: one where it begins, one a layer for numbers of tokens, four where a pass enters or leaves layers."""
+
+    def work(rank: int, deferring: bool) -> tuple[list[dict[str, Tensor]], list[int]]:
+        model, waits = DistributedDataParallel(model_of(deferring)), list[int]()
+        gathered = Channel.gathered
+
+        def counted(channel: Channel, values: Tensor) -> Tensor:
+            waits.append(1)
+            return gathered(channel, values)
+
+        Channel.gathered = counted  # type: ignore[method-assign]
+        found, counts = [], []
+        for number in range(4):
+            waits.clear()
+            model.zero_grad()
+            step(model, rank, number)
+            counts.append(len(waits))
+            found.append({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
+        return found, counts
+
+    deferred, counts = zip(*results(on_ranks(2, lambda rank: work(rank, True))), strict=True)
+    at_once, others = zip(*results(on_ranks(2, lambda rank: work(rank, False))), strict=True)
+    for mine, wanted in zip(deferred, at_once, strict=True):
+        for one, other in zip(mine, wanted, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert [found[-1] for found in counts] == [1 + 2 + 4] * 2
+    assert [found[-1] for found in others] == [1 + 2 * 3] * 2, "on a CPU headers ride with outputs"
+
+
+def fails(name: str, layer: int) -> Callable[[int], None]:
+    """Rank 1 is out of memory in the third pass, in the forward or the backward of a layer."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        for number in range(4):
+            if rank == 1 and number == 2:
+                backend = model.base_model.model._kt_wrappers[layer].backend
+
+                def failing(*_: Any, **__: Any) -> None:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+                setattr(backend, name, failing)
+            step(model, rank, number)
+
+    return work
+
+
+def timed(work: Callable[[int], None]) -> Callable[[int], tuple[Exception | None, float]]:
+    def outcome(rank: int) -> tuple[Exception | None, float]:
+        begin = time.perf_counter()
+        try:
+            work(rank)
+        except Exception as error:
+            error.__cause__ = None
+            return error, time.perf_counter() - begin
+        return None, time.perf_counter() - begin
+
+    return outcome
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("name", "kind"), [("forward", KTAMXForwardError), ("backward", KTAMXBackwardError)])
+def test_a_failure_is_told(name: str, kind: type[KTAMXError], layer: int) -> None:
+    """Rank 0 learns of it where the ranks meet next; the place that is named is the one of the failure."""
+    (first, _), (second, _), *others = results(on_ranks(4, timed(fails(name, layer)), 20))
+    assert isinstance(second, torch.OutOfMemoryError)
+    for error in (first, *(error for error, _ in others)):
+        assert isinstance(error, kind), error
+        assert f"model.layers.{layer}." in str(error)
+        assert "rank 1 has failed there: OutOfMemoryError: CUDA out of memory" in str(error)
+
+
+@pytest.mark.parametrize("refusals", [0, 1, 2])
+def test_memory_for_the_rows_of_a_rank_that_failed(refusals: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks once more after what is cached was given back; then it sends none."""
+    asked: list[str] = []
+
+    class Like:
+        shape = (0, 3)
+
+        def new_empty(self, *size: int) -> Tensor:
+            asked.append("rows")
+            if asked.count("rows") <= refusals:
+                raise torch.OutOfMemoryError
+            return torch.empty(size)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("freed"))
+    rows = _any_rows(Like(), 5)  # type: ignore[arg-type]
+    assert asked == ["rows", "freed", "rows"][: 1 if refusals == 0 else 3]
+    assert rows is None if refusals == 2 else rows is not None and rows.shape == (5, 3)
+
+
+def test_another_forward_is_told_before_rows_are_sent() -> None:
+    def work(rank: int) -> None:
+        model = model_of()
+        for number in range(3):
+            step(model, rank, number)
+        if rank == 1:
+            with torch.no_grad():
+                model(input_ids=ids_of(rank, 0))
+        step(model, rank, 3)
+
+    for error, seconds in results(on_ranks(2, timed(work), 20)):
+        assert isinstance(error, KTAMXForwardError), error
+        assert "the ranks are in different places" in str(error)
+        assert seconds < 20
+
+
+@pytest.mark.parametrize("how", ["killed", "stands still"])
+def test_a_rank_that_never_comes(how: str) -> None:
+    """In the middle of a pass, where the others do not wait at once."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        step(model, rank, 0)
+        step(model, rank, 1)
+        if rank == 1:
+            backend = model.base_model.model._kt_wrappers[0].backend
+            forward = backend.forward
+
+            def gone(*args: Any, **kwargs: Any) -> Any:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(12)
+                return forward(*args, **kwargs)
+
+            backend.forward = gone
+        step(model, rank, 2)
+
+    first, _ = on_ranks(2, timed(work), 6)
+    assert isinstance(first, tuple), first
+    error, seconds = first
+    assert isinstance(error, KTAMXError)
+    assert "rank 1, which has ended or stands still" in str(error)
+    assert seconds < 6 + 5
+
+
+def test_ranks_that_take_other_forwards_for_the_one_recomputed() -> None:
+    """One knows the only open forward; the other, whose layer has lost it, would compute it again."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        step(model, rank, 0)
+        step(model, rank, 1)
+        loss = model(input_ids=ids_of(rank, 2), labels=ids_of(rank, 2)).loss
+        if rank == 1:
+            for ticket in model.base_model.model._kt_wrappers[1]._runner._live.values():
+                ticket.retained = None
+        loss.backward()
+
+    (first, _), _ = results(on_ranks(2, timed(work), 6))
+    assert "do not agree which forward is computed again" in str(first)
+
+
+def test_edges_are_those_of_the_pass() -> None:
+    ranks = object.__new__(Ranks)
+    ranks._edges = {}
+    for _ in range(2):
+        edges = [
+            (kind, layer)
+            for kind, layers in ((Kind.OUTPUTS, range(3)), (Kind.GRADIENTS, range(2, -1, -1)),
+                                 (Kind.INPUT_GRADIENTS, range(2, -1, -1)))
+            for layer in layers
+            if ranks._is_edge(Place(kind, layer))
+        ]  # fmt: skip
+    assert edges == [(Kind.OUTPUTS, 2), (Kind.GRADIENTS, 2), (Kind.INPUT_GRADIENTS, 0)]
