@@ -21,7 +21,7 @@ from .place import Place, in_words
 
 _MESSAGE = 1024  # bytes of what a failing rank says to the others
 _PATIENCE = 3.0  # seconds that ranks which lost another give each other to say that they are alive
-_BEFORE_NCCL = datetime.timedelta(seconds=30)
+_BEFORE_NCCL = datetime.timedelta(seconds=2 * _PATIENCE), datetime.timedelta(seconds=30)  # at least, at most
 _ABSENT = "kt_hf/absent"
 _CHANNELS: weakref.WeakSet[Channel] = weakref.WeakSet()  # those with a process group
 
@@ -220,6 +220,8 @@ def _timeout() -> datetime.timedelta:
     with contextlib.suppress(Exception):  # a backend without options
         group: Any = dist.group.WORLD
         timeout = group._get_backend(group._device_types[0]).options._timeout  # NCCL alone has none for the CPU
+        if torch.device("cuda") not in group._device_types:
+            return timeout
         # NCCL ends the process when an exchange of its own has waited so long: what there is to say comes before.
-        return timeout - min(timeout / 4, _BEFORE_NCCL) if torch.device("cuda") in group._device_types else timeout
+        return timeout - min(max(timeout / 4, _BEFORE_NCCL[0]), timeout / 2, _BEFORE_NCCL[1])
     return default
