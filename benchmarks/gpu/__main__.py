@@ -7,6 +7,7 @@
     products one layer: fused kernels on and off, the grouped product of kt_hf beside PyTorch
     placements  `auto` against other placements, stock and a peer, in parts
     gated   layers of gpt-oss-120b's shape with its gate and biases, bf16 and MXFP4, beside plain ones
+    decoding one stream of tokens, experts resident, streamed and moved by `auto`, in bf16 and int4; stock beside them
     folding gradient accumulation folded into larger batches, where experts are streamed
 
 Each can be tried without a GPU by `--device cpu --shape tiny`.
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 sys.path.append(str(Path(__file__).parents[1]))
 
+import decoding
 import folding
 import fp8
 import gated
@@ -40,6 +42,7 @@ COMMANDS = {
     "lora": lora,
     "placements": placements,
     "products": products,
+    "decoding": decoding,
     "folding": folding,
     "gated": gated,
 }

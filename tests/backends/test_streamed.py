@@ -208,6 +208,20 @@ def test_what_was_guessed_is_not_copied_again_and_what_was_not_is() -> None:
     check(one, x, base, None)
 
 
+def test_a_decoded_token_copies_the_experts_it_chose_alone() -> None:
+    """The last token's experts are no guess of the next one's: copies of them would delay those that are needed."""
+    streamer = Watched(2 * ONE)
+    layers = [backend(streamer, i) for i in (0, 1)]
+    for token in range(8):
+        x = make_inputs(MIXTRAL, 1, torch.bfloat16, token)
+        for one in layers:
+            streamer.copied.clear()
+            one.forward(x.hidden, x.ids, x.weights.float(), save=False)
+            assert sorted(streamer.experts(one.weights)) == sorted(x.ids[0].tolist())
+            assert not streamer._ahead
+            assert len(streamer.copied) <= 2 * K
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_calls_is_right(seed: int) -> None:
     """Layers, directions and experts at random: guesses that fail and guesses that hold."""

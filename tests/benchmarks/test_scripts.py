@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_the_cost_of_lora_is_measured_in_every_case(tmp_path: Path) -> None:
     done = subprocess.run([*line, "--csv", tmp_path / "rows.csv"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read(tmp_path / "rows.csv")
-    assert [row["case"] for row in rows] == ["gpu", "cpu", "waiting"]
+    assert [row["case"] for row in rows] == ["gpu", "cpu", "waiting", "torch", "some"]
     for row in rows:
         parts = sum(float(row[part]) for part in ("forward", "backward", "clip", "optimizer", "zero", "refresh"))
         assert 0 < parts < 10
@@ -124,6 +125,22 @@ def test_the_benchmark_of_products_runs_without_a_gpu(tmp_path: Path) -> None:
     assert kinds == {(place, way) for place in ("resident", "streamed") for way in ("PyTorch", "fused", "own")}
     assert "seen in a resident layer" in done.stdout
     assert "forward_tflops" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_decoded_token_copies_the_experts_that_it_chose(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "benchmarks.gpu", "decoding", "--tiny", "--out", tmp_path]
+    small = ["--layers", "3", "--tokens", "4", "--turns", "2"]
+    done = subprocess.run([*line, *small], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["case"]: row for row in map(json.loads, (tmp_path / "decoding.jsonl").read_text().splitlines())}
+    places = [f"{kind} {place}" for kind in ("bf16", "int4") for place in ("resident", "streamed")]
+    assert rows.keys() == {"stock, merged", "stock", "bf16 auto", *places}
+    for case, row in rows.items():
+        assert len(row["turns"]) == 2
+        assert row["tokens_per_s"] > 0
+        assert row["copied_mb"] == pytest.approx(row["chosen_mb"] if "streamed" in case else 0, rel=1e-3, abs=1e-6)
+    assert rows["bf16 auto"]["held"] == 3
 
 
 def read(file: Path) -> list[dict[str, str]]:

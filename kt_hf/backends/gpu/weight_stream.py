@@ -122,7 +122,8 @@ class Streamer:
             return
         self._make_buffers(weights)
         yield from self._through_buffers(weights, active)
-        self._send_ahead()
+        if sum(rows) >= weights.num_experts:  # fewer rows, of a decoded token, will be of other experts next time
+            self._send_ahead()
 
     def passed(self, weights: HostWeights, active: list[int], backward: bool) -> None:
         """Remember the order of steps, those of layers that need no copies among them.
