@@ -110,6 +110,8 @@ def make_packer(
     size = sum(expert_bytes(shape) * shape.num_experts for shape in shapes.values())
     if gpu is not None and tiers == Tiers() and (line := hint(cfg, list(shapes.values()), cfg.kt_max_len or 2048)):
         logger.info("kt_hf: %s.", line)
+    if gpu is not None and tiers != Tiers():
+        experts_gpu.let_segments_grow(gpu)
     packer = Packer(cfg, backend, reason, threads, size, tiers, streamed, saved, gpu)
     packer.ranks = ranks
     packer.keeps_on_cpu = keeps_packed(backend, stored)

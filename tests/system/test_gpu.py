@@ -1,0 +1,37 @@
+"""The GPU: how its memory is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kt_hf.system import gpu
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "hip", "asked"),
+    [
+        ("cuda", {}, None, ["expandable_segments:True"]),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None, []),
+        ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, None, []),
+        ("cuda", {}, "6.4", []),
+        ("cpu", {}, None, []),
+    ],
+)
+def test_the_allocator_of_a_gpu_is_set_where_nobody_has(
+    device: str, environment: dict[str, str], hip: str | None, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", said.append)
+    gpu.let_segments_grow(torch.device(device))
+    assert said == asked
+
+
+def test_an_allocator_that_cannot_be_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cuda.memory, "_set_allocator_settings")
+    gpu.let_segments_grow(torch.device("cuda"))
