@@ -20,13 +20,13 @@ from pathlib import Path
 
 BUS = 54e9  # bytes/s of a GPU's PCIe 5, all GPUs of a host at the same time (two were measured)
 NVLINK = 210e9  # bytes/s that a rank receives: all_gather of 33.5 MB in 0.16 ms
-LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 layers of 2,048 tokens take 0.17 to 0.22
+LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 layers of 2,048 tokens take 0.18 to 0.21
 GPU = 129e12  # FLOP/s in the slope between 8,192 and 16,384 tokens
-FIXED = 0.0083  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
-WIDEN = 6.9e-12  # seconds a weight of int4, in forward and again in backward: 0.1 s a step of 12 layers
-# The same on several ranks, where hosts wait for each other in each layer: two H200s took 0.35 to 0.48 s for 12 layers,
-# streamed or resident, 2,048 or 8,192 tokens a rank. Since then a recompute exchanges nothing, not measured yet.
-LAUNCH_ON_RANKS = 0.034
+FIXED = 0.0045  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
+WIDEN = 0.65e-12  # seconds a weight of int4, in forward and again in backward: 2.56 bytes at 0.94 of a copy's rate
+# `LAUNCH` on several ranks, where hosts wait for each other in each layer: two H200s took 0.32 to 0.35 s for 12 layers,
+# resident or int4, 2,048 or 8,192 tokens a rank.
+LAUNCH_ON_RANKS = 0.028
 UNEVEN = 1.1  # rows of the rank that has most over the mean, routing spread
 BITS = {"bf16": 16.0, "int4": 4.5}
 NETWORKS = {"10 GbE": 1.1e9, "100 GbE": 11e9, "400 Gb/s": 45e9}  # bytes/s of a host
@@ -119,10 +119,10 @@ def rows(name: str, tokens: int) -> Iterator[str]:
 # Seconds a step that H200s took for 12 layers (docs/gpu.md, docs/low-bit.md, docs/ranks.md), with so many tokens each.
 MEASURED = (
     ("streamed", "bf16", 2048, 1, 0.577), ("streamed", "bf16", 8192, 1, 0.573), ("streamed", "bf16", 16384, 1, 0.681),
-    ("resident", "bf16", 2048, 1, 0.219), ("resident", "bf16", 8192, 1, 0.299), ("streamed", "int4", 2048, 1, 0.274),
-    ("streamed", "int4", 8192, 1, 0.445), ("streamed", "int4", 16384, 1, 0.511), ("resident", "int4", 8192, 1, 0.402),
-    ("streamed", "bf16", 2048, 2, 0.468), ("streamed", "bf16", 8192, 2, 0.480), ("resident", "bf16", 2048, 2, 0.391),
-    ("resident", "bf16", 8192, 2, 0.422), ("streamed", "int4", 2048, 2, 0.378), ("streamed", "int4", 8192, 2, 0.431),
+    ("resident", "bf16", 2048, 1, 0.185), ("resident", "bf16", 8192, 1, 0.299), ("streamed", "int4", 2048, 1, 0.213),
+    ("streamed", "int4", 8192, 1, 0.285), ("streamed", "int4", 16384, 1, 0.461), ("resident", "int4", 8192, 1, 0.262),
+    ("streamed", "bf16", 2048, 2, 0.432), ("streamed", "bf16", 8192, 2, 0.417), ("resident", "bf16", 2048, 2, 0.348),
+    ("resident", "bf16", 8192, 2, 0.354), ("streamed", "int4", 2048, 2, 0.324), ("streamed", "int4", 8192, 2, 0.344),
 )  # fmt: skip
 
 
