@@ -38,6 +38,8 @@ class Meetings:
     Attributes:
         owners: The ranks that divide the experts, of which this is one.
         replicas: The ranks that own the same experts as this one, one of each host.
+        patient: Whether every meeting is waited for, so that ranks can go on after an error: where it is noticed
+            later, others may be in an exchange of DDP's that never ends.
     """
 
     def __init__(self, world: World, divided: int | None = None) -> None:
@@ -48,6 +50,7 @@ class Meetings:
         self.owners = Channel(range(first, first + divided), world.rank, world.size)
         self.replicas = Channel(range(world.rank % divided, world.size, divided), world.rank, world.size)
         self._losses = Losses(world.rank, world.size, (self.owners, self.replicas))
+        self.patient = False
         self._first_step: int | None = None
         self._pending: _Pending | None = None
         self._edges: dict[Kind, int] = {}
@@ -87,7 +90,8 @@ class Meetings:
             place: Where this rank is.
             device: Of what is exchanged.
         """
-        return self._on_gpu(device) and self.owners.size > 1 and not self._is_edge(place)
+        inside = self._on_gpu(device) and self.owners.size > 1 and not self._is_edge(place)
+        return inside and not self.patient
 
     def agree_later(
         self, place: Place, tokens: int = 0, failure: BaseException | None = None,

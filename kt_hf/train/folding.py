@@ -137,6 +137,8 @@ class Folding(TrainerCallback):
         """Go on with the first of these factors; without any, with the batches as they are written."""
         self.factor, *self._smaller = factors or [1]
         put_split(self._trainer, self._split)
+        if (ranks := ranks_of(self._trainer.model)) is not None:
+            ranks.patient = self.factor > 1  # one that runs out of memory goes on with smaller batches
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Try the longest rows, once; keep what training starts from."""

@@ -18,6 +18,7 @@ from kt_hf.experts import tickets
 from kt_hf.ranks import Kind, Place, Ranks
 from kt_hf.ranks.channel import Channel
 from kt_hf.ranks.ranks import _any_rows
+from kt_hf.ranks.world import World
 from tests.support.cases import TORCH_BF16
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import adapted_model, trainable
@@ -204,6 +205,18 @@ def test_ranks_that_take_other_forwards_for_the_one_recomputed() -> None:
 
     (first, _), _ = results(on_ranks(2, timed(work), 6))
     assert "do not agree which forward is computed again" in str(first)
+
+
+def test_ranks_that_are_to_go_on_after_an_error_wait() -> None:
+    """As where accumulation is folded, and batches become smaller when one runs out of memory."""
+    places = [Place(Kind.INPUT_GRADIENTS, layer) for layer in (2, 1, 0)]
+    ranks = Ranks(World(0, 2, 0, 2))
+    ranks._on_gpu = lambda _: True  # type: ignore[method-assign]
+    for patient in (False, True):
+        ranks.patient = patient
+        for _ in range(2):
+            deferred = [ranks.defers(place, torch.device("cuda")) for place in places]
+        assert deferred == [not patient, not patient, False]
 
 
 def test_edges_are_those_of_the_pass() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kt_hf.backends.gpu.streamed import StreamedBackend
+from kt_hf.ranks import Ranks
 from kt_hf.train import trial_step
 from kt_hf.train.folding_rules import Split, whole_batches
 from tests.ranks.test_train import ADAPTER
@@ -58,7 +59,7 @@ def test_a_folded_run_is_the_run(
     pairs = [{"prompt": f"{i} + {i}?", "chosen": f" {2 * i}", "rejected": f" {i}, no"} for i in range(24)]
     settings = {"stage": stage, "rows": ROWS if stage == "sft" else pairs, "max_steps": 4}
     model = save_model(tmp_path / "model")
-    folded = on_two(tmp_path / "folded", model, **settings)
+    folded = on_two(tmp_path / "folded", model, waiting, **settings)
     assert "1 x 2 rows a step are computed as 2 x 1" in folded.printed
     as_written(monkeypatch)
     written = on_two(tmp_path / "written", model, **settings)
@@ -67,6 +68,17 @@ def test_a_folded_run_is_the_run(
     if stage == "sft":
         one = run(tmp_path / "one", model, rows=ROWS, max_length=40, max_steps=4)
         assert near(folded, one)
+
+
+def waiting(_: int) -> None:
+    """Ranks that are to go on after one lacks memory look at each other at once, on GPUs too."""
+    exchange = Ranks.rows_to_all
+
+    def checked(ranks: Ranks, *given: Any) -> Any:
+        assert ranks.patient
+        return exchange(ranks, *given)
+
+    Ranks.rows_to_all = checked  # type: ignore[method-assign]  # of this process, which ends with the test
 
 
 def scarce(rank: int, where: str, monkeypatch: pytest.MonkeyPatch, skipped: int = 0) -> None:
