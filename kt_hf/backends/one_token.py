@@ -69,7 +69,7 @@ def one_token(
     inner = torch.cat([_product(x, held.gate_up[e]) for e in experts]).to(dtype)
     if lora:
         a = lora.a.index_select(0, chosen)
-        lora.add_b_of_each(chosen, (x.to(dtype) @ a.flatten(0, 1).t()).view(len(experts), -1), inner)
+        lora.add_b_of_each(chosen, _product(x.to(dtype), a.flatten(0, 1)).view(len(experts), -1), inner)
     if bias is not None:
         inner.add_(bias.index_select(0, chosen))
     h = gated(inner)
