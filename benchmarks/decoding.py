@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,20 @@ def work(options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": clock.times[-1] - clock.times[1], "ids": out}), flush=True)
 
 
-def _as_chat(model: Any) -> contextlib.AbstractContextManager[None]:
-    """With as many threads of PyTorch's as `kt-hf chat` leaves it, in a tree that knows of them."""
-    try:
-        from kt_hf.system.threads import torch_threads
-        from kt_hf.use.generation import threads_beside
-    except ImportError:
-        return contextlib.nullcontext()
-    return torch_threads(threads_beside(model))
+@contextlib.contextmanager
+def _as_chat(model: Any) -> Iterator[None]:
+    """What `kt-hf chat` does around an answer, as far as a tree knows of it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            from kt_hf.system.threads import torch_threads
+            from kt_hf.use.generation import threads_beside
+
+            stack.enter_context(torch_threads(threads_beside(model)))
+        with contextlib.suppress(ImportError):
+            from kt_hf.use.row_linears import row_linears
+
+            stack.enter_context(row_linears(model))
+        yield
 
 
 class Clock:

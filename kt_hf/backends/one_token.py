@@ -6,18 +6,14 @@ row takes 30 µs in bf16 whatever its size. Sums are rounded as among other toke
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..system.row_linear import has_row_linear, row_linear, takes
 from .base import ExpertWeights
-
-# oneDNN's linear layer, with nothing after it, which torch.compile calls. By it one row takes two thirds of the time
-# that a matrix product takes in bf16 (22 instead of 15 GB/s of weights on two cores). None where PyTorch has no oneDNN.
-_ROW_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class HeldLora(Protocol):
@@ -73,7 +69,7 @@ def one_token(
     inner = torch.cat([_product(x, held.gate_up[e]) for e in experts]).to(dtype)
     if lora:
         a = lora.a.index_select(0, chosen)
-        lora.add_b_of_each(chosen, (x.to(dtype) @ a.flatten(0, 1).t()).view(len(experts), -1), inner)
+        lora.add_b_of_each(chosen, _product(x.to(dtype), a.flatten(0, 1)).view(len(experts), -1), inner)
     if bias is not None:
         inner.add_(bias.index_select(0, chosen))
     h = gated(inner)
@@ -88,10 +84,5 @@ def one_token(
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [1, C] times the transpose of `weight` [R, C] of the same dtype: [1, R]."""
-    fast = x.dtype == torch.bfloat16 and not x.is_cuda and weight.is_contiguous() and _has_row_linear()
-    return _ROW_LINEAR(x, weight, None, "none", [], "") if fast else x @ weight.t()
-
-
-@functools.cache
-def _has_row_linear() -> bool:
-    return _ROW_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = x.dtype == torch.bfloat16 and takes(weight) and has_row_linear()
+    return row_linear(x, weight) if fast else x @ weight.t()

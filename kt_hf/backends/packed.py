@@ -133,9 +133,7 @@ class PackedMatrices:
     def select(self, matrices: Sequence[int]) -> PackedMatrices:
         """Some of the matrices, copied."""
         index = torch.tensor(list(matrices), dtype=torch.int64, device=self.codes.device)
-        raw = [t.view(torch.uint8) if t.element_size() == 1 else t for t in self.tensors]  # FP8 cannot be indexed
-        picked = (part.index_select(0, index) for part in raw)
-        return self.with_tensors([part.view(t.dtype) for part, t in zip(picked, self.tensors, strict=True)])
+        return self.with_tensors(picked(self.tensors, index))
 
     def to(self, device: torch.device) -> PackedMatrices:
         """The same on another device."""
@@ -216,6 +214,17 @@ class PackedExperts:
             return self
         at = [list(self.experts).index(e) for e in experts]
         return PackedExperts(list(experts), self.gate_up.select(at), self.down.select(at))
+
+
+def picked(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """The same rows of several tensors, copied.
+
+    Args:
+        tensors: Each [n, ...], of any dtype, on one device.
+        index: Numbers of the rows, integers on that device.
+    """
+    raw = [t.view(torch.uint8) if t.element_size() == 1 else t for t in tensors]  # FP8 cannot be indexed
+    return [part.index_select(0, index).view(t.dtype) for part, t in zip(raw, tensors, strict=True)]
 
 
 def nibbles(codes: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..errors import KTAMXConfigError
 from ..experts.layer import kt_layers
 from ..system.threads import torch_threads
 from .opening import Opened
+from .row_linears import row_linears
 
 Message = dict[str, str]  # role and content
 
@@ -129,6 +130,7 @@ class Answerer:
         model = self.opened.model
         with (
             torch_threads(threads_beside(model)),
+            row_linears(model),
             contextlib.nullcontext() if adapter else self.opened.without_adapter(),
         ):
             arguments = self.sampling.arguments()

@@ -7,23 +7,29 @@ without them those tests are skipped.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kt_hf import KTAMXError
 from kt_hf.adapters import check_export, convert
 from kt_hf.cli import app
+from tests.adapters.test_convert import VARIANTS, saved
 from tests.support.models import FAMILIES
 from tests.support.tiny import environment, save_model, tokenizer
 from tests.use.conftest import save_adapter
@@ -181,19 +187,55 @@ def test_transformers_and_peft_take_every_tensor(trained: tuple[Path, Path], tmp
     assert all(torch.equal(state[name], saved[name]) for name in saved)
 
 
+@dataclass
+class Exported:
+    """A base model's folder, and an adapter as servers read it: of one rank and one factor."""
+
+    base: Path
+    folder: Path
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; their values are compared with the adapter's in test_uniform.py."""
+        return load_file(self.folder / ADAPTER)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """PEFT's configuration."""
+        config: dict[str, Any] = json.loads((self.folder / "adapter_config.json").read_text())
+        return config
+
+    def expert(self, layer: int, expert: int, name: str, side: str) -> Tensor:
+        """A or B of one projection of one expert."""
+        stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}"
+        return self.tensors[f"{stem}.{WEIGHTS[name]}.lora_{side}.weight"]
+
+
+WEIGHTS = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
+@pytest.fixture(scope="module", params=["plain", "rslora and patterns"])
+def exported(request: pytest.FixtureRequest, trained: tuple[Path, Path], tmp_path_factory: Any) -> Exported:
+    """Of an adapter with one rank, and of one with several ranks and factors, made one."""
+    base, adapter = trained
+    if request.param != "plain":
+        adapter, _ = saved(
+            FAMILIES["mixtral"], tmp_path_factory.mktemp("many"), **VARIANTS["patterns"], use_rslora=True
+        )
+    return Exported(base, convert(adapter, tmp_path_factory.mktemp("out") / "out", to="per-expert", base=base))
+
+
 @pytest.mark.skipif(not os.environ.get("KT_TEST_LLAMA_CPP"), reason="KT_TEST_LLAMA_CPP names no tree of llama.cpp")
-def test_llama_cpps_converter_takes_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_llama_cpps_converter_takes_every_tensor(exported: Exported, tmp_path: Path) -> None:
     import gguf
 
-    base, adapter = trained
-    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
     script, written = Path(os.environ["KT_TEST_LLAMA_CPP"], "convert_lora_to_gguf.py"), tmp_path / "adapter.gguf"
     words = [
         sys.executable,
         str(script),
-        str(output),
+        str(exported.folder),
         "--base",
-        str(base),
+        str(exported.base),
         "--outfile",
         str(written),
         "--outtype",
@@ -201,19 +243,16 @@ def test_llama_cpps_converter_takes_every_tensor(trained: tuple[Path, Path], tmp
     ]
     ran = subprocess.run(words, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    reader, kt = gguf.GGUFReader(written), load_file(adapter / ADAPTER)
+    reader = gguf.GGUFReader(written)
     stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     names = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
     for layer in range(2):
         for name, theirs in names.items():
             for side in "ab":
-                mine = kt[f"base_model.model.model.layers.{layer}.mlp.experts.{name}_proj.lora_{side.upper()}.weight"]
+                mine = torch.stack([exported.expert(layer, e, name, side.upper()) for e in range(8)])
                 assert torch.equal(stored.pop(f"blk.{layer}.{theirs}.weight.lora_{side}").view_as(mine), mine)
     assert len(stored) == 2 * 4 * 2  # attention's
-    assert (
-        reader.fields["adapter.lora.alpha"].contents()
-        == json.loads((output / "adapter_config.json").read_text())["lora_alpha"]
-    )
+    assert reader.fields["adapter.lora.alpha"].contents() == pytest.approx(exported.config["lora_alpha"])
 
 
 SGLANG = """
@@ -231,26 +270,21 @@ print(json.dumps({"scaling": adapter.scaling}))
 
 
 @pytest.mark.skipif(not os.environ.get("KT_TEST_SGLANG_PYTHON"), reason="KT_TEST_SGLANG_PYTHON names no Python")
-def test_sglangs_reader_takes_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = trained
-    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
-    words = [os.environ["KT_TEST_SGLANG_PYTHON"], "-c", SGLANG, str(output), str(base)]
+def test_sglangs_reader_takes_every_tensor(exported: Exported) -> None:
+    words = [os.environ["KT_TEST_SGLANG_PYTHON"], "-c", SGLANG, str(exported.folder), str(exported.base)]
     paths = {"PYTHONPATH": os.environ.get("KT_TEST_SGLANG_PATH", "")}
     ran = subprocess.run(words, env=os.environ | paths, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert json.loads(ran.stdout.splitlines()[-1]) == {"scaling": 4.0}
-    kt, layers = load_file(adapter / ADAPTER), torch.load(output / "read.pt", weights_only=True)
-    assert sum(t.numel() for weights in layers for t in weights.values()) == sum(t.numel() for t in kt.values())
-    stem = "base_model.model.model.layers.1"
-    for expert in range(8):
-        for side in "AB":
-            gate, up, down = (
-                kt[f"{stem}.mlp.experts.{n}_proj.lora_{side}.weight"][expert] for n in ("gate", "up", "down")
-            )
-            read = {n: layers[1][f"{stem}.block_sparse_moe.experts.{expert}.{n}.lora_{side}.weight"]
-                    for n in ("gate_up_proj", "down_proj")}  # fmt: skip
-            assert torch.equal(read["gate_up_proj"], torch.cat([gate, up]))
-            assert torch.equal(read["down_proj"], down)
+    config, layers = exported.config, torch.load(exported.folder / "read.pt", weights_only=True)
+    assert json.loads(ran.stdout.splitlines()[-1])["scaling"] == pytest.approx(config["lora_alpha"] / config["r"])
+    taken = sum(t.numel() for weights in layers for t in weights.values())
+    assert taken == sum(t.numel() for t in exported.tensors.values())
+    for expert, side in itertools.product(range(8), "AB"):
+        gate, up, down = (exported.expert(1, expert, name, side) for name in ("gate", "up", "down"))
+        stem = f"base_model.model.model.layers.1.block_sparse_moe.experts.{expert}"
+        read = {n: layers[1][f"{stem}.{n}.lora_{side}.weight"] for n in ("gate_up_proj", "down_proj")}
+        assert torch.equal(read["gate_up_proj"], torch.cat([gate, up]))
+        assert torch.equal(read["down_proj"], down)
 
 
 VLLM = """
@@ -268,24 +302,22 @@ stem = "model.layers.1.block_sparse_moe.experts"
 each = [model.get_lora(f"{stem}.{e}.{w}") for e in range(8) for w in ("w1", "w2", "w3")]
 count = sum(one.lora_a.numel() + one.lora_b.numel() for one in model.loras.values())
 packed = PackedLoRALayerWeights.pack_moe(each, stem)
-torch.save({"a": packed.lora_a, "b": packed.lora_b, "count": count}, output + "/read.pt")
+scalings = [one.scaling for one in each]
+torch.save({"a": packed.lora_a, "b": packed.lora_b, "count": count, "scalings": scalings}, output + "/read.pt")
 """
 
 
 @pytest.mark.skipif(not os.environ.get("KT_TEST_VLLM_PYTHON"), reason="KT_TEST_VLLM_PYTHON names no Python")
-def test_vllms_reader_takes_every_tensor(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = trained
-    output = convert(adapter, tmp_path / "out", to="per-expert", base=base)
-    words = [os.environ["KT_TEST_VLLM_PYTHON"], "-c", VLLM, str(output)]
+def test_vllms_reader_takes_every_tensor(exported: Exported) -> None:
+    words = [os.environ["KT_TEST_VLLM_PYTHON"], "-c", VLLM, str(exported.folder)]
     paths = {"PYTHONPATH": os.environ.get("KT_TEST_VLLM_PATH", "")}
     ran = subprocess.run(words, env=os.environ | paths, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    kt, read = load_file(adapter / ADAPTER), torch.load(output / "read.pt", weights_only=True)
-    assert read["count"] == sum(t.numel() for t in kt.values())
-    for index, name in enumerate(("gate", "down", "up")):  # w1, w2, w3
-        stem = f"base_model.model.model.layers.1.mlp.experts.{name}_proj.lora_"
-        assert torch.equal(read["a"][index], kt[f"{stem}A.weight"])
-        scaled = read["b"][index] / kt[f"{stem}B.weight"]  # vLLM puts the scaling into B
-        assert torch.allclose(scaled, torch.full_like(scaled, 4.0)) or torch.equal(
-            read["b"][index], kt[f"{stem}B.weight"]
-        )
+    config, read = exported.config, torch.load(exported.folder / "read.pt", weights_only=True)
+    assert read["count"] == sum(t.numel() for t in exported.tensors.values())
+    for index, name in enumerate(WEIGHTS):
+        a, b = (torch.stack([exported.expert(1, e, name, side) for e in range(8)]) for side in "AB")
+        assert torch.equal(read["a"][index], a)
+        # The factor is in B, or is multiplied when it is computed.
+        factors = read["b"][index] / b * torch.tensor(read["scalings"]).view(8, 3)[:, index].view(8, 1, 1)
+        assert torch.allclose(factors[b != 0], torch.tensor(config["lora_alpha"] / config["r"]))

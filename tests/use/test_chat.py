@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 
 from kt_hf import KTAMXError, KTConfig, apply_kt_moe
 from kt_hf.cli import app
+from kt_hf.system.row_linear import has_row_linear, row_linear
 from kt_hf.use.chat import Chat
 from kt_hf.use.generation import Answerer, Sampling, positions_of
 from kt_hf.use.opening import Choice, Opened, check
@@ -74,6 +76,20 @@ def test_the_answers_are_those_of_base_and_adapter(trained: Trained, opened: Ope
         assert answerer.answer(messages, adapter) == expected
         assert "".join(answerer.stream(messages, adapter)).strip() == expected
     assert by_hand(trained, True) != by_hand(trained, False)
+
+
+@pytest.mark.skipif(not has_row_linear(), reason="the CPU has no products of bf16")
+def test_a_token_takes_the_short_way_through_the_models_own_layers(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = []
+    monkeypatch.setattr(
+        "kt_hf.use.row_linears.row_linear", lambda x, *rest: rows.append(len(x)) or row_linear(x, *rest)
+    )
+    assert opened.model.dtype == torch.bfloat16
+    Answerer(opened, Sampling(max_new_tokens=3)).answer([{"role": "user", "content": QUESTION}])
+    assert rows
+    assert len(rows) == 3 + (3 - 1) * 4 * opened.model.config.num_hidden_layers  # the head; attention after the prompt
 
 
 def test_a_seed_repeats_what_is_drawn(opened: Opened) -> None:

@@ -126,29 +126,45 @@ def test_rouge() -> None:
     assert scores == {"exact_match": 1.0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
 
 
-def test_a_task_of_lm_eval_runs_offline(trained: Trained, tmp_path: Path) -> None:
+LM_EVAL_TASKS = {
+    "multiple_choice": ("""
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""", "acc", 1.0),
+    "generate_until": ("""
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["="], max_gen_toks: 4, do_sample: false}
+filter_list: [{name: all, filter: [{function: take_first}]}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}]
+""", "exact_match,all", 1.0),
+    "loglikelihood_rolling": ("""
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: bits_per_byte}]
+""", "bits_per_byte", 100.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LM_EVAL_TASKS)
+def test_a_task_of_lm_eval_runs_offline(kind: str, trained: Trained, tmp_path: Path) -> None:
+    """Each kind of request that lm-eval has, of base and adapter."""
     pytest.importorskip("lm_eval")
+    text, metric, most = LM_EVAL_TASKS[kind]
     rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), "x"], "answer": 0} for i in range(3)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sums.yaml").write_text(
-        f"""task: sums
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/task.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-    )
-    done = CliRunner().invoke(
-        app,
-        ["eval", str(trained.adapter), "--tasks", "sums", "--include-path", str(tmp_path), "--json", "--device", "cpu"],
-    )
+    head = f"task: sums\noutput_type: {kind}\ntest_split: test\ndataset_path: json\n"
+    data = f"dataset_kwargs: {{data_files: {{test: {tmp_path}/task.jsonl}}}}\n"
+    (tmp_path / "sums.yaml").write_text(head + data + text)
+    words = ["--tasks", "sums", "--include-path", str(tmp_path), "--json", "--device", "cpu", "--compare"]
+    done = CliRunner().invoke(app, ["eval", str(trained.adapter), *words])
     assert done.exit_code == 0, done.output
-    results = json.loads(done.stdout[done.stdout.index("{") :])["results"]["adapter"]
-    assert 0 <= results["sums acc"] <= 1
+    results = json.loads(done.stdout[done.stdout.index("{") :])["results"]
+    assert results.keys() == {"adapter", "base"}
+    for values in results.values():
+        assert 0 <= values[f"sums {metric}"] <= most
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ class Lora(NamedTuple):
         """Views of consecutive experts."""
         return Lora(self.a[experts], self.b[experts], self.down_a[experts], self.down_b[experts], self.rank)
 
+    def chosen(self, experts: Tensor) -> Lora:
+        """Copies of some experts' tensors, whose numbers are integers [n] on the device."""
+        a, b, down_a, down_b = (t.index_select(0, experts) for t in self.tensors)
+        return Lora(a, b, down_a, down_b, self.rank)
+
     def zeros(self) -> Lora:
         """New tensors of zeros, of the same sizes."""
         a, b, down_a, down_b = (torch.zeros_like(t) for t in self.tensors)
@@ -117,7 +122,14 @@ def outputs(
     Returns:
         [S, H] bf16; undefined for rows of no expert.
     """
-    gu, _ = _up(rows.of_tokens(x), gate_up, lora, rows)
+    return outputs_of_rows(rows.of_tokens(x), gate_up, down, lora, rows, gating)
+
+
+def outputs_of_rows(
+    x: Tensor, gate_up: Tensor, down: Tensor, lora: Lora | None, rows: Rows, gating: Gating = PLAINLY
+) -> Addends:
+    """`outputs`, of hidden states that are the rows' already, [S, H] bf16."""
+    gu, _ = _up(x, gate_up, lora, rows)
     h = rows.gated(gu, gating)
     del gu
     y = _product(h, down.transpose(1, 2), rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import KTAMXError
 from ..base import ExpertWeights
-from ..packed import PackedExperts, PackedMatrices
+from ..packed import PackedExperts, PackedMatrices, picked
 
 Matrices = Tensor | PackedMatrices
 
@@ -109,6 +109,14 @@ class HostWeights:
         """gate_up and down in bf16, on the device of `copied`: the `tensors` of some experts, or copies of these."""
         count = len(_tensors(self.gate_up))
         return _wide(self.gate_up, copied[:count]), _wide(self.down, copied[count:])
+
+    def chosen(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """gate_up [n, 2I, H] and down [n, H, I] of some experts in bf16, copied where they are.
+
+        Args:
+            experts: Their numbers, [n] integers on the device of the GPU's tensors, or else on the CPU.
+        """
+        return self.products_of(picked(self.resident or self.tensors, experts))
 
     @classmethod
     def copied(cls, weights: ExpertWeights, experts: Sequence[int], must_lock: bool = True) -> HostWeights:

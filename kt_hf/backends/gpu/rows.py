@@ -96,6 +96,17 @@ class Rows:
         per_expert = len(order) / ranks / max(1, len(numbers))
         return cls(tokens[:rows], ends, key[:rows], by_row[:rows], place, slice(0, rows), K, per_expert)
 
+    @classmethod
+    def of_one_token(cls, experts: Tensor, weights: Tensor) -> Rows:
+        """A token's rows in the order of its choices, each of an expert that is a group of its own.
+
+        Args:
+            experts: [K] integers.
+            weights: Routing weights, [K] fp32.
+        """
+        K, place, ends = len(experts), *_counted(len(experts), experts.device)
+        return cls(place, ends, experts, weights, place, slice(0, K), K, 1.0)
+
     def part(self, experts: slice, span: slice) -> Rows:
         """The rows `span` of all of these, which must be exactly those of `experts`."""
         ends = self.ends[experts] - span.start
@@ -163,3 +174,11 @@ class Rows:
     @property
     def _operations(self) -> ModuleType:
         return kernels.row_operations(self.ends.device)
+
+
+@functools.cache
+def _counted(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0 to count - 1, and 1 to count, int32: made once, for a launch takes as long as a small product."""
+    with torch.inference_mode(False):
+        numbers = torch.arange(count, dtype=torch.int32, device=device)
+        return numbers, numbers + 1

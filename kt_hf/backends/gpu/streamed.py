@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...shapes import ExpertShape
 from ..base import Gradients, SavedForward
+from ..one_token import all_different
 from ..transfer import to_host
 from . import grouped_mm as grouped
 from .grouped_mm import GroupedExperts, Lora
@@ -93,8 +94,39 @@ class StreamedBackend(GroupedExperts):
         return flat.new_zeros(self.shape.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
-        """Wait for the row counts, then compute as `forward_counted`; without a wait where the layer is one chunk."""
+        """Wait for the row counts, then compute as `forward_counted`; without a wait where the layer is one chunk.
+
+        One token without `save` is computed by its experts alone: streamed ones wait for their numbers, and of low bits
+        in the GPU's memory those are widened, not the layer.
+        """
+        if len(ids) == 1 and not save and self.shape.ranks == 1:
+            out = self._one_token(x, ids[0], weights[0])
+            if out is not None:
+                return out, None
         return self.forward_counted(x, ids, weights, save, self._counts(ids))
+
+    def _one_token(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """The output [1, H] of x [1, H] by the experts ids [K]; None where the general way is to be taken."""
+        held = self.weights
+        if held.resident is not None:
+            if not held.packed:  # the products read the layer's memory as it is
+                return None
+            none = ids < 0  # zero times another expert's finite output, from a hidden state of zeros
+            ids, x = ids.clamp(min=0), x.expand(len(ids), -1).masked_fill(none.unsqueeze(1), 0)
+            return self._of_chosen(x, ids, weights.masked_fill(none, 0), *held.chosen(ids))
+        if len(ids) > self._streamer.most_chosen(held):
+            return None
+        experts = to_host([ids], [torch.int64]).wait()[0].tolist()
+        if not all_different(experts):
+            return None
+        with self._streamer.chosen(held, experts) as (gate_up, down):
+            return self._of_chosen(x.expand(len(ids), -1).contiguous(), ids, weights, gate_up, down)
+
+    def _of_chosen(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """The output [1, H] of x [K, H], a row for each of the experts ids [K], whose weights are stacks of K."""
+        rows, lora = Rows.of_one_token(ids, weights), self._lora.chosen(ids) if self._lora else None
+        outputs = grouped.outputs_of_rows(x, gate_up, down, lora, rows, self._gating)
+        return rows.sum_by_token(outputs, weighted=True)
 
     def _counts(self, ids: Tensor) -> list[int] | None:
         if self._at_once(ids.numel(), None):

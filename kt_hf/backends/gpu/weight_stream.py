@@ -125,6 +125,33 @@ class Streamer:
         if sum(rows) >= weights.num_experts:  # fewer rows, of a decoded token, will be of other experts next time
             self._send_ahead()
 
+    @contextlib.contextmanager
+    def chosen(self, weights: HostWeights, experts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """gate_up [n, 2I, H] and down [n, H, I] of n experts in bf16, for use in this context on the current stream.
+
+        For a token alone, from which nothing can be guessed: what comes next is remembered of longer passes only.
+
+        Args:
+            weights: The layer's weights in host memory.
+            experts: In the order of the result; not more than `most_chosen`.
+        """
+        if not self._copies:
+            yield weights.chosen(torch.tensor(experts, device="cpu"))
+            return
+        self._make_buffers(weights)
+        self._sent_for(weights, ())  # what was sent ahead is not what a token needs: its buffers are free
+        coming = self._taken(weights, slice(0, len(experts)))
+        try:
+            self._launch(coming, [(e, e + 1, i) for i, e in enumerate(experts)])
+            loaded = self._arrived(coming)
+            yield loaded.gate_up, loaded.down
+        finally:
+            self._give_back(coming)
+
+    def most_chosen(self, weights: HostWeights) -> int:
+        """How many experts of a layer a buffer has room for."""
+        return self._experts_in_a_chunk(weights)
+
     def passed(self, weights: HostWeights, active: list[int], backward: bool) -> None:
         """Remember the order of steps, those of layers that need no copies among them.
 
@@ -260,12 +287,15 @@ class Streamer:
         if not missing:
             return
         coming.filled.update(missing)
+        self._launch(coming, [(first, last, first - coming.experts.start) for first, last, _ in runs(missing)])
+
+    def _launch(self, coming: _Coming, pieces: Iterable[tuple[int, int, int]]) -> None:
+        """Launch copies: (first expert, the one after the last, where the first goes in the buffer) of each piece."""
         begin = self._mark()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            for first, last, _ in runs(missing):
+            for first, last, at in pieces:
                 for source, target in zip(coming.weights.tensors, coming.views, strict=True):
-                    at = slice(first - coming.experts.start, last - coming.experts.start)
-                    self._copy(source[first:last], target[at])
+                    self._copy(source[first:last], target[at : at + last - first])
         end = self._mark()
         if begin and end and self._spans is not None:
             self._spans.append((begin, end))
