@@ -238,10 +238,9 @@ class Streamer:
 
         Which experts make a chunk depends on the layer's sizes alone.
         """
-        size, count = self._experts_in_a_chunk(weights), weights.num_experts
+        size, count, chunks = self._experts_in_a_chunk(weights), weights.num_experts, dict[int, list[int]]()
         if len(active) == count:  # the usual case, as fast as can be: the GPU may be waiting
             return [(slice(at, min(at + size, count)), active[at : at + size]) for at in range(0, count, size)]
-        chunks: dict[int, list[int]] = {}
         for e in active:
             chunks.setdefault(e // size * size, []).append(e)
         return [(slice(first, min(first + size, count)), chunks[first]) for first in sorted(chunks)]
