@@ -62,9 +62,10 @@ class KeptActivations:
     def __init__(self, asked: str) -> None:
         self.asked = asked
         self._again: frozenset[int] = frozenset()
+        self._layers = self._said = 0
 
     def decide(self, layers: Iterable[int], retained: int | None) -> None:
-        """Choose the layers, and log what `auto` has changed.
+        """Choose the layers.
 
         Args:
             layers: Indices of the layers.
@@ -72,13 +73,16 @@ class KeptActivations:
         """
         indices = sorted(layers)
         kept = spread(len(indices) if retained is None else retained, len(indices))
-        again = frozenset(indices) - {indices[i] for i in kept}
-        if len(again) != len(self._again) and self.asked == "auto":
+        self._again, self._layers = frozenset(indices) - {indices[i] for i in kept}, len(indices)
+
+    def say(self) -> None:
+        """Log what `auto` has chosen, as training begins: until then a trainer may tell more of the run."""
+        if self.asked == "auto" and len(self._again) != self._said:
+            self._said = len(self._again)
             logger.info(
                 "kt_hf: experts of %d of %d layers are computed again in backward: the GPU has no room to keep more "
-                "(kt_expert_activations).", len(again), len(indices),
+                "(kt_expert_activations).", self._said, self._layers,
             )  # fmt: skip
-        self._again = again
 
     def keeps(self, layer_idx: int) -> bool:
         """Whether a layer keeps its forward."""

@@ -307,16 +307,14 @@ class Packer:
             gradients: Whether a backward may follow.
             training: Whether the layer is in training mode.
         """
+        if training:
+            self.activations.say()
         if self.promotion is not None:
             with CALL_LOCK:
                 self.promotion.begins(layer_idx, tokens, gradients, training, optimizer_steps())
 
     def make_room(self, label: str) -> bool:
-        """Have layers that the run has brought to the GPU give their memory back; whether there were any.
-
-        Args:
-            label: The layer that has too little, for the log.
-        """
+        """Have layers that the run has brought to the GPU give their memory to `label`; whether there were any."""
         return self.promotion is not None and self.promotion.ran_out(label)
 
     def _on_gpu(self, shape: ExpertShape, layer: int) -> tuple[Sequence[int], Sequence[int]]:
