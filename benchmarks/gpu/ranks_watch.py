@@ -25,7 +25,7 @@ class Watch:
         from kt_hf.ranks import Ranks
         from kt_hf.ranks.channel import Channel
 
-        exchange = Channel.exchange
+        exchange, spread = Channel.exchange, Channel.spread
 
         def timed(meet: Any) -> Any:
             def timed_meeting(*args: Any, **kwargs: Any) -> Any:
@@ -37,25 +37,28 @@ class Watch:
 
             return timed_meeting
 
-        def timed_exchange(channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
-            self.bytes += sent.nbytes
-            if not sent.is_cuda:
-                begin = time.perf_counter()
-                exchange(channel, received, sent, *rest)
-                self.rows += time.perf_counter() - begin
-                return
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            exchange(channel, received, sent, *rest)
-            events[1].record()
-            self._events.append(events)
+        def of_rows(send: Any) -> Any:
+            def timed_exchange(channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
+                self.bytes += received.nbytes
+                if not sent.is_cuda:
+                    begin = time.perf_counter()
+                    send(channel, received, sent, *rest)
+                    self.rows += time.perf_counter() - begin
+                    return
+                events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                events[0].record()
+                send(channel, received, sent, *rest)
+                events[1].record()
+                self._events.append(events)
+
+            return timed_exchange
 
         for name in ("agree", "agree_later"):
             setattr(Ranks, name, timed(getattr(Ranks, name)))
-        Channel.exchange = timed_exchange  # type: ignore[method-assign]
+        Channel.exchange, Channel.spread = of_rows(exchange), of_rows(spread)  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float, int]:
-        """Headers' seconds, rows' seconds and bytes sent since the last call."""
+        """Headers' seconds, rows' seconds and bytes received since the last call."""
         for begin, end in self._events:
             end.synchronize()
             self.rows += begin.elapsed_time(end) / 1000

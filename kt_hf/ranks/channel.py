@@ -89,6 +89,10 @@ class Channel:
         """Rows from each to each, of a CPU or of GPUs: `out[i]` of member i are received, `into[i]` sent to it."""
         dist.all_to_all_single(received, sent, out, into, group=self.group(sent.device.type))
 
+    def spread(self, received: Tensor, rows: Tensor) -> None:
+        """The rows of all members, of equally many each, to all: `received` [size x T, …] of `rows` [T, …]."""
+        dist.all_gather_into_tensor(received, rows, group=self.group(rows.device.type))
+
     def summed(self, values: Tensor) -> Any:
         """Begin to sum the values of all members in place; what is returned is to be waited for."""
         return dist.all_reduce(values, group=self.group(values.device.type), async_op=True)
