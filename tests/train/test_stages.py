@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,3 +320,14 @@ def test_ten_steps_are_those_of_the_unpatched_model(
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         print(f"{stage} {name}: {ours[0]:.4f} -> {ours[-1]:.4f}, at most {worst:.6f} from TRL's")
         assert worst < 0.02
+
+
+def test_asking_for_the_arguments_of_every_stage_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a misspelled key does, whatever the run's own stage. TRL warns at the first import of its experimental part."""
+    monkeypatch.delenv("TRL_EXPERIMENTAL_SILENCE", raising=False)
+    for name in ("trl.experimental", STAGES["orpo"].module):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        assert all(stage.config_class() for stage in STAGES.values())
+    assert not [str(warning.message) for warning in raised]
