@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from kt_hf import __version__
+from kt_hf.builtin.smollm2_moe import INSTALL_HINT
 from tests.support.archives import NEEDS_CLONE, ROOT, tracked
 
 pytestmark = NEEDS_CLONE
@@ -142,3 +143,12 @@ def test_citation_and_changelog_are_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__
     assert f"\n## {__version__} — {citation['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_pages_install_the_wheel_of_this_version() -> None:
+    """And the demo's model as the package names it, wherever a reader begins."""
+    pages = {path.name: path.read_text() for path in (ROOT / "docs/install.md", ROOT / "docs/start/index.md")}
+    for name, page in pages.items():
+        wheels = set(re.findall(r"kt_hf-([\w.]+?)-py3-none-any\.whl", page))
+        assert wheels == {__version__}, name
+        assert set(re.findall(r"pip install --no-deps \S+", page)) == {INSTALL_HINT}, name

@@ -323,7 +323,7 @@ def test_ten_steps_are_those_of_the_unpatched_model(
 
 
 def test_asking_for_the_arguments_of_every_stage_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a misspelled key does, whatever the run's own stage. TRL warns at the first import of its experimental part."""
+    """As a misspelled key asks, whatever the stage. TRL warns at the first import of its experimental part."""
     monkeypatch.delenv("TRL_EXPERIMENTAL_SILENCE", raising=False)
     for name in ("trl.experimental", STAGES["orpo"].module):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -51,8 +51,8 @@ class Stage:
     def _of_trl(self, name: str) -> Any:
         try:
             with warnings.catch_warnings():
-                # That this part of TRL may change: the releases that were tried are pinned, and a key that no stage knows
-                # asks for the arguments of all of them.
+                # It may change with any release: those that were tried are pinned. And a key that no stage knows asks for
+                # the arguments of all.
                 warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
                 return getattr(importlib.import_module(self.module), name)
         except (ImportError, AttributeError) as error:
