@@ -51,8 +51,7 @@ class Stage:
     def _of_trl(self, name: str) -> Any:
         try:
             with warnings.catch_warnings():
-                # It may change with any release: those that were tried are pinned. And a key that no stage knows asks for
-                # the arguments of all.
+                # It may change with any release: those that were tried are pinned. A misspelled key asks all stages.
                 warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
                 return getattr(importlib.import_module(self.module), name)
         except (ImportError, AttributeError) as error:
