@@ -231,3 +231,34 @@ def test_edges_are_those_of_the_pass() -> None:
             if ranks._is_edge(Place(kind, layer))
         ]  # fmt: skip
     assert edges == [(Kind.OUTPUTS, 2), (Kind.GRADIENTS, 2), (Kind.INPUT_GRADIENTS, 0)]
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_recompute_whose_router_chooses_otherwise_is_the_forward(chunk: int | None) -> None:
+    """Kernels that do not repeat their bits may choose another of two experts that are as good."""
+
+    def work(rank: int, other: bool) -> dict[str, Tensor]:
+        model = model_of()
+        layers = model.base_model.model._kt_wrappers
+        if chunk:
+            layers[0].backend._streamer._chunk_bytes = chunk
+        forward = layers[1].forward
+
+        def chosen(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            if other and tickets.in_backward():
+                ids = ids.clone()
+                ids[0] = (ids[0] + MIXTRAL.num_experts // 2) % MIXTRAL.num_experts  # the other rank's
+            return forward(hidden, ids, weights)
+
+        layers[1].forward = chosen
+        for number in range(3):
+            model.zero_grad()
+            step(model, rank, number)
+        return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+
+    for found, wanted in zip(
+        *(results(on_ranks(2, lambda rank, other=other: work(rank, other))) for other in (True, False)), strict=True
+    ):
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name]), name
