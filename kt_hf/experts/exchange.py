@@ -132,10 +132,18 @@ class LayerExchange:
         Raises:
             KTAMXBackwardError: The ranks are in different places, or one has failed or ended.
         """
-        with self.telling(Kind.GRADIENTS):
-            rows, layout = _packed([*_inputs(x, ids, weights), grad.detach()])
         place = self._place(Kind.GRADIENTS, dtype=grad.dtype)
-        if self.ranks.defers(place, grad.device):
+        later = self.ranks.defers(place, grad.device)
+        try:
+            rows, layout = _packed([*_inputs(x, ids, weights), grad.detach()])
+        except Exception as error:
+            if later:
+                like, _ = _packed([*_inputs(x[:0], ids[:0], weights[:0]), grad[:0].detach()])
+                self.ranks.fail_to_all(like, lengths, place, error)
+            else:
+                self.ranks.agree(place, failure=error)
+            raise
+        if later:
             self.ranks.agree_later(place, grad.shape[0])
         else:
             self.ranks.agree(place, grad.shape[0])

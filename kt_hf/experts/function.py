@@ -66,6 +66,10 @@ class ExpertsFunction(torch.autograd.Function):
                 f"{ctx.runner.label}: create_graph=True is not supported, experts have no second derivatives."
             )
         x, ids, weights, number = ctx.saved_tensors
+        own = ctx.exchange is None or ctx.runner.resumes  # else what is kept is of all ranks
+        kept = ctx.ticket.retained if own and int(number) == ctx.ticket.number else None
+        if kept is not None:  # the gradients are of that forward, as are the rows of each expert that it counted
+            ids, weights = kept.ids, kept.weights
         needed = ctx.needs_input_grad
         lora = ctx.lora if any(needed[6:]) else None
 

@@ -106,6 +106,7 @@ class Ticket:
 
     Attributes:
         number: Of this forward, unlike every other's.
+        first: Whether it came outside of a backward pass, in which a recompute of it is to be expected.
         retained: Its inputs and output, where they are kept for a recompute; of several ranks, this one's.
         gathering: Which exchange brought the inputs, by its number, where each of several ranks keeps its own.
         lengths: Tokens of each rank in it.
@@ -113,7 +114,7 @@ class Ticket:
     """
 
     def __init__(self, values: LoraValues, saved: SavedForward | None, ids: Tensor) -> None:
-        self.number = next(_ticket_numbers)
+        self.number, self.first = next(_ticket_numbers), not in_backward()
         self.saved = saved
         self.ids = ids  # [T, K], -1 for no expert
         self.values: LoraValues | None = values
@@ -144,7 +145,8 @@ class Known(NamedTuple):
 class Recomputes:
     """Recognizes the recomputes of one layer's forwards whose output was kept.
 
-    A recompute has its forward's inputs. Which forward's that is, is plain where only one is open. Then what is on a
+    A recompute has its forward's inputs. Which forward's that is, is plain where only one is open, which did not come
+    in a backward itself: there others may come that are no recomputes, of a layer's second call. Then what is on a
     GPU is compared without a wait, and the answer looked at later, for the host would stand still in each layer.
     (Kernels that do not repeat their bits make small differences: output and gradients are those of the forward, as
     they should be.) Where several are open, it is the newest whose inputs are the same to the bit.
@@ -166,10 +168,11 @@ class Recomputes:
             ids: [T, K], as the model gives them.
             weights: [T, K], as the model gives them.
         """
-        newest = sorted(tickets, key=lambda ticket: -ticket.number)
+        newest = sorted((t for t in tickets if t.values is not None), key=lambda ticket: -ticket.number)
         kept = [(ticket, ticket.retained) for ticket in newest if ticket.retained is not None]
         alike = [(ticket, retained) for ticket, retained in kept if retained.alike(x, ids, weights)]
-        if len(kept) == len(alike) == 1 and _on_gpu(x) and alike[0][1].x.device == x.device:
+        only = len(newest) == len(alike) == 1 and newest[0].first
+        if only and _on_gpu(x) and alike[0][1].x.device == x.device:
             ticket, retained = alike[0]
             judge = functools.partial(_judged_recompute, self._label)
             self._checks.add(judge, magnitudes(x - retained.x, x))

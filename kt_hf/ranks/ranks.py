@@ -16,9 +16,10 @@ pass enters the layers and where it leaves them; a host in which a rank has fail
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,12 +65,28 @@ class Ranks(Meetings):
             return rows
         received, rows = rows.new_empty(sum(lengths), *rows.shape[1:]), rows.contiguous()
         with self._losses.noticed(self.owners, place):
-            if len(set(lengths)) == 1 and mine:  # without a copy for each
+            if _alike(lengths):  # without a copy for each
                 self.owners.spread(received, rows)
             else:
                 sent = rows.repeat(size, *([1] * (rows.dim() - 1)))
                 self.owners.exchange(received, sent, list(lengths), [mine] * size)
         return received
+
+    def fail_to_all(self, like: Tensor, lengths: Sequence[int], place: Place, failure: BaseException) -> None:
+        """Tell of a failure where ranks defer, which are about to call `rows_to_all`.
+
+        Args:
+            like: [0, B] uint8 on the device of the rows.
+            lengths: Rows of each owner.
+            place: Where this rank is.
+            failure: Why it cannot go on.
+        """
+        mine, size = lengths[self.owners.index], self.owners.size
+        if _alike(lengths):
+            self._fail_later(like, (sum(lengths), mine), self.owners.spread, place, failure)
+            return
+        send = functools.partial(self.owners.exchange, out=list(lengths), into=[mine] * size)
+        self._fail_later(like, (sum(lengths), mine * size), send, place, failure)
 
     def rows_to_owners(
         self, rows: Tensor, lengths: Sequence[int], place: Place, failure: BaseException | None = None
@@ -111,27 +128,44 @@ class Ranks(Meetings):
     def _beside_header(
         self, rows: Tensor, lengths: Sequence[int], place: Place, failure: BaseException | None
     ) -> list[Tensor]:
-        """`rows_to_owners` on GPUs: where ranks defer, one that has failed sends any rows, if it has memory."""
-        mine, size, later = lengths[self.owners.index], self.owners.size, self.defers(place, rows.device)
-        if not later:
+        """`rows_to_owners` on GPUs."""
+        mine, size = lengths[self.owners.index], self.owners.size
+        if self.defers(place, rows.device):
+            if failure is not None:
+                send = functools.partial(self.owners.exchange, out=[mine] * size, into=list(lengths))
+                self._fail_later(rows, (mine * size, sum(lengths)), send, place, failure)
+                return []
+            self.agree_later(place)
+        else:
             self.agree(place, failure=failure)
             if failure is not None:
                 return []
-        elif not self.agree_later(place, failure=failure):
-            return []
-        if failure is not None:
-            traceback.clear_frames(failure.__traceback__)  # what its computation held
-            found = _any_rows(rows, sum(lengths))
-            if found is None:
-                self._settled()
-                return []
-            rows = found
         received = rows.new_empty(mine * size, rows.shape[1])
-        with self._losses.noticed(self.owners, place, failure):
+        with self._losses.noticed(self.owners, place):
             self.owners.exchange(received, rows.contiguous(), [mine] * size, list(lengths))
-        if failure is not None:
-            self._settled()
         return list(received.split(mine)) if mine else [received] * size
+
+    def _fail_later(
+        self, like: Tensor, counts: tuple[int, int], send: Callable[[Tensor, Tensor], None], place: Place,
+        failure: BaseException,
+    ) -> None:  # fmt: skip
+        """Tell of a failure where ranks defer, and send any rows, if there is memory: the others have begun to.
+
+        Args:
+            like: [0, B] on the device of the rows.
+            counts: How many rows would be received, and how many sent.
+            send: Exchanges them, given both.
+            place: Where this rank is.
+            failure: Why it cannot go on.
+        """
+        if not self.agree_later(place, failure=failure):
+            return
+        traceback.clear_frames(failure.__traceback__)  # what its computation held
+        rows = _any_rows(like, sum(counts))
+        if rows is not None:
+            with self._losses.noticed(self.owners, place, failure):
+                send(*rows.split(counts))
+        self._settled()
 
     def all_values(self, values: Tensor) -> Tensor:
         """The values of all ranks, [size, …]: `values` [...] on the CPU, of one shape and dtype on all ranks."""
@@ -161,6 +195,11 @@ class Ranks(Meetings):
         """Begin to replace values, which all replicas have of one shape, by their mean over these."""
         with self._losses.noticed(self.replicas, place):
             return PendingMean(self, place, values, self.replicas.summed(values))
+
+
+def _alike(lengths: Sequence[int]) -> bool:
+    """Whether all ranks have equally many rows, and any."""
+    return len(set(lengths)) == 1 and lengths[0] > 0
 
 
 def _any_rows(like: Tensor, count: int) -> Tensor | None:

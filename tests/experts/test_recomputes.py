@@ -65,6 +65,38 @@ def test_several_open_forwards_are_compared(case: Case, as_on_a_gpu: list[bool])
     assert as_on_a_gpu == [False, True]
 
 
+def test_an_open_forward_that_was_not_kept(case: Case, as_on_a_gpu: list[bool]) -> None:
+    """Its recompute is not that of the only one that was."""
+    layer, base, lora = layer_with(case, kt_expert_activations="retain")
+    batches, open_ones = [inputs(case, seed) for seed in range(2)], []
+    for x, keep in zip(batches, (False, True), strict=True):
+        layer.keep_activations(keep)
+        open_ones.append(run(layer, x))
+    for x, (output, leaves) in zip(batches, open_ones, strict=True):
+        assert_all_close(gradients_of(layer, output, leaves, x), expected_grads(x, base, lora), case.grad)
+    layer._runner.checks.settle(wait=True)
+    assert as_on_a_gpu == [False, True]
+
+
+def test_a_layer_that_is_called_twice_in_a_recompute(case: Case, as_on_a_gpu: list[bool]) -> None:
+    """By reentrant checkpointing, which keeps nothing of the forwards: the second call is none of the first."""
+    layer, base, lora = layer_with(case, kt_expert_activations="retain")
+    halves = [inputs(case, seed) for seed in range(2)]
+    leaves = [leaf.detach().requires_grad_() for x in halves for leaf in (x.hidden, x.weights)]
+
+    def computed(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(given[2 * i], x.ids, given[2 * i + 1]) for i, x in enumerate(halves))
+
+    outputs = checkpoint(computed, *leaves, use_reentrant=True)
+    torch.autograd.backward(outputs, [x.grad_output for x in halves])
+    layer._runner.checks.settle(wait=True)
+    wanted = [expected_grads(x, base, lora) for x in halves]
+    for i, one in enumerate(wanted):
+        found = {"hidden": leaves[2 * i].grad, "weights": leaves[2 * i + 1].grad}
+        assert_all_close(found, {name: one[name] for name in found}, case.grad)
+    assert as_on_a_gpu == [False]
+
+
 def test_kernels_that_do_not_repeat_their_bits(case: Case, as_on_a_gpu: list[bool]) -> None:
     """Output and gradients are the forward's, step after step, and nobody complains."""
     layer, base, lora = layer_with(case, kt_expert_activations="retain")

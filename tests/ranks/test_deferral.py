@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kt_hf.errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
-from kt_hf.experts import tickets
+from kt_hf.experts import exchange, tickets
 from kt_hf.ranks import Kind, Place, Ranks
+from kt_hf.ranks import ranks as kt_hf_ranks
 from kt_hf.ranks.channel import Channel
 from kt_hf.ranks.ranks import _any_rows
 from kt_hf.ranks.world import World
@@ -231,3 +232,95 @@ def test_edges_are_those_of_the_pass() -> None:
             if ranks._is_edge(Place(kind, layer))
         ]  # fmt: skip
     assert edges == [(Kind.OUTPUTS, 2), (Kind.GRADIENTS, 2), (Kind.INPUT_GRADIENTS, 0)]
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_recompute_whose_router_chooses_otherwise_is_the_forward(chunk: int | None) -> None:
+    """Kernels that do not repeat their bits may choose another of two experts that are as good."""
+
+    def work(rank: int, other: bool) -> dict[str, Tensor]:
+        model = model_of()
+        layers = model.base_model.model._kt_wrappers
+        if chunk:
+            layers[0].backend._streamer._chunk_bytes = chunk
+        forward = layers[1].forward
+
+        def chosen(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            if other and tickets.in_backward():
+                ids = ids.clone()
+                ids[0] = (ids[0] + MIXTRAL.num_experts // 2) % MIXTRAL.num_experts  # the other rank's
+            return forward(hidden, ids, weights)
+
+        layers[1].forward = chosen
+        for number in range(3):
+            model.zero_grad()
+            step(model, rank, number)
+        return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+
+    for found, wanted in zip(
+        *(results(on_ranks(2, lambda rank, other=other: work(rank, other))) for other in (True, False)), strict=True
+    ):
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize(("layer", "even"), [(0, False), (0, True), (1, False)])
+def test_gradients_that_cannot_be_sent_are_told(layer: int, even: bool) -> None:
+    """Rank 1 has no memory to put them together; the others, of equally many tokens or not, have begun to send."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        packed, left = exchange._packed, [2 - layer]  # the last layer's come first
+
+        def failing(tensors: list[Tensor]) -> Any:
+            if len(tensors) == 4 and len(tensors[0]):
+                left[0] -= 1
+                if not left[0]:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return packed(tensors)
+
+        for number in range(4):
+            if rank == 1 and number == 2:
+                exchange._packed = failing
+            step(model, 0 if even else rank, number)
+
+    (first, _), (second, seconds), *others = results(on_ranks(4, timed(work), 20))
+    assert isinstance(second, torch.OutOfMemoryError)
+    assert seconds < 20
+    for error in (first, *(error for error, _ in others)):
+        assert isinstance(error, KTAMXBackwardError), error
+        assert f"layers.{layer}.mlp.experts: rank 1 has failed there: OutOfMemoryError: CUDA" in str(error)
+
+
+def test_no_memory_for_what_the_others_send_to_a_rank_that_failed() -> None:
+    """It is asked for together with what it sends, in one place."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        find, new = kt_hf_ranks._any_rows, Tensor.new_empty
+
+        def scarce(tensor: Tensor, *size: Any, **like: Any) -> Tensor:
+            if tensor.dtype == torch.uint8 and tensor.dim() == 2 and size[0]:
+                raise torch.OutOfMemoryError("again")
+            return new(tensor, *size, **like)
+
+        def found(*given: Any) -> Tensor | None:
+            Tensor.new_empty = new  # type: ignore[method-assign]
+            rows = find(*given)
+            Tensor.new_empty = scarce  # type: ignore[method-assign,assignment]
+            return rows
+
+        def failing(*_: Any, **__: Any) -> None:
+            kt_hf_ranks._any_rows = found
+            Tensor.new_empty = scarce  # type: ignore[method-assign,assignment]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        for number in range(4):
+            if rank == 1 and number == 2:
+                model.base_model.model._kt_wrappers[0].backend.forward = failing
+            step(model, rank, number)
+
+    (first, _), (second, _) = results(on_ranks(2, timed(work), 20))
+    assert "CUDA out of memory" in str(second)
+    assert "rank 1 has failed there: OutOfMemoryError: CUDA out of memory" in str(first)
