@@ -38,16 +38,18 @@ class Watch:
             return timed_meeting
 
         def of_rows(send: Any) -> Any:
-            def timed_exchange(channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any) -> None:
+            def timed_exchange(
+                channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any, **how: Any
+            ) -> None:  # fmt: skip
                 self.bytes += received.nbytes
                 if not sent.is_cuda:
                     begin = time.perf_counter()
-                    send(channel, received, sent, *rest)
+                    send(channel, received, sent, *rest, **how)
                     self.rows += time.perf_counter() - begin
                     return
                 events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 events[0].record()
-                send(channel, received, sent, *rest)
+                send(channel, received, sent, *rest, **how)
                 events[1].record()
                 self._events.append(events)
 
