@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..experts import kt_layers
+
+# Of each trainer the model, and the operations of a token.
+_counted: weakref.WeakKeyDictionary[Any, tuple[nn.Module, int]] = weakref.WeakKeyDictionary()
 
 
 def expert_parameters(model: nn.Module) -> int:
@@ -40,10 +44,11 @@ def operations(original: Callable[..., int], trainer: Any, inputs: dict[str, Any
     tokens = inputs[name].numel() if name in inputs else 0  # GRPO's batches are lists, which have no names
     if not tokens:
         return original(trainer, inputs)
-    of_model: tuple[Any, int] = getattr(trainer, "_kt_operations", (None, 0))
-    if of_model[0] is not trainer.model:  # a trainer may be given another, as a search of hyperparameters does
+    model, of_token = _counted.get(trainer, (None, 0))
+    if model is not trainer.model:  # a trainer may be given another, as a search of hyperparameters does
         counted = original(trainer, inputs)
         if not kt_layers(trainer.model):
             return counted
-        trainer._kt_operations = of_model = trainer.model, counted // tokens
-    return of_model[1] * tokens
+        of_token = counted // tokens
+        _counted[trainer] = trainer.model, of_token
+    return of_token * tokens

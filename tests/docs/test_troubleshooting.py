@@ -10,7 +10,7 @@ import kt_hf
 import kt_hf.errors
 
 PAGE = Path(__file__).parents[2] / "docs/troubleshooting.md"
-OTHERS = ("You are trying to modify a model with PEFT for a second time",)  # libraries'
+OTHERS = ("You are trying to modify a model with PEFT for a second time", "CUDA out of memory")  # libraries'
 
 
 def texts() -> list[str]:
