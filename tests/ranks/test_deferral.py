@@ -23,7 +23,7 @@ from kt_hf.ranks.world import World
 from tests.support.cases import TORCH_BF16
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import adapted_model, trainable
-from tests.support.ranks import fill_whole, on_ranks, results
+from tests.support.ranks import fill_whole, on_ranks, results, timed
 
 STREAMED = {"resident": 0, "streamed": MIXTRAL.num_experts}
 
@@ -99,19 +99,6 @@ def fails(name: str, layer: int) -> Callable[[int], None]:
             step(model, rank, number)
 
     return work
-
-
-def timed(work: Callable[[int], None]) -> Callable[[int], tuple[Exception | None, float]]:
-    def outcome(rank: int) -> tuple[Exception | None, float]:
-        begin = time.perf_counter()
-        try:
-            work(rank)
-        except Exception as error:
-            error.__cause__ = None
-            return error, time.perf_counter() - begin
-        return None, time.perf_counter() - begin
-
-    return outcome
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -19,7 +19,7 @@ from kt_hf.ranks import Kind, Place, Ranks, channel, current_world
 from tests.support.cases import TORCH_FP32
 from tests.support.helpers import MIXTRAL
 from tests.support.patched import adapted_model
-from tests.support.ranks import fill_whole, on_ranks, results
+from tests.support.ranks import Outcome, fill_whole, on_ranks, results, timed
 
 IDS = MIXTRAL.inputs(1, 6)
 
@@ -51,22 +51,9 @@ def raise_in(owner: Any, name: str, error: Exception, after: int = 0) -> None:
     setattr(owner, name, failing)
 
 
-Outcome = tuple[Exception | None, float]
-
-
 def outcomes(ranks: int, work: Callable[[int], Any], timeout: float = 20, hosts: int = 1) -> list[Outcome]:
     """What each rank raised, and after how many seconds."""
-
-    def timed(rank: int) -> Outcome:
-        begin = time.perf_counter()
-        try:
-            work(rank)
-        except Exception as error:
-            error.__cause__ = None
-            return error, time.perf_counter() - begin
-        return None, time.perf_counter() - begin
-
-    return results(on_ranks(ranks, timed, timeout, hosts=hosts))
+    return results(on_ranks(ranks, timed(work), timeout, hosts=hosts))
 
 
 def fails_in_forward(rank: int) -> None:

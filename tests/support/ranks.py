@@ -29,6 +29,9 @@ from kt_hf.experts.holders import ExpertLora
 TIMEOUT = 20.0  # seconds that a rank waits for another: far more than any of these tests takes
 
 
+Outcome = tuple[Exception | None, float]  # what a rank raised, and after how many seconds
+
+
 class RanksFailed(AssertionError):
     """A rank raised what its test did not expect, or did not end."""
 
@@ -71,6 +74,21 @@ def on_ranks(
             raise RanksFailed(f"ranks {sorted(left)} had not ended after {limit} s")
         files = [Path(folder) / f"{rank}.pickle" for rank in range(count)]
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def timed(work: Callable[[int], Any]) -> Callable[[int], Outcome]:
+    """For `on_ranks`: what `work` raises on a rank, and after how many seconds."""
+
+    def outcome(rank: int) -> Outcome:
+        begin = time.perf_counter()
+        try:
+            work(rank)
+        except Exception as error:
+            error.__cause__ = None
+            return error, time.perf_counter() - begin
+        return None, time.perf_counter() - begin
+
+    return outcome
 
 
 def results(values: list[Any]) -> list[Any]:
