@@ -6,12 +6,12 @@
     python benchmarks/gpu/ranks.py --gpus 1 2 --shape tiny --layers 2         # try it on CPUs, connected by gloo
 
 Twelve layers of Qwen3-30B. Routing is spread (routing.py), weights are random, tokens of a rank are one row; steps are
-of the same rows for any number of ranks, which one GPU takes one after the other. Of a step: its median seconds, the
-host's seconds in headers (waiting for the other ranks included), and the exchanges' seconds on the GPU; of the run the
-bus's rate of each GPU while all copy, and the memory that the processes have of the host and of their GPUs. Then the
-same with the rest of the model sharded by FSDP2, with the last rank slowed in each layer, and with the last rank
-killed, after which all has to end with its name said (by kt_hf or torchrun), which takes a run without torchrun. Each
-of these is a process of its own on each rank.
+of the same rows for any number of ranks, which one GPU takes one after the other. Every second step is watched, which
+takes time: the host's seconds in headers and the exchanges' on the GPU, both with and without waiting for the other
+ranks. Of the other steps there are the median seconds; of the run the bus's rate of each GPU while all copy, and the
+memory that the processes have of the host and of their GPUs. Then the same with the rest of the model sharded by FSDP2,
+with the last rank slowed in each layer, and with the last rank killed, after which all has to end with its name said
+(by kt_hf or torchrun), which takes a run without torchrun. Each of these is a process of its own on each rank.
 """
 
 # ruff: noqa: E402
@@ -128,9 +128,12 @@ def run(
     from sft import Tokens, summary, trainer_for
     from transformers import TrainerCallback
 
-    rank, size, parts = dist.get_rank(), dist.get_world_size(), list[tuple[float, float, int]]()
+    rank, size, parts = dist.get_rank(), dist.get_world_size(), list[tuple[float, float, float, int]]()
 
     class Parts(TrainerCallback):
+        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            watch.on = state.global_step % 2 == 1
+
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             parts.append(watch.take())
             trouble.step_ends(state.global_step)
@@ -149,11 +152,12 @@ def run(
     )  # fmt: skip
     trainer.args.max_steps = given.steps
     trainer.train()
-    headers, rows, sent = (sorted(values)[len(values) // 2] for values in zip(*parts[2:], strict=True))
-    result = summary(trainer.timer.steps[2:], tokens * size * max(1, given.rows // size))
+    headers, rows, alone, sent = (sorted(values)[len(values) // 2] for values in zip(*parts[3::2], strict=True))
+    result = summary(trainer.timer.steps[2::2], tokens * size * max(1, given.rows // size))
     return {
         "tokens_a_rank": tokens, "header_seconds": round(headers, 4), "rows_seconds": round(rows, 4),
         "gb_sent": round(sent / 1e9, 3), "exchange_share": round((headers + rows) / result["step"], 3),
+        "exchange_seconds_without_waiting": round(alone, 4), "share_without_waiting": round(alone / result["step"], 3),
         "dense_gb": dense_gb(trainer.model), **memory(not card.tiny),
         "losses": [round(e["loss"], 4) for e in trainer.state.log_history if "loss" in e],
         "norms": [round(e["grad_norm"], 4) for e in trainer.state.log_history if "grad_norm" in e], **result,
@@ -250,7 +254,8 @@ def series(given: argparse.Namespace) -> int:
         apart = abs(row["losses"][-1] - one["losses"][-1]) if one else float("nan")
         print(
             f"{row['tier']:9} {row['trouble']:7} {row['gpus']} GPU(s) {row['tokens_a_rank']:6} tokens a rank "
-            f"{row['tokens_per_second']:9.0f} tokens/s  x{ratio:.2f}  exchange {row['exchange_share']:.1%}  "
+            f"{row['tokens_per_second']:9.0f} tokens/s  x{ratio:.2f}  exchange {row['share_without_waiting']:.1%}, "
+            f"with waiting {row['exchange_share']:.1%}  "
             f"bus {min(row['bus_gb_per_s']):.0f} GB/s  host {row['host_gb_in_all']:.1f} GB  "
             f"dense {row['dense_gb']} GB  last loss apart {apart:.4f}"
         )

@@ -14,11 +14,17 @@ from kt_hf.experts.holders import owned_lora
 
 
 class Watch:
-    """Seconds of the exchanges: of headers on the host, of rows on the GPU (or, without one, on the host)."""
+    """Seconds of the exchanges: of headers on the host, of rows on the GPU (or, without one, on the host).
 
-    def __init__(self) -> None:
-        self.headers = self.rows = 0.0
+    Attributes:
+        on: Whether it watches; what it does takes some milliseconds of a step.
+    """
+
+    def __init__(self, on: bool = True) -> None:
+        self.on = on
+        self._headers, self._rows = list[float](), list[float]()
         self.bytes = 0
+        self._inside = False
         self._events: list[tuple[Any, Any]] = []
 
     def install(self) -> None:
@@ -29,11 +35,14 @@ class Watch:
 
         def timed(meet: Any) -> Any:
             def timed_meeting(*args: Any, **kwargs: Any) -> Any:
-                begin = time.perf_counter()
+                if not self.on or self._inside:  # a meeting looks at the one before
+                    return meet(*args, **kwargs)
+                begin, self._inside = time.perf_counter(), True
                 try:
                     return meet(*args, **kwargs)
                 finally:
-                    self.headers += time.perf_counter() - begin
+                    self._inside = False
+                    self._headers.append(time.perf_counter() - begin)
 
             return timed_meeting
 
@@ -41,11 +50,13 @@ class Watch:
             def timed_exchange(
                 channel: Any, received: torch.Tensor, sent: torch.Tensor, *rest: Any, **how: Any
             ) -> None:  # fmt: skip
+                if not self.on:
+                    return send(channel, received, sent, *rest, **how)
                 self.bytes += received.nbytes
                 if not sent.is_cuda:
                     begin = time.perf_counter()
                     send(channel, received, sent, *rest, **how)
-                    self.rows += time.perf_counter() - begin
+                    self._rows.append(time.perf_counter() - begin)
                     return
                 events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 events[0].record()
@@ -55,17 +66,26 @@ class Watch:
 
             return timed_exchange
 
-        for name in ("agree", "agree_later"):
+        for name in ("agree", "agree_later", "settled"):
             setattr(Ranks, name, timed(getattr(Ranks, name)))
         Channel.exchange, Channel.spread = of_rows(exchange), of_rows(spread)  # type: ignore[method-assign]
 
-    def take(self) -> tuple[float, float, int]:
-        """Headers' seconds, rows' seconds and bytes received since the last call."""
+    def take(self) -> tuple[float, float, float, int]:
+        """Headers' seconds, rows' seconds, both without waiting, and bytes received since the last call.
+
+        The rank that comes last to an exchange does not wait: what it takes there is the exchange's own time. Of
+        meetings, which ranks begin in one order, the same.
+        """
         for begin, end in self._events:
             end.synchronize()
-            self.rows += begin.elapsed_time(end) / 1000
-        taken = self.headers, self.rows, self.bytes
-        self.__init__()  # type: ignore[misc]
+            self._rows.append(begin.elapsed_time(end) / 1000)
+        alone = 0.0
+        for mine in (self._headers, self._rows) if self.on else ():
+            of_ranks = of_all(mine)
+            assert len({len(times) for times in of_ranks}) == 1
+            alone += sum(min(times) for times in zip(*of_ranks, strict=True))
+        taken = sum(self._headers), sum(self._rows), alone, self.bytes
+        self.__init__(self.on)  # type: ignore[misc]
         return taken
 
 

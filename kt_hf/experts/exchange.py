@@ -1,20 +1,21 @@
 """A layer whose experts are divided among ranks: each computes its own experts for the tokens of all.
 
 Forward: every rank gets the tokens of all ranks, computes them with the experts it owns, and sends each rank its rows;
-these are summed in fp32, in the order of the ranks, so that a run repeats its bits. Backward is the transpose: every
+these are summed in fp32, in one order, so that a run repeats its bits. Backward is the transpose: every
 rank gets the gradients of all outputs, and the gradients of the inputs are summed like the outputs. A rank keeps its
 own inputs alone: those of the others come once more with the gradients, which is less than to hold N times as much of
 every layer. In each of the four exchanges the ranks compare where they are, and a rank that has failed says so there.
+
+On GPUs no host waits for the others inside of a pass: a layer is taken to have as many tokens of each rank as the layer
+where the pass entered, and is computed anew if the header, once it is looked at, says otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import KTAMXConfigError, KTAMXForwardError
+from ..errors import KTAMXBackwardError, KTAMXConfigError
 from ..ranks import Kind, Place, Ranks, Share
 from .lora_tensors import optimizer_steps
+from .row_bytes import Layout, inputs_of, layout_of, packed, sum_of, unpacked, with_rows
 from .tickets import in_backward
 
 # The layers of this process, of whatever models, whose experts are divided among ranks.
@@ -43,6 +45,7 @@ class Gathered:
         weights: [S, K] fp32.
         lengths: Tokens of each rank.
         number: Of this exchange, among those of the layer: the same on all ranks.
+        said: Where `lengths` were assumed, what the ranks have said in its place, once it was looked at; else None.
     """
 
     x: Tensor
@@ -50,6 +53,7 @@ class Gathered:
     weights: Tensor
     lengths: list[int]
     number: int
+    said: list[int] | None = None
 
 
 class LayerExchange:
@@ -73,6 +77,10 @@ class LayerExchange:
         self.label = label
         self.unaveraged = False
         self._gatherings = 0
+        self._steady = True  # each rank's tokens were always as many as where the pass entered
+        self._answered = False  # the latest recompute, without an exchange
+        self._unsaid = -1  # of an exchange that this rank knows: the gradients' header says it
+        self._rows: tuple[Tensor, Tensor] | None = None  # none, as wide as those of a forward and of a backward
         self._checked: set[bool] = set()
 
     @contextlib.contextmanager
@@ -81,7 +89,12 @@ class LayerExchange:
         try:
             yield
         except Exception as error:
-            self.ranks.agree(self._place(kind), failure=error)
+            place, rows, lengths = self._place(kind), self._rows, self.ranks.lengths
+            goes_on = kind is Kind.TOKENS and (self._answered if in_backward() else self._steady)
+            if goes_on and rows and lengths and self.ranks.defers(place, rows[0].device):  # the others send rows by now
+                self.ranks.fail_to_all(rows[in_backward()], lengths, place, error)
+            else:
+                self.ranks.agree(place, failure=error)
             raise
 
     def gather(
@@ -100,22 +113,60 @@ class LayerExchange:
         Raises:
             KTAMXForwardError: The ranks are in different places, or one has failed or ended.
         """
-        with self.telling(Kind.TOKENS):  # before it is known whether they are needed: later nobody could be told
-            rows, layout = _packed(_inputs(x, ids, weights))
         place = self._place(Kind.TOKENS, gradients, x.dtype, ids.shape[1])
-        number, later = (known + 1) << _NUMBER | x.shape[0], in_backward() and self.ranks.defers(place, x.device)
-        if sure and later:
-            self.ranks.agree_later(place, number, judge=functools.partial(self._all_know, known))
-            said = [number]
-        else:
-            said = self.ranks.agree(place, number)
+        later = self.ranks.defers(place, x.device)
+        self._answered = sure and later
+        self._unsaid = known if self._answered else -1
+        if self._answered:
+            return None
+        with self.telling(Kind.TOKENS):  # before it is known whether they are needed: later nobody could be told
+            rows, layout = packed(inputs_of(x, ids, weights))
+        self._rows = rows[:0], rows.new_empty(0, rows.shape[1] + layout_of(x)[2])
+        number, assumed = (known + 1) << _NUMBER | x.shape[0], self.ranks.lengths
+        if later and self._steady and assumed and not in_backward():
+            said: list[int] = []
+            self.ranks.agree_later(place, number, judge=said.extend)
+            rows = with_rows(rows, assumed[self.ranks.owners.index])
+            return self._received(rows, layout, assumed, place, said)
+        said = self.ranks.agree(place, number)
         if known >= 0 and all(number >> _NUMBER == known + 1 for number in said):  # not only alike on this rank
             if self.ranks.replicas.size > 1:  # hosts meet where a pass leaves the layers
                 self.ranks.agree(self._place(Kind.OUTPUTS))
             return None
-        lengths = [number & ((1 << _NUMBER) - 1) for number in said]
+        lengths = _tokens(said)
+        if not later:
+            self.ranks.lengths = lengths
+        return self._received(rows, layout, lengths, place)
+
+    def certain(self, every: Gathered, x: Tensor, ids: Tensor, weights: Tensor) -> Gathered:
+        """What `gather` gave, after the ranks' numbers of tokens were looked at: gathered anew if it assumed others.
+
+        Args:
+            every: Of `gather`.
+            x: As given to it, like the two that follow.
+            ids: [T, K] integers.
+            weights: [T, K], floating.
+
+        Raises:
+            KTAMXForwardError: The ranks are in different places, or one has failed or ended.
+        """
+        if every.said is None:
+            return every
+        self.ranks.settled()
+        lengths = _tokens(every.said)
+        if lengths == every.lengths:
+            return every
+        self._steady = False  # on all ranks
+        with self.telling(Kind.TOKENS):
+            rows, layout = packed(inputs_of(x, ids, weights))
+        return self._received(rows, layout, lengths, self._place(Kind.TOKENS))
+
+    def _received(
+        self, rows: Tensor, layout: list[Layout], lengths: Sequence[int], place: Place, said: list[int] | None = None
+    ) -> Gathered:
         self._gatherings += 1
-        return self._gathered(_unpacked(self.ranks.rows_to_all(rows, lengths, place), layout), lengths)
+        inputs = unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
+        return self._gathered(inputs, list(lengths), said)
 
     def gather_gradients(
         self, grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, lengths: Sequence[int]
@@ -134,58 +185,68 @@ class LayerExchange:
         """
         place = self._place(Kind.GRADIENTS, dtype=grad.dtype)
         later = self.ranks.defers(place, grad.device)
+        number, self._unsaid = (self._unsaid + 1) << _NUMBER | grad.shape[0], -1
         try:
-            rows, layout = _packed([*_inputs(x, ids, weights), grad.detach()])
+            rows, layout = packed([*inputs_of(x, ids, weights), grad.detach()])
         except Exception as error:
             if later:
-                like, _ = _packed([*_inputs(x[:0], ids[:0], weights[:0]), grad[:0].detach()])
+                like, _ = packed([*inputs_of(x[:0], ids[:0], weights[:0]), grad[:0].detach()])
                 self.ranks.fail_to_all(like, lengths, place, error)
             else:
                 self.ranks.agree(place, failure=error)
             raise
         if later:
-            self.ranks.agree_later(place, grad.shape[0])
+            self.ranks.agree_later(place, number, judge=self._all_know)
         else:
-            self.ranks.agree(place, grad.shape[0])
+            self._all_know(self.ranks.agree(place, number))
         self.unaveraged = self.ranks.replicas.size > 1
-        *inputs, grads = _unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
+        *inputs, grads = unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
         return grads, self._gathered(inputs, list(lengths))
 
-    def _all_know(self, known: int, said: Sequence[int]) -> None:
-        """Refuse that another rank computes a recompute again whose output this one has kept."""
-        if any(number >> _NUMBER != known + 1 for number in said):
-            raise KTAMXForwardError(
+    def _all_know(self, said: Sequence[int]) -> None:
+        """Refuse that ranks have kept the outputs of different forwards, for one recompute."""
+        if len({number >> _NUMBER for number in said}) > 1:
+            raise KTAMXBackwardError(
                 f"{self.label}: the ranks do not agree which forward is computed again for its backward. Set "
                 "kt_expert_activations to recompute."
             )
 
-    def _gathered(self, inputs: list[Tensor], lengths: list[int]) -> Gathered:
+    def _gathered(self, inputs: list[Tensor], lengths: list[int], said: list[int] | None = None) -> Gathered:
         ids, weights, x = inputs
-        return Gathered(x, ids - self.share.lo, weights, lengths, self._gatherings)
+        return Gathered(x, ids - self.share.lo, weights, lengths, self._gatherings, said)
 
-    def summed(
-        self, kind: Kind, compute: Callable[[], Sequence[Tensor]], like: Sequence[Tensor], lengths: Sequence[int]
-    ) -> list[Tensor]:
+    @contextlib.contextmanager
+    def owed(self, kind: Kind, like: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[None]:
+        """While this is open, the other ranks are told of an error: they wait for rows, or will, that `summed` sends.
+
+        Args:
+            kind: What is exchanged.
+            like: Tensors whose dtypes and columns are those that are sent, on their device.
+            lengths: Tokens of each rank.
+        """
+        try:
+            yield
+        except Exception as error:
+            rows = like[0].new_empty(0, sum(layout_of(tensor)[2] for tensor in like), dtype=torch.uint8)
+            self.ranks.rows_to_owners(rows, lengths, self._place(kind), failure=error)
+            raise
+
+    def summed(self, kind: Kind, tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """Of each tensor [S, …], what all ranks have for this rank's tokens, summed: [T, …] in its dtype.
 
         Args:
-            kind: What is exchanged. An error of `compute` is told to the other ranks.
-            compute: Gives what this rank's experts have for the tokens of all ranks, on the device of `like`.
-            like: Tensors whose dtypes and columns are those that `compute` gives.
+            kind: What is exchanged.
+            tensors: What this rank's experts have for the tokens of all ranks.
             lengths: Tokens of each rank.
 
         Raises:
             KTAMXError: Another rank has failed, or has ended.
         """
-        place, layout = self._place(kind), [_layout(tensor) for tensor in like]
-        try:
-            rows, layout = _packed(list(compute()))
-        except Exception as error:
-            rows = like[0].new_empty(0, sum(size for _, _, size in layout), dtype=torch.uint8)
-            self.ranks.rows_to_owners(rows, lengths, place, failure=error)
-            raise
-        of_ranks = [_unpacked(part, layout) for part in self.ranks.rows_to_owners(rows, lengths, place)]
-        return [_sum(addends) for addends in zip(*of_ranks, strict=True)]
+        with self.owed(kind, tensors, lengths):
+            rows, layout = packed(list(tensors))
+        of_ranks = self.ranks.rows_to_owners(rows, lengths, self._place(kind))
+        assert of_ranks is not None
+        return [sum_of(addends) for addends in unpacked(of_ranks, layout)]
 
     def check_owners(self, tensors: Sequence[Tensor]) -> None:
         """At the first step, with and without DDP: refuse LoRA that another owner holds too, to the bit.
@@ -278,41 +339,6 @@ def _digest(tensor: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(values.numpy().tobytes()).digest()[:7], "little")
 
 
-_Layout = tuple[torch.dtype, tuple[int, ...], int]  # a tensor's dtype, its shape but for the rows, bytes of a row
-
-
-def _layout(tensor: Tensor) -> _Layout:
-    return tensor.dtype, tuple(tensor.shape[1:]), tensor.element_size() * math.prod(tensor.shape[1:])
-
-
-def _inputs(x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
-    """A forward's inputs as they are sent: what has the widest values first."""
-    return [ids.detach().to(torch.int64), weights.detach().to(torch.float32), x.detach()]
-
-
-def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[_Layout]]:
-    """Tensors [T, …] of one device as rows of bytes, [T, B] uint8, and how to unpack them."""
-    rows = [t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors]
-    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], [_layout(t) for t in tensors]
-
-
-def _unpacked(rows: Tensor, layout: list[_Layout]) -> list[Tensor]:
-    columns = rows.split([size for _, _, size in layout], dim=1)
-    return [
-        _aligned(part.contiguous(), dtype).view(dtype).view(rows.shape[0], *shape)
-        for part, (dtype, shape, _) in zip(columns, layout, strict=True)
-    ]
-
-
-def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes that may be seen as values of a dtype: one row of several columns is contiguous wherever it begins."""
-    return data.clone() if data.storage_offset() % dtype.itemsize else data
-
-
-def _sum(addends: Sequence[Tensor]) -> Tensor:
-    if len(addends) == 1:
-        return addends[0]
-    total = addends[0].float() if addends[0].dtype != torch.float64 else addends[0].clone()
-    for addend in addends[1:]:
-        total = total.add_(addend) if total is not addends[0] else total + addend
-    return total.to(addends[0].dtype)
+def _tokens(said: Sequence[int]) -> list[int]:
+    """Of each rank, from what it said in its header."""
+    return [number & ((1 << _NUMBER) - 1) for number in said]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.transfer import to_device
 from ..errors import KTAMXBackwardError
 from ..ranks import Kind
-from .exchange import LayerExchange
+from .exchange import Gathered, LayerExchange
 from .lora_tensors import LoraTensors
 from .runner import ExpertsRunner
 from .tickets import Retained, Ticket
@@ -119,19 +119,21 @@ def _forward(
         assert known is not None
         assert known.ticket.retained is not None
         return known.ticket.retained.output.detach(), known.ticket, known.ticket.lengths
-    tickets: list[Ticket | None] = []
 
-    def compute() -> list[Tensor]:
-        out, ticket = runner.forward(every.x, every.ids, every.weights, save, of_ranks=each_keeps)
-        tickets.append(ticket)
-        return [out.to(x.dtype)]
+    def computed(every: Gathered) -> tuple[Tensor, Ticket | None]:
+        with exchange.owed(Kind.OUTPUTS, [x], every.lengths):
+            out, ticket = runner.forward(every.x, every.ids, every.weights, save, of_ranks=each_keeps)
+            return out.to(x.dtype), ticket
 
-    (out,) = exchange.summed(Kind.OUTPUTS, compute, [x], every.lengths)
-    (ticket,) = tickets
+    out, ticket = computed(every)
+    true = exchange.certain(every, x, ids, weights)
+    if true is not every:
+        out, ticket = computed(true)
+    (out,) = exchange.summed(Kind.OUTPUTS, [out], true.lengths)
     if each_keeps and ticket is not None and runner.retain:
         kept = x.detach().to(runner.backend.dtype).contiguous(), ids.detach(), weights.detach()
-        ticket.retained, ticket.gathering, ticket.lengths = Retained(*kept, out), every.number, every.lengths
-    return out, ticket, every.lengths
+        ticket.retained, ticket.gathering, ticket.lengths = Retained(*kept, out), true.number, true.lengths
+    return out, ticket, true.lengths
 
 
 def _backward(
@@ -147,12 +149,8 @@ def _backward(
     if exchange is None:
         return compute(x, ids, weights, grad_output)
     grads, every = exchange.gather_gradients(grad_output, x, ids, weights, ctx.lengths)
-    of_lora: list[Tensor] = []
-
-    def parts() -> list[Tensor]:
-        grad_x, grad_weights, lora = compute(every.x, every.ids, every.weights, grads)
-        of_lora.extend(lora)
-        return [to_device(grad_weights, x.device)[:, : ids.shape[1]].float(), to_device(grad_x, x.device).to(x.dtype)]
-
-    grad_weights, grad_x = exchange.summed(Kind.INPUT_GRADIENTS, parts, [every.weights[:0], x], ctx.lengths)
+    with exchange.owed(Kind.INPUT_GRADIENTS, [every.weights[:0], x], ctx.lengths):
+        grad_x, grad_weights, of_lora = compute(every.x, every.ids, every.weights, grads)
+        parts = [to_device(grad_weights, x.device)[:, : ids.shape[1]].float(), to_device(grad_x, x.device).to(x.dtype)]
+    grad_weights, grad_x = exchange.summed(Kind.INPUT_GRADIENTS, parts, ctx.lengths)
     return grad_x, grad_weights, of_lora

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ..errors import KTAMXError
 from .channel import Channel, Losses
-from .place import Kind, Place, in_words
+from .place import Kind, Place, in_words, recomputed_by_some
 from .world import World
 
 # Where a pass of the model enters its layers of experts or leaves them: in the first or in the last layer.
 _EDGES = {Kind.TOKENS: min, Kind.OUTPUTS: max, Kind.GRADIENTS: max, Kind.INPUT_GRADIENTS: min}
+
+_RECOMPUTED = " Or set kt_expert_activations to recompute: some have kept the layer's output, others compute it again."
 
 
 class Meetings:
@@ -40,6 +42,7 @@ class Meetings:
         replicas: The ranks that own the same experts as this one, one of each host.
         patient: Whether every meeting is waited for, so that ranks can go on after an error: where it is noticed
             later, others may be in an exchange of DDP's that never ends.
+        lengths: Tokens of each owner in the layer where the latest pass entered; None before the first.
     """
 
     def __init__(self, world: World, divided: int | None = None) -> None:
@@ -51,6 +54,7 @@ class Meetings:
         self.replicas = Channel(range(world.rank % divided, world.size, divided), world.rank, world.size)
         self._losses = Losses(world.rank, world.size, (self.owners, self.replicas))
         self.patient = False
+        self.lengths: list[int] | None = None
         self._first_step: int | None = None
         self._pending: _Pending | None = None
         self._edges: dict[Kind, int] = {}
@@ -74,7 +78,7 @@ class Meetings:
                 rank that gives `failure` gets no error of its own: it raises what it has.
         """
         rows: list[list[int]] = []
-        if not self._settled(failure):
+        if not self.settled(failure):
             return []
         with self._meeting(place, failure), self._losses.noticed(self.owners, place, failure):
             rows = self.owners.gathered(self._header(place, tokens, failure)).tolist()
@@ -111,15 +115,22 @@ class Meetings:
         Raises:
             KTAMXError: Of the meeting before.
         """
-        if not self._settled(failure):
+        if not self.settled(failure):
             return False
         header = self._header(place, tokens, failure)
         with self._losses.noticed(self.owners, place, failure):
             self._pending = _Pending(place, header, *self.owners.begin_gathered(header), failure, judge)
         return True
 
-    def _settled(self, failure: BaseException | None = None) -> bool:
-        """Look at the meeting that `agree_later` began: false if a rank failed there and this one gives `failure`."""
+    def settled(self, failure: BaseException | None = None) -> bool:
+        """Look at the meeting that `agree_later` began, if one is open: false if a rank failed there.
+
+        Args:
+            failure: Why this rank cannot go on; without one, what another has said is raised.
+
+        Raises:
+            KTAMXError: Of that meeting's place.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return True
@@ -211,6 +222,7 @@ class Meetings:
         return place.error(
             f"{place}: the ranks are in different places. {where}. Each must do the same number of forwards, backwards "
             "and saves, in one order: look for a batch more on one of them, or a forward that one of them alone does."
+            + (_RECOMPUTED if recomputed_by_some(places) else "")
         )
 
     def loss_in_words(self, error: RuntimeError) -> str | None:

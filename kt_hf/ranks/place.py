@@ -109,3 +109,11 @@ def in_words(numbers: list[int]) -> str:
     if columns:
         parts.append(f"{columns} experts a token")
     return f"{words} ({', '.join(parts)})"
+
+
+def recomputed_by_some(places: list[list[int]]) -> bool:
+    """Whether ranks are in the backward of one layer, which some have begun and others compute again for it."""
+    kinds = {Kind(kind) for kind, *_ in places}
+    return kinds == {Kind.TOKENS, Kind.GRADIENTS} and all(
+        layer == places[0][1] and (kind == Kind.GRADIENTS or mode & _RECOMPUTED) for kind, layer, _, mode, *_ in places
+    )

@@ -90,8 +90,8 @@ class Ranks(Meetings):
 
     def rows_to_owners(
         self, rows: Tensor, lengths: Sequence[int], place: Place, failure: BaseException | None = None
-    ) -> list[Tensor]:
-        """What each owner has for this one's rows: N tensors [lengths[index], B], in rank order; [] after a `failure`.
+    ) -> Tensor | None:
+        """What each owner has for this one's rows: [N, lengths[index], B], in rank order; None after a `failure`.
 
         All must have met at an `agree`, and do nothing else since that another might not do. On the CPU the header
         then rides behind the rows for each rank.
@@ -108,11 +108,11 @@ class Ranks(Meetings):
         mine, width, size = lengths[self.owners.index], rows.shape[1], self.owners.size
         if size == 1:
             self.agree(place, failure=failure)
-            return [] if failure else [rows]
+            return None if failure else rows[None]
         if self._on_gpu(rows.device):
             return self._beside_header(rows, lengths, place, failure)
-        if not self._settled(failure):
-            return []
+        if not self.settled(failure):
+            return None
         if failure is not None:
             rows = rows.new_zeros(sum(lengths), width)
         header = self._header(place, 0, failure).view(torch.uint8)
@@ -123,33 +123,33 @@ class Ranks(Meetings):
             self.owners.exchange(received.view(-1), sent, [into[self.owners.index]] * size, into)
             headers = received[:, mine * width :].contiguous().view(torch.int64)
             self._compare(self.owners, place, headers.tolist(), failure)
-        return [] if failure else list(received[:, : mine * width].view(size, mine, width))
+        return None if failure else received[:, : mine * width].reshape(size, mine, width)
 
     def _beside_header(
         self, rows: Tensor, lengths: Sequence[int], place: Place, failure: BaseException | None
-    ) -> list[Tensor]:
+    ) -> Tensor | None:
         """`rows_to_owners` on GPUs."""
         mine, size = lengths[self.owners.index], self.owners.size
         if self.defers(place, rows.device):
             if failure is not None:
                 send = functools.partial(self.owners.exchange, out=[mine] * size, into=list(lengths))
                 self._fail_later(rows, (mine * size, sum(lengths)), send, place, failure)
-                return []
+                return None
             self.agree_later(place)
         else:
             self.agree(place, failure=failure)
             if failure is not None:
-                return []
+                return None
         received = rows.new_empty(mine * size, rows.shape[1])
         with self._losses.noticed(self.owners, place):
             self.owners.exchange(received, rows.contiguous(), [mine] * size, list(lengths))
-        return list(received.split(mine)) if mine else [received] * size
+        return received.view(size, mine, rows.shape[1])
 
     def _fail_later(
         self, like: Tensor, counts: tuple[int, int], send: Callable[[Tensor, Tensor], None], place: Place,
         failure: BaseException,
     ) -> None:  # fmt: skip
-        """Tell of a failure where ranks defer, and send any rows, if there is memory: the others have begun to.
+        """Tell of a failure where ranks defer, and send rows of zeros, if there is memory: the others have begun to.
 
         Args:
             like: [0, B] on the device of the rows.
@@ -161,15 +161,15 @@ class Ranks(Meetings):
         if not self.agree_later(place, failure=failure):
             return
         traceback.clear_frames(failure.__traceback__)  # what its computation held
-        rows = _any_rows(like, sum(counts))
+        rows = _empty_rows(like, sum(counts))
         if rows is not None:
             with self._losses.noticed(self.owners, place, failure):
                 send(*rows.split(counts))
-        self._settled()
+        self.settled()
 
     def all_values(self, values: Tensor) -> Tensor:
         """The values of all ranks, [size, …]: `values` [...] on the CPU, of one shape and dtype on all ranks."""
-        self._settled()
+        self.settled()
         with self._losses.noticed(self.owners, None):
             of_owners = self.owners.gathered(values)
         if self.replicas.size == 1:
@@ -179,7 +179,7 @@ class Ranks(Meetings):
 
     def owner_values(self, values: Tensor) -> Tensor:
         """The values of the owners, [N, …]; otherwise as `all_values`."""
-        self._settled()
+        self.settled()
         with self._losses.noticed(self.owners, None):
             return self.owners.gathered(values)
 
@@ -187,7 +187,7 @@ class Ranks(Meetings):
         """A tensor of each owner, of one shape and dtype, on the CPU of rank 0, in rank order; None on the others."""
         if self.owners.members[0] != 0:
             return None
-        self._settled()
+        self.settled()
         with self._losses.noticed(self.owners, None):
             return self.owners.gather(values.detach().cpu().contiguous())
 
@@ -202,12 +202,12 @@ def _alike(lengths: Sequence[int]) -> bool:
     return len(set(lengths)) == 1 and lengths[0] > 0
 
 
-def _any_rows(like: Tensor, count: int) -> Tensor | None:
-    """Rows of any values; None if there is no memory for them, even after what is cached was given back."""
+def _empty_rows(like: Tensor, count: int) -> Tensor | None:
+    """Rows of zeros, to be computed with; None if there is no memory, even after what is cached was given back."""
     for free in (lambda: None, torch.cuda.empty_cache):
         free()
         with contextlib.suppress(torch.OutOfMemoryError):
-            return like.new_empty(count, like.shape[1])
+            return like.new_zeros(count, like.shape[1])
     return None
 
 

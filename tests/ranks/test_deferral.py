@@ -18,7 +18,7 @@ from kt_hf.experts import exchange, tickets
 from kt_hf.ranks import Kind, Place, Ranks
 from kt_hf.ranks import ranks as kt_hf_ranks
 from kt_hf.ranks.channel import Channel
-from kt_hf.ranks.ranks import _any_rows
+from kt_hf.ranks.ranks import _empty_rows
 from kt_hf.ranks.world import World
 from tests.support.cases import TORCH_BF16
 from tests.support.helpers import MIXTRAL
@@ -53,7 +53,7 @@ def step(model: Any, rank: int, number: int = 0) -> None:
 
 
 def test_bits_are_the_same_and_meetings_that_wait_few() -> None:
-    """Of a step: one where it begins, one a layer for numbers of tokens, four where a pass enters or leaves layers."""
+    """Of a step: one where it begins, and five where a pass, or a recompute of it, enters or leaves the layers."""
 
     def work(rank: int, deferring: bool) -> tuple[list[dict[str, Tensor]], list[int]]:
         model, waits = DistributedDataParallel(model_of(deferring)), list[int]()
@@ -79,7 +79,7 @@ def test_bits_are_the_same_and_meetings_that_wait_few() -> None:
         for one, other in zip(mine, wanted, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert [found[-1] for found in counts] == [1 + 2 + 4] * 2
+    assert [found[-1] for found in counts] == [1 + 5] * 2
     assert [found[-1] for found in others] == [1 + 2 * 3] * 2, "on a CPU headers ride with outputs"
 
 
@@ -121,14 +121,14 @@ def test_memory_for_the_rows_of_a_rank_that_failed(refusals: int, monkeypatch: p
     class Like:
         shape = (0, 3)
 
-        def new_empty(self, *size: int) -> Tensor:
+        def new_zeros(self, *size: int) -> Tensor:
             asked.append("rows")
             if asked.count("rows") <= refusals:
                 raise torch.OutOfMemoryError
-            return torch.empty(size)
+            return torch.zeros(size)
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("freed"))
-    rows = _any_rows(Like(), 5)  # type: ignore[arg-type]
+    rows = _empty_rows(Like(), 5)  # type: ignore[arg-type]
     assert asked == ["rows", "freed", "rows"][: 1 if refusals == 0 else 3]
     assert rows is None if refusals == 2 else rows is not None and rows.shape == (5, 3)
 
@@ -192,7 +192,72 @@ def test_ranks_that_take_other_forwards_for_the_one_recomputed() -> None:
         loss.backward()
 
     (first, _), _ = results(on_ranks(2, timed(work), 6))
-    assert "do not agree which forward is computed again" in str(first)
+    assert "Or set kt_expert_activations to recompute" in str(first)
+
+
+@pytest.mark.parametrize("parted", ["rank 0 has fewer", "rank 1 has none", "both have fewer"])
+def test_a_layer_that_has_other_tokens_than_the_first_is_computed_anew(parted: str) -> None:
+    """No bit is lost where ranks went on with a wrong number; the layer waits for the right one from then on."""
+
+    def work(rank: int, deferring: bool) -> tuple[list[dict[str, Tensor]], bool, int]:
+        model = model_of(deferring)
+        layer, waits = model.base_model.model._kt_wrappers[1], list[int]()
+        forward, agree, kept = layer.forward, Ranks.agree, {0: 3, 1: 9} if "both" in parted else {int(parted[5]): 0}
+
+        def sparse(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            count = min(kept.get(rank, 9), len(ids)) if parted != "rank 0 has fewer" or rank else 2
+            if parted == "both have fewer":
+                count = 3 - rank
+            return torch.cat((forward(hidden[:count], ids[:count], weights[:count]), hidden[count:]))
+
+        def counted(ranks: Ranks, place: Place, *rest: Any, **how: Any) -> Any:
+            waits.append(place.kind is Kind.TOKENS and place.layer == 1)
+            return agree(ranks, place, *rest, **how)
+
+        layer.forward, Ranks.agree = sparse, counted  # type: ignore[method-assign]
+        found = []
+        for number in range(3):
+            waits.clear()
+            model.zero_grad()
+            step(model, rank, number)
+            found.append({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
+        return found, layer.exchange._steady, sum(waits)
+
+    deferred = results(on_ranks(2, lambda rank: work(rank, True)))
+    at_once = results(on_ranks(2, lambda rank: work(rank, False)))
+    for (mine, steady, waits), (wanted, *_) in zip(deferred, at_once, strict=True):
+        assert not steady
+        assert waits == 1, "in the forward alone"
+        for one, other in zip(mine, wanted, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_an_error_before_tokens_are_sent_is_told(recomputed: bool) -> None:
+    """The others, who went on, get rows of any values and the words."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        layer = model.base_model.model._kt_wrappers[1]
+        prepared = layer._prepared
+
+        def failing(*given: Any) -> Any:
+            if tickets.in_backward() is recomputed:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return prepared(*given)
+
+        for number in range(4):
+            if rank == 1 and number == 2:
+                layer._prepared = failing
+            step(model, rank, number)
+
+    (first, _), (second, seconds), *others = results(on_ranks(4, timed(work), 20))
+    assert isinstance(second, torch.OutOfMemoryError)
+    assert seconds < 20
+    for error in (first, *(error for error, _ in others)):
+        assert isinstance(error, KTAMXError), error
+        assert "layers.1.mlp.experts: rank 1 has failed there: OutOfMemoryError: CUDA" in str(error)
 
 
 def test_ranks_that_are_to_go_on_after_an_error_wait() -> None:
@@ -258,18 +323,18 @@ def test_gradients_that_cannot_be_sent_are_told(layer: int, even: bool) -> None:
 
     def work(rank: int) -> None:
         model = model_of()
-        packed, left = exchange._packed, [2 - layer]  # the last layer's come first
+        pack, left = exchange.packed, [2 - layer]  # the last layer's come first
 
         def failing(tensors: list[Tensor]) -> Any:
             if len(tensors) == 4 and len(tensors[0]):
                 left[0] -= 1
                 if not left[0]:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-            return packed(tensors)
+            return pack(tensors)
 
         for number in range(4):
             if rank == 1 and number == 2:
-                exchange._packed = failing
+                exchange.packed = failing
             step(model, 0 if even else rank, number)
 
     (first, _), (second, seconds), *others = results(on_ranks(4, timed(work), 20))
@@ -285,7 +350,7 @@ def test_no_memory_for_what_the_others_send_to_a_rank_that_failed() -> None:
 
     def work(rank: int) -> None:
         model = model_of()
-        find, new = kt_hf_ranks._any_rows, Tensor.new_empty
+        find, new = kt_hf_ranks._empty_rows, Tensor.new_zeros
 
         def scarce(tensor: Tensor, *size: Any, **like: Any) -> Tensor:
             if tensor.dtype == torch.uint8 and tensor.dim() == 2 and size[0]:
@@ -293,14 +358,14 @@ def test_no_memory_for_what_the_others_send_to_a_rank_that_failed() -> None:
             return new(tensor, *size, **like)
 
         def found(*given: Any) -> Tensor | None:
-            Tensor.new_empty = new  # type: ignore[method-assign]
+            Tensor.new_zeros = new  # type: ignore[method-assign]
             rows = find(*given)
-            Tensor.new_empty = scarce  # type: ignore[method-assign,assignment]
+            Tensor.new_zeros = scarce  # type: ignore[method-assign,assignment]
             return rows
 
         def failing(*_: Any, **__: Any) -> None:
-            kt_hf_ranks._any_rows = found
-            Tensor.new_empty = scarce  # type: ignore[method-assign,assignment]
+            kt_hf_ranks._empty_rows = found
+            Tensor.new_zeros = scarce  # type: ignore[method-assign,assignment]
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         for number in range(4):
