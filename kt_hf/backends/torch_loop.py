@@ -151,12 +151,11 @@ class TorchBackend:
         # Expert by expert to the end: what is between the products stays in the cache.
         for e, rows in groups:
             inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, width), y[rows]
-            self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch)
+            bias = None if self._bias is None else self._bias[e]
+            self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch, bias)
             if lora:
                 torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
                 lora.add_b(e, xa[rows], inner)
-            if self._bias is not None:
-                inner.add_(self._bias[e])
             h = self._gated(inner)
             self._product(h, self.weights.down[e], True, out, scratch)
             if lora:
@@ -268,15 +267,22 @@ class TorchBackend:
         size = shape.up_rows * shape.hidden_size
         return torch.empty(size, dtype=torch.float32, device=self.device) if self._widen else None
 
-    def _product(self, x: Tensor, weight: Tensor, transpose: bool, out: Tensor, scratch: Tensor | None) -> None:
-        """Write x @ weight to `out`, or x times the transpose of `weight`."""
-        if scratch is None:
-            torch.mm(x, weight.t() if transpose else weight, out=out)
-        elif transpose and x.shape[0] < _WIDEN_FROM_ROWS:
+    def _product(
+        self, x: Tensor, weight: Tensor, transpose: bool, out: Tensor, scratch: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write x @ weight to `out`, or x times the transpose of `weight`; with a bias, the sum is rounded once."""
+        if scratch is not None and transpose and x.shape[0] < _WIDEN_FROM_ROWS:
             out.copy_(x.to(weight.dtype) @ weight.t())
+            if bias is not None:
+                out.add_(bias)
+            return
+        wide = weight if scratch is None else scratch[: weight.numel()].view(weight.shape).copy_(weight)
+        columns = wide.t() if transpose else wide
+        if bias is None:
+            torch.mm(x, columns, out=out)
         else:
-            wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
-            torch.mm(x, wide.t() if transpose else wide, out=out)
+            torch.addmm(bias, x, columns, out=out)
 
     def _sum_by_token(self, rows: Tensor, groups: _Groups) -> Tensor:
         """Sum over each token's experts, in fp32 and in a fixed order: [S, H] -> [T, H] in the backend's dtype."""

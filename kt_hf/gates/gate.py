@@ -95,7 +95,8 @@ class Gate:
 
         Returns:
             The product, [S, I], and its derivative by each element of `gu`, laid out alike; both at least fp32. Where a
-            clamp holds a value the derivative is 0, and on its very edge that of inside, as PyTorch has it.
+            clamp holds a value the derivative is 0, and on its very edge too, as PyTorch 2.15 has it (2.9 not): of values
+            that 16 bits round to the limit more come from outside, where they lie further apart.
         """
         wide = _wide(gu)
         if not self.gated:
@@ -108,10 +109,10 @@ class Gate:
         """The activated gate and its derivative, in new memory."""
         inside = None
         if self.limit is not None and not self.clamps_after:
-            inside, g = g <= self.limit, g.clamp(max=self.limit)
+            inside, g = g < self.limit, g.clamp(max=self.limit)
         a, by_g = self._activation(g)
         if self.limit is not None and self.clamps_after:
-            inside, a = a <= self.limit, a.clamp(max=self.limit)
+            inside, a = a < self.limit, a.clamp(max=self.limit)
         return a, by_g if inside is None else by_g.mul_(inside)
 
     def _activation(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ class Gate:
             t = torch.tanh(u / self.up_cap)
             return t * self.up_cap + self.up_offset, 1 - t * t
         if self.limit is not None:
-            inside = (u.abs() <= self.limit).to(u.dtype)
+            inside = (u.abs() < self.limit).to(u.dtype)
             return u.clamp(-self.limit, self.limit) + self.up_offset, inside
         return u + self.up_offset, torch.ones_like(u)
 

@@ -1,7 +1,8 @@
 """Triton's interpreter with bf16 as a GPU has it: rounded to the nearest, and multiplied as the numbers they are.
 
 As released (3.5) it truncates where fp32 becomes bf16, its `dot` multiplies the bits of bf16 as integers, and it does
-not take a number it has loaded for a loop's bound with NumPy 2.4 (an array of one element is no scalar there).
+not take a number it has loaded for a loop's bound with NumPy 2.4 (an array of one element is no scalar there). In 3.9
+the conjunction of two comparisons is an integer, which it does not take as a mask.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def mend() -> None:
     from triton.runtime import interpreter
 
     convert, builder, patch = interpreter._convert_float, interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
-    dot = builder.create_dot
+    dot, load, store = builder.create_dot, builder.create_masked_load, builder.create_masked_store
 
     def converted(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -41,10 +42,15 @@ def mend() -> None:
             return handle
         return interpreter.TensorHandle(_to_fp32(handle.data), tl.float32)
 
-    def patched(tensor: Any) -> None:
-        patch(tensor)
+    def patched(tensor: Any, *scope: Any) -> None:  # Triton 3.9 gives what undoes the patch
+        patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    def mask(handle: Any) -> Any:
+        return interpreter.TensorHandle(handle.data.astype(bool), tl.int1)
 
     interpreter._convert_float = converted
     interpreter._patch_lang_tensor = patched
     builder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+    builder.create_masked_load = lambda self, at, inside, *rest: load(self, at, mask(inside), *rest)
+    builder.create_masked_store = lambda self, at, value, inside, *rest: store(self, at, value, mask(inside), *rest)

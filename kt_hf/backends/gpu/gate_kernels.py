@@ -86,10 +86,10 @@ def activated(g, GATE: tl.constexpr):
     elif AFTER:
         free, slope = _activation(g, ACTIVATION, ALPHA, CAP)
         a = tl.minimum(free, LIMIT)
-        by_g = tl.where(free <= LIMIT, slope, 0.0)
+        by_g = tl.where(free < LIMIT, slope, 0.0)
     else:
         a, slope = _activation(tl.minimum(g, LIMIT), ACTIVATION, ALPHA, CAP)
-        by_g = tl.where(g <= LIMIT, slope, 0.0)
+        by_g = tl.where(g < LIMIT, slope, 0.0)
     return a, by_g
 
 
@@ -105,7 +105,7 @@ def times_up(a, by_g, u, GATE: tl.constexpr):
         by_u = a * (1 - t * t)
     elif LIMIT is not None:
         factor = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-        by_u = tl.where(tl.abs(u) <= LIMIT, a, 0.0)
+        by_u = tl.where(tl.abs(u) < LIMIT, a, 0.0)
     else:
         factor = u
         by_u = a
