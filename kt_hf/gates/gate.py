@@ -95,8 +95,8 @@ class Gate:
 
         Returns:
             The product, [S, I], and its derivative by each element of `gu`, laid out alike; both at least fp32. Where a
-            clamp holds a value the derivative is 0, and on its very edge too, as PyTorch 2.15 has it (2.9 not): of values
-            that 16 bits round to the limit more come from outside, where they lie further apart.
+            clamp holds a value the derivative is 0, and on its very edge too, as PyTorch 2.15 has it (2.9 not): of
+            values that 16 bits round to the limit more come from outside, where they lie further apart.
         """
         wide = _wide(gu)
         if not self.gated:

@@ -19,6 +19,7 @@ from ...errors import KTAMXConfigError
 from ...shapes import ExpertShape
 from ..transfer import to_device
 from . import kernels
+from .row_room import RowRoom
 from .rows import PLAINLY, Addends, Gating, Rows
 
 ALIGN = 8  # elements of 16 bits in 16 bytes
@@ -234,6 +235,7 @@ class GroupedExperts:
         self.device = device
         self._numbers = torch.arange(shape.num_experts, dtype=torch.int16, device=device)
         self._lora: Lora | None = None
+        self._room = RowRoom(shape.ranks)
         self._gating = Gating(shape.gate, None if bias is None else bias.to(device, DTYPE).contiguous())
 
     @property

@@ -1,6 +1,6 @@
 """Experts resident on a GPU, computed by the grouped products of `grouped_mm`: the host does not wait for them.
 
-How many rows an expert gets is known on the GPU only, and this module never copies it to the host.
+How many rows an expert gets is known on the GPU only, and the host does not ask before a layer's products are launched.
 """
 
 from __future__ import annotations
@@ -50,8 +50,12 @@ class GroupedBackend(GroupedExperts):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, save: bool) -> tuple[Tensor, SavedForward | None]:
         """Launch the products; the output [T, H] is bf16 on `device`, and with `save` the inputs are kept."""
-        saved = self.saved_of(x, ids, weights)
-        out = resident_output(x, self.weights.gate_up, self.weights.down, saved.lora, saved.rows, self._gating)
+        gate_up, down = self.weights.gate_up, self.weights.down
+
+        def compute(kept: _GroupedForward) -> Tensor:
+            return resident_output(x, gate_up, down, kept.lora, kept.rows, self._gating)
+
+        out, saved = self._room.computed(ids.numel(), lambda rows: self.saved_of(x, ids, weights, rows), compute)
         return out, saved if save else None
 
     def saved_of(

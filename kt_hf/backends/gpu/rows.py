@@ -1,7 +1,7 @@
 """The T*K rows of a batch (a token and one of its experts), sorted by expert, those of no expert at the end.
 
-Nothing here waits for a GPU, where ranks do not divide the experts: how many rows an expert has is known there alone.
-Where they do, most rows are of other ranks' experts, and are left out. Grouped products leave the rows after
+Nothing here waits for a GPU, unless ranks divide the experts: how many rows an expert has is known there alone. Where
+they do, most rows are of other ranks' experts, and are left out (`RowRoom`). Grouped products leave the rows after
 the last expert's end undefined (NaN, perhaps) and never read them for another row or a weight's gradient; they count as
 zero where rows are summed by token.
 """
@@ -81,7 +81,8 @@ class Rows:
             numbers: 0 to E - 1, int16 or wider, on the device of both: few bits are sorted fast.
             ranks: Processes that the layer's experts are divided among: with several the rows of no expert are left
                 out, which are all but one in so many.
-            valid: Rows that are of an expert, where the host knows; else, with several ranks, it waits for the number.
+            valid: Rows to keep, as many as are of an expert or more; without it, with several ranks, the host waits for
+                their number.
         """
         flat, K = ids.reshape(-1), ids.shape[1]
         key = flat.masked_fill(flat < 0, len(numbers)).to(numbers.dtype)  # torch.where would wait for its scalar's copy
@@ -112,6 +113,14 @@ class Rows:
         ends = self.ends[experts] - span.start
         tokens, numbers, weights = (values[span] for values in (self.tokens, self.experts, self.weights))
         return Rows(tokens, ends, numbers, weights, self.place, span, self.K, self.per_expert)
+
+    def first(self, valid: int) -> Rows:
+        """These without the rows of no expert; `valid` are of one."""
+        rows = max(1, valid)
+        if rows >= len(self.tokens):
+            return self
+        tokens, numbers, weights = (values[:rows] for values in (self.tokens, self.experts, self.weights))
+        return Rows(tokens, self.ends, numbers, weights, self.place, slice(0, rows), self.K, self.per_expert)
 
     @functools.cached_property
     def idle(self) -> Tensor:

@@ -165,14 +165,12 @@ class StreamedBackend(GroupedExperts):
         Returns:
             The output [T, H], bf16 on `device`; and with `save` what `backward` needs.
         """
+        if self._at_once(ids.numel(), counts):
+            out, kept = self._computed_whole(x, ids, weights, counts)
+            return out, kept if save else None
+        assert counts is not None, "row counts are needed to stream"
         kept = self._saved(x, ids, weights, counts)
         rows, lora, saved = kept.rows, kept.lora, kept if save else None
-        if self._at_once(ids.numel(), counts):
-            for gate_up, down in self._whole(backward=False):
-                out = resident_output(x, gate_up, down, lora, rows, self._gating)
-                del gate_up, down
-            return out, saved
-        assert counts is not None, "row counts are needed to stream"
         everything = x.new_empty(len(rows.tokens), x.shape[1])
         for chunk, part in self._chunks(rows, counts, backward=False):
             chunk_lora = lora.part(chunk.experts) if lora else None
@@ -180,6 +178,20 @@ class StreamedBackend(GroupedExperts):
             part.keep(outputs, True, everything)
             del chunk, outputs
         return rows.sum_by_token(Addends(everything, None), weighted=False), saved
+
+    def _computed_whole(
+        self, x: Tensor, ids: Tensor, weights: Tensor, counts: list[int] | None
+    ) -> tuple[Tensor, _StreamedForward]:
+        def compute(kept: _StreamedForward) -> Tensor:
+            for gate_up, down in self._whole(backward=False):
+                out = resident_output(x, gate_up, down, kept.lora, kept.rows, self._gating)
+                del gate_up, down
+            return out
+
+        if counts is not None:
+            kept = self._saved(x, ids, weights, counts)
+            return compute(kept), kept
+        return self._room.computed(ids.numel(), lambda rows: self._saved(x, ids, weights, rows), compute)
 
     def backward(self, saved: SavedForward, grad_output: Tensor) -> Gradients:
         """Launch the copies and products of a backward; all gradients are new tensors on `device`, LoRA's in bf16."""
