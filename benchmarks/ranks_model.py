@@ -24,7 +24,7 @@ LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 l
 GPU = 129e12  # FLOP/s in the slope between 8,192 and 16,384 tokens
 FIXED = 0.0045  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
 WIDEN = 0.65e-12  # seconds a weight of int4, in forward and again in backward: 2.56 bytes at 0.94 of a copy's rate
-# `LAUNCH` on several ranks, where hosts wait for each other in each layer: two H200s took 0.32 to 0.35 s for 12 layers,
+# `LAUNCH` on several ranks, where hosts wait for each other in each layer: two H200s took 0.29 to 0.37 s for 12 layers,
 # resident or int4, 2,048 or 8,192 tokens a rank.
 LAUNCH_ON_RANKS = 0.028
 UNEVEN = 1.1  # rows of the rank that has most over the mean, routing spread
