@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_look_first: ContextVar[Callable[[], object] | None] = ContextVar("look_first", default=None)
 
 
 def _in_memory(count: int) -> tuple[int, ...]:
@@ -73,6 +76,19 @@ def pin(parameter: torch.nn.Parameter) -> None:
         parameter.data = host_empty(data.shape, data.dtype).copy_(data)
 
 
+@contextlib.contextmanager
+def looking_first(look: Callable[[], object]) -> Iterator[None]:
+    """While this is open, `look` is called before this thread waits for a GPU in `Arriving.wait`, and may raise.
+
+    What the GPU waits for itself may never come: rows of another process, which has ended or stands still.
+    """
+    token = _look_first.set(look)
+    try:
+        yield
+    finally:
+        _look_first.reset(token)
+
+
 class Arriving:
     """Tensors that are being copied to the CPU: not to be read before `wait`.
 
@@ -98,8 +114,10 @@ class Arriving:
 
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors, contiguous, once all of them have arrived. Several threads may wait."""
-        event = self._event
+        event, look = self._event, _look_first.get()
         if event is not None:
+            if look is not None and not event.query():
+                look()
             event.synchronize()
             self._event = None
         return self._tensors

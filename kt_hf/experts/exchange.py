@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..backends.transfer import looking_first
 from ..errors import KTAMXBackwardError, KTAMXConfigError
-from ..ranks import Kind, Place, Ranks, Share
+from ..ranks import Kind, Place, Ranks, Share, is_told
 from .lora_tensors import optimizer_steps
 from .row_bytes import Layout, inputs_of, layout_of, packed, sum_of, unpacked, with_rows
 from .tickets import in_backward
@@ -89,6 +90,8 @@ class LayerExchange:
         try:
             yield
         except Exception as error:
+            if is_told(error):
+                raise
             place, rows, lengths = self._place(kind), self._rows, self.ranks.lengths
             goes_on = kind is Kind.TOKENS and (self._answered if in_backward() else self._steady)
             if goes_on and rows and lengths and self.ranks.defers(place, rows[0].device):  # the others send rows by now
@@ -225,8 +228,11 @@ class LayerExchange:
             lengths: Tokens of each rank.
         """
         try:
-            yield
+            with looking_first(self.ranks.settled):
+                yield
         except Exception as error:
+            if is_told(error):
+                raise
             rows = like[0].new_empty(0, sum(layout_of(tensor)[2] for tensor in like), dtype=torch.uint8)
             self.ranks.rows_to_owners(rows, lengths, self._place(kind), failure=error)
             raise

@@ -142,10 +142,10 @@ class Meetings:
                 self._compare(self.owners, place, rows, own)
                 if pending.judge:
                     pending.judge([row[-1] for row in rows])
-        except KTAMXError:
+        except KTAMXError as error:
+            (failure or error).__dict__["kt_told"] = True  # to all who met there, or of an earlier one
             if failure is None:
                 raise
-            failure.__dict__["kt_told"] = True  # of an earlier one
             return False
         return True
 
@@ -239,6 +239,11 @@ class Meetings:
     @staticmethod
     def _on_gpu(device: torch.device) -> bool:
         return device.type != "cpu"  # a method, for tests that have no GPU to put another in its place
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether this error was told to the other ranks, or seen by all of them where they met."""
+    return bool(getattr(error, "kt_told", False))
 
 
 @dataclass

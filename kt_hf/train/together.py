@@ -12,7 +12,7 @@ from rich.console import Console
 from ..adapters.whole import ranks_of
 from ..errors import KTAMXConfigError, KTAMXError
 from ..experts import kt_layers
-from ..ranks import Kind, Place, Ranks, Share, current_world, of_all_ranks
+from ..ranks import Kind, Place, Ranks, Share, current_world, is_told, of_all_ranks
 
 _FAILED = "has failed there"  # in the words of `Ranks.agree`
 
@@ -115,7 +115,7 @@ def meet_after(model: Any, failure: BaseException | None) -> None:
 
 def was_told(error: BaseException) -> bool:
     """Whether the other ranks know of this error, or it is of another rank."""
-    return _FAILED in str(error) or bool(getattr(error, "kt_told", False))
+    return _FAILED in str(error) or is_told(error)
 
 
 def ranks_in_words(model: Any) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kt_hf.backends.transfer import Arriving
 from kt_hf.errors import KTAMXBackwardError, KTAMXError, KTAMXForwardError
 from kt_hf.experts import exchange, tickets
 from kt_hf.ranks import Kind, Place, Ranks
@@ -376,3 +377,49 @@ def test_no_memory_for_what_the_others_send_to_a_rank_that_failed() -> None:
     (first, _), (second, _) = results(on_ranks(2, timed(work), 20))
     assert "CUDA out of memory" in str(second)
     assert "rank 1 has failed there: OutOfMemoryError: CUDA out of memory" in str(first)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_host_looks_at_the_others_before_it_waits_for_its_gpu(name: str) -> None:
+    """Which waits for rows that rank 1 never sends; what it said is raised, and not told again to those who know it."""
+
+    class Never:
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            raise AssertionError("stands still")
+
+    def work(rank: int) -> None:
+        model = model_of()
+        backend, layer = (model.base_model.model._kt_wrappers[1].backend, model.base_model.model._kt_wrappers[1])
+        packed, compute = exchange.packed, getattr(backend, name)
+
+        def failing(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def failing_gradients(tensors: list[Tensor]) -> Any:
+            return failing() if len(tensors) == 4 and len(tensors[0]) else packed(tensors)
+
+        def waiting(*given: Any, **how: Any) -> Any:
+            Arriving((), Never()).wait()  # type: ignore[arg-type]
+            return compute(*given, **how)
+
+        def told(*_: Any, **__: Any) -> Any:
+            raise AssertionError("told again")
+
+        for number in range(3):
+            if number == 2 and rank == 0:
+                setattr(backend, name, waiting)
+                Ranks._fail_later = told  # type: ignore[method-assign]
+            elif number == 2 and name == "forward":
+                layer._prepared = failing
+            elif number == 2:
+                exchange.packed = failing_gradients
+            step(model, rank, number)
+
+    (first, seconds), (second, _) = results(on_ranks(2, timed(work), 20))
+    assert isinstance(second, torch.OutOfMemoryError)
+    assert isinstance(first, KTAMXError)
+    assert "rank 1 has failed there: OutOfMemoryError: CUDA out of memory" in str(first)
+    assert seconds < 15

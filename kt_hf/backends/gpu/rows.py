@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...gates import PLAIN, Gate
+from ..transfer import to_host
 from . import kernels
 
 
@@ -91,7 +92,7 @@ class Rows:
         operations = kernels.row_operations(ids.device)
         tokens, by_row, place = operations.indexed(order, weights.reshape(-1), K)
         if valid is None and ranks > 1:
-            valid = int(ends[-1]) if len(ends) else 0
+            valid = int(to_host([ends[-1:]], [torch.int32]).wait()[0]) if len(ends) else 0
         rows = len(order) if valid is None else min(len(order), max(1, valid))  # one at least, as products want it
         # Not by the number of valid rows: resident and streamed layers have the same bits, and only the latter know it.
         per_expert = len(order) / ranks / max(1, len(numbers))

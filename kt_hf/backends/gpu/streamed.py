@@ -202,7 +202,10 @@ class StreamedBackend(GroupedExperts):
                 result = resident_gradients(saved.x, grad_output, gate_up, down, lora, rows, self._gating)
                 del gate_up, down
             return result
-        counts = saved.counts or torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)).tolist()
+        counts = saved.counts
+        if counts is None:  # of a layer that was one chunk
+            by_expert = torch.diff(rows.ends, prepend=rows.ends.new_zeros(1))
+            counts = to_host([by_expert], [torch.int64]).wait()[0].tolist()
         everything = grad_output.new_empty(len(rows.tokens), grad_output.shape[1])
         by_row = torch.empty_like(rows.weights)
         whole = lora.zeros() if lora else None
