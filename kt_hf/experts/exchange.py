@@ -81,7 +81,7 @@ class LayerExchange:
         self._steady = True  # each rank's tokens were always as many as where the pass entered
         self._answered = False  # the latest recompute, without an exchange
         self._unsaid = -1  # of an exchange that this rank knows: the gradients' header says it
-        self._rows: tuple[Tensor, Tensor] | None = None  # none, as wide as those of a forward and of a backward
+        self._rows: tuple[Tensor, ...] = ()  # none, as wide as those of a forward and of a backward
         self._checked: set[bool] = set()
 
     @contextlib.contextmanager
@@ -124,7 +124,8 @@ class LayerExchange:
             return None
         with self.telling(Kind.TOKENS):  # before it is known whether they are needed: later nobody could be told
             rows, layout = packed(inputs_of(x, ids, weights))
-        self._rows = rows[:0], rows.new_empty(0, rows.shape[1] + layout_of(x)[2])
+        # No views, which would keep the memory of all rows.
+        self._rows = tuple(rows.new_empty(0, rows.shape[1] + more) for more in (0, layout_of(x)[2]))
         number, assumed = (known + 1) << _NUMBER | x.shape[0], self.ranks.lengths
         if later and self._steady and assumed and not in_backward():
             said: list[int] = []
@@ -168,8 +169,7 @@ class LayerExchange:
         self, rows: Tensor, layout: list[Layout], lengths: Sequence[int], place: Place, said: list[int] | None = None
     ) -> Gathered:
         self._gatherings += 1
-        inputs = unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
-        return self._gathered(inputs, list(lengths), said)
+        return self._gathered(unpacked(self.ranks.rows_to_all(rows, lengths, place), layout), list(lengths), said)
 
     def gather_gradients(
         self, grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, lengths: Sequence[int]
