@@ -11,6 +11,7 @@ from torch import Tensor
 from kt_hf import KTAMXConfigError
 from kt_hf.backends import ExpertWeights
 from kt_hf.backends.gpu import grouped_mm as grouped
+from kt_hf.backends.gpu import row_room
 from kt_hf.backends.gpu.pinned_weights import HostWeights
 from kt_hf.backends.gpu.resident import GroupedBackend, gpu_backend
 from kt_hf.backends.gpu.streamed import StreamedBackend
@@ -131,6 +132,7 @@ def test_of_several_ranks_tokens_the_rows_of_other_experts_are_left_out(
     streamed: bool, valid: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank gets all ranks' tokens: what it computes is as large as its own rows, and the same to the bit."""
+    monkeypatch.setattr(row_room, "_FEW", 0)
     x = make_inputs(MIXTRAL, 48, torch.bfloat16)
     x.ids[torch.rand(x.ids.shape, generator=torch.Generator().manual_seed(0)) >= valid] = -1
     rows, original = list[int](), grouped._product
