@@ -30,13 +30,13 @@ def unpacked(rows: Tensor, layout: list[Layout]) -> list[Tensor]:
     """The tensors [..., T, …] that rows of bytes [..., T, B] were made of."""
     columns = rows.split([size for _, _, size in layout], dim=-1)
     return [
-        _aligned(part.contiguous(), dtype).view(dtype).view(*rows.shape[:-1], *shape)
+        _aligned(part.contiguous().view(-1), dtype).view(dtype).view(*rows.shape[:-1], *shape)
         for part, (dtype, shape, _) in zip(columns, layout, strict=True)
     ]
 
 
 def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes that may be seen as values of a dtype: one row of several columns is contiguous wherever it begins."""
+    """Bytes [n] that may be seen as values of a dtype: one row of several columns is not copied, wherever it begins."""
     return data.clone() if data.storage_offset() % dtype.itemsize else data
 
 
