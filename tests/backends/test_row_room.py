@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -108,3 +109,18 @@ def test_of_few_rows_all_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert saved is not None
     assert made._room._part == 0.0
     assert saved.rows.tokens.shape[0] == 16  # type: ignore[attr-defined]
+
+
+def test_what_was_computed_in_vain_is_let_go_first() -> None:
+    """Two outputs of all ranks' tokens, and two sorts of their rows, would be in memory at a time."""
+    made, room, noted = backend("resident", SHAPE), row_room.RowRoom(2), list[weakref.ref[Any]]()
+    x, ids, given = batch(1.0, 0)
+    room._part = 0.01
+
+    def new(value: Any) -> Any:
+        assert len(noted) < 2 or noted[0]() is noted[1]() is None
+        noted.append(weakref.ref(value))
+        return value
+
+    room.computed(ids.numel(), lambda rows: new(made.saved_of(x, ids, given, rows)), lambda _: new(x.clone()))
+    assert len(noted) == 4

@@ -60,6 +60,7 @@ class RowRoom:
         # A batch of unlike routing is forgotten in time.
         self._part = max(valid / total, 0.9 * self._part)
         if valid > len(kept.rows.tokens):
+            del kept, out  # before as much is needed once more
             kept = sorted_rows(valid)
             out = compute(kept)
         kept.rows = kept.rows.first(valid)
