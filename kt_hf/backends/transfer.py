@@ -78,7 +78,7 @@ def pin(parameter: torch.nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def looking_first(look: Callable[[], object]) -> Iterator[None]:
-    """While this is open, `look` is called before this thread waits for a GPU in `Arriving.wait`, and may raise.
+    """While this is open, `look` is called before this thread waits for a GPU in `wait_for`, and may raise.
 
     What the GPU waits for itself may never come: rows of another process, which has ended or stands still.
     """
@@ -87,6 +87,14 @@ def looking_first(look: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         _look_first.reset(token)
+
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """Wait until a GPU has come to an event, after what `looking_first` was given."""
+    look = _look_first.get()
+    if look is not None and not event.query():
+        look()
+    event.synchronize()
 
 
 class Arriving:
@@ -114,11 +122,9 @@ class Arriving:
 
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors, contiguous, once all of them have arrived. Several threads may wait."""
-        event, look = self._event, _look_first.get()
+        event = self._event
         if event is not None:
-            if look is not None and not event.query():
-                look()
-            event.synchronize()
+            wait_for(event)
             self._event = None
         return self._tensors
 
@@ -236,7 +242,7 @@ def wait_for_reads(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         event = getattr(tensor, "_kt_read", None)
         if event is not None:
-            event.synchronize()
+            wait_for(event)
             tensor._kt_read = None  # type: ignore[attr-defined]
 
 

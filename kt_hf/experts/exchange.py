@@ -88,7 +88,8 @@ class LayerExchange:
     def telling(self, kind: Kind) -> Iterator[None]:
         """Tell the other ranks, which wait in the exchange of this kind or will, of an error that is raised inside."""
         try:
-            yield
+            with looking_first(self.ranks.settled):
+                yield
         except Exception as error:
             if is_told(error):
                 raise

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import CALL_LOCK, ExpertsBackend, Gradients, Resumable, SavedForward
 from ..backends.finite_checks import DeferredChecks
-from ..backends.transfer import to_device, to_host
+from ..backends.transfer import to_device, to_host, wait_for
 from ..errors import KTAMXBackwardError
 from ..system.threads import quiet_torch
 from .input_checks import prepared
@@ -111,7 +111,7 @@ class ExpertsRunner:
         """Wait for the copies that `begin_load` has begun."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
-            loaded.synchronize()
+            wait_for(loaded)
 
     def _swap(self, values: LoraValues, tensors: tuple[Tensor, ...]) -> None:
         if len(self._values.tickets):

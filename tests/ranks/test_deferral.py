@@ -381,7 +381,7 @@ def test_no_memory_for_what_the_others_send_to_a_rank_that_failed() -> None:
     assert "rank 1 has failed there: OutOfMemoryError: CUDA out of memory" in str(first)
 
 
-@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["prepared", "forward", "backward"])
 def test_a_host_looks_at_the_others_before_it_waits_for_its_gpu(name: str) -> None:
     """Which waits for rows that rank 1 never sends; what it said is raised, and not told again to those who know it."""
 
@@ -395,7 +395,9 @@ def test_a_host_looks_at_the_others_before_it_waits_for_its_gpu(name: str) -> No
     def work(rank: int) -> None:
         model = model_of()
         backend, layer = (model.base_model.model._kt_wrappers[1].backend, model.base_model.model._kt_wrappers[1])
-        packed, compute, send = exchange.packed, getattr(backend, name), Ranks.rows_to_owners
+        packed, holder = exchange.packed, layer if name == "prepared" else backend
+        called = "_prepared" if name == "prepared" else name
+        compute = getattr(holder, called)
 
         def failing(*_: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -404,17 +406,26 @@ def test_a_host_looks_at_the_others_before_it_waits_for_its_gpu(name: str) -> No
             return failing() if len(tensors) == 4 and len(tensors[0]) else packed(tensors)
 
         def waiting(*given: Any, **how: Any) -> Any:
+            if name == "prepared":
+                layer._runner._loaded = Never()
+                layer._runner.finish_load()
             Arriving((), Never()).wait()  # type: ignore[arg-type]
             return compute(*given, **how)
 
-        def told(*given: Any, failure: Any = None, **how: Any) -> Any:
-            assert failure is None, "told again"
-            return send(*given, **how)
+        def once(meet: Any) -> Any:
+            def met(*given: Any, failure: Any = None, **how: Any) -> Any:
+                assert failure is None, "told again"
+                return meet(*given, **how)
+
+            return met
 
         for number in range(3):
             if number == 2 and rank == 0:
-                setattr(backend, name, waiting)
-                Ranks.rows_to_owners = told  # type: ignore[method-assign]
+                setattr(holder, called, waiting)
+                for meet in ("rows_to_owners", "agree"):
+                    setattr(Ranks, meet, once(getattr(Ranks, meet)))
+            elif number == 2 and name == "prepared":
+                model.base_model.model._kt_wrappers[0].backend.forward = failing
             elif number == 2 and name == "forward":
                 layer._prepared = failing
             elif number == 2:
