@@ -13,7 +13,6 @@ where the pass entered, and is computed anew if the header, once it is looked at
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..backends.transfer import looking_first
 from ..errors import KTAMXBackwardError, KTAMXConfigError
 from ..ranks import Kind, Place, Ranks, Share, is_told
-from .lora_tensors import optimizer_steps
+from .lora_tensors import digest, optimizer_steps
 from .row_bytes import Layout, inputs_of, layout_of, packed, sum_of, unpacked, with_rows
 from .tickets import in_backward
 
@@ -81,7 +80,7 @@ class LayerExchange:
         self._steady = True  # each rank's tokens were always as many as where the pass entered
         self._answered = False  # the latest recompute, without an exchange
         self._unsaid = -1  # of an exchange that this rank knows: the gradients' header says it
-        self._rows: tuple[Tensor, ...] = ()  # none, as wide as those of a forward and of a backward
+        self._rows: tuple[Tensor, Tensor] | None = None  # none, as wide as those of a forward and of a backward
         self._checked: set[bool] = set()
 
     @contextlib.contextmanager
@@ -123,15 +122,14 @@ class LayerExchange:
         self._unsaid = known if self._answered else -1
         if self._answered:
             return None
+        assumed = self.ranks.lengths if later and self._steady and self._rows and not in_backward() else None
         with self.telling(Kind.TOKENS):  # before it is known whether they are needed: later nobody could be told
             rows, layout = packed(inputs_of(x, ids, weights))
-        # No views, which would keep the memory of all rows.
-        self._rows = tuple(rows.new_empty(0, rows.shape[1] + more) for more in (0, layout_of(x)[2]))
-        number, assumed = (known + 1) << _NUMBER | x.shape[0], self.ranks.lengths
-        if later and self._steady and assumed and not in_backward():
+            rows = with_rows(rows, assumed[self.ranks.owners.index]) if assumed else rows
+        number = (known + 1) << _NUMBER | x.shape[0]
+        if assumed:
             said: list[int] = []
             self.ranks.agree_later(place, number, judge=said.extend)
-            rows = with_rows(rows, assumed[self.ranks.owners.index])
             return self._received(rows, layout, assumed, place, said)
         said = self.ranks.agree(place, number)
         if known >= 0 and all(number >> _NUMBER == known + 1 for number in said):  # not only alike on this rank
@@ -161,16 +159,19 @@ class LayerExchange:
         lengths = _tokens(every.said)
         if lengths == every.lengths:
             return every
-        self._steady = False  # on all ranks
+        self._steady, place = False, self._place(Kind.TOKENS)  # on all ranks
         with self.telling(Kind.TOKENS):
             rows, layout = packed(inputs_of(x, ids, weights))
-        return self._received(rows, layout, lengths, self._place(Kind.TOKENS))
+        self.ranks.agree(place)  # of those that have failed meanwhile no rows come
+        return self._received(rows, layout, lengths, place)
 
     def _received(
         self, rows: Tensor, layout: list[Layout], lengths: Sequence[int], place: Place, said: list[int] | None = None
     ) -> Gathered:
+        self._rows = rows.new_empty(0, rows.shape[1]), rows.new_empty(0, rows.shape[1] + layout[-1][2])
         self._gatherings += 1
-        return self._gathered(unpacked(self.ranks.rows_to_all(rows, lengths, place), layout), list(lengths), said)
+        inputs = unpacked(self.ranks.rows_to_all(rows, lengths, place), layout)
+        return self._gathered(inputs, list(lengths), said)
 
     def gather_gradients(
         self, grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, lengths: Sequence[int]
@@ -220,18 +221,23 @@ class LayerExchange:
         return Gathered(x, ids - self.share.lo, weights, lengths, self._gatherings, said)
 
     @contextlib.contextmanager
-    def owed(self, kind: Kind, like: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[None]:
+    def owed(
+        self, kind: Kind, like: Sequence[Tensor], lengths: Sequence[int], said: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """While this is open, the other ranks are told of an error: they wait for rows, or will, that `summed` sends.
 
         Args:
             kind: What is exchanged.
             like: Tensors whose dtypes and columns are those that are sent, on their device.
             lengths: Tokens of each rank.
+            said: Of `Gathered`, where they were assumed.
         """
         try:
             with looking_first(self.ranks.settled):
                 yield
         except Exception as error:
+            if said is not None and not is_told(error) and self.ranks.settled(error) and _tokens(said) != lengths:
+                self.ranks.agree(self._place(Kind.TOKENS), failure=error)  # where the others gather anew
             if is_told(error):
                 raise
             rows = like[0].new_empty(0, sum(layout_of(tensor)[2] for tensor in like), dtype=torch.uint8)
@@ -272,7 +278,7 @@ class LayerExchange:
             return
         self.ranks.agree(self._place(Kind.OWNERS, gradients=True))
         self._checked.add(wrapped)  # on all ranks or on none
-        every = self.ranks.all_values(torch.tensor([_digest(tensor) for tensor in tensors], device="cpu")).tolist()
+        every = self.ranks.all_values(torch.tensor([digest(tensor) for tensor in tensors], device="cpu")).tolist()
         owners = self.ranks.owners.size
         for second, its in enumerate(every):
             for first, others in enumerate(every[:second]):
@@ -336,14 +342,6 @@ def ddp_module() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward is under way; None outside of one."""
     get = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # private; without it nothing is known
     return None if get is None else get()
-
-
-def _digest(tensor: Tensor) -> int:
-    """A number that tells a tensor's values from others'; 0 where they are zero, as at the start of an adapter."""
-    values = tensor.detach().flatten()[:4096].float().cpu()
-    if not bool(values.any()):
-        return 0
-    return int.from_bytes(hashlib.sha256(values.numpy().tobytes()).digest()[:7], "little")
 
 
 def _tokens(said: Sequence[int]) -> list[int]:

@@ -121,13 +121,14 @@ def _forward(
         return known.ticket.retained.output.detach(), known.ticket, known.ticket.lengths
 
     def computed(every: Gathered) -> tuple[Tensor, Ticket | None]:
-        with exchange.owed(Kind.OUTPUTS, [x], every.lengths):
+        with exchange.owed(Kind.OUTPUTS, [x], every.lengths, every.said):
             out, ticket = runner.forward(every.x, every.ids, every.weights, save, of_ranks=each_keeps)
             return out.to(x.dtype), ticket
 
     out, ticket = computed(every)
     true = exchange.certain(every, x, ids, weights)
     if true is not every:
+        del every, out, ticket  # before as much is needed once more
         out, ticket = computed(true)
     (out,) = exchange.summed(Kind.OUTPUTS, [out], true.lengths)
     if each_keeps and ticket is not None and runner.retain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -236,9 +237,84 @@ def test_a_layer_that_has_other_tokens_than_the_first_is_computed_anew(parted: s
             assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_an_error_before_tokens_are_sent_is_told(recomputed: bool) -> None:
-    """The others, who went on, get rows of any values and the words."""
+@pytest.mark.parametrize("where", ["computed", "gathered anew"])
+def test_an_error_where_a_layer_has_other_tokens_is_told(where: str) -> None:
+    """The others gather anew meanwhile, other numbers of rows than the rank that failed knows of."""
+
+    def work(rank: int) -> None:
+        model = model_of()
+        layer = model.base_model.model._kt_wrappers[1]
+        forward, compute, pack, packs = layer.forward, layer.backend.forward, exchange.packed, list[int]()
+
+        def sparse(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return torch.cat((forward(hidden[:2], ids[:2], weights[:2]), hidden[2:]))
+
+        def failing(*given: Any, **how: Any) -> Any:
+            if where == "computed":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            exchange.packed = failing_later
+            return compute(*given, **how)
+
+        def failing_later(tensors: list[Tensor]) -> Any:
+            packs.append(1)
+            if len(packs) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return pack(tensors)
+
+        for number in range(3):
+            if number == 2:
+                layer.forward = sparse
+            if number == 2 and rank == 1:
+                layer.backend.forward = failing
+            step(model, rank, number)
+
+    (first, _), (second, seconds), *others = results(on_ranks(4, timed(work), 20))
+    assert isinstance(second, torch.OutOfMemoryError), second
+    assert seconds < 20
+    for error in (first, *(error for error, _ in others)):
+        assert isinstance(error, KTAMXForwardError), error
+        assert "layers.1.mlp.experts: rank 1 has failed there: OutOfMemoryError: CUDA" in str(error)
+
+
+def test_what_was_computed_in_vain_is_let_go_first() -> None:
+    """Two layers' outputs of all ranks' tokens would be in memory at a time."""
+
+    def work(rank: int) -> list[bool]:
+        model, alive, made = model_of(), list[bool](), list[weakref.ref[Tensor]]()
+        layer = model.base_model.model._kt_wrappers[1]
+        forward, compute = layer.forward, layer.backend.forward
+
+        def noted(*given: Any, **how: Any) -> Any:
+            alive.extend(ref() is not None for ref in made)
+            result = compute(*given, **how)
+            made[:] = weakref.ref(given[0]), weakref.ref(result[0])
+            return result
+
+        step(model, rank)
+        layer.forward = lambda x, *rest: torch.cat((forward(x[:2], *(part[:2] for part in rest)), x[2:]))
+        layer.backend.forward = noted
+        step(model, rank, 1)
+        return alive
+
+    assert on_ranks(2, work) == [[False, False]] * 2
+
+
+def test_no_layer_keeps_rows_that_were_sent() -> None:
+    """But for their widths: of 48 layers they would be more than a layer's weights."""
+
+    def work(rank: int) -> int:
+        model = model_of()
+        for number in range(2):
+            step(model, rank, number)
+        kept = [layer.exchange._rows for layer in model.base_model.model._kt_wrappers]
+        return sum(rows.untyped_storage().nbytes() for pair in kept for rows in pair)
+
+    assert on_ranks(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize(("recomputed", "passes"), [(False, 0), (False, 2), (True, 2)])
+def test_an_error_before_tokens_are_sent_is_told(recomputed: bool, passes: int) -> None:
+    """The others, who went on, get rows of any values and the words; in a layer's first forward they wait."""
 
     def work(rank: int) -> None:
         model = model_of()
@@ -251,8 +327,11 @@ def test_an_error_before_tokens_are_sent_is_told(recomputed: bool) -> None:
             return prepared(*given)
 
         for number in range(4):
-            if rank == 1 and number == 2:
+            if rank == 1 and number == passes:
                 layer._prepared = failing
+            if not passes:
+                with torch.no_grad():
+                    model(input_ids=ids_of(rank, number))
             step(model, rank, number)
 
     (first, _), (second, seconds), *others = results(on_ranks(4, timed(work), 20))
