@@ -72,8 +72,6 @@ def test_bits_are_the_same_and_meetings_that_wait_few() -> None:
             model.zero_grad()
             step(model, rank, number)
             counts.append(len(waits))
-            for layer in model.module.base_model.model._kt_wrappers:
-                assert not sum(rows.untyped_storage().nbytes() for rows in layer.exchange._rows), "rows are kept"
             found.append({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
         return found, counts
 
