@@ -66,12 +66,11 @@ def one_token(
         The weighted sum, [1, H], in the weights' dtype.
     """
     chosen = torch.tensor(experts, device=x.device)
-    inner = torch.cat([_product(x, held.gate_up[e]) for e in experts]).to(dtype)
+    biases = [None if bias is None else bias[e].to(x.dtype) for e in experts]
+    inner = torch.cat([_product(x, held.gate_up[e], b) for e, b in zip(experts, biases, strict=True)]).to(dtype)
     if lora:
         a = lora.a.index_select(0, chosen)
         lora.add_b_of_each(chosen, _product(x.to(dtype), a.flatten(0, 1)).view(len(experts), -1), inner)
-    if bias is not None:
-        inner.add_(bias.index_select(0, chosen))
     h = gated(inner)
     rows = h.to(x.dtype).split(1)
     y = torch.cat([_product(row, held.down[e]) for e, row in zip(experts, rows, strict=True)]).to(dtype)
@@ -82,7 +81,8 @@ def one_token(
     return y.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)).to(x.dtype)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [1, C] times the transpose of `weight` [R, C] of the same dtype: [1, R]."""
-    fast = x.dtype == torch.bfloat16 and takes(weight) and has_row_linear()
-    return row_linear(x, weight) if fast else x @ weight.t()
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [1, C] times the transpose of `weight` [R, C] of the same dtype, and a bias [R], rounded once."""
+    if x.dtype == torch.bfloat16 and takes(weight) and has_row_linear():
+        return row_linear(x, weight, bias)
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())

@@ -23,7 +23,7 @@ from .world import World
 # Where a pass of the model enters its layers of experts or leaves them: in the first or in the last layer.
 _EDGES = {Kind.TOKENS: min, Kind.OUTPUTS: max, Kind.GRADIENTS: max, Kind.INPUT_GRADIENTS: min}
 
-_RECOMPUTED = " Or set kt_expert_activations to recompute: some have kept the layer's output, others compute it again."
+_KEPT = " Or set kt_expert_activations to recompute: some have kept the layer's output, others compute it again."
 
 
 class Meetings:
@@ -222,7 +222,7 @@ class Meetings:
         return place.error(
             f"{place}: the ranks are in different places. {where}. Each must do the same number of forwards, backwards "
             "and saves, in one order: look for a batch more on one of them, or a forward that one of them alone does."
-            + (_RECOMPUTED if recomputed_by_some(places) else "")
+            + (_KEPT if recomputed_by_some(places) else "")
         )
 
     def loss_in_words(self, error: RuntimeError) -> str | None:

@@ -9,7 +9,7 @@ zero where rows are summed by token.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ class Rows:
         if rows >= len(self.tokens):
             return self
         tokens, numbers, weights = (values[:rows] for values in (self.tokens, self.experts, self.weights))
-        return Rows(tokens, self.ends, numbers, weights, self.place, slice(0, rows), self.K, self.per_expert)
+        return replace(self, tokens=tokens, experts=numbers, weights=weights, span=slice(0, rows))
 
     @functools.cached_property
     def idle(self) -> Tensor:
