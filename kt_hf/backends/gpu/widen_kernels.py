@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..packed import FOUR_BITS, NF4, PackedMatrices
 
-_WORDS, _WARPS = 256, 4  # int32 words of 4-bit codes that one program widens
+_WORDS, _WARPS = 512, 4  # int32 words of 4-bit codes that one program widens
 _TILE = 1024  # int32 words of 8-bit codes that one program widens: a row's first 512 at most, of several rows
 _CODES = {"int4": 0, "e2m1": 1, "nf4": 2}
 
