@@ -3,7 +3,8 @@
 Its experts are in NF4: on the GPU, in page-locked host memory, and there with a batch's rows as micro-batches that pass
 layer by layer together. LoRA of rank 16 on attention and experts, adapters in bf16, checkpointing, routing spread like
 ours. Ours come from parts `cells` (bf16, auto) and `low-bit` (int4, the faster of streamed and resident) of the same
-folder of results.
+folder of results, by SFTTrainer; and int4 experts on the GPU in the peer's own bare loop, adapters in bf16, both with
+and without checkpointing at one row, where a step is what the host takes to launch it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ import torch
 from card import Card, Rows, read_rows
 from checkpoints import make_checkpoint
 from models import make_config
+from peft import get_peft_model
 from routing import Spread
-from sft import RANK, Tokens
+from sft import RANK, Tokens, lora
+
+from kt_hf import KTConfig, load_kt_model
 
 STEPS = 4
+WAYS = {
+    "offloaded": ("checkpointing", "layer-major"),
+    "resident": ("checkpointing", "no checkpointing"),
+    "ours": ("checkpointing", "no checkpointing"),
+}
 
 
 def load(folder: Any, offload: bool) -> tuple[Any, list[torch.nn.Parameter]]:
@@ -42,10 +51,30 @@ def load(folder: Any, offload: bool) -> tuple[Any, list[torch.nn.Parameter]]:
         parameter.requires_grad_(id(parameter) in experts or id(parameter) in attention)
         trained += [parameter] if parameter.requires_grad else []
     model.config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, True)
     enable_fast_train(model, dgrad=True, absmax_dq=False)
     model.enable_input_require_grads()
     return model.train(), trained
+
+
+def load_ours(folder: Any, layers: int, tokens: int) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The same layers by kt_hf, int4 experts on the GPU, with what it trains, in bf16 as the peer's."""
+    settings = KTConfig(
+        kt_lora_rank=RANK, kt_expert_placement={"resident_layers": layers}, kt_expert_dtype="int4",
+        kt_moe_lora_device="gpu",
+    )  # fmt: skip
+    model = load_kt_model(folder, settings, tokens_per_step=tokens)
+    model.config.use_cache = False
+    model = get_peft_model(model.to("cuda:0"), lora(model, True), autocast_adapter_dtype=False)
+    model.enable_input_require_grads()
+    return model.train(), [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def checkpoint(model: Any, on: bool) -> None:
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def steps_of(model: Any, trained: list[Any], batch: int, length: int, card: Card, layer_major: bool) -> list[float]:
@@ -95,30 +124,35 @@ def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     make_checkpoint(config, folder, card.device)
     cap = (given.caps or [24.0])[0]
     card.limit(cap)
-    best: dict[int, float] = {}
-    for offload in (True, False):
+    batches, best = given.batch or [1, 4, 8], dict[int, float]()
+    common: dict[str, Any] = {"layers": given.layers, "cap_gb": cap}
+    for where in ("offloaded", "resident", "ours"):
         card.clear()
-        model, trained = load(folder, offload)
+        tokens = max(batches) * given.sequence
+        model, trained = (
+            load_ours(folder, given.layers, tokens) if where == "ours" else load(folder, where != "resident")
+        )
         spread = Spread(model)
-        for batch, layer_major in itertools.product(given.batch or [1, 4, 8], (False, True) if offload else (False,)):
-            if layer_major and batch == 1:
+        for batch, way in itertools.product(batches, WAYS[where]):
+            if batch == 1 if way == "layer-major" else batch > 1 and way == "no checkpointing":
                 continue
+            checkpoint(model, way != "no checkpointing")
             card.reset()
-            where = "layer-major" if layer_major else "offloaded" if offload else "resident"
-            row: dict[str, Any] = {"case": "experts4bit-qlora", "layers": given.layers, "batch": batch, "cap_gb": cap}
-            row |= {"where": where}
+            row = common | {"case": "kt_hf" if where == "ours" else "experts4bit-qlora", "batch": batch}
+            row |= {"where": "resident" if where == "ours" else where, "way": way}
             try:
-                step = statistics.median(steps_of(model, trained, batch, given.sequence, card, layer_major))
+                step = statistics.median(steps_of(model, trained, batch, given.sequence, card, way == "layer-major"))
             except (RuntimeError, ValueError) as error:  # no room for it, for one
                 rows.add(**row, error=str(error).splitlines()[0][:200])
                 for parameter in trained:
                     parameter.grad = None
                 continue
             rate = batch * given.sequence / step
-            best[batch] = max(rate, best.get(batch, 0.0))
+            if where != "ours":
+                best[batch] = max(rate, best.get(batch, 0.0))
             rows.add(**row, step=step, tokens_per_second=rate, **card.peak(), touched=spread.describe())
         del model, trained
     for dtype, rates in ours(given, cap).items():
         for batch in sorted(rates.keys() & best.keys()):
-            common = {"dtype": dtype, "batch": batch, "ours": rates[batch], "peer": best[batch]}
-            rows.add(case="verdict", **common, ratio=rates[batch] / best[batch])
+            found = {"dtype": dtype, "batch": batch, "ours": rates[batch], "peer": best[batch]}
+            rows.add(case="verdict", **found, ratio=rates[batch] / best[batch])

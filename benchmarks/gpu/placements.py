@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, help="of parts cells, large and drawn")
     parser.add_argument("--batch", type=int, nargs="+", help="rows of a batch; default: each part's")
     parser.add_argument("--caps", type=float, nargs="+", help="GB that PyTorch may have; default: each part's")
+    parser.add_argument("--loss", nargs="+", choices=("SFT", "DPO"), default=["SFT", "DPO"], help="of part losses")
     parser.add_argument("--steps", type=int, help="of the optimizer, of parts safety, losses and drawn")
     parser.add_argument("--dtypes", nargs="+", default=["int4", "bf16"], help="kt_expert_dtype, of part low-bit")
     parser.add_argument("--where", choices=("streamed", "resident"), default="streamed", help="of part drawn")

@@ -1,4 +1,4 @@
-"""Stock SFTTrainer over random tokens, its steps timed one by one."""
+"""Stock SFTTrainer and DPOTrainer over random tokens, their steps timed one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from kt_hf import KTMoECallback, kt_lora_config
 from kt_hf.placement import packer_of
@@ -75,6 +75,16 @@ class Tokens:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
+class Preferences(Tokens):
+    """A data collator for DPO: twice as many rows, those preferred first, of which the second half is the answer."""
+
+    def batch(self, rows: int, length: int, number: int) -> Batch:
+        made = super().batch(2 * rows, length, number)
+        made["completion_mask"] = made.pop("labels").new_zeros(2 * rows, length)
+        made["completion_mask"][:, length // 2 :] = 1
+        return made
+
+
 @dataclass
 class Step:
     """A step of an optimizer: its seconds, GB at its peak, and the layers held on the GPU."""
@@ -116,8 +126,10 @@ def summary(steps: Sequence[Step], tokens: int) -> dict[str, Any]:
 def trainer_for(
     card: Card, model: Any, batch: int, tokens: Tokens, steps: int, callbacks: Sequence[Any] = (),
     patched: bool = True, adapt: bool = True, rank: int = RANK, **settings: Any,
-) -> SFTTrainer:  # fmt: skip
-    """A stock SFTTrainer, bf16 and with gradient checkpointing; `timer` is its last callback.
+) -> SFTTrainer | DPOTrainer:  # fmt: skip
+    """A stock SFTTrainer, or a DPOTrainer for `Preferences`, bf16 and with gradient checkpointing.
+
+    Its last callback is `timer`.
 
     Args:
         card: To train on.
@@ -129,7 +141,7 @@ def trainer_for(
         patched: Whether kt_hf's callback and LoRA are taken.
         adapt: Whether the trainer adds the adapter.
         rank: Of the adapter.
-        **settings: Of SFTConfig, over these.
+        **settings: Of SFTConfig or DPOConfig, over these.
     """
     evaluated = 2 * batch if settings.get("eval_strategy") else 0
     rows = Dataset.from_dict({"input_ids": [[3, 4]] * (steps * batch)})
@@ -138,15 +150,22 @@ def trainer_for(
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch, "max_steps": steps, "bf16": True,
         "per_device_eval_batch_size": 2 * batch, "gradient_checkpointing": True, "learning_rate": 1e-4, "seed": 0,
         "report_to": [], "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": card.tiny,
-        "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False,
-        "lr_scheduler_type": "constant",
+        "remove_unused_columns": False, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    how: dict[str, Any] = {
+        "data_collator": tokens, "processing_class": _tokenizer(), "callbacks": [KTMoECallback()] if patched else [],
+        "peft_config": lora(model, patched, rank) if adapt else None,
     }  # fmt: skip
     torch.manual_seed(0)
-    trainer = SFTTrainer(
-        model, SFTConfig(**arguments | settings), data_collator=tokens, train_dataset=rows,
-        eval_dataset=evaluation if evaluated else None, processing_class=_tokenizer(),
-        peft_config=lora(model, patched, rank) if adapt else None, callbacks=[KTMoECallback()] if patched else [],
-    )  # fmt: skip
+    if isinstance(tokens, Preferences):
+        texts = Dataset.from_dict({name: ["<eos>"] * len(rows) for name in ("prompt", "chosen", "rejected")})
+        trainer = DPOTrainer(model, args=DPOConfig(**arguments | settings), train_dataset=texts, **how)
+    else:
+        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        evaluation = evaluation if evaluated else None
+        trainer = SFTTrainer(
+            model, SFTConfig(**arguments | settings), train_dataset=rows, eval_dataset=evaluation, **how
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.timer = Timer(card, trainer.model)
     for callback in (*callbacks, trainer.timer):
