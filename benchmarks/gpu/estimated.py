@@ -37,9 +37,10 @@ def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder
         "per_device_train_batch_size": row["batch"], "cutoff_len": given.sequence, "output_dir": str(folder / "out"),
         "dataset": "builtin:pydoc", "max_steps": 1,
     }  # fmt: skip
-    if "dtype" in row:  # of part low-bit
+    if "dtype" in row or "kind" in row:  # of parts low-bit and formats
         where = {"streamed": experts_of(config)} if row["case"] == "streamed" else {"resident_layers": row["layers"]}
-        values |= {"kt_expert_dtype": row["dtype"], "kt_expert_placement": where, "kt_moe_lora_device": "gpu"}
+        values |= {"kt_expert_placement": where, "kt_moe_lora_device": "gpu"}
+        values |= {"kt_expert_dtype": row["dtype"]} if "dtype" in row else {}
     elif row.get("held") is not None and row["case"] != "auto":
         held = row["held"]
         values["kt_expert_placement"] = {"resident_layers": held} if held else {"streamed": experts_of(config)}

@@ -41,7 +41,7 @@ def one(
     tokens = (Preferences if preferences else Tokens)(config.vocab_size, length, different=2)
     trainer = trainer_for(
         card, model, 1, tokens, given.steps or STEPS, gradient_checkpointing=checkpointing,
-        learning_rate=1e-4 if preferences else 1e-3,
+        learning_rate=3e-6 if preferences else 1e-3,
     )  # fmt: skip
     same_lora(trainer.model)
     trainer.train()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ def run_widening(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     target = torch.empty_like(copied)
     copy = 2 * copied.nbytes / _seconds(card, lambda: target.copy_(copied))
     rows.add(case="copy", gb_per_s=copy / GB)
-    for kind, matrices in _of_every_kind(n, height, width, card.device):
+    for kind in KINDS:
+        matrices = matrices_of(kind, n, height, width, 2, card.device)
         if card.tiny:
             weights, seconds = matrices.dequantized(torch.bfloat16), 1.0
         else:
@@ -160,23 +161,33 @@ def _seconds(card: Card, call: Callable[[], Any], times: int = 20) -> float:
     return statistics.median(found[-times:])
 
 
-def _of_every_kind(n: int, rows: int, columns: int, device: torch.device) -> Iterator[tuple[str, PackedMatrices]]:
-    codes = torch.randint(0, 256, (n, rows, columns // 2), dtype=torch.uint8, device=device)
+KINDS = ("int4", "int4 zeros", "mxfp4", "nvfp4", "nf4", "fp8", "int8")
+
+
+def matrices_of(kind: str, n: int, rows: int, columns: int, parts: int, device: torch.device) -> PackedMatrices:
+    """n matrices of any codes, as checkpoints of that kind have them; of gate and up `parts` is 2."""
 
     def scales(group: int) -> torch.Tensor:
         return torch.rand(n, rows, columns // group, device=device) * 0.01 + 0.001
 
-    zeros = torch.randint(0, 16, (n, rows, columns // 32), dtype=torch.uint8, device=device)
-    yield "int4", PackedMatrices("int4", codes, scales(32).bfloat16())
-    yield "int4 zeros", PackedMatrices("int4", codes, scales(32).half(), zeros=zeros)
-    yield "mxfp4", PackedMatrices("e2m1", codes, zeros + 112)
-    factor = torch.rand(n, 2, device=device)
-    yield "nvfp4", PackedMatrices("e2m1", codes, (scales(16) * 1e3).to(torch.float8_e4m3fn), factor=factor)
-    yield "nf4", PackedMatrices("nf4", codes, scales(64))
-    eight = torch.randn(n, rows, columns, device=device)
-    blocks = torch.rand(n, 2, -(-rows // 256), -(-columns // 128), device=device)
-    yield "fp8", PackedMatrices("e4m3", eight.to(torch.float8_e4m3fn), blocks, (128, 128))
-    yield "int8", PackedMatrices("int8", (eight * 30).to(torch.int8), blocks, (128, 128))
+    if kind in ("fp8", "int8"):
+        blocks = torch.rand(n, parts, -(-rows // parts // 128), -(-columns // 128), device=device) * 0.01
+        codes = torch.randn(n, rows, columns, device=device)
+        if kind == "fp8":
+            return PackedMatrices("e4m3", codes.to(torch.float8_e4m3fn), blocks, (128, 128))
+        return PackedMatrices("int8", (codes * 30).to(torch.int8), blocks, (128, 128))
+    codes = torch.randint(0, 256, (n, rows, columns // 2), dtype=torch.uint8, device=device)
+    small = torch.randint(0, 16, (n, rows, columns // 32), dtype=torch.uint8, device=device)
+    if kind == "mxfp4":
+        return PackedMatrices("e2m1", codes, small + 112)
+    if kind == "nvfp4":
+        factor = torch.rand(n, parts, device=device)
+        return PackedMatrices("e2m1", codes, (scales(16) * 1e3).to(torch.float8_e4m3fn), factor=factor)
+    if kind == "nf4":
+        return PackedMatrices("nf4", codes, scales(min(64, columns)))
+    if kind == "int4 zeros":
+        return PackedMatrices("int4", codes, scales(32).half(), zeros=small)
+    return PackedMatrices("int4", codes, scales(32).bfloat16())
 
 
 # ---- drawn: whole models without a checkpoint
@@ -255,30 +266,48 @@ def _settings(given: argparse.Namespace, config: Any) -> KTConfig:
 
 
 @torch.no_grad()
-def drawn_model(config: Any, card: Card, settings: KTConfig, tokens: int, rest_bits: int = 16) -> Any:
-    """A patched model with experts of int4, drawn on the card; attention and the rest are bf16 there, or in 4 bits."""
+def drawn_model(
+    config: Any, card: Card, settings: KTConfig, tokens: int, rest_bits: int = 16, kind: str = "int4",
+    bits: float = EXPERT_BITS["int4"],
+) -> Any:  # fmt: skip
+    """A patched model with experts of low bits, drawn on the card; attention and the rest are bf16, or in 4 bits.
+
+    Args:
+        config: The model's.
+        card: That draws.
+        settings: Of kt_hf; experts streamed or resident.
+        tokens: Of a step.
+        rest_bits: Of linear layers, 4 or 16.
+        kind: Of `KINDS`. Of "int4" streamed codes are drawn into host memory that is page-locked already.
+        bits: Of a weight of experts, with its part of the scales.
+    """
     model = make_model(config, card.device, stock=False, experts=False)
     if rest_bits == 4:
         _in_4_bits(model, card.device)
     sites = find_experts(model, weightless=True)
     shapes = {site.name: site.shape for site in sites}
     packer = make_packer(settings, shapes, torch.bfloat16, streamed=True, model_type=config.model_type)
-    budget = replace(memory_budget(model, config, tokens, torch.bfloat16), bits=EXPERT_BITS["int4"], loss="chunked")
+    budget = replace(memory_budget(model, config, tokens, torch.bfloat16), bits=bits, loss="chunked")
     packer.place(by_layer(shapes), None, budget)
-    packer.stored_as = "int4"
+    packer.stored_as = kind
     assert packer.tiers is not None
     resident = packer.tiers.resident_layers > 0
 
     def weights_of(site: ExpertsSite) -> ExpertWeights:
         shape = site.shape
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
-        parts = [_drawn(E, *size, card.device, resident) for size in ((2 * I, H), (H, I))]
-        gate_up, down = (torch.empty((0, *size), dtype=torch.bfloat16) for size in ((2 * I, H), (H, I)))
+        sizes = ((2 * I, H), (H, I))
+        if kind == "int4":
+            parts = [_drawn(E, *size, card.device, resident) for size in sizes]
+        else:
+            parts = [matrices_of(kind, E, *size, 2 - i, card.device) for i, size in enumerate(sizes)]
+            parts = parts if resident else [part.to(torch.device("cpu")) for part in parts]
+        gate_up, down = (torch.empty((0, *size), dtype=torch.bfloat16) for size in sizes)
         return ExpertWeights(gate_up, down, low_bit=PackedExperts(list(range(E)), *parts))
 
     model.requires_grad_(False)
     replace_experts(model, sites, packer, lambda site: owned_weights(site, packer, weights_of(site)))
-    for layer in model._kt_wrappers if not resident else ():
+    for layer in model._kt_wrappers if kind == "int4" and not resident else ():
         for tensor in layer.backend.weights.tensors:
             for part in tensor.split(max(1, AT_ONCE // tensor[0].numel())):
                 part.copy_(_values(part.shape, part.dtype, card.device))

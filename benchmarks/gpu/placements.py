@@ -10,6 +10,7 @@ r"""Where experts are by themselves (`auto`) against everywhere they could be: p
     python -m benchmarks.gpu placements --part estimate --out results     # estimated against measured memory
     python -m benchmarks.gpu placements --part low-bit --out results      # int4 beside bf16 and stock; the same with:
     python -m benchmarks.gpu placements --part widening --out results     # the kernels alone
+    python -m benchmarks.gpu placements --part formats --layers 6 --out results     # memory of each low-bit format
     python -m benchmarks.gpu placements --part drawn --layers 48 --where resident --out results
     python -m benchmarks.gpu placements --part drawn --family qwen3_235b --layers 94 --rest 4 --out results \
         --cells 24/4 48/4 48/16/offload
@@ -36,7 +37,7 @@ from card import Card, Rows
 PARTS = {
     "cells": "cells", "full": "full", "resident": "full", "safety": "safety", "losses": "losses",
     "estimate": "estimated", "peer": "peers", "low-bit": "low_bit", "widening": "low_bit", "drawn": "low_bit",
-    "large": "large",
+    "large": "large", "formats": "formats",
 }  # fmt: skip
 FAMILIES = ("qwen3_30b", "deepseek_v2", "qwen3_235b", "deepseek_v3")
 
