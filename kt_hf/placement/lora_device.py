@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..shapes import ExpertShape, expert_bytes
 from .expert_memory import lora_parameters
-from .memory_model import FRAGMENTS, MemoryBudget, gpu_memory, room_for
+from .memory_model import MemoryBudget, fragments, gpu_memory, room_for
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def choose_lora_device(
 
     def needed(count: int) -> int:
         with_lora = replace(budget, lora_rank=rank, computed_rank=rank, lora_layers=count)
-        return gpu_memory(with_lora, largest, layers, tokens, tiers, fragments=FRAGMENTS).total
+        return gpu_memory(with_lora, largest, layers, tokens, tiers, fragments=fragments()).total
 
     most = layers if budget.lora_layers is None else min(budget.lora_layers, layers)
     some = budget.tokens is not None and not budget.accumulating

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 
 from ..shapes import BF16, ExpertShape
+from ..system.gpu import segments_grow
 from .expert_memory import (
     buffer_bytes,
     chunk_bytes,
@@ -40,11 +41,11 @@ _FULL = 14
 _MASTER = 12  # bytes of a LoRA parameter: itself and Adam's two moments, in fp32
 _GRADIENT = 4
 _RESERVE = 0.1  # of the free memory, not to be planned with: fragments, libraries
-# Of what comes and goes in a step: so much more PyTorch's allocator holds in fragments. 12 layers of Qwen3-30B on an
-# H200, tensors and held, GB: 16,384 tokens 10.5 and 11.7, 32,768 tokens 15.4 and 18.8, half of it coming and going.
-# What cannot leave the GPU in a run, as layers can, has to leave room for it: 48 layers and 16,384 tokens ran out of
-# memory with LoRA in it, and 94 of Qwen3-235B, on 24 GB, with the activations of 20 layers.
-FRAGMENTS = 0.3
+# Of what comes and goes in a step: so much more PyTorch's allocator holds in fragments, where its segments grow and
+# where they do not. 12 layers of Qwen3-30B on an H200, 32,768 tokens, GB: 15.4 of tensors, half of which comes and
+# goes, were 15.9 and 18.8. What cannot leave the GPU in a run, as layers can, has to leave room for it: 48 layers and
+# 16,384 tokens ran out of memory with LoRA in it, and 94 of Qwen3-235B, on 24 GB, with the activations of 20 layers.
+_GROWING, _FIXED = 0.1, 0.3
 _PASSING = "activations", "activations of experts", "logits and loss"
 _SMALLER = 0.8  # a chunk that is tried after one that has no room
 _STASH = 5  # activations that TRL's activation_offloading keeps on the GPU, on their way
@@ -173,6 +174,11 @@ def gpu_memory(
     return max(peaks, key=lambda peak: peak.total)
 
 
+def fragments() -> float:
+    """Part of what comes and goes within a step that PyTorch's allocator takes beside it in this process."""
+    return _GROWING if segments_grow() else _FIXED
+
+
 def most_resident_layers(
     budget: MemoryBudget, shape: ExpertShape, expert_layers: int, tokens: int, free: int, reserve: float = _RESERVE
 ) -> int:
@@ -224,7 +230,7 @@ def fitting_chunk(
     least, chunk = (chunk_bytes(room, shape, experts, budget.bits, copied) for room in (0, free))
 
     def fits(chunk: int) -> bool:
-        taken = gpu_memory(without_logits, shape, expert_layers, tokens, tiers, chunk, FRAGMENTS).total
+        taken = gpu_memory(without_logits, shape, expert_layers, tokens, tiers, chunk, fragments()).total
         return taken <= free
 
     while chunk > least and not fits(chunk):

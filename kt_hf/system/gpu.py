@@ -11,6 +11,7 @@ from ..ranks import current_world
 
 # What PyTorch's allocator of GPU memory is set by: who has set it keeps what was set.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_GROW = "expandable_segments:True"
 
 
 def experts_device() -> torch.device | None:
@@ -41,4 +42,12 @@ def let_segments_grow(device: torch.device) -> None:
     if device.type != "cuda" or torch.version.hip is not None or any(os.environ.get(name) for name in _ALLOCATOR):
         return
     with contextlib.suppress(AttributeError, RuntimeError):  # not public: without it there are fragments as before
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.memory._set_allocator_settings(_GROW)
+
+
+def segments_grow() -> bool:
+    """Whether PyTorch's allocator extends the memory it has, by `let_segments_grow` or by the environment."""
+    if torch.version.hip is not None:
+        return False
+    asked = [os.environ[name] for name in _ALLOCATOR if os.environ.get(name)]
+    return any(_GROW in words for words in asked) if asked else hasattr(torch.cuda.memory, "_set_allocator_settings")
