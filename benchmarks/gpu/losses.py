@@ -19,6 +19,9 @@ from torch import Tensor
 from kt_hf import KTConfig, apply_kt_moe
 
 FAMILY, STEPS, MOST = "qwen3_30b", 30, 0.02
+# Of DPO: so small that the loss takes all steps to fall. At a small rate the CPU's would fall later, for operators add
+# LoRA to a product that is rounded to bf16 already.
+BETA = 1e-3
 
 
 def cases(experts: int, layers: int) -> dict[str, dict[str, Any]]:
@@ -40,8 +43,8 @@ def one(
     Spread(model)
     tokens = (Preferences if preferences else Tokens)(config.vocab_size, length, different=2)
     trainer = trainer_for(
-        card, model, 1, tokens, given.steps or STEPS, gradient_checkpointing=checkpointing,
-        learning_rate=3e-6 if preferences else 1e-3,
+        card, model, 1, tokens, given.steps or STEPS, gradient_checkpointing=checkpointing, learning_rate=1e-3,
+        **({"beta": BETA} if preferences else {}),
     )  # fmt: skip
     same_lora(trainer.model)
     trainer.train()

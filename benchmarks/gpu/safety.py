@@ -19,7 +19,7 @@ from sft import Tokens, promotion_of, trainer_for
 from transformers import TrainerCallback
 
 FAMILY, STEPS, FEWER, SECOND = "qwen3_30b", 60, 24, 5
-ROWS = {12: 1, 16: 2, 24: 4}  # of a training batch, by the cap in GB
+ROWS = {12: 1, 16: 2, 24: 4, 40: 8}  # of a training batch, by the cap in GB
 EVENTS = 8  # steps in which everything has come once
 
 

@@ -6,7 +6,7 @@ row takes 30 µs in bf16 whatever its size. Sums are rounded as among other toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -31,8 +31,8 @@ class HeldLora(Protocol):
     def down_b(self) -> Tensor:
         """[E, H, r]."""
 
-    def add_b_of_each(self, chosen: Tensor, xa: Tensor, to: Tensor) -> None:
-        """Add B of gate and up of the experts `chosen` [K], times their rows of `xa` [K, 2r], to `to` [K, 2I]."""
+    def through_b_of_each(self, chosen: Tensor, xa: Tensor) -> Tensor:
+        """B of gate and up of the experts `chosen` [K], times their rows of `xa` [K, 2r]: [K, 2I]."""
 
 
 def all_different(experts: list[int]) -> bool:
@@ -66,19 +66,31 @@ def one_token(
         The weighted sum, [1, H], in the weights' dtype.
     """
     chosen = torch.tensor(experts, device=x.device)
-    biases = [None if bias is None else bias[e].to(x.dtype) for e in experts]
-    inner = torch.cat([_product(x, held.gate_up[e], b) for e, b in zip(experts, biases, strict=True)]).to(dtype)
+    add = None if bias is None else bias.index_select(0, chosen)
     if lora:
         a = lora.a.index_select(0, chosen)
-        lora.add_b_of_each(chosen, _product(x.to(dtype), a.flatten(0, 1)).view(len(experts), -1), inner)
-    h = gated(inner)
-    rows = h.to(x.dtype).split(1)
-    y = torch.cat([_product(row, held.down[e]) for e, row in zip(experts, rows, strict=True)]).to(dtype)
+        of_lora = lora.through_b_of_each(chosen, _product(x.to(dtype), a.flatten(0, 1)).view(len(experts), -1))
+        add = of_lora if add is None else add + of_lora
+    h, add = gated(_products([x] * len(experts), held.gate_up, experts, add, dtype)), None
     if lora:
         ha = torch.bmm(h.unsqueeze(1), lora.down_a.index_select(0, chosen).transpose(1, 2))
-        y.unsqueeze(1).baddbmm_(ha, lora.down_b.index_select(0, chosen).transpose(1, 2))
+        add = torch.bmm(ha, lora.down_b.index_select(0, chosen).transpose(1, 2)).squeeze(1)
+    y = _products(h.to(x.dtype).split(1), held.down, experts, add, dtype)
     y.mul_(weights.t())  # fp32: rounded to 16 bits they would be off by 0.2 %
     return y.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)).to(x.dtype)
+
+
+def _products(
+    rows: Sequence[Tensor], weights: Tensor, experts: list[int], add: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Each row [1, C] times its expert's weight, and on top of its row of `add` [K, R]: [K, R] in `dtype`.
+
+    The sum is rounded once; where `dtype` is wider than the weights', the product is rounded to theirs before.
+    """
+    if add is not None and add.dtype != weights.dtype:
+        return torch.cat([_product(row, weights[e]) for e, row in zip(experts, rows, strict=True)]) + add
+    adds = [None] * len(experts) if add is None else add
+    return torch.cat([_product(row, weights[e], a) for e, row, a in zip(experts, rows, adds, strict=True)]).to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

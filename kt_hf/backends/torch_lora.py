@@ -58,19 +58,24 @@ class TorchLora(NamedTuple):
             pairs += a, b
         return *pairs, self.down_a, self.down_b
 
-    def add_b(self, e: int, xa: Tensor, to: Tensor) -> None:
-        """Multiply `xa` [S, 2r] (x times both A) by the B of expert e, and add it to `to` [S, 2I]."""
-        if len(self.b) == 1:
-            to.addmm_(xa, self.b[0][e].t())
-            return
-        for b, part, target in zip(self.b, xa.chunk(2, 1), to.chunk(2, 1), strict=True):
-            target.addmm_(part, b[e].t())
-
-    def add_b_of_each(self, chosen: Tensor, xa: Tensor, to: Tensor) -> None:
-        """`add_b` of a row for each of the experts `chosen` [K]: `xa` is [K, 2r], `to` [K, 2I]."""
+    def through_b(self, e: int, xa: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """Multiply `xa` [S, 2r] (x times both A) by the B of expert e, and add the bias [2I] if any: `out` [S, 2I]."""
         parts = len(self.b)
-        for b, part, target in zip(self.b, xa.chunk(parts, 1), to.chunk(parts, 1), strict=True):
-            target.unsqueeze(1).baddbmm_(part.unsqueeze(1), b.index_select(0, chosen).transpose(1, 2))
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        for b, part, add, target in zip(self.b, xa.chunk(parts, 1), biases, out.chunk(parts, 1), strict=True):
+            if add is None:
+                torch.mm(part, b[e].t(), out=target)
+            else:
+                torch.addmm(add, part, b[e].t(), out=target)
+        return out
+
+    def through_b_of_each(self, chosen: Tensor, xa: Tensor) -> Tensor:
+        """`through_b` of a row for each of the experts `chosen` [K], without biases: `xa` is [K, 2r]; [K, 2I]."""
+        parts = xa.unsqueeze(1).chunk(len(self.b), 2)
+        products = [
+            torch.bmm(part, b.index_select(0, chosen).transpose(1, 2)) for b, part in zip(self.b, parts, strict=True)
+        ]
+        return torch.cat(products, 2).squeeze(1)
 
     def back_through_b(self, e: int, dgu: Tensor) -> Tensor:
         """Multiply the gradient of gate and up, [S, 2I], by both transposed B of expert e: [S, 2r]."""

@@ -29,11 +29,11 @@ def gated(
     experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `fused_kernels.gated`."""
-    gu = _biased(_added(gu, lora), bias, experts)
+    wide = _biased(_wide_sum(gu, lora), bias, experts)
     if not gate.plain:
-        return gate.applied(gu)
-    g, u = gu.chunk(2, dim=1)
-    return _silu(g).mul_(u)
+        return gate.applied(wide).to(gu.dtype)
+    g, u = wide.chunk(2, dim=1)
+    return _silu(g).mul_(u).to(gu.dtype)
 
 
 def gate_gradients_(
@@ -63,7 +63,7 @@ def _plain_with_derivatives(gu: Tensor) -> tuple[Tensor, Tensor]:
 
 def weighted(base: Tensor, lora: Tensor | None, weights: Tensor | None, out: Tensor) -> None:
     """See `fused_kernels.weighted`."""
-    rows = _added(base, lora)
+    rows = _wide_sum(base, lora)
     out.copy_(rows if weights is None else rows.mul_(weights.unsqueeze(1)))
 
 
@@ -71,12 +71,19 @@ def summed(
     base: Tensor, lora: Tensor | None, weights: Tensor | None, place: Tensor, ends: Tensor, K: int
 ) -> Tensor:  # fmt: skip
     """See `fused_kernels.summed`."""
-    rows = _added(base, lora)
+    rows = _wide_sum(base, lora)
     if weights is not None:
         rows.mul_(weights.unsqueeze(1))
+    rows = rows.to(base.dtype)  # as where they come in pieces, to the bit
     within = place if len(rows) == len(place) else place.clamp(max=len(rows) - 1)
     spread = rows.index_select(0, within).masked_fill_((place >= ends[-1]).unsqueeze(1), 0)
-    return spread.view(-1, K, rows.shape[1]).sum(1, dtype=torch.float32).to(rows.dtype)
+    return spread.view(-1, K, rows.shape[1]).sum(1, dtype=torch.float32).to(base.dtype)
+
+
+def _wide_sum(base: Tensor, lora: Tensor | None) -> Tensor:
+    """A new tensor in fp32. Added in bf16, values of LoRA below a 500th of the base's would be lost."""
+    wide = base.float()
+    return wide if lora is None else wide.add_(lora)
 
 
 def _added(base: Tensor, lora: Tensor | None) -> Tensor:
