@@ -33,7 +33,7 @@ class Watch:
 
         exchange, spread = Channel.exchange, Channel.spread
 
-        def timed(meet: Any) -> Any:
+        def timed(meet: Any, begins: bool) -> Any:
             def timed_meeting(*args: Any, **kwargs: Any) -> Any:
                 if not self.on or self._inside:  # a meeting looks at the one before
                     return meet(*args, **kwargs)
@@ -42,7 +42,11 @@ class Watch:
                     return meet(*args, **kwargs)
                 finally:
                     self._inside = False
-                    self._headers.append(time.perf_counter() - begin)
+                    seconds = time.perf_counter() - begin
+                    if begins:
+                        self._headers.append(seconds)
+                    elif self._headers:  # of the meeting that began last; one rank may look more often than another
+                        self._headers[-1] += seconds
 
             return timed_meeting
 
@@ -67,7 +71,7 @@ class Watch:
             return timed_exchange
 
         for name in ("agree", "agree_later", "settled"):
-            setattr(Ranks, name, timed(getattr(Ranks, name)))
+            setattr(Ranks, name, timed(getattr(Ranks, name), begins=name != "settled"))
         Channel.exchange, Channel.spread = of_rows(exchange), of_rows(spread)  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float, float, int]:
