@@ -18,6 +18,7 @@ from .errors import KTAMXConfigError
 from .experts.layer import KTExperts, kt_layers, update_lora
 from .monitoring.accumulation import accumulation_advice
 from .monitoring.expert_load import LoadLog
+from .monitoring.late_start import late_start
 from .monitoring.memory_log import memory_and_placement
 from .monitoring.tier_times import TierTimes
 from .peft_compat.saving import adapter_bytes, check_trained
@@ -122,6 +123,8 @@ class KTMoECallback(TrainerCallback):
         if self.advises and (advice := accumulation_advice(model, args)):
             self.advises = False
             logger.info("kt_hf: %s", advice)
+        if state.global_step == 0 and (late := late_start(layers, args)):
+            logger.warning("kt_hf: %s", late)
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None
         if packer and packer.promotion:
