@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..shapes import ExpertShape, expert_bytes
 from .expert_memory import widest_chunk
-from .memory_model import MemoryBudget, fragments, gpu_memory
+from .memory_model import FRAGMENTS, MemoryBudget, gpu_memory
 from .tiers import Tiers, spread
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def keeping_activations(
 
     def fits(retained: int) -> bool:
         kept = replace(budget, retained=retained)
-        return gpu_memory(kept, shape, layers, tokens, tiers, chunk, fragments()).total <= free
+        return gpu_memory(kept, shape, layers, tokens, tiers, chunk, FRAGMENTS).total <= free
 
     retained = next((n for n in range(layers, 0, -1) if fits(n)), 0)
     return replace(budget, retained=None if retained == layers else retained)

@@ -45,7 +45,8 @@ _RESERVE = 0.1  # of the free memory, not to be planned with: fragments, librari
 # where they do not. 12 layers of Qwen3-30B on an H200, 32,768 tokens, GB: 15.4 of tensors, half of which comes and
 # goes, were 15.9 and 18.8. What cannot leave the GPU in a run, as layers can, has to leave room for it: 48 layers and
 # 16,384 tokens ran out of memory with LoRA in it, and 94 of Qwen3-235B, on 24 GB, with the activations of 20 layers.
-_GROWING, _FIXED = 0.1, 0.3
+# Kept activations and chunks are planned with the larger part wherever they run: they have no other reserve.
+_GROWING, FRAGMENTS = 0.1, 0.3
 _PASSING = "activations", "activations of experts", "logits and loss"
 _SMALLER = 0.8  # a chunk that is tried after one that has no room
 _STASH = 5  # activations that TRL's activation_offloading keeps on the GPU, on their way
@@ -176,7 +177,7 @@ def gpu_memory(
 
 def fragments() -> float:
     """Part of what comes and goes within a step that PyTorch's allocator takes beside it in this process."""
-    return _GROWING if segments_grow() else _FIXED
+    return _GROWING if segments_grow() else FRAGMENTS
 
 
 def most_resident_layers(
@@ -230,7 +231,7 @@ def fitting_chunk(
     least, chunk = (chunk_bytes(room, shape, experts, budget.bits, copied) for room in (0, free))
 
     def fits(chunk: int) -> bool:
-        taken = gpu_memory(without_logits, shape, expert_layers, tokens, tiers, chunk, fragments()).total
+        taken = gpu_memory(without_logits, shape, expert_layers, tokens, tiers, chunk, FRAGMENTS).total
         return taken <= free
 
     while chunk > least and not fits(chunk):

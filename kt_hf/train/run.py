@@ -20,6 +20,7 @@ from ..ranks import current_world
 from ..system.parallel import refuse_several_gpus
 from ..system.text import printable
 from .checkpoints import clear_earlier_run
+from .compiled import asked, compile_around_experts, without
 from .config.read import on_this_machine
 from .config.settings import TrainSettings
 from .config.stages import stage_of
@@ -276,10 +277,14 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
         callback.advises = False  # `Folding` does what it would advise
     evaluated = ready.eval_data.dataset if ready.eval_data else None
+    options = without(ready.options) if settings.run.use_kt else ready.options
     trainer = make_trainer(
-        settings, ready.options, model, peft_config, ready.train_data.dataset, evaluated, ready.tokenizer,
-        ready.rewards, callbacks,
+        settings, options, model, peft_config, ready.train_data.dataset, evaluated, ready.tokenizer, ready.rewards,
+        callbacks,
     )  # fmt: skip
+    how = asked(ready.options) if settings.run.use_kt else None
+    if how is not None:
+        compile_around_experts(trainer.model, **how)
     for callback in callbacks:
         callback.lead(trainer)
     loraplus(settings, trainer)

@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from kt_hf import KTConfig, KTMoECallback, apply_kt_moe
 from kt_hf.placement import packer_of
 from kt_hf.placement.kept_activations import KeptActivations, keeping_activations
-from kt_hf.placement.memory_model import MemoryBudget, fitting_chunk, fragments, gpu_memory
+from kt_hf.placement.memory_model import FRAGMENTS, MemoryBudget, fitting_chunk, gpu_memory
 from kt_hf.placement.tiers import Tiers
 from kt_hf.shapes import ExpertShape, expert_bytes
 from tests.support.cases import make_config
@@ -50,7 +50,7 @@ def test_a_chunk_has_room_beside_what_is_kept(gb: int) -> None:
     """And is no smaller than a sixteenth of a layer, where the choice is between both."""
     budget = keeping_activations("auto", BUDGET, [QWEN] * 94, 8192, STREAMED, gb * GB)
     chunk = fitting_chunk(budget, QWEN, 94, 8192, STREAMED, gb * GB)
-    assert gpu_memory(budget, QWEN, 94, 8192, STREAMED, chunk, fragments()).total <= gb * GB
+    assert gpu_memory(budget, QWEN, 94, 8192, STREAMED, chunk, FRAGMENTS).total <= gb * GB
     if budget.retained != 0:
         assert chunk >= 0.8 * 128 * expert_bytes(QWEN) / 16
 
@@ -128,7 +128,7 @@ def test_a_trainer_says_how_long_its_steps_are(
     shape = ExpertShape(E, MIXTRAL.top_k, MIXTRAL.hidden, MIXTRAL.intermediate)
     budget = MemoryBudget(tokens=4096, layers=2, vocabulary=128, loss="full", computed_rank=16)
     none_kept = MemoryBudget(**{**vars(budget), "retained": 0})
-    sizes = [gpu_memory(one, shape, 2, 4096, Tiers(0, E), None, fragments()).total for one in (none_kept, budget)]
+    sizes = [gpu_memory(one, shape, 2, 4096, Tiers(0, E), None, FRAGMENTS).total for one in (none_kept, budget)]
     for module in ("packer", "choice"):
         monkeypatch.setattr(f"kt_hf.placement.{module}.free_device_memory", lambda _: sum(sizes) // 2)
     settings = KTConfig(kt_expert_placement={"resident": 0, "streamed": E}, kt_moe_lora_device="cpu")

@@ -22,9 +22,9 @@ from kt_hf.gates import PLAIN, Gate
 from kt_hf.placement.assembly import linear_widths, memory_budget, training_as
 from kt_hf.placement.expert_memory import lora_copy_bytes, lora_parameters, row_work
 from kt_hf.placement.memory_model import (
+    FRAGMENTS,
     MemoryBudget,
     fitting_chunk,
-    fragments,
     gpu_memory,
     inner_bytes,
     most_resident_layers,
@@ -178,11 +178,11 @@ def test_what_fits() -> None:
     assert (whole[0], whole[-1]) == (0, 48)
     free = budget.free_for_experts(24 * GB, 8192, QWEN)
     assert free == pytest.approx(0.9 * 24 * GB - gpu_memory(budget, QWEN, 48, 8192, STREAMED).total + 3 * 2**28, abs=1)
-    some = gpu_memory(budget, QWEN, 48, 8192, STREAMED, 2**27, fragments()).total  # half of the widest
+    some = gpu_memory(budget, QWEN, 48, 8192, STREAMED, 2**27, FRAGMENTS).total  # half of the widest
     chunks = [fitting_chunk(budget, QWEN, 48, 8192, STREAMED, size) for size in (6 * GB, some, 24 * GB)]
     assert (chunks[0], chunks[2]) == (2**24, 2**28)
     fits = [
-        gpu_memory(budget, QWEN, 48, 8192, STREAMED, c, fragments()).total <= some for c in (chunks[1], chunks[1] / 0.8)
+        gpu_memory(budget, QWEN, 48, 8192, STREAMED, c, FRAGMENTS).total <= some for c in (chunks[1], chunks[1] / 0.8)
     ]
     assert fits == [True, False], "the largest of those that are tried, each 0.8 of the one before"
     assert fitting_chunk(dataclasses.replace(budget, loss="full"), QWEN, 48, 8192, STREAMED, 24 * GB) == 2**28
