@@ -1,6 +1,7 @@
 """Parts `low-bit`, `widening` and `drawn`: experts of four bits beside bf16 and stock, the kernels, and whole models.
 
-`low-bit` trains the same layers, quantized while they are loaded, streamed and resident, in turn with bf16 and stock.
+`low-bit` trains the same layers, quantized while they are loaded, streamed and resident, in turn with bf16 and stock,
+and with experts that do nothing: what is left of a step then is attention, loss and Trainer.
 `widening` times each kernel alone, and as a share of what a copy within the card's memory reaches.
 `drawn` trains a whole model whose codes are drawn on the GPU and left there (`--where resident`) or copied into host
 memory that is page-locked already (`--where streamed`): there is no checkpoint, so that models larger than the disk can
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +38,7 @@ from kt_hf.backends.packed import PackedExperts, PackedMatrices
 from kt_hf.backends.quantizer import EXPERT_BITS
 from kt_hf.bitsandbytes_rest import check_installed
 from kt_hf.discovery import ExpertsSite, by_layer, find_experts
+from kt_hf.experts.layer import KTExperts
 from kt_hf.lora import linear_targets
 from kt_hf.patch import owned_weights, replace_experts
 from kt_hf.placement.assembly import make_packer, memory_budget
@@ -88,6 +91,11 @@ def _low_bit_case(
         adapt = False
         ratio = found["step"] / stock[batch]
         rows.add(**row, batch=batch, **found, **loading, of_stock=ratio, touched=spread.describe())
+    if where == "resident":  # what no experts could be faster than
+        with unittest.mock.patch.object(KTExperts, "forward", lambda _, x, *__: x):
+            for batch in batches:
+                found, model = timed(card, model, batch, given, adapt=False)
+                rows.add(case="experts that do nothing", layers=given.layers, batch=batch, **found)
 
 
 def timed(
