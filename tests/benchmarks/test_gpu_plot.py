@@ -1,4 +1,4 @@
-"""docs/gpu.md shows what gpu_train.csv has."""
+"""docs/gpu.md shows what gpu_train.csv has, the plot of docs/ranks.md what gpu_ranks.jsonl has."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ def assert_drawn(file: Path) -> None:
 def test_the_plot(gpu_page: Any, tmp_path: Path) -> None:
     gpu_page.plot(gpu_page.rows(), tmp_path / "plots/one.png")
     assert_drawn(tmp_path / "plots/one.png")
+
+
+def test_the_plot_of_ranks(gpu_page: Any, tmp_path: Path) -> None:
+    """Ratios of one day's rows alone; those of docs/ranks.md's table."""
+    ranks_page: Any = importlib.import_module("ranks_page")
+    cases = ranks_page.measured()
+    ranks_page.draw(cases, tmp_path / "ranks.png")
+    assert_drawn(tmp_path / "ranks.png")
+    page = ranks_page.PLOT.parents[1].joinpath("ranks.md").read_text()
+    table = page.split("## Measured on two GPUs")[1].split("\n\n")[2]
+    told = 0
+    for (tier, dtype, tokens), rates in cases.items():
+        label = ranks_page.ratio(rates, 2)
+        assert ranks_page.ratio(rates, 1) == ""
+        if label:
+            told += 1
+            line = next(line for line in table.splitlines() if line.startswith(f"| {tier}, {dtype} | {tokens:,} |"))
+            assert f"x{float(label[1:]):.1f}" in line
+    assert told >= 4
+    other_day = {1: (100.0, "2026-01-01"), 2: (200.0, "2026-01-02")}
+    assert ranks_page.ratio(other_day, 2) == ""
 
 
 def rows_of(gpu_page: Any, **wanted: str) -> list[dict[str, str]]:
