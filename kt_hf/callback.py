@@ -59,7 +59,7 @@ class KTMoECallback(TrainerCallback):
             raise KTAMXConfigError(f"adapter={adapter!r} is no path: give an adapter's folder or safetensors file.")
         self.adapter = adapter
         self.advises = True  # on gradient accumulation, once
-        self._warned_untrained = False
+        self._warned_untrained = self._warned_late = False
         self._threads: int | None = None
         self.expert_load = LoadLog()
         self._times: TierTimes | None = None
@@ -123,7 +123,8 @@ class KTMoECallback(TrainerCallback):
         if self.advises and (advice := accumulation_advice(model, args)):
             self.advises = False
             logger.info("kt_hf: %s", advice)
-        if state.global_step == 0 and (late := late_start(layers, args)):
+        if not self._warned_late and args.process_index == 0 and (late := late_start(layers, kwargs.get("optimizer"))):
+            self._warned_late = True
             logger.warning("kt_hf: %s", late)
         packer = packer_of(model)
         self._times = TierTimes(packer) if packer else None

@@ -66,16 +66,18 @@ def one_token(
         The weighted sum, [1, H], in the weights' dtype.
     """
     chosen = torch.tensor(experts, device=x.device)
-    add = None if bias is None else bias.index_select(0, chosen)
+    biases, of_lora = None if bias is None else bias.index_select(0, chosen), None
     if lora:
         a = lora.a.index_select(0, chosen)
         of_lora = lora.through_b_of_each(chosen, _product(x.to(dtype), a.flatten(0, 1)).view(len(experts), -1))
-        add = of_lora if add is None else add + of_lora
-    h, add = gated(_products([x] * len(experts), held.gate_up, experts, add, dtype)), None
+    inner = _products([x] * len(experts), held.gate_up, experts, of_lora if lora else biases, dtype)
+    if lora and biases is not None:  # as among other tokens
+        inner.add_(biases)
+    h, of_lora = gated(inner), None
     if lora:
         ha = torch.bmm(h.unsqueeze(1), lora.down_a.index_select(0, chosen).transpose(1, 2))
-        add = torch.bmm(ha, lora.down_b.index_select(0, chosen).transpose(1, 2)).squeeze(1)
-    y = _products(h.to(x.dtype).split(1), held.down, experts, add, dtype)
+        of_lora = torch.bmm(ha, lora.down_b.index_select(0, chosen).transpose(1, 2)).squeeze(1)
+    y = _products(h.to(x.dtype).split(1), held.down, experts, of_lora, dtype)
     y.mul_(weights.t())  # fp32: rounded to 16 bits they would be off by 0.2 %
     return y.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)).to(x.dtype)
 

@@ -11,8 +11,9 @@ and in backward, with d = dL/dy before the weighting and q = Wd^T d + Ad^T Bd^T 
 
 Rows are sorted by expert once, in forward; backward uses the same permutation.
 
-LoRA's part comes first and the product with the weight on top of it, rounded once: on a product in 16 bits that is
-rounded already the small values of a LoRA that has just begun to learn would be lost, all those below a 500th of it.
+In forward LoRA's part comes first and the product with the weight on top of it, rounded once: beside a product in 16
+bits that is rounded already the small values of a LoRA that has just begun to learn would be lost, all those below a
+500th of it. Beside a bias too, which so comes last where there is LoRA, and with the product where there is none.
 """
 
 from __future__ import annotations
@@ -154,15 +155,18 @@ class TorchBackend:
         # Expert by expert to the end: what is between the products stays in the cache.
         for e, rows in groups:
             inner, out = gu[rows] if save else xs.new_empty(rows.stop - rows.start, width), y[rows]
-            add = None if self._bias is None else self._bias[e]
+            bias = None if self._bias is None else self._bias[e]
             if lora:
                 torch.mm(xs[rows], lora.a[e].t(), out=xa[rows])
-                add = lora.through_b(e, xa[rows], add, inner)
-            self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch, add)
-            h, add = self._gated(inner), None
-            if lora:
-                add = torch.mm(h @ lora.down_a[e].t(), lora.down_b[e].t(), out=out)
-            self._product(h, self.weights.down[e], True, out, scratch, add)
+                lora.through_b(e, xa[rows], inner)
+                self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch, inner)
+                if bias is not None:
+                    inner.add_(bias)
+            else:
+                self._product(xs[rows], self.weights.gate_up[e], True, inner, scratch, bias)
+            h = self._gated(inner)
+            of_lora = torch.mm(h @ lora.down_a[e].t(), lora.down_b[e].t(), out=out) if lora else None
+            self._product(h, self.weights.down[e], True, out, scratch, of_lora)
             out.mul_(ws[rows])
         return self._sum_by_token(y, groups), _TorchForward(groups, ws, xs, gu, xa, lora) if save else None
 

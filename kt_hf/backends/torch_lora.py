@@ -58,19 +58,14 @@ class TorchLora(NamedTuple):
             pairs += a, b
         return *pairs, self.down_a, self.down_b
 
-    def through_b(self, e: int, xa: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """Multiply `xa` [S, 2r] (x times both A) by the B of expert e, and add the bias [2I] if any: `out` [S, 2I]."""
+    def through_b(self, e: int, xa: Tensor, out: Tensor) -> None:
+        """Multiply `xa` [S, 2r] (x times both A) by the B of expert e: `out` [S, 2I]."""
         parts = len(self.b)
-        biases = [None] * parts if bias is None else bias.chunk(parts)
-        for b, part, add, target in zip(self.b, xa.chunk(parts, 1), biases, out.chunk(parts, 1), strict=True):
-            if add is None:
-                torch.mm(part, b[e].t(), out=target)
-            else:
-                torch.addmm(add, part, b[e].t(), out=target)
-        return out
+        for b, part, target in zip(self.b, xa.chunk(parts, 1), out.chunk(parts, 1), strict=True):
+            torch.mm(part, b[e].t(), out=target)
 
     def through_b_of_each(self, chosen: Tensor, xa: Tensor) -> Tensor:
-        """`through_b` of a row for each of the experts `chosen` [K], without biases: `xa` is [K, 2r]; [K, 2I]."""
+        """`through_b` of a row for each of the experts `chosen` [K]: `xa` is [K, 2r], the result [K, 2I]."""
         parts = xa.unsqueeze(1).chunk(len(self.b), 2)
         products = [
             torch.bmm(part, b.index_select(0, chosen).transpose(1, 2)) for b, part in zip(self.b, parts, strict=True)

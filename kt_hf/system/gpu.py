@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
 
 import torch
 
@@ -39,15 +39,27 @@ def let_segments_grow(device: torch.device) -> None:
     Args:
         device: Of experts resident on it or streamed to it.
     """
-    if device.type != "cuda" or torch.version.hip is not None or any(os.environ.get(name) for name in _ALLOCATOR):
+    if device.type != "cuda" or not _can_grow() or _settings():
         return
-    with contextlib.suppress(AttributeError, RuntimeError):  # not public: without it there are fragments as before
+    try:
         torch.cuda.memory._set_allocator_settings(_GROW)
+    except (AttributeError, RuntimeError):  # not public: without it there are fragments as before
+        let_segments_grow.refused = True  # type: ignore[attr-defined]
 
 
 def segments_grow() -> bool:
     """Whether PyTorch's allocator extends the memory it has, by `let_segments_grow` or by the environment."""
-    if torch.version.hip is not None:
+    asked = _settings()
+    if not _can_grow() or getattr(let_segments_grow, "refused", False):
         return False
-    asked = [os.environ[name] for name in _ALLOCATOR if os.environ.get(name)]
-    return any(_GROW in words for words in asked) if asked else hasattr(torch.cuda.memory, "_set_allocator_settings")
+    return _GROW in asked and "cudaMallocAsync" not in asked if asked else True
+
+
+def _can_grow() -> bool:
+    known = hasattr(torch.cuda.memory, "_set_allocator_settings")
+    return known and torch.version.hip is None and sys.platform == "linux"
+
+
+def _settings() -> str:
+    """Of the allocator, by the environment: the first of its names that is set, as PyTorch reads them."""
+    return next((words.replace(" ", "") for name in _ALLOCATOR if (words := os.environ.get(name))), "")

@@ -152,7 +152,8 @@ def _try_out(settings: TrainSettings, ready: _Ready, console: Console) -> None:
     """What TRL refuses is refused before weights are loaded, too; all processes of a run try it together."""
     tokenizer, data, memory = getattr(ready.tokenizer, "tokenizer", None), ready.train_data, ready.memory
     one = data.dataset.select([0]) if tokenizer is None else example(data)
-    try_out(settings, ready.options, tokenizer or ready.tokenizer, one, ready.rewards)
+    options = without(ready.options) if settings.run.use_kt else ready.options
+    try_out(settings, options, tokenizer or ready.tokenizer, one, ready.rewards)
     if not memory.fits:
         advice = "; ".join(memory.advice)
         _print_notes(console, [f"This may need more memory than there is ({in_words(memory)}). {advice}."])
@@ -184,6 +185,9 @@ def _train(settings: TrainSettings, ready: _Ready, console: Console) -> dict[str
     stop, progress = StopOnSignal(console), ShowProgress(console, counter)
     with _working(console, "Packing the experts"):
         trainer = _make_trainer(settings, ready, model, peft_config)
+    if keys.use_kt and (how := asked(ready.options)) is not None:
+        count = compile_around_experts(trainer.model, **how)
+        _print_notes(console, [f"torch_compile: {count} modules around the experts are compiled when they are called."])
     folding = Folding(trainer, lambda line: _print_notes(console, [line]), lambda: loraplus(settings, trainer))
     for callback in (folding, stop, progress, KeepRecord(ready.record)):
         trainer.add_callback(callback)
@@ -282,9 +286,6 @@ def _make_trainer(settings: TrainSettings, ready: _Ready, model: Any, peft_confi
         settings, options, model, peft_config, ready.train_data.dataset, evaluated, ready.tokenizer, ready.rewards,
         callbacks,
     )  # fmt: skip
-    how = asked(ready.options) if settings.run.use_kt else None
-    if how is not None:
-        compile_around_experts(trainer.model, **how)
     for callback in callbacks:
         callback.lead(trainer)
     loraplus(settings, trainer)

@@ -87,6 +87,9 @@ def test_fragments_leave_less_room_the_longer_a_step_is(monkeypatch: pytest.Monk
     told = replace(BUDGET, tokens=16_384)
     with_lora = replace(told, lora_rank=16, lora_layers=15)
     assert gpu_memory(with_lora, QWEN[0], 48, 16_384, STREAMED).total < 0.9 * 24 * GB
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     growing = choose_lora_device("auto", 16, QWEN, STREAMED, told, 16_384, 24 * GB)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     fixed = choose_lora_device("auto", 16, QWEN, STREAMED, told, 16_384, 24 * GB)

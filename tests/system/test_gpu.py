@@ -17,6 +17,9 @@ GROW = "expandable_segments:True"
         ("cuda", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None, [], False),
         ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, None, [], False),
         ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": f"max_split_size_mb:64,{GROW}"}, None, [], True),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "expandable_segments: True"}, None, [], True),
+        ("cuda", {"PYTORCH_ALLOC_CONF": f"{GROW},backend:cudaMallocAsync"}, None, [], False),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": GROW}, None, [], False),
         ("cuda", {}, "6.4", [], False),
         ("cpu", {}, None, [], True),  # a machine without a GPU estimates for one
     ],
@@ -42,5 +45,19 @@ def test_an_allocator_that_cannot_be_set_is_left_alone(monkeypatch: pytest.Monke
     monkeypatch.delattr(torch.cuda.memory, "_set_allocator_settings")
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
+    gpu.let_segments_grow(torch.device("cuda"))
+    assert not gpu.segments_grow()
+
+
+def test_an_allocator_that_refuses_has_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: str) -> None:
+        raise RuntimeError("too late")
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", refuses)
+    monkeypatch.setattr(gpu.let_segments_grow, "refused", False, raising=False)
+    assert gpu.segments_grow()
     gpu.let_segments_grow(torch.device("cuda"))
     assert not gpu.segments_grow()

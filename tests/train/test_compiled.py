@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from kt_hf import KTConfig, apply_kt_moe
-from kt_hf.train.compiled import asked, compile_around_experts, without
+from kt_hf.train import run as run_module
+from kt_hf.train.compiled import asked, compile_around_experts, compile_left_out, compile_problems, without
+from kt_hf.train.config.read import read_arguments
 from tests.support.models import FAMILIES
-from tests.support.tiny import trained
+from tests.support.reference import assert_all_close
+from tests.support.tiny import trained, write_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +38,8 @@ def _fresh_compiler() -> Iterator[None]:
         ({"torch_compile": True}, {}),
         ({"torch_compile_backend": "aot_eager"}, {"backend": "aot_eager"}),
         ({"torch_compile": True, "torch_compile_mode": "default"}, {"mode": "default"}),
+        ({"torch_compile_backend": "AOT_EAGER"}, {"backend": "aot_eager"}),
+        ({"torch_compile_backend": "no"}, None),
     ],
 )
 def test_what_is_asked(options: dict[str, Any], how: dict[str, Any] | None) -> None:
@@ -57,22 +64,83 @@ def test_which_modules(name: str) -> None:
         assert f"model.layers.{i}.self_attn" in compiled
 
 
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"torch_compile_mode": "reduce-overhead"}, "torch_compile_mode"),
+        ({"torch_compile_mode": "foo"}, "torch_compile_mode"),
+        ({"torch_compile_backend": "cudagraphs"}, "torch_compile_backend"),
+        ({"torch_compile_backend": "foo"}, "torch_compile_backend"),
+        ({"torch_compile_backend": "aot_eager", "torch_compile_mode": "default"}, None),
+        ({"torch_compile": True}, None),
+    ],
+)
+def test_what_cannot_be_done(options: dict[str, Any], key: str | None) -> None:
+    found = list(compile_problems(options))
+    assert [name for name, _ in found] == ([key] if key else [])
+    assert all(str(options[name]) in text and "leave it out" in text for name, text in found)
+
+
+class Parted(nn.Module):
+    """A decoder layer whose norms are in a list, and whose layers may be in a dictionary."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)])
+        self.block = nn.ModuleDict({"experts": experts, "shared": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize(
+    "held", [nn.ModuleList, lambda layers: nn.ModuleDict({str(i): m for i, m in enumerate(layers)})]
+)
+def test_members_of_lists_are_called_and_lists_are_not(held: Any) -> None:
+    experts = apply_kt_moe(FAMILIES["mixtral"](torch.float32), KTConfig(kt_backend="torch"))._kt_wrappers
+    model = nn.Module()
+    model.layers = held([Parted(one) for one in experts])
+    count = compile_around_experts(model, backend="eager")
+    compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
+    parts = ("norms.0", "norms.1", "block.shared")
+    assert compiled == {f"layers.{i}.{part}" for i in range(len(experts)) for part in parts}
+    assert count == len(compiled)
+
+
 @pytest.mark.slow
-def test_a_run_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    """Graphs of attention and norms, with checkpointing; losses and adapter as without, and nothing of it in names."""
+def test_a_run_is_the_same(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of attention and norms, with checkpointing; loss and adapter as without, and nothing of it in names."""
     rows, found = [{"text": f"Story {number} goes on."} for number in range(8)], []
-    both: tuple[tuple[str, tuple[str, ...]], ...] = (("plain", ()), ("compiled", ("torch_compile_backend=aot_eager",)))
-    for folder, overrides in both:
-        counters.clear()
+    compile_them = run_module.compile_around_experts
+
+    def counted(model: Any, **how: Any) -> int:
+        counters.clear()  # of the step that was tried before
+        return compile_them(model, **how)
+
+    monkeypatch.setattr(run_module, "compile_around_experts", counted)
+    for folder, overrides in (("plain", ()), ("compiled", ("torch_compile_backend=aot_eager",))):
         (tmp_path / folder).mkdir()
-        summary, _ = trained(
-            tmp_path / folder, tiny_model, rows, "max_steps=4", "activation_checkpointing=true", *overrides
-        )
-        found.append((summary["loss"], counters["stats"]["unique_graphs"]))
-    (plain, none), (compiled, graphs) = found
-    assert none == 0
+        counters.clear()
+        four = "max_steps=4", "activation_checkpointing=true", *overrides
+        summary, text = trained(tmp_path / folder, tiny_model, rows, *four)
+        adapter = load_file(tmp_path / folder / "out/adapter_model.safetensors")
+        found.append((summary["loss"], counters["stats"]["unique_graphs"], adapter, "torch_compile: " in text))
+    (plain, none, expected, silent), (compiled, graphs, actual, told) = found
+    assert (none, silent, told) == (0, False, True)
     assert graphs >= 2
     assert compiled == pytest.approx(plain, rel=2e-3)
+    assert set(actual) == set(expected)
+    assert_all_close(actual, expected, 0.05)
+
+
+@pytest.mark.parametrize(("stage", "left_out"), [("grpo", True), ("dpo", False)])
+def test_where_answers_are_generated_it_is_left_out(stage: str, left_out: bool, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"reward_funcs": "x:y"} if left_out else {}
+    file = write_yaml(
+        tmp_path / "run.yaml", model_name_or_path="builtin:smollm2-moe", stage=stage, torch_compile=True,
+        output_dir=str(tmp_path / "out"), **more,
+    )  # fmt: skip
+    settings = read_arguments(file, purpose="estimate")
+    assert ("torch_compile" not in settings.trainer) == left_out
+    assert any("torch_compile is left out" in note for note in settings.notices) == left_out
+    assert compile_left_out({"bf16": True}, stage) == []
 
 
 @pytest.mark.slow

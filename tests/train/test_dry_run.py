@@ -23,7 +23,7 @@ REFUSED = [
     ("eos_token=<nope>", "eos_token='<nope>'"),
     ("pad_token=<nope>", "pad_token='<nope>'"),
     ("loss_type=nonsense", "loss_type='nonsense'"),
-    ("torch_compile_backend=foo", "^torch_compile_backend='foo'"),
+    ("torch_compile_backend=foo", "torch_compile_backend='foo' is not known: leave it out, or take one of .*inductor"),
     ("packing_strategy=nix packing=true", "^packing_strategy='nix'"),
     ("push_to_hub=true hub_model_id=a/b/c", "^hub_model_id='a/b/c' cannot be used"),
     ("push_to_hub=true", "^push_to_hub=True cannot be used"),

@@ -71,17 +71,18 @@ def summed(
     base: Tensor, lora: Tensor | None, weights: Tensor | None, place: Tensor, ends: Tensor, K: int
 ) -> Tensor:  # fmt: skip
     """See `fused_kernels.summed`."""
-    rows = _wide_sum(base, lora)
-    if weights is not None:
-        rows.mul_(weights.unsqueeze(1))
-    rows = rows.to(base.dtype)  # as where they come in pieces, to the bit
+    rows = base
+    if lora is not None or weights is not None:
+        wide = _wide_sum(base, lora)
+        rows = (wide if weights is None else wide.mul_(weights.unsqueeze(1))).to(base.dtype)  # as of pieces, to the bit
+        del wide
     within = place if len(rows) == len(place) else place.clamp(max=len(rows) - 1)
     spread = rows.index_select(0, within).masked_fill_((place >= ends[-1]).unsqueeze(1), 0)
     return spread.view(-1, K, rows.shape[1]).sum(1, dtype=torch.float32).to(base.dtype)
 
 
 def _wide_sum(base: Tensor, lora: Tensor | None) -> Tensor:
-    """A new tensor in fp32. Added in bf16, values of LoRA below a 500th of the base's would be lost."""
+    """In fp32, as new a tensor as `base` is 16 bits. In bf16 LoRA below a 500th of the base would be lost."""
     wide = base.float()
     return wide if lora is None else wide.add_(lora)
 

@@ -50,7 +50,6 @@ _NOT_WITH_KT = {
     "use_ipex": "leave it out",
 }
 _SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # any other word is random to transformers
-_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -229,13 +228,14 @@ def _evaluation(c: Checked) -> None:
 
 
 def _with_kt(c: Checked, purpose: str) -> None:
+    from ..compiled import compile_left_out, compile_problems
+
     for key, why in _NOT_WITH_KT.items():
         if c.trainer.get(key):
             c.problem(key, f"{key} does not go together with use_kt: {why}")
-    mode = c.trainer.get("torch_compile_mode")
-    if mode in _CUDA_GRAPH_MODES:
-        text = "records CUDA graphs, and experts on the CPU cannot be recorded: leave it out"
-        c.problem("torch_compile_mode", f"torch_compile_mode={mode} {text}")
+    for problem in compile_problems(c.trainer):
+        c.problem(*problem)
+    c.notices += compile_left_out(c.trainer, c.run.stage)
     _gpu_experts(c, purpose)
     rank = c.kt.get("kt_lora_rank")
     if rank is not None and rank < c.run.lora_rank:
