@@ -123,7 +123,8 @@ class KTMoECallback(TrainerCallback):
         if self.advises and (advice := accumulation_advice(model, args)):
             self.advises = False
             logger.info("kt_hf: %s", advice)
-        if not self._warned_late and args.process_index == 0 and (late := late_start(layers, kwargs.get("optimizer"))):
+        late = None if self._warned_late else late_start(layers, kwargs.get("optimizer"))
+        if late and state.is_world_process_zero:
             self._warned_late = True
             logger.warning("kt_hf: %s", late)
         packer = packer_of(model)
