@@ -31,10 +31,9 @@ def late_start(layers: Sequence[KTExperts], optimizer: Any) -> str | None:
     for projection in (projection for layer in layers if _by_operators(layer) for projection in layer.projections):
         for adapter in projection.computed_adapters:
             b, scaling = projection.tensors(adapter)[1], abs(float(projection.scaling[adapter]))
-            rate = rates.get(id(b), 0.0)
-            if rate > 0 and scaling > 0:
-                steps = (_SEEN / scaling - _largest(b)) / rate
-                latest, slowest = max((latest, slowest), (steps, rate))
+            rate, wanted = rates.get(id(b), 0.0), _SEEN / scaling if scaling else 0.0
+            if rate > 0 and wanted >= _MANY * rate:  # else B, gigabytes of some models, is not looked at
+                latest, slowest = max((latest, slowest), ((wanted - _largest(b)) / rate, rate))
     if latest < _MANY:
         return None
     return (
@@ -52,4 +51,4 @@ def _by_operators(layer: KTExperts) -> bool:
 
 def _largest(b: Tensor) -> float:
     held = b.to_local() if isinstance(b, DTensor) else b
-    return float(held.detach().abs().max()) if held.numel() else 0.0
+    return max(abs(float(end)) for end in held.detach().aminmax()) if held.numel() else 0.0
