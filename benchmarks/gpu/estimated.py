@@ -52,7 +52,7 @@ def foretold(config: Any, given: argparse.Namespace, row: dict[str, Any], folder
 def run(given: argparse.Namespace, card: Card, rows: Rows) -> None:
     found = [("cells", row) for row in read_rows(given.out, "cells")]
     found += [("full", row) for row in read_rows(given.out, "full") if row["case"] != "stock"]
-    found += [("low-bit", row) for row in read_rows(given.out, "low-bit") if row["case"] != "stock"]
+    found += [("low-bit", row) for row in read_rows(given.out, "low-bit") if row["case"] in ("streamed", "resident")]
     outside = 0
     for part, row in found:
         if not row.get("step"):

@@ -25,6 +25,7 @@ PARTS = {
     "low-bit": ["--layers", "2", "--batch", "1", "--dtypes", "int4"],
     "widening": [],
     "drawn": ["--layers", "2", "--where", "resident"],
+    "formats": ["--layers", "2"],
     "estimate": [],
     "peer": [],
 }
