@@ -33,7 +33,7 @@ def gated(
     if not gate.plain:
         return gate.applied(wide).to(gu.dtype)
     g, u = wide.chunk(2, dim=1)
-    return _silu(g).mul_(u).to(gu.dtype)
+    return torch.mul(_silu(g), u, out=gu.new_empty(g.shape))
 
 
 def gate_gradients_(
@@ -63,8 +63,14 @@ def _plain_with_derivatives(gu: Tensor) -> tuple[Tensor, Tensor]:
 
 def weighted(base: Tensor, lora: Tensor | None, weights: Tensor | None, out: Tensor) -> None:
     """See `fused_kernels.weighted`."""
-    rows = _wide_sum(base, lora)
-    out.copy_(rows if weights is None else rows.mul_(weights.unsqueeze(1)))
+    if weights is None:
+        out.copy_(_wide_sum(base, lora))
+        return
+    scale = weights.unsqueeze(1)  # in fp32, as what it multiplies becomes
+    if lora is None:
+        torch.mul(base, scale, out=out)
+    else:
+        torch.addcmul(base * scale, lora, scale, out=out)
 
 
 def summed(
@@ -73,12 +79,11 @@ def summed(
     """See `fused_kernels.summed`."""
     rows = base
     if lora is not None or weights is not None:
-        wide = _wide_sum(base, lora)
-        rows = (wide if weights is None else wide.mul_(weights.unsqueeze(1))).to(base.dtype)  # as of pieces, to the bit
-        del wide
+        rows = torch.empty_like(base)  # rounded row by row, as of pieces, to the bit
+        weighted(base, lora, weights, rows)
     within = place if len(rows) == len(place) else place.clamp(max=len(rows) - 1)
     spread = rows.index_select(0, within).masked_fill_((place >= ends[-1]).unsqueeze(1), 0)
-    return spread.view(-1, K, rows.shape[1]).sum(1, dtype=torch.float32).to(base.dtype)
+    return spread.view(-1, K, rows.shape[1]).sum(1)  # PyTorch sums 16 bits in fp32
 
 
 def _wide_sum(base: Tensor, lora: Tensor | None) -> Tensor:
