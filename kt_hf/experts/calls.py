@@ -49,7 +49,7 @@ class NormedExperts(KTExperts):
         one = torch.ones_like(top_k_weights).detach().reshape(-1, 1)
         each = super().forward(hidden_states.repeat_interleave(K, 0), top_k_index.reshape(-1, 1), one)
         weights = top_k_weights.masked_fill((top_k_index < 0) | (top_k_index >= E), 0).unsqueeze(2)
-        return (self.post_expert_norm(each).view(T, K, -1) * weights).to(each.dtype).sum(1)
+        return (self.post_expert_norm(each).view(T, K, -1) * weights).to(each.dtype).sum(1, dtype=each.dtype)
 
 
 class BatchedExperts(KTExperts):

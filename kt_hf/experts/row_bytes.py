@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Layout = tuple[torch.dtype, tuple[int, ...], int]  # a tensor's dtype, its shape but for the rows, bytes of a row
+_OF_WIDTH = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def layout_of(tensor: Tensor) -> Layout:
@@ -27,8 +28,10 @@ def packed(tensors: list[Tensor]) -> tuple[Tensor, list[Layout]]:
 
 
 def unpacked(rows: Tensor, layout: list[Layout]) -> list[Tensor]:
-    """The tensors [..., T, …] that rows of bytes [..., T, B] were made of."""
-    columns = rows.split([size for _, _, size in layout], dim=-1)
+    """The tensors [..., T, …] that contiguous rows of bytes [..., T, B] were made of."""
+    # A GPU copies columns value by value: by 8 bytes instead of one that takes an eighth of the time.
+    width = math.gcd(8, rows.storage_offset(), *(size for _, _, size in layout))
+    columns = rows.view(_OF_WIDTH[width]).split([size // width for _, _, size in layout], dim=-1)
     return [
         _aligned(part.contiguous().view(-1), dtype).view(dtype).view(*rows.shape[:-1], *shape)
         for part, (dtype, shape, _) in zip(columns, layout, strict=True)
@@ -36,13 +39,14 @@ def unpacked(rows: Tensor, layout: list[Layout]) -> list[Tensor]:
 
 
 def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes [n] that may be seen as values of a dtype: one row of several columns is not copied, wherever it begins."""
-    return data.clone() if data.storage_offset() % dtype.itemsize else data
+    """Integers [n] that may be seen as values of a dtype: one row of several columns is not copied, wherever it begins."""
+    return data.clone() if data.storage_offset() * data.itemsize % dtype.itemsize else data
 
 
 def sum_of(addends: Tensor) -> Tensor:
     """The sum over the first dimension, in fp32 or wider, rounded to the addends' dtype once; its bits repeat."""
-    return addends[0] if len(addends) == 1 else addends.sum(0)
+    # With a dtype: without one a GPU's autocast makes it fp32, and the rest of the model with it.
+    return addends[0] if len(addends) == 1 else addends.sum(0, dtype=addends.dtype)
 
 
 def with_rows(rows: Tensor, count: int) -> Tensor:
