@@ -21,12 +21,12 @@ from pathlib import Path
 BUS = 54e9  # bytes/s of a GPU's PCIe 5, all GPUs of a host at the same time (two were measured)
 NVLINK = 210e9  # bytes/s that a rank receives: all_gather of 33.5 MB in 0.16 ms
 LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 layers of 2,048 tokens take 0.18 to 0.21
+# `LAUNCH` of streamed layers on several ranks, where hosts wait for copies and so for each other: two H200s took 0.33 to
+# 0.38 s for 12 layers, bf16 or int4, 2,048 or 8,192 tokens a rank, and with resident ones 0.18 and 0.31.
+LAUNCH_ON_RANKS = 0.028
 GPU = 129e12  # FLOP/s in the slope between 8,192 and 16,384 tokens
 FIXED = 0.0045  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
 WIDEN = 0.65e-12  # seconds a weight of int4, in forward and again in backward: 2.56 bytes at 0.94 of a copy's rate
-# `LAUNCH` on several ranks, where hosts wait for each other in each layer: two H200s took 0.29 to 0.37 s for 12 layers,
-# resident or int4, 2,048 or 8,192 tokens a rank.
-LAUNCH_ON_RANKS = 0.028
 UNEVEN = 1.1  # rows of the rank that has most over the mean, routing spread
 BITS = {"bf16": 16.0, "int4": 4.5}
 NETWORKS = {"10 GbE": 1.1e9, "100 GbE": 11e9, "400 Gb/s": 45e9}  # bytes/s of a host
@@ -81,7 +81,7 @@ def step(
     dense = 3 * 2 * m.attention * tokens
     compute = (experts + dense) / GPU + FIXED + (WIDEN * held * 2 if dtype == "int4" else 0)
     bus = 2 * held * BITS[dtype] / 8 / BUS if tier == "streamed" else 0.0
-    layer = max(LAUNCH_ON_RANKS if owners > 1 else LAUNCH, compute, bus)
+    layer = max(LAUNCH_ON_RANKS if owners > 1 and tier == "streamed" else LAUNCH, compute, bus)
     sent = 5 * tokens * m.hidden * 2  # tokens, outputs; tokens, gradients, gradients of the inputs
     between = sent * (gpus - 1) / NVLINK
     if divided == "all" and hosts > 1:
@@ -121,8 +121,8 @@ MEASURED = (
     ("streamed", "bf16", 2048, 1, 0.577), ("streamed", "bf16", 8192, 1, 0.573), ("streamed", "bf16", 16384, 1, 0.681),
     ("resident", "bf16", 2048, 1, 0.185), ("resident", "bf16", 8192, 1, 0.299), ("streamed", "int4", 2048, 1, 0.213),
     ("streamed", "int4", 8192, 1, 0.285), ("streamed", "int4", 16384, 1, 0.461), ("resident", "int4", 8192, 1, 0.262),
-    ("streamed", "bf16", 2048, 2, 0.432), ("streamed", "bf16", 8192, 2, 0.417), ("resident", "bf16", 2048, 2, 0.348),
-    ("resident", "bf16", 8192, 2, 0.354), ("streamed", "int4", 2048, 2, 0.324), ("streamed", "int4", 8192, 2, 0.344),
+    ("streamed", "bf16", 2048, 2, 0.360), ("streamed", "bf16", 8192, 2, 0.377), ("resident", "bf16", 2048, 2, 0.184),
+    ("resident", "bf16", 8192, 2, 0.306), ("streamed", "int4", 2048, 2, 0.325), ("streamed", "int4", 8192, 2, 0.343),
 )  # fmt: skip
 
 

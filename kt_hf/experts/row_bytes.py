@@ -39,7 +39,7 @@ def unpacked(rows: Tensor, layout: list[Layout]) -> list[Tensor]:
 
 
 def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers [n] that may be seen as values of a dtype: one row of several columns is not copied, wherever it begins."""
+    """Integers [n] that may be seen as values of a dtype: one row of several columns is not copied."""
     return data.clone() if data.storage_offset() * data.itemsize % dtype.itemsize else data
 
 
