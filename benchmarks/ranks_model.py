@@ -4,9 +4,9 @@
     python benchmarks/ranks_model.py --plot docs/ranks_model.png
     python benchmarks/ranks_model.py --check                 # predictions beside measurements
 
-A step of a rank is, layer by layer, the larger of the bus and of what the GPU computes, and what it exchanges. Of
-streamed experts each weight crosses the bus twice a step, in forward and in backward (the recompute of checkpointing is
-kept). No step is shorter than the host takes to launch its kernels. Constants are of an H200 (PCIe 5, docs/gpu.md and
+A step of a rank is, layer by layer and in each direction, the larger of the bus and of what the GPU computes, and what
+it exchanges. Of streamed experts each weight crosses the bus twice a step, in forward and in backward (the recompute of
+checkpointing is kept). No step is shorter than the host takes to launch its kernels. Constants are of an H200 (PCIe 5, docs/gpu.md and
 docs/low-bit.md: 12 of Qwen3-30B-A3B's layers, LoRA r=16, SFTTrainer, checkpointing, routing spread) and NVLink.
 """
 
@@ -26,6 +26,7 @@ LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 l
 LAUNCH_ON_RANKS = 0.028
 GPU = 129e12  # FLOP/s in the slope between 8,192 and 16,384 tokens
 FIXED = 0.0045  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
+FORWARD = 1 / 3  # of what the GPU computes; in a trace of two H200s the bus bounds forward and the GPU backward
 WIDEN = 0.65e-12  # seconds a weight of int4, in forward and again in backward: 2.56 bytes at 0.94 of a copy's rate
 UNEVEN = 1.1  # rows of the rank that has most over the mean, routing spread
 BITS = {"bf16": 16.0, "int4": 4.5}
@@ -81,7 +82,8 @@ def step(
     dense = 3 * 2 * m.attention * tokens
     compute = (experts + dense) / GPU + FIXED + (WIDEN * held * 2 if dtype == "int4" else 0)
     bus = 2 * held * BITS[dtype] / 8 / BUS if tier == "streamed" else 0.0
-    layer = max(LAUNCH_ON_RANKS if owners > 1 and tier == "streamed" else LAUNCH, compute, bus)
+    directions = sum(max(compute * part, bus / 2) for part in (FORWARD, 1 - FORWARD))
+    layer = max(LAUNCH_ON_RANKS if owners > 1 and tier == "streamed" else LAUNCH, directions)
     sent = 5 * tokens * m.hidden * 2  # tokens, outputs; tokens, gradients, gradients of the inputs
     between = sent * (gpus - 1) / NVLINK
     if divided == "all" and hosts > 1:

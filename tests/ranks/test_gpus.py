@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from kt_hf import KTMoECallback
+from kt_hf.experts import kt_layers
 from tests.ranks.test_trainer import compare
 from tests.support.cases import TORCH_FP32, Case
 from tests.support.gpu_ranks import GPUS, on_gpus
@@ -44,6 +45,9 @@ def train(rank: int, folder: str, ranks: int, tier: str = "cpu", sharded: bool =
     placed = {} if exact else {"kt_expert_placement": PLACEMENTS[tier], "kt_moe_lora_device": "gpu"}
     model = adapted_model(MIXTRAL, TORCH_FP32 if exact else BF16, **placed)
     fill_whole(model, 1)
+    dtypes = set[tuple[torch.dtype, torch.dtype]]()
+    for layer in kt_layers(model):
+        layer.register_forward_hook(lambda _, given, out: dtypes.add((given[0].dtype, out.dtype)))
     arguments = {
         "per_device_train_batch_size": 4 // ranks, "max_grad_norm": 0.5, "max_steps": 20, "learning_rate": 1e-3,
         "use_cpu": False, "ddp_timeout": 120, "bf16": not exact,
@@ -53,6 +57,7 @@ def train(rank: int, folder: str, ranks: int, tier: str = "cpu", sharded: bool =
         model, args, train_dataset=unequal_rows(), data_collator=padded, callbacks=[KTMoECallback()]
     )  # fmt: skip
     run = trained(trainer)
+    assert dtypes == {(torch.float32 if exact else torch.bfloat16,) * 2}, "autocast widens what follows the experts"
     rest = [p for name, p in trainer.model.named_parameters() if not is_owned(name)]
     assert all(p.is_cuda for p in rest)
     assert any(isinstance(p, DTensor) for p in rest) == sharded
