@@ -6,8 +6,9 @@
 
 A step of a rank is, layer by layer and in each direction, the larger of the bus and of what the GPU computes, and what
 it exchanges. Of streamed experts each weight crosses the bus twice a step, in forward and in backward (the recompute of
-checkpointing is kept). No step is shorter than the host takes to launch its kernels. Constants are of an H200 (PCIe 5, docs/gpu.md and
-docs/low-bit.md: 12 of Qwen3-30B-A3B's layers, LoRA r=16, SFTTrainer, checkpointing, routing spread) and NVLink.
+checkpointing is kept). No step is shorter than the host takes to launch its kernels. Constants are of an H200 (PCIe 5,
+docs/gpu.md and docs/low-bit.md: 12 of Qwen3-30B-A3B's layers, LoRA r=16, SFTTrainer, checkpointing, routing spread)
+and NVLink.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 BUS = 54e9  # bytes/s of a GPU's PCIe 5, all GPUs of a host at the same time (two were measured)
 NVLINK = 210e9  # bytes/s that a rank receives: all_gather of 33.5 MB in 0.16 ms
 LAUNCH = 0.0165  # seconds a layer and step that the host launches kernels: 12 layers of 2,048 tokens take 0.18 to 0.21
-# `LAUNCH` of streamed layers on several ranks, where hosts wait for copies and so for each other: two H200s took 0.33 to
-# 0.38 s for 12 layers, bf16 or int4, 2,048 or 8,192 tokens a rank, and with resident ones 0.18 and 0.31.
+# `LAUNCH` of streamed layers on several ranks, where hosts wait for copies and so for each other: two H200s took 0.33
+# to 0.38 s for 12 layers, bf16 or int4, 2,048 or 8,192 tokens a rank, and with resident ones 0.18 and 0.31.
 LAUNCH_ON_RANKS = 0.028
 GPU = 129e12  # FLOP/s in the slope between 8,192 and 16,384 tokens
 FIXED = 0.0045  # seconds a layer and step beside that slope, taken to be the same for any number of GPUs
